@@ -1,0 +1,1 @@
+"""Prefect flows, the zoosplat command and the report."""

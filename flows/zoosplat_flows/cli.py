@@ -1,0 +1,273 @@
+"""The `zoosplat` command. What is slow to import (Prefect, zarr, torch) is imported by the commands that need it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from zoosplat.errors import UserError
+
+USER_ERROR = 2
+ProjectUrl = Annotated[str, typer.Argument(metavar="URL", help="Project: a folder, or s3://bucket/prefix.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the config, such as train.lr=5e-5; repeatable."),
+]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML, or a JSON file of the published tool.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Processes a stage. [dim]default: a core each[/]")
+]
+
+
+def complain(message: object) -> None:
+    typer.echo(f"zoosplat: {message}", err=True)
+
+
+class Commands(TyperGroup):
+    """Commands whose user errors are a line on stderr and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            complain(error)
+            raise typer.Exit(USER_ERROR) from None
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Storage failures as UserError, with a line that says what to do."""
+    try:
+        yield
+    except (UserError, typer.Exit):
+        raise
+    except Exception as error:
+        from zoosplat import stores
+
+        known = stores.as_user_error(error, url)
+        if known is None:
+            raise
+        raise known from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="zoosplat",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="3D reconstruction of moving animals from the videos of several cameras.\n\n"
+    "Start with [bold]zoosplat doctor[/] and [bold]zoosplat demo[/].",
+)
+config_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Show, convert and check configurations.")
+cameras_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Show and convert calibrations.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(metadata.version("zoosplat"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    return
+
+
+@app.command(rich_help_panel="Run")
+def run(
+    config: ConfigFile,
+    project: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where results go. [dim]default: the project_directory of a JSON config[/]"),
+    ] = None,
+    overrides: Overrides = None,
+    from_stage: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="First stage to run; what is before must be done.")
+    ] = None,
+    until_stage: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Last stage to run.")] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="Compute this stage again, and all made from it; repeatable."),
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Run the pipeline: ingest, center_rotation, crop, pack, train, evaluate, render and the report.
+
+    What is done with the same configuration is skipped, so the same command resumes a run that was stopped.
+
+    [bold]Examples[/]
+
+    zoosplat run mouse.yaml --project runs/mouse
+
+    zoosplat run mouse.yaml --project s3://lab/mouse --set train.epochs=20 --from train
+
+    zoosplat run classic/config.json --until crop
+    """
+    from zoosplat.config import load_config
+    from zoosplat_flows import running
+
+    with storage_errors(config):
+        loaded = load_config(config, overrides or [])
+    url = project or loaded.project
+    if url is None:
+        raise UserError(f"{config}: say where results go with --project URL")
+    for note in loaded.notes:
+        typer.echo(f"note: {note}", err=True)
+    with storage_errors(url):
+        running.run(url, loaded.experiment, from_stage, until_stage, force or [], workers)
+
+
+@app.command(rich_help_panel="Run")
+def demo(
+    project: Annotated[str, typer.Option(metavar="URL", help="Where results go.")] = "demo",
+    frames: Annotated[int, typer.Option(min=12, metavar="N", help="Frames of the synthetic recording.")] = 120,
+    overrides: Overrides = None,
+    workers: Workers = None,
+) -> None:
+    """Make a synthetic recording of a walking animal with six cameras and run the whole pipeline on it.
+
+    [bold]Examples[/]
+
+    zoosplat demo
+
+    zoosplat demo --project s3://lab/demo --frames 60
+    """
+    from zoosplat_flows import running
+
+    with storage_errors(project):
+        running.demo(project, frames, overrides or [], workers)
+
+
+@app.command(rich_help_panel="Look")
+def status(project: ProjectUrl) -> None:
+    """Which stages of a project are done, partial, stale (their configuration has changed) or missing."""
+    from zoosplat.project import Project
+    from zoosplat_flows import status as module
+
+    with storage_errors(project):
+        module.show(Project.at(project))
+
+
+@app.command(rich_help_panel="Look")
+def report(project: ProjectUrl) -> None:
+    """Build the report page of what is done: one self-contained HTML file."""
+    from zoosplat.project import Project
+    from zoosplat_flows.report import build_report
+
+    with storage_errors(project):
+        typer.echo(build_report(Project.at(project)))
+
+
+@app.command(rich_help_panel="Look")
+def doctor(
+    project: Annotated[
+        str | None, typer.Argument(metavar="[URL]", help="A folder or s3:// URL that must be readable and writable.")
+    ] = None,
+) -> None:
+    """Check this machine: Python, torch, GPU, rasteriser, video libraries, Prefect, S3.
+
+    Exit status 0 unless something that every run needs is broken.
+    """
+    from zoosplat_flows import doctor as module
+
+    raise typer.Exit(0 if module.examine(project) else 1)
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print a configuration with every key, its meaning and unit."""
+    from zoosplat.config import load_config
+
+    with storage_errors(config):
+        loaded = load_config(config, overrides or [])
+    for note in loaded.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(loaded.experiment.describe(), nl=False)
+
+
+@config_app.command("convert")
+def config_convert(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="YAML file to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write a JSON file of the published tool, or any configuration, as documented YAML."""
+    from zoosplat import stores
+    from zoosplat.config import load_config
+
+    with storage_errors(config):
+        loaded = load_config(config, overrides or [])
+    with storage_errors(str(out)):
+        stores.write_bytes(str(out.absolute()), loaded.experiment.describe().encode())
+    for note in loaded.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(str(out))
+
+
+@config_app.command("check")
+def config_check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check a configuration against the recording: videos, masks, calibration, sizes. Decodes nothing."""
+    from zoosplat.config import load_config
+    from zoosplat_flows import recording
+
+    with storage_errors(config):
+        loaded = load_config(config, overrides or [])
+    for note in loaded.notes:
+        typer.echo(f"note: {note}", err=True)
+    with storage_errors(loaded.experiment.data.directory):
+        recording.check(loaded.experiment)
+
+
+CalibrationFormat = Annotated[str, typer.Option("--format", help="auto, hdf5, dannce, anipose or pickle.")]
+CalibrationUnit = Annotated[str, typer.Option("--unit", help="Unit of the translations: auto, m or mm.")]
+CalibrationFiles = Annotated[list[str], typer.Argument(metavar="IN...", help="One file, or one a camera (DANNCE).")]
+
+
+@cameras_app.command("show")
+def cameras_show(
+    files: CalibrationFiles, format: CalibrationFormat = "auto", unit: CalibrationUnit = "auto"
+) -> None:
+    """Print the cameras of a calibration: focal lengths, principal points, distortion, positions in metres."""
+    from zoosplat_flows import recording
+
+    with storage_errors(files[0]):
+        recording.show_cameras(recording.read(files, format, unit))
+
+
+@cameras_app.command("convert")
+def cameras_convert(
+    files: CalibrationFiles,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="HDF5 file to write.")],
+    format: CalibrationFormat = "auto",
+    unit: CalibrationUnit = "auto",
+) -> None:
+    """Write a calibration of any known format as HDF5, in metres."""
+    from zoosplat.calibration import write_hdf5
+    from zoosplat_flows import recording
+
+    with storage_errors(files[0]):
+        write_hdf5(recording.read(files, format, unit), out)
+    typer.echo(str(out))
+
+
+app.add_typer(config_app, name="config", rich_help_panel="Prepare")
+app.add_typer(cameras_app, name="cameras", rich_help_panel="Prepare")
+
+
+def main() -> None:
+    """Entry point of the `zoosplat` command."""
+    app()
+    sys.exit(0)

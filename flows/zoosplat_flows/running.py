@@ -1,0 +1,209 @@
+"""`zoosplat run` and `zoosplat demo`: checks the project's place, runs the flow and shows its progress."""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import io
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from zoosplat import stores
+from zoosplat.config import Experiment, read_config
+from zoosplat.errors import UserError
+from zoosplat.project import Project
+
+if TYPE_CHECKING:
+    from zoosplat_flows.pipeline import Event
+
+ANSWER_WITHIN_S = 25.0
+PLAIN_EVERY_S = 15.0
+PREFECT = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # The command shows progress and failures itself; Prefect's log would print each failure several times over.
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+}
+WORDS = {
+    "done": "[green]done",
+    "skipped": "[dim]skipped, was done",
+    "reused": "[green]reused",
+    "failed": "[red]failed",
+    "retrying": "[yellow]failed, trying again",
+    "started": "",
+}
+
+
+def check_place(url: str) -> None:
+    """Raise UserError, within half a minute, unless files can be written at a URL and read back."""
+    found: list[BaseException] = []
+    probe = stores.join(url, "_marks", f"probe-{os.getpid()}-{time.time_ns()}")
+
+    def attempt() -> None:
+        try:
+            stores.write_bytes(probe, b"zoosplat")
+            if stores.read_bytes(probe) != b"zoosplat":
+                raise UserError(f"{url}: what is written there reads back differently; use another place")
+            stores.delete(probe)
+        except BaseException as error:
+            found.append(error)
+
+    # In a thread that may be left behind: a server that accepts connections and is silent costs minutes of retries.
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(ANSWER_WITHIN_S)
+    if thread.is_alive():
+        where = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint") if stores.is_s3(url) else "the file system"
+        raise UserError(f"{url}: {where} does not answer; start the server or correct AWS_ENDPOINT_URL")
+    if found:
+        known = found[0] if isinstance(found[0], UserError) else stores.as_user_error(found[0], url)
+        if known is None and isinstance(found[0], OSError):
+            known = UserError(f"{url}: cannot be written ({found[0]}); use another place")
+        raise known or found[0]
+
+
+class Display:
+    """Progress of a pipeline: a bar a stage on a terminal, otherwise lines."""
+
+    def __init__(self, stages: list[str]) -> None:
+        self.console = Console()
+        self.lock = threading.Lock()
+        self.began: dict[str, float] = {}
+        self.printed: dict[str, float] = {}
+        columns = (
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.bars: dict[str, TaskID] = {
+            stage: self.progress.add_task(stage, total=None, start=False, note="[dim]waiting") for stage in stages
+        }
+
+    def __call__(self, event: Event) -> None:
+        with self.lock:
+            if event.state == "started":
+                self.began.setdefault(event.stage, time.monotonic())
+            (self._bar if self.console.is_terminal else self._line)(event)
+
+    def _bar(self, event: Event) -> None:
+        bar = self.bars[event.stage]
+        if event.state == "running":
+            self.progress.update(bar, completed=event.done, total=event.total, note=event.message)
+            return
+        if event.state == "started":
+            self.progress.start_task(bar)
+        elif event.state in ("done", "skipped", "reused"):
+            total = self.progress.tasks[bar].total or 1
+            self.progress.update(bar, completed=total, total=total)
+            self.progress.stop_task(bar)
+        elif event.state == "failed":
+            self.progress.stop_task(bar)
+        self.progress.update(bar, note=WORDS[event.state])
+
+    def _line(self, event: Event) -> None:
+        now = time.monotonic()
+        if event.state == "running":
+            if now - max(self.printed.get(event.stage, 0.0), self.began[event.stage]) > PLAIN_EVERY_S:
+                self.printed[event.stage] = now
+                typer.echo(f"{event.stage}: {event.done}/{event.total} {event.message}".rstrip())
+        elif event.state == "started":
+            typer.echo(f"{event.stage}: started")
+        else:
+            reason = event.message.splitlines()[-1] if event.state == "retrying" and event.message else ""
+            text = WORDS[event.state].partition("]")[2]
+            typer.echo(f"{event.stage}: {text} ({now - self.began[event.stage]:.1f} s) {reason}".rstrip())
+
+
+def headline(project: Project) -> list[str]:
+    """The means of the held-out and the observed cameras, a line each; none before evaluation."""
+    lines = []
+    for name, text in metrics_files(project):
+        rows = list(csv.DictReader(io.StringIO(text)))
+        for row in rows:
+            camera = row.get("camera", "")
+            if "mean" in camera.lower():
+                figures = [f"{k} {float(v):.3f}" for k, v in row.items() if k != "camera" and _is_number(v)]
+                lines.append(f"{name}, {camera}: {', '.join(figures)}")
+    return lines
+
+
+def metrics_files(project: Project) -> list[tuple[str, str]]:
+    """Split and text of each evaluation/metrics_<split>.csv."""
+    if project.read_mark("evaluate") is None:
+        return []
+    url = project.input_url("evaluate")
+    names = [n for n in stores.list_files(url) if n.startswith("metrics_") and n.endswith(".csv")]
+    return [(n[len("metrics_") : -len(".csv")], stores.read_bytes(stores.join(url, n)).decode()) for n in names]
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        return text is not None and float(text) == float(text)
+    except ValueError:
+        return False
+
+
+def run(
+    url: str,
+    experiment: Experiment,
+    from_stage: str | None,
+    until_stage: str | None,
+    force: list[str],
+    workers: int | None,
+) -> None:
+    """Write the configuration into the project and run the pipeline there."""
+    check_place(stores.normalize(url))
+    project = Project.at(url)
+    for key, value in PREFECT.items():
+        os.environ.setdefault(key, value)
+    console = Console(stderr=True)
+    with console.status("starting Prefect"):
+        from zoosplat_flows.pipeline import listening, pipeline, select, with_followers
+    stages = [spec.name for spec in select(from_stage, until_stage)]
+    with_followers(force)
+    project.write_experiment(experiment)
+    display = Display([*stages, "report"])
+    try:
+        with display.progress, listening(display):
+            results = pipeline(project.url, from_stage, until_stage, force, workers)
+    except KeyboardInterrupt:
+        typer.echo("zoosplat: stopped; finished work is kept, the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    except RuntimeError as error:
+        typer.echo(f"zoosplat: {error}\nzoosplat: finished work is kept; the same command tries again", err=True)
+        raise typer.Exit(1) from None
+    for line in headline(project):
+        typer.echo(line)
+    typer.echo(f"report: {results['report']}")
+
+
+def demo(url: str, frames: int, overrides: list[str], workers: int | None) -> None:
+    """Make the synthetic recording, beside the project's groups or in ./demo, and run the demo's configuration on it."""
+    from zoosplat.synthetic import make_recording
+
+    check_place(stores.normalize(url))
+    folder = (Path("demo") if stores.is_s3(url) else Path(stores.normalize(url))) / "recording"
+    made = folder / "truth.npz"
+    frames_of = folder / "frames.txt"
+    with suppress(FileNotFoundError):
+        if made.exists() and frames_of.read_text() == str(frames):
+            made = None  # type: ignore[assignment]
+    if made is not None:
+        with Console(stderr=True).status(f"filming {frames} frames of a synthetic animal"):
+            make_recording(folder, n_frames=frames)
+        frames_of.write_text(str(frames))
+    with importlib.resources.as_file(importlib.resources.files("zoosplat_flows") / "demo.yaml") as config:
+        experiment = read_config(str(config), [f"data.directory={folder.absolute()}", *overrides])
+    run(url, experiment, None, None, [], workers)

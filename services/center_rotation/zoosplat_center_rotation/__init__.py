@@ -1,0 +1,1 @@
+"""Stage center_rotation: see README.md beside this package."""

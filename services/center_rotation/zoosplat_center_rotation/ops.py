@@ -1,0 +1,140 @@
+"""Where the animal is and which way it heads: arrays in, arrays out (method: arXiv 2505.18342, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from zoosplat import geometry, visual_hull
+
+F64 = npt.NDArray[np.float64]
+Bool = npt.NDArray[np.bool_]
+
+
+def mask_medoid(mask: Bool) -> F64:
+    """Weighted median column and row of a mask [h, w]: [2] float64 (x, y), pixels; NaN where it is empty."""
+    out = np.full(2, np.nan)
+    for k, axis in enumerate((0, 1)):
+        cumulative = np.cumsum(mask.sum(axis=axis))
+        if cumulative[-1]:
+            out[k] = np.searchsorted(cumulative, cumulative[-1] / 2)
+    return out
+
+
+def rough_center(medoids: F64, intrinsics: F64, world_to_camera: F64) -> F64:
+    """Component-wise median of the triangulations of every pair of views.
+
+    Args:
+        medoids: [V, 2] pixels, NaN where a view's mask is empty.
+        intrinsics: [V, 3, 3].
+        world_to_camera: [V, 4, 4].
+
+    Returns:
+        [3] metres; NaN where fewer than two views see the animal.
+    """
+    seen = np.isfinite(medoids).all(axis=1)
+    if seen.sum() < 2:
+        return np.full(3, np.nan)
+    points = geometry.triangulate_pairs(medoids[seen], intrinsics[seen] @ world_to_camera[seen, :3])
+    points = points[np.isfinite(points).all(axis=1)]
+    return np.median(points, axis=0) if len(points) else np.full(3, np.nan)
+
+
+@dataclass(frozen=True)
+class FrameHull:
+    """Hull statistics of a frame: mean [3] m, covariance [3, 3] m^2 (NaN without a hull), voxels, shift [C, 2] px."""
+
+    mean: F64
+    cov: F64
+    n_voxels: int
+    shift: F64
+
+
+def frame_hull(
+    masks: Bool,
+    observed: list[int],
+    intrinsics: F64,
+    world_to_camera: F64,
+    axis: F64,
+    adaptive: bool,
+) -> FrameHull:
+    """Centre and spread of the visual hull in a cube round the rough centre.
+
+    Args:
+        masks: [C, h, w] of all cameras.
+        observed: cameras that carve.
+        intrinsics: [C, 3, 3], pixels of the masks.
+        world_to_camera: [C, 4, 4], metres.
+        axis: grid coordinates of the cube along each axis, metres.
+        adaptive: re-aim each principal point so that the triangulated medoid projects onto the view's medoid.
+    """
+    medoids = np.stack([mask_medoid(m) for m in masks])
+    center = rough_center(medoids[observed], intrinsics[observed], world_to_camera[observed])
+    nothing = FrameHull(np.full(3, np.nan), np.full((3, 3), np.nan), 0, np.zeros((len(masks), 2)))
+    if not np.isfinite(center).all():
+        return nothing
+    shift = np.zeros((len(masks), 2))
+    if adaptive:
+        pixels, _ = geometry.project(center, intrinsics, world_to_camera)
+        shift = np.nan_to_num(medoids - pixels)
+    aimed = intrinsics.copy()
+    aimed[:, :2, 2] += shift
+    cells = visual_hull.hull_indices(
+        masks[observed],
+        aimed[observed],
+        world_to_camera[observed],
+        (axis, axis, axis),
+        center,
+        0.0,
+        visual_hull.min_views(len(observed)),
+    )
+    if len(cells) < 4:
+        return nothing
+    points = axis[cells] + center
+    return FrameHull(points.mean(axis=0), np.cov(points.T, bias=True), len(cells), shift)
+
+
+def principal_axis(cov: F64) -> F64:
+    """Unit eigenvector [3] of the largest eigenvalue of a covariance [3, 3]."""
+    return np.asarray(np.linalg.eigh(cov)[1][:, -1])
+
+
+def headings(means: F64, covs: F64, valid: Bool) -> F64:
+    """Heading over time, radians about +z, continuous (unwrapped).
+
+    The axis of the body is the principal axis of each frame's hull. Its sign is carried from frame to frame: the
+    point mean + axis moves by the optimal-transport map between the two Gaussians, and the new axis takes the side on
+    which it lands. At last the whole track is turned round if it runs against the displacement.
+
+    Args:
+        means: [T, 3] metres.
+        covs: [T, 3, 3] metres^2.
+        valid: [T]; other frames are passed over.
+
+    Returns:
+        [T] float64; interpolated where not valid, constant beyond the ends.
+    """
+    at = np.flatnonzero(valid)
+    if not len(at):
+        return np.zeros(len(means))
+    axes = np.empty((len(at), 3))
+    axes[0] = principal_axis(covs[at[0]])
+    for i in range(1, len(at)):
+        carried = geometry.ot_map_gaussians(means[at[i - 1]], covs[at[i - 1]], means[at[i]], covs[at[i]]) @ axes[i - 1]
+        axis = principal_axis(covs[at[i]])
+        axes[i] = axis if axis @ carried >= 0 else -axis
+    forward = np.sum(axes[:-1, :2] * np.diff(means[at, :2], axis=0))
+    if forward < 0:
+        axes = -axes
+    angles = np.unwrap(np.arctan2(axes[:, 1], axes[:, 0]))
+    return np.interp(np.arange(len(means)), at, angles)
+
+
+def interpolate(values: F64, valid: Bool) -> F64:
+    """Values [T, ...] with invalid rows interpolated linearly in time, constant beyond the ends."""
+    flat = values.reshape(len(values), -1)
+    at = np.flatnonzero(valid)
+    out = np.stack([np.interp(np.arange(len(values)), at, flat[at, k]) for k in range(flat.shape[1])], axis=1)
+    return out.reshape(values.shape)

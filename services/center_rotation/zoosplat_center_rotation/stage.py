@@ -1,0 +1,82 @@
+"""Stage center_rotation: masks.zarr -> tracking.zarr."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from zoosplat import schema, stores, visual_hull
+from zoosplat.errors import UserError
+from zoosplat.stage import Context, Plan, Result, Shard, Stage, split
+from zoosplat_center_rotation import ops
+
+SMALL_HULL = 0.2  # of the median number of voxels: below, the views do not agree on where the animal is
+
+
+class CenterRotation(Stage):
+    """Find centre and heading of the animal in every frame."""
+
+    def prepare(self, ctx: Context) -> Plan:
+        masks, experiment = ctx.open_input("ingest"), ctx.experiment
+        n_frames, n_cameras = masks["mask"].shape[:2]
+        ell_m = experiment.center_rotation.ell * (masks.attrs["unit_m"] if experiment.unit == "normalized" else 1.0)
+        observed = list(experiment.observed_views(n_cameras))
+        attributes = {"ell_m": ell_m, "grid_size": experiment.center_rotation.grid_size, "observed": observed}
+        sizes = {"T": n_frames, "C": n_cameras}
+        schema.create(
+            ctx.project.output_url(self.name), "tracking.zarr", sizes, schema.SMALL_BLOCK, attributes
+        )
+        per_shard = max(1, experiment.scheduling.frames_per_shard // experiment.ingest.frame_jump)
+        return Plan(split(n_frames, per_shard, schema.SMALL_BLOCK), attributes)
+
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+        masks = ctx.open_input("ingest")
+        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+        intrinsics, world_to_camera = (schema.read(masks, key) for key in ("intrinsics", "world_to_camera"))
+        axis = visual_hull.grid_axis(plan.values["ell_m"], plan.values["grid_size"])
+        adaptive = ctx.experiment.adaptive_camera
+        mask = schema.array(masks, "mask")
+        read = mask.shards[0] if mask.shards else 1
+        for start in range(shard.start, shard.stop, schema.SMALL_BLOCK):
+            stop = min(start + schema.SMALL_BLOCK, shard.stop)
+            hulls = []
+            for first in range(start, stop, read):
+                for frame in np.asarray(mask[first : min(first + read, stop)]):
+                    hulls.append(
+                        ops.frame_hull(
+                            frame, plan.values["observed"], intrinsics, world_to_camera, axis, adaptive
+                        )
+                    )
+                    ctx.progress(start - shard.start + len(hulls), shard.stop - shard.start, "")
+            schema.write_block(group, "hull_mean", start, np.stack([h.mean for h in hulls]))
+            schema.write_block(group, "hull_cov", start, np.stack([h.cov for h in hulls]))
+            schema.write_block(group, "n_voxels", start, np.array([h.n_voxels for h in hulls]))
+            schema.write_block(group, "principal_shift", start, np.stack([h.shift for h in hulls]))
+        return Result(shard.stop - shard.start)
+
+    def finish(self, ctx: Context, plan: Plan) -> Result:
+        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+        means, covs, counts = (schema.read(group, key) for key in ("hull_mean", "hull_cov", "n_voxels"))
+        valid = np.isfinite(means).all(axis=1)
+        if valid.any():
+            valid &= counts >= SMALL_HULL * np.median(counts[valid])
+        if valid.sum() < 2:
+            raise UserError(
+                f"{ctx.project.output_url(self.name)}: no visual hull in {(~valid).sum()} of {len(valid)} frames: the "
+                "masks of the observed views do not meet; check calibration, its unit, data.up and center_rotation.ell"
+            )
+        for key, values in (
+            ("centers", ops.interpolate(means, valid)),
+            ("covs", ops.interpolate(covs, valid)),
+            ("angles", ops.headings(means, covs, valid)),
+            ("valid", valid),
+        ):
+            schema.array(group, key)[...] = values
+        lost = np.flatnonzero(~valid)
+        warnings = ()
+        if len(lost):
+            shown = ", ".join(map(str, lost[:10])) + (", ..." if len(lost) > 10 else "")
+            warnings = (f"no usable visual hull in {len(lost)} of {len(valid)} frames (kept frames {shown}): interpolated",)
+        return Result(warnings=warnings, figures={"invalid_frames": len(lost), "median_voxels": float(np.median(counts))})
+
+
+STAGE = CenterRotation("center_rotation")

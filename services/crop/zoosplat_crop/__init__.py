@@ -1,0 +1,1 @@
+"""Stage crop: see README.md beside this package."""

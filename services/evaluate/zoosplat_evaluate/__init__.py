@@ -1,0 +1,1 @@
+"""Stage evaluate: see README.md beside this package."""

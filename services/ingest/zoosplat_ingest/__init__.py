@@ -1,0 +1,1 @@
+"""Stage ingest: see README.md beside this package."""

@@ -1,0 +1,144 @@
+"""Stage ingest: mask videos and calibration -> masks.zarr."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from zoosplat import calibration, schema, stores, video
+from zoosplat.cameras import Cameras
+from zoosplat.config import Experiment
+from zoosplat.errors import UserError
+from zoosplat.stage import Context, Plan, Result, Shard, Stage, split
+from zoosplat_ingest import ops
+
+
+def _calibration_urls(experiment: Experiment) -> list[str]:
+    names = experiment.data.calibration
+    return [experiment.data.url(n) for n in ([names] if isinstance(names, str) else names)]
+
+
+def _read_bytes(url: str) -> bytes:
+    try:
+        return stores.read_bytes(url)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{url}: no such file; check data.calibration and data.up in the config") from None
+
+
+def _probe_all(experiment: Experiment) -> tuple[list[video.VideoInfo], list[str]]:
+    """Mask videos, after checking masks and RGB videos against each other; and warnings."""
+    data = experiment.data
+    names = [(kind, c, name) for kind, files in (("mask", data.masks), ("video", data.videos)) for c, name in enumerate(files)]
+    infos = [video.probe(data.url(name), f"{name} ({kind} of camera {c})") for kind, c, name in names]
+    first, warnings = infos[0], []
+    for info in infos:
+        if (info.width, info.height) != (first.width, first.height):
+            raise UserError(
+                f"{info.label}: {info.width} x {info.height} pixels, but {first.label} has {first.width} x {first.height}"
+            )
+        if abs(info.fps - first.fps) > 0.01 * max(first.fps, 1e-9):
+            warnings.append(f"{info.label}: {info.fps:g} frames/s, but {first.label} has {first.fps:g}")
+    lengths = [info.n_frames for info in infos]
+    short = infos[int(np.argmin(lengths))]
+    if min(lengths) != max(max(lengths), *(info.n_declared for info in infos)):
+        longest = infos[int(np.argmax([info.n_declared for info in infos]))]
+        what = f"{short.label} has {short.n_frames} frames, {longest.label} has {longest.n_declared}"
+        if short.n_frames < short.n_declared:
+            what = f"{short.label} is truncated: {short.n_frames} of its {short.n_declared} frames are there"
+        if experiment.ingest.on_short == "error":
+            raise UserError(f"{what}; export it again, or set ingest.on_short: truncate")
+        warnings.append(f"{what}; all are used up to frame {min(lengths)}")
+    return [dataclasses.replace(i, n_frames=min(lengths)) for i in infos[: len(data.masks)]], warnings
+
+
+class Ingest(Stage):
+    """Read mask videos and calibration into masks.zarr."""
+
+    def sources(self, experiment: Experiment) -> list[str]:
+        up = experiment.data.up
+        files = [experiment.data.url(name) for name in experiment.data.masks] + _calibration_urls(experiment)
+        return files + ([experiment.data.url(up)] if isinstance(up, str) and up != "auto" else [])
+
+    def prepare(self, ctx: Context) -> Plan:
+        experiment, data = ctx.experiment, ctx.experiment.data
+        infos, warnings = _probe_all(experiment)
+        width, height, n_video = infos[0].width, infos[0].height, infos[0].n_frames
+        cameras = calibration.read_cameras(
+            _calibration_urls(experiment),
+            format=data.calibration_format,
+            unit=data.calibration_unit,
+            names=data.camera_names,
+            open_bytes=_read_bytes,
+        )
+        experiment.check(len(cameras), width, height)
+        up = calibration.read_up(
+            data.url(data.up) if isinstance(data.up, str) and data.up != "auto" else data.up, cameras, _read_bytes
+        )
+        oriented, world = cameras.oriented(up)
+        centers = oriented.centers_m
+        d, jump = experiment.ingest.image_downsample, experiment.ingest.frame_jump
+        n_frames = -(-n_video // jump)
+        if experiment.ingest.max_frames is not None:
+            n_frames = min(n_frames, experiment.ingest.max_frames)
+        h, w, n_cameras = height // d, width // d, len(cameras)
+        block = schema.block_frames(n_cameras * h * w)
+        attributes = {
+            "camera_names": list(cameras.names),
+            "fps": data.fps or infos[0].fps or 25.0,
+            "frame_jump": jump,
+            "n_video_frames": n_video,
+            "image_downsample": d,
+            "full_width": w,
+            "full_height": h,
+            "unit_m": float(np.linalg.norm(centers - centers.mean(axis=0), axis=1).max()),
+            "world": world.to_json(),
+            "cameras": cameras.to_json(),
+        }
+        sizes = {"T": n_frames, "C": n_cameras, "h": h, "w": w}
+        group = schema.create(ctx.project.output_url(self.name), "masks.zarr", sizes, block, attributes)
+        small = oriented.downsampled(d)
+        schema.array(group, "intrinsics")[...] = small.intrinsics
+        schema.array(group, "world_to_camera")[...] = small.world_to_camera
+        schema.array(group, "frame")[...] = np.arange(n_frames) * jump
+        per_shard = max(1, experiment.scheduling.frames_per_shard // jump)
+        values = {"infos": [dataclasses.asdict(i) for i in infos], "block": block, "decoder": ops.decoder_version()}
+        return Plan(split(n_frames, per_shard, block), values, tuple(warnings))
+
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+        infos = [video.VideoInfo(**i) for i in plan.values["infos"]]
+        cameras = Cameras.from_json(dict(group.attrs["cameras"]))  # type: ignore[arg-type]
+        maps = [
+            cameras.undistort_maps(c, infos[c].width, infos[c].height) if cameras.distortion[c].any() else None
+            for c in range(len(cameras))
+        ]
+        ingest, block = ctx.experiment.ingest, plan.values["block"]
+        empty = np.zeros(len(cameras), int)
+        at = shard.start
+        for masks in ops.mask_blocks(
+            infos, maps, shard.start, shard.stop, ingest.frame_jump, ingest.image_downsample, block
+        ):
+            schema.write_block(group, "mask", at, masks)
+            schema.write_block(group, "box", at, ops.boxes(masks))
+            empty += (~masks.any(axis=(2, 3))).sum(axis=0)
+            at += len(masks)
+            ctx.progress(at - shard.start, shard.stop - shard.start, "")
+        return Result(shard.stop - shard.start, figures={f"empty_{shard.index}": empty.tolist()})
+
+    def finish(self, ctx: Context, plan: Plan) -> Result:
+        group = stores.open_group(ctx.project.output_url(self.name))
+        box = schema.read(group, "box")
+        empty = (box[..., 2] == 0).sum(axis=0)
+        warnings = []
+        for c, count in enumerate(empty):
+            label = plan.values["infos"][c]["label"]
+            if count == len(box):
+                raise UserError(f"{label}: the mask is empty in all {count} frames; make the masks again")
+            if count:
+                first = int(np.argmax(box[:, c, 2] == 0))
+                warnings.append(f"{label}: the mask is empty in {count} of {len(box)} frames, first at kept frame {first}")
+        return Result(warnings=tuple(warnings), figures={"empty_masks": [int(e) for e in empty]})
+
+
+STAGE = Ingest("ingest")

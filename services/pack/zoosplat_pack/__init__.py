@@ -1,0 +1,1 @@
+"""Stage pack: see README.md beside this package."""

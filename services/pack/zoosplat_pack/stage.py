@@ -1,0 +1,81 @@
+"""Stage pack: RGB videos, masks.zarr -> images.zarr."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+
+from zoosplat import schema, stores, video
+from zoosplat.cameras import Cameras
+from zoosplat.config import Experiment
+from zoosplat.stage import Context, Plan, Result, Shard, Stage, split
+from zoosplat_pack import ops
+
+
+class Pack(Stage):
+    """Read the RGB videos into windows round the animal."""
+
+    def sources(self, experiment: Experiment) -> list[str]:
+        return [experiment.data.url(name) for name in experiment.data.videos]
+
+    def prepare(self, ctx: Context) -> Plan:
+        masks, data = ctx.open_input("ingest"), ctx.experiment.data
+        infos = [video.probe(data.url(n), f"{n} (video of camera {c})") for c, n in enumerate(data.videos)]
+        full = int(masks.attrs["full_width"]), int(masks.attrs["full_height"])
+        size = full
+        if ctx.experiment.pack.window == "auto":
+            size = ops.window_size(schema.read(masks, "box"), full)
+        n_frames, n_cameras = masks["mask"].shape[:2]
+        block = schema.block_frames(n_cameras * size[0] * size[1] * 3)
+        copied = ("camera_names", "fps", "frame_jump", "image_downsample", "full_width", "full_height", "unit_m")
+        attributes = {key: masks.attrs[key] for key in copied}
+        sizes = {"T": n_frames, "C": n_cameras, "w": size[0], "h": size[1]}
+        group = schema.create(ctx.project.output_url(self.name), "images.zarr", sizes, block, attributes)
+        for key in ("intrinsics", "world_to_camera"):
+            schema.array(group, key)[...] = schema.read(masks, key)
+        jump = ctx.experiment.ingest.frame_jump
+        # Large shards, because the first frame of a shard costs decoding from the keyframe before it.
+        per_shard = max(1, ctx.experiment.scheduling.frames_per_shard // jump)
+        values = {"infos": [dataclasses.asdict(i) for i in infos], "block": block, "size": size}
+        return Plan(split(n_frames, per_shard, block), values)
+
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+        masks = ctx.open_input("ingest")
+        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+        infos = [video.VideoInfo(**i) for i in plan.values["infos"]]
+        cameras = Cameras.from_json(masks.attrs["cameras"])
+        jump, d = int(masks.attrs["frame_jump"]), int(masks.attrs["image_downsample"])
+        full = int(masks.attrs["full_width"]), int(masks.attrs["full_height"])
+        width, height = plan.values["size"]
+        maps = [
+            cameras.undistort_maps(c, infos[c].width, infos[c].height) if cameras.distortion[c].any() else None
+            for c in range(len(cameras))
+        ]
+        readers = [video.read_frames(i, shard.start * jump, (shard.stop - 1) * jump + 1, jump) for i in infos]
+        mask, box = schema.array(masks, "mask"), schema.array(masks, "box")
+        with ThreadPoolExecutor(min(len(infos), cv2.getNumberOfCPUs())) as pool:
+            for start in range(shard.start, shard.stop, plan.values["block"]):
+                stop = min(start + plan.values["block"], shard.stop)
+                whole = np.asarray(mask[start:stop])
+                origins = ops.window_origins(np.asarray(box[start:stop]), (width, height), full)
+
+                def windows(c: int, whole: ops.Bool = whole, origins: ops.I32 = origins) -> tuple[object, object]:
+                    frames = (video.planes(next(readers[c])) for _ in range(len(whole)))
+                    return ops.read_windows(frames, whole[:, c], origins[:, c], (width, height), d, maps[c])
+
+                rgb, small = zip(*pool.map(windows, range(len(infos))), strict=True)
+                schema.write_block(group, "rgb", start, np.stack(rgb, axis=1))
+                schema.write_block(group, "mask", start, np.stack(small, axis=1))
+                schema.write_block(group, "origin", start, origins)
+                ctx.progress(stop - shard.start, shard.stop - shard.start, "")
+        return Result(shard.stop - shard.start)
+
+    def finish(self, ctx: Context, plan: Plan) -> Result:
+        width, height = plan.values["size"]
+        return Result(figures={"window": [int(width), int(height)]})
+
+
+STAGE = Pack("pack")

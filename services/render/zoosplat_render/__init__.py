@@ -1,0 +1,1 @@
+"""Stage render: see README.md beside this package."""

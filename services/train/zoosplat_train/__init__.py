@@ -1,0 +1,1 @@
+"""Stage train: see README.md beside this package."""

@@ -1,0 +1,10 @@
+"""Errors that a user can mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input, configuration or storage: one clear line that names the file, camera, frame or key and what to do.
+
+    Every entry point prints it without a traceback and exits with status 2.
+    """

@@ -1,0 +1,107 @@
+"""Pictures and films as bytes, ready to be stored anywhere: PNG through OpenCV, H.264 in MP4 through PyAV."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+Picture = npt.NDArray[np.uint8]  # [h, w, 3], R, G, B
+
+
+def to_uint8(rgb: npt.ArrayLike) -> Picture:
+    """Picture [..., 3] uint8 of colours 0 to 1 (float, clamped)."""
+    values = np.asarray(rgb, dtype=np.float32)
+    return np.asarray(np.rint(values.clip(0, 1) * 255), dtype=np.uint8)
+
+
+def encode_png(picture: Picture) -> bytes:
+    """PNG file of a picture [h, w, 3] uint8 RGB."""
+    import cv2
+
+    ok, data = cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))
+    if not ok:
+        raise ValueError(f"cannot encode a picture of shape {picture.shape} as PNG")
+    return bytes(data)
+
+
+def encode_mp4(pictures: Iterable[Picture], fps: float) -> bytes:
+    """MP4 file (H.264, yuv420p, BT.709) of pictures [h, w, 3] uint8 RGB of one size.
+
+    Odd sizes get a white column or row more: yuv420p has even ones. Pictures are taken from the iterable one by one.
+
+    Raises:
+        ValueError: no pictures, or pictures of different sizes.
+    """
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    data = io.BytesIO()
+    size: tuple[int, int] | None = None
+    with av.open(data, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
+        for picture in pictures:
+            height, width = picture.shape[:2]
+            if size is None:
+                size = height, width
+                stream.width, stream.height = width + width % 2, height + height % 2
+                stream.pix_fmt = "yuv420p"
+                # One thread: the bytes do not depend on the machine's cores.
+                stream.options = {"crf": "18", "preset": "medium", "threads": "1"}
+                context = stream.codec_context
+                context.colorspace = context.color_primaries = context.color_trc = 1
+                context.color_range = 1
+            elif size != (height, width):
+                raise ValueError(f"a film of {size[1]} x {size[0]} px got a picture of {width} x {height} px")
+            even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
+            frame = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                src_color_range=ColorRange.JPEG,
+                dst_color_range=ColorRange.MPEG,
+            )
+            file.mux(stream.encode(frame))
+        if size is None:
+            raise ValueError("a film needs at least one picture")
+        file.mux(stream.encode(None))
+    return data.getvalue()
+
+
+def zoom_matrix(box: Sequence[float], width: int, height: int) -> npt.NDArray[np.float64]:
+    """The enlargement that fits a box into the middle of a picture, as a matrix on pixels.
+
+    Args:
+        box: x0, y0, x1, y1 in pixels, covering the pixels x0 to x1 - 1; pixel centres are whole numbers.
+        width: of the new picture.
+        height: likewise.
+
+    Returns:
+        [3, 3] float64 that takes (x, y, 1) of the old picture to the new one; times K, it is the K of the new one.
+    """
+    x0, y0, x1, y1 = box
+    scale = min(width / (x1 - x0), height / (y1 - y0))
+    # The middle of pixels x0 .. x1 - 1 lies at (x0 + x1 - 1) / 2.
+    dx = (width - 1) / 2 - scale * (x0 + x1 - 1) / 2
+    dy = (height - 1) / 2 - scale * (y0 + y1 - 1) / 2
+    return np.array([[scale, 0, dx], [0, scale, dy], [0, 0, 1]])
+
+
+def zoom(picture: Picture, box: Sequence[float], width: int, height: int) -> Picture:
+    """A box of a picture, enlarged (bilinear) into the middle of a new picture of the given size; white around it."""
+    import cv2
+
+    matrix = zoom_matrix(box, width, height)[:2]
+    white = (255.0, 255.0, 255.0)
+    enlarged = cv2.warpAffine(np.ascontiguousarray(picture), matrix, (width, height), borderValue=white)
+    return np.asarray(enlarged, dtype=np.uint8)
+
+
+def side_by_side(pictures: Sequence[Picture], gap: int = 4) -> Picture:
+    """Pictures of one height beside each other, `gap` grey columns between them."""
+    height = pictures[0].shape[0]
+    line = np.full((height, gap, 3), 128, dtype=np.uint8)
+    parts = [part for picture in pictures for part in (line, picture)][1:]
+    return np.concatenate(parts, axis=1)

@@ -1,0 +1,115 @@
+"""Where each group, file and mark of an experiment lives, and which of them are complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import zarr
+
+from zoosplat import stores
+from zoosplat.config import Experiment
+from zoosplat.errors import UserError
+from zoosplat.pipeline import STAGES, StageSpec
+
+Mark = dict[str, Any]
+
+
+def settings_of(spec: StageSpec, experiment: Experiment) -> dict[str, Any]:
+    """The part of a configuration that determines a stage's result, as plain JSON values."""
+    whole = experiment.model_dump(mode="json")
+    chosen: dict[str, Any] = {}
+    for key in spec.config:
+        value: Any = whole
+        for part in key.lstrip("-").split("."):
+            value = value[part]
+        if key.startswith("-"):
+            section, leaf = key[1:].split(".")
+            chosen[section] = {k: v for k, v in chosen[section].items() if k != leaf}
+        else:
+            chosen[key] = value
+    return chosen
+
+
+def digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Project:
+    """An experiment's folder or S3 prefix.
+
+    Layout: `experiment.yaml`, the groups and folders that the stages write (see `zoosplat.pipeline`),
+    `report/`, and `_marks/` with a plan, shard marks and one success mark a stage.
+    """
+
+    url: str
+    _opened: dict[str, zarr.Group] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def at(cls, url: str) -> Project:
+        return cls(stores.normalize(url))
+
+    def path(self, *parts: str) -> str:
+        return stores.join(self.url, *parts)
+
+    # -- configuration ------------------------------------------------------------------------------------------
+    def read_experiment(self) -> Experiment:
+        """Raises UserError when the project holds no experiment.yaml."""
+        try:
+            text = stores.read_bytes(self.path("experiment.yaml")).decode()
+        except FileNotFoundError:
+            raise UserError(f"{self.url}: no experiment.yaml; start with `zoosplat run CONFIG --project URL`") from None
+        return Experiment.from_yaml(text)
+
+    def write_experiment(self, experiment: Experiment) -> None:
+        stores.write_bytes(self.path("experiment.yaml"), experiment.to_yaml().encode())
+
+    # -- marks --------------------------------------------------------------------------------------------------
+    def mark_url(self, stage: str) -> str:
+        return self.path("_marks", f"{stage}.json")
+
+    def plan_url(self, stage: str) -> str:
+        return self.path("_marks", stage, "plan.json")
+
+    def shard_mark_url(self, stage: str, index: int, count: int) -> str:
+        return self.path("_marks", stage, f"shard-{index:05d}-of-{count:05d}.json")
+
+    def read_mark(self, stage: str) -> Mark | None:
+        """A stage's success mark: the last thing it writes."""
+        return stores.read_json(self.mark_url(stage))
+
+    # -- groups -------------------------------------------------------------------------------------------------
+    def output_url(self, stage: str) -> str:
+        """Where a stage writes."""
+        return self.path(STAGES[stage].writes)
+
+    def input_url(self, stage: str, experiment: Experiment | None = None) -> str:
+        """Where a finished stage's output can be read: here, or in the project it is reused from.
+
+        Args:
+            stage: the stage that wrote it.
+            experiment: when given, the output must have been made with this configuration.
+
+        Raises:
+            UserError: the stage has not finished, or its configuration has changed since.
+        """
+        mark = self.read_mark(stage)
+        spec = STAGES[stage]
+        if mark is None:
+            raise UserError(f"{self.output_url(stage)} is not complete; run stage {stage} first")
+        if experiment is not None:
+            now = json.loads(json.dumps(settings_of(spec, experiment)))
+            changed = sorted(k for k in now if now[k] != mark["settings"].get(k, now))
+            if changed or mark["version"] != spec.version:
+                what = ", ".join(changed) or "the version of the stage"
+                raise UserError(f"{self.output_url(stage)} was made before {what} changed; run stage {stage} again")
+        return str(mark.get("location") or self.output_url(stage))
+
+    def open_input(self, stage: str, experiment: Experiment | None = None) -> zarr.Group:
+        """A finished stage's zarr group, for reading. Raises UserError as `input_url`."""
+        if stage not in self._opened:
+            self._opened[stage] = stores.open_group(self.input_url(stage, experiment))
+        return self._opened[stage]

@@ -1,0 +1,163 @@
+"""What each zarr group holds: arrays, dimensions, types, units; how time is cut into storage blocks.
+
+Dimensions: T kept frames, C cameras, h x w working pixels (images: window pixels), n grid points an axis,
+S shards of work. Arrays with a T axis that shards write are cut there every `block` frames; image arrays are
+zarr shards of `block` frames with one chunk a frame. All are zstd-compressed with a crc32c on every chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
+
+from zoosplat import stores
+from zoosplat.errors import UserError
+
+BLOCK_BYTES = 48 << 20  # upper bound of what a writer holds of one array; also a good object size on S3
+SMALL_BLOCK = 64
+
+Layout = Literal["sharded", "blocks", "per_shard", "whole"]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array: its dimensions by name, dtype, unit, meaning and layout.
+
+    Layouts: `sharded` (zarr shards of `block` frames, a chunk a frame), `blocks` (chunks of `block` frames), `per_shard`
+    (a chunk for each shard of work, first axis S), `whole` (one chunk, written when the stage finishes).
+    """
+
+    dims: tuple[str | int, ...]
+    dtype: str
+    unit: str
+    meaning: str
+    layout: Layout
+
+
+GROUPS: dict[str, dict[str, ArraySpec]] = {
+    "masks.zarr": {
+        "mask": ArraySpec(("T", "C", "h", "w"), "bool", "", "animal, undistorted, working resolution", "sharded"),
+        "box": ArraySpec(("T", "C", 4), "int32", "px", "x0, y0, x1, y1 (exclusive) of the mask; zeros if empty", "blocks"),
+        "frame": ArraySpec(("T",), "int64", "frames", "index in the video", "whole"),
+        "intrinsics": ArraySpec(("C", 3, 3), "float64", "px", "working resolution, whole frame, undistorted", "whole"),
+        "world_to_camera": ArraySpec(("C", 4, 4), "float64", "m", "oriented world: +z up, origin at mean camera", "whole"),
+    },
+    "tracking.zarr": {
+        "hull_mean": ArraySpec(("T", 3), "float64", "m", "mean of the hull voxels; NaN without a hull", "blocks"),
+        "hull_cov": ArraySpec(("T", 3, 3), "float64", "m^2", "covariance of the hull voxels; NaN without", "blocks"),
+        "n_voxels": ArraySpec(("T",), "int64", "", "hull voxels", "blocks"),
+        "principal_shift": ArraySpec(("T", "C", 2), "float64", "px", "added to (cx, cy); 0 unless adaptive", "blocks"),
+        "centers": ArraySpec(("T", 3), "float64", "m", "animal centre, interpolated where not valid", "whole"),
+        "covs": ArraySpec(("T", 3, 3), "float64", "m^2", "covariance, interpolated where not valid", "whole"),
+        "angles": ArraySpec(("T",), "float64", "rad", "heading about +z, continuous over time", "whole"),
+        "valid": ArraySpec(("T",), "bool", "", "whether the frame has a hull", "whole"),
+    },
+    "crop.zarr": {
+        "counts": ArraySpec(("S", 3, "n"), "int64", "", "hull voxels per grid index and axis, by shard", "per_shard"),
+        "marginals": ArraySpec((3, "n"), "int64", "", "the counts summed over shards", "whole"),
+        "volume_idx": ArraySpec((3, 2), "int64", "", "index range kept along x, y, z", "whole"),
+    },
+    "images.zarr": {
+        "rgb": ArraySpec(("T", "C", "h", "w", 3), "uint8", "", "window, white away from the animal", "sharded"),
+        "mask": ArraySpec(("T", "C", "h", "w"), "bool", "", "window", "sharded"),
+        "origin": ArraySpec(("T", "C", 2), "int32", "px", "x, y of the window's corner in the whole frame", "blocks"),
+        "intrinsics": ArraySpec(("C", 3, 3), "float64", "px", "whole frame, as in masks.zarr", "whole"),
+        "world_to_camera": ArraySpec(("C", 4, 4), "float64", "m", "as in masks.zarr", "whole"),
+    },
+}
+
+
+def block_frames(bytes_per_frame: int) -> int:
+    """Frames in a storage block: a power of two, at most 64, of at most `BLOCK_BYTES`."""
+    block = SMALL_BLOCK
+    while block > 1 and block * bytes_per_frame > BLOCK_BYTES:
+        block //= 2
+    return block
+
+
+def create(url: str, name: str, sizes: dict[str, int], block: int, attributes: dict[str, Any]) -> zarr.Group:
+    """Create an empty group of a known kind in place of whatever is at `url`.
+
+    Args:
+        url: where.
+        name: key of `GROUPS`.
+        sizes: length of every named dimension.
+        block: frames in a storage block.
+        attributes: JSON values, deterministic (no times: groups of equal input are equal byte for byte).
+    """
+    group = stores.create_group(url, {**attributes, "block": block})
+    for key, spec in GROUPS[name].items():
+        shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.dims)
+        chunks = [max(1, n) for n in shape]
+        shards: tuple[int, ...] | None = None
+        if spec.layout == "sharded":
+            chunks[0] = 1
+            shards = (block, *chunks[1:])
+        elif spec.layout == "blocks":
+            chunks[0] = block
+        elif spec.layout == "per_shard":
+            chunks[0] = 1
+        fill: Any = float("nan") if np.dtype(spec.dtype).kind == "f" else 0
+        group.create_array(
+            key,
+            shape=shape,
+            dtype=spec.dtype,
+            chunks=tuple(chunks),
+            shards=shards,
+            fill_value=fill,
+            compressors=[ZstdCodec(level=3), Crc32cCodec()],
+            filters=None,
+            dimension_names=[d if isinstance(d, str) else None for d in spec.dims],
+            attributes={"unit": spec.unit, "meaning": spec.meaning},
+        )
+    return group
+
+
+def array(group: zarr.Group, key: str) -> zarr.Array[Any]:
+    """An array of a group, typed."""
+    found = group[key]
+    if not isinstance(found, zarr.Array):
+        raise UserError(f"{group.store_path}: {key} is not an array")
+    return found
+
+
+def read(group: zarr.Group, key: str) -> Any:
+    """A whole array as numpy."""
+    return np.asarray(array(group, key)[...])
+
+
+def write_block(group: zarr.Group, key: str, start: int, values: Any) -> None:
+    """Write whole storage blocks, one put each.
+
+    Args:
+        group: open for writing.
+        key: array name.
+        start: first index along axis 0, a multiple of the array's block.
+        values: numpy array that ends on a block boundary or at the end of the array.
+    """
+    target = array(group, key)
+    step = (target.shards or target.chunks)[0]
+    stop = start + len(values)
+    if start % step or (stop % step and stop != target.shape[0]):
+        raise ValueError(f"{key}[{start}:{stop}] is not whole blocks of {step}")
+    for i in range(start, stop, step):
+        if target.shards is not None:
+            # zarr merges what it writes into a shard that is there: a damaged one would fail every later write.
+            key_of_shard = target.metadata.encode_chunk_key((i // step,) + (0,) * (target.ndim - 1))
+            sync((target.store_path / key_of_shard).delete())
+        target[i : min(i + step, stop)] = values[i - start : min(i + step, stop) - start]
+
+
+def validate(group: zarr.Group, name: str, where: str) -> None:
+    """Raise UserError unless a group has the arrays, types and ranks of its kind."""
+    for key, spec in GROUPS[name].items():
+        if key not in group:
+            raise UserError(f"{where}: array {key} is missing; remove the group and run its stage again")
+        found = array(group, key)
+        if found.dtype != np.dtype(spec.dtype) or found.ndim != len(spec.dims):
+            raise UserError(f"{where}: array {key} is {found.dtype} {found.shape}, expected {spec.dtype} {spec.dims}")

@@ -1,0 +1,241 @@
+"""Reading videos frame by frame with PyAV, without ever misaligning a frame; YUV planes stay planes.
+
+Colour conversion happens after cropping and area averaging (both commute with the linear YUV to RGB map), so a frame
+costs little more than its decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from zoosplat import stores
+from zoosplat.errors import UserError
+
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+# (Kr to R, Ku to G, Kv to G, Kb to B) for full-range chroma in -0.5 .. 0.5: ITU-R BT.601 and BT.709.
+_MATRIX = {601: (1.402, -0.344136, -0.714136, 1.772), 709: (1.5748, -0.187324, -0.468124, 1.8556)}
+_BT709 = 1  # AVCOL_SPC_BT709
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video's container says.
+
+    Attributes:
+        url: where it is.
+        label: how to name it in messages, such as `videos/3.mp4 (camera 3)`.
+        width, height: pixels.
+        n_frames: frames whose bytes are all there.
+        n_declared: frames that the container declares; more than `n_frames` in a truncated file.
+        fps: mean frame rate, 1/s.
+        step: ticks between frames where all are equally far apart (then seeking is exact), else None.
+    """
+
+    url: str
+    label: str
+    width: int
+    height: int
+    n_frames: int
+    n_declared: int
+    fps: float
+    step: float | None
+
+
+def probe(url: str, label: str) -> VideoInfo:
+    """Read a video's header and index, decoding nothing.
+
+    Raises:
+        UserError: missing, empty or unreadable file, no video stream, or no frames.
+    """
+    try:
+        n_bytes = stores.size(url)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{label}: no such file: {url}; check data.directory and the names in data") from None
+    if n_bytes == 0:
+        raise UserError(f"{label}: the file is empty: {url}; copy or export it again")
+    try:
+        with stores.open_read(url) as file, av.open(file) as container:
+            if not container.streams.video:
+                raise UserError(f"{label}: no video stream in {url}")
+            stream = container.streams.video[0]
+            entries = [(e.timestamp, e.pos + e.size) for e in stream.index_entries]
+            if not entries or (stream.frames and len(entries) != stream.frames):
+                # No complete index in the container: one pass over the packets, still without decoding.
+                entries = sorted((p.dts or 0, 0) for p in container.demux(stream) if p.size)
+            ticks = np.array([t for t, _ in entries], dtype=np.float64)
+            there = sum(end <= n_bytes for _, end in entries)
+            step = float(ticks[-1] - ticks[0]) / (len(ticks) - 1) if len(ticks) > 1 else None
+            even = step and np.abs(ticks - ticks[0] - step * np.arange(len(ticks))).max() < 0.45 * step
+            size = stream.width, stream.height
+            rate = float(stream.average_rate or 0)
+    except av.FFmpegError as error:
+        raise UserError(f"{label}: not a readable video ({error.strerror}): {url}; export it again") from None
+    if not there or not all(size):
+        raise UserError(f"{label}: holds no frames: {url}; export it again")
+    return VideoInfo(url, label, *size, there, len(entries), rate, step if even else None)
+
+
+def read_frames(info: VideoInfo, start: int, stop: int, jump: int = 1) -> Iterator[av.VideoFrame]:
+    """Frames `start`, `start + jump`, ... below `stop` of a video, by one pass from the keyframe before `start`.
+
+    Raises:
+        UserError: a frame that cannot be decoded, with its number.
+    """
+    at = 0
+    try:
+        with stores.open_read(info.url) as file, av.open(file) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.options = {"err_detect": "explode"}
+            stream.codec_context.thread_count = 1  # cameras are decoded in parallel instead
+            first = stream.start_time or 0
+            seeking = start > 0 and info.step is not None
+            if seeking:
+                container.seek(int(first + (start - 0.5) * (info.step or 0)), stream=stream)
+            for frame in container.decode(stream):
+                if seeking and frame.pts is not None:
+                    at = round((frame.pts - first) / (info.step or 1))
+                    if at > start:
+                        raise UserError(f"{info.label}: frame {start} cannot be reached by seeking; re-encode the video")
+                    seeking = False
+                if frame.is_corrupt:
+                    raise UserError(f"{info.label}: frame {at} is corrupt in {info.url}; export the video again")
+                if at >= stop:
+                    return
+                if at >= start and (at - start) % jump == 0:
+                    yield frame
+                at += 1
+    except av.FFmpegError as error:
+        raise UserError(
+            f"{info.label}: frame {at} cannot be decoded ({error.strerror}) in {info.url}; export the video again"
+        ) from None
+    if at < stop:
+        raise UserError(f"{info.label}: ends at frame {at} of {info.n_declared} in {info.url}; export the video again")
+
+
+def _plane(frame: av.VideoFrame, index: int) -> U8:
+    plane = frame.planes[index]
+    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+
+
+@dataclass(frozen=True)
+class Planes:
+    """One frame as planes: luma [H, W], chroma [H/s, W/s] each, and how to turn them to RGB."""
+
+    y: U8
+    u: U8 | None
+    v: U8 | None
+    full_range: bool
+    matrix: int
+
+    @property
+    def black(self) -> int:
+        return 0 if self.full_range else 16
+
+    @property
+    def white(self) -> int:
+        return 255 if self.full_range else 235
+
+
+def planes(frame: av.VideoFrame) -> Planes:
+    """Planes of a frame of any pixel format (8-bit 4:2:0 and grey as they are, others through 4:4:4)."""
+    name = frame.format.name
+    matrix = 709 if int(frame.colorspace) == _BT709 else 601
+    if name.startswith("gray") and len(frame.format.components) == 1:
+        grey = frame if name == "gray" else frame.reformat(format="gray")
+        return Planes(_plane(grey, 0), None, None, name == "gray" or frame.color_range == 2, matrix)
+    if name not in ("yuv420p", "yuvj420p"):
+        frame = frame.reformat(format="yuv444p", dst_color_range="MPEG")
+        name, matrix = "yuv444p", matrix if frame.colorspace != 0 else 601
+    full = name == "yuvj420p" or (name == "yuv420p" and frame.color_range == 2)
+    return Planes(_plane(frame, 0), _plane(frame, 1), _plane(frame, 2), full, matrix)
+
+
+def _area(image: Any, width: int, height: int) -> Any:
+    if image.shape[1] == width and image.shape[0] == height:
+        return image
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def luma_mask(
+    frame: Planes, downsample: int, maps: tuple[F32, F32] | None = None
+) -> npt.NDArray[np.bool_]:
+    """Binary mask from a grey 0/255 frame: undistorted, area-averaged, then >= 0.5.
+
+    Args:
+        frame: planes, luma [H, W].
+        downsample: integer factor d that divides H and W.
+        maps: x and y of the distorted picture for every undistorted pixel, each [H, W] float32, or None.
+
+    Returns:
+        [H/d, W/d] bool.
+    """
+    y = frame.y
+    if maps is not None:
+        y = cv2.remap(y, *maps, interpolation=cv2.INTER_LINEAR, borderValue=(frame.black,))  # type: ignore[assignment]
+    h, w = y.shape
+    small = _area(y, w // downsample, h // downsample)
+    return np.asarray(small >= np.uint8(np.ceil((frame.black + frame.white) / 2)))
+
+
+def window_rgb(
+    frame: Planes,
+    origin: tuple[int, int],
+    size: tuple[int, int],
+    downsample: int,
+    maps: tuple[F32, F32] | None = None,
+) -> U8:
+    """A window of a frame as RGB: undistorted and area-averaged.
+
+    Args:
+        frame: planes of the whole frame at full resolution.
+        origin: x, y of the window's corner in working (downsampled) pixels.
+        size: width, height of the window in working pixels.
+        downsample: integer factor d.
+        maps: as in `luma_mask`.
+
+    Returns:
+        [height, width, 3] uint8.
+    """
+    d, (x, y), (w, h) = downsample, origin, size
+    rows, cols = slice(y * d, (y + h) * d), slice(x * d, (x + w) * d)
+
+    def sample(plane: U8, subsampling: int) -> F32:
+        if maps is not None:
+            # The centre of chroma sample k lies between luma samples 2k and 2k + 1.
+            mx, my = ((m[rows, cols] + np.float32(0.5)) / subsampling - np.float32(0.5) for m in maps)
+            part: Any = cv2.remap(plane, mx, my, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        elif subsampling == 1 or d % 2 == 0:
+            s = subsampling
+            part = plane[rows.start // s : rows.stop // s, cols.start // s : cols.stop // s]
+        else:
+            part = _upsampled(plane, rows, cols)
+        return _area(part, w, h).astype(np.float32)  # type: ignore[no-any-return]
+
+    scale = np.float32(255.0 / (frame.white - frame.black))
+    luma = (sample(frame.y, 1) - frame.black) * scale
+    if frame.u is None or frame.v is None:
+        rgb = np.repeat(luma[..., None], 3, axis=-1)
+    else:
+        s = 1 if frame.u.shape == frame.y.shape else 2
+        chroma = np.float32(1.0 if frame.full_range else 255.0 / 224.0)
+        u, v = ((sample(p, s) - 128) * chroma for p in (frame.u, frame.v))
+        r_v, g_u, g_v, b_u = (np.float32(k) for k in _MATRIX[frame.matrix])
+        rgb = np.stack([luma + r_v * v, luma + g_u * u + g_v * v, luma + b_u * u], axis=-1)
+    return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
+
+
+def _upsampled(plane: U8, rows: slice, cols: slice) -> Any:
+    """Region of a half-size chroma plane at luma resolution, with a margin so that its border interpolates right."""
+    y0, y1 = max(0, rows.start // 2 - 1), min(plane.shape[0], -(-rows.stop // 2) + 1)
+    x0, x1 = max(0, cols.start // 2 - 1), min(plane.shape[1], -(-cols.stop // 2) + 1)
+    big = cv2.resize(plane[y0:y1, x0:x1], (2 * (x1 - x0), 2 * (y1 - y0)), interpolation=cv2.INTER_LINEAR)
+    return big[rows.start - 2 * y0 : rows.stop - 2 * y0, cols.start - 2 * x0 : cols.stop - 2 * x0]

@@ -1,0 +1,162 @@
+"""Checkpoints of a training: written whole under a new name, then pointed to, so that no crash loses the last one.
+
+    model/checkpoints/step-XXXXXXXX.safetensors    weights, Adam's moments, progress as JSON in the header
+    model/latest.json, model/best.json             which of them; replaced atomically after the file is there
+
+Nothing is pickled. No random state is kept: the order of frames is a function of seed and epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from zoosplat import stores
+from zoosplat.errors import UserError
+from zoosplat.project import Project
+
+Pointer = Literal["latest", "best"]
+
+
+@dataclass
+class Progress:
+    """Where a training stands.
+
+    Attributes:
+        epoch: running epoch, from 0.
+        position: frames of it that are done.
+        step: optimiser steps done.
+        seconds: spent so far, over all resumptions.
+        sums: of the running epoch's training losses, by name, and "frames".
+        history: a row for each finished epoch: epoch, step, seconds, train and valid figures.
+        best: lowest validation loss so far; None before the first validation.
+        best_step: the checkpoint that has it.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: float | None = None
+    best_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read: weights, Adam's state by parameter name (`exp_avg`, `exp_avg_sq`, `step`), progress."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+    progress: Progress
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}.safetensors"
+
+
+def _folder(project: Project) -> str:
+    return stores.join(project.output_url("train"), "checkpoints")
+
+
+def _pointer_url(project: Project, pointer: Pointer) -> str:
+    return stores.join(project.output_url("train"), f"{pointer}.json")
+
+
+def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """An optimiser's state by the names of the parameters."""
+    return {
+        name: {k: torch.as_tensor(v) for k, v in optimizer.state[p].items()}
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+    }
+
+
+def restore_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]
+) -> None:
+    """Put back what `named_state` gave, on the parameters' devices (Adam's step counts stay where they were)."""
+    for name, p in model.named_parameters():
+        if name in state:
+            optimizer.state[p] = {k: v if k == "step" and not p.is_cuda else v.to(p.device) for k, v in state[name].items()}
+
+
+def save(
+    project: Project,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    is_best: bool,
+    keep_last: int,
+) -> None:
+    """Write a checkpoint, move the pointers, then delete those that are neither best nor among the last `keep_last`.
+
+    With `is_best`, `progress.best_step` must be the running step.
+    """
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for name, state in named_state(model, optimizer).items():
+        tensors.update({f"optimizer.{k}.{name}": v for k, v in state.items()})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    header = {"progress": json.dumps(asdict(progress), sort_keys=True)}
+    name = _name(progress.step)
+    stores.write_bytes(stores.join(_folder(project), name), safetensors.torch.save(tensors, header))
+    pointer = {"checkpoint": name, "step": progress.step, "epoch": progress.epoch, "valid_loss": progress.best}
+    if is_best:
+        stores.write_json(_pointer_url(project, "best"), pointer)
+    stores.write_json(_pointer_url(project, "latest"), pointer)
+
+    names = [n for n in stores.list_files(_folder(project)) if n.endswith(".safetensors")]
+    kept = {n for n in names if n <= name}
+    kept = set(sorted(kept)[-keep_last:])
+    if progress.best_step is not None:
+        kept.add(_name(progress.best_step))
+    for other in names:
+        if other not in kept:
+            stores.delete(stores.join(_folder(project), other))
+
+
+def load(project: Project, pointer: Pointer) -> Checkpoint | None:
+    """The checkpoint that a pointer names, on the CPU; None where nothing has been saved.
+
+    Raises:
+        UserError: the pointer or the checkpoint is damaged or missing.
+    """
+    url = _pointer_url(project, pointer)
+    try:
+        found = stores.read_json(url)
+        if found is None:
+            return None
+        url = stores.join(_folder(project), str(found["checkpoint"]))
+        return _parse(stores.read_bytes(url))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, struct.error, safetensors.SafetensorError) as error:
+        raise UserError(f"{url}: damaged checkpoint ({error}); run stage train again with --force") from None
+
+
+def _parse(data: bytes) -> Checkpoint:
+    tensors = safetensors.torch.load(data)
+    # The bytes interface of safetensors gives no access to the header: 8 bytes of length, then JSON.
+    (length,) = struct.unpack("<Q", data[:8])
+    metadata: dict[str, Any] = json.loads(data[8 : 8 + length])["__metadata__"]
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "model":
+            model[name] = tensor
+        else:
+            quantity, _, parameter = name.partition(".")
+            optimizer.setdefault(parameter, {})[quantity] = tensor
+    return Checkpoint(model, optimizer, Progress(**json.loads(metadata["progress"])))

@@ -1,0 +1,174 @@
+"""Frames of a recording as tensors: windows of all cameras, their cameras, the animal's place."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from zoosplat import schema
+from zoosplat.config import Experiment
+from zoosplat.errors import UserError
+
+Split = Literal["train", "valid", "test"]
+CACHE_BYTES = 2 << 30  # recordings up to this size stay in memory after their first reading
+AHEAD = 3  # frames that are read while one is worked on
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One time, seen by all C cameras, in windows of h x w pixels. Calibration pixels: integer = pixel centre.
+
+    Attributes:
+        t: index among the kept frames.
+        rgb: [C, h, w, 3] float32, 0 to 1, the picture as it is near the animal, white elsewhere.
+        mask: [C, h, w] float32, 0 or 1.
+        intrinsics: [C, 3, 3] float32 pixels of the window.
+        world_to_camera: [C, 4, 4] float32, metres.
+        origin: [C, 2] int64, x, y of the window's corner in the whole frame.
+        center: [3] float32, metres, the animal's centre in the world.
+        angle: [] float32, radians, its heading about +z.
+    """
+
+    t: int
+    rgb: Tensor
+    mask: Tensor
+    intrinsics: Tensor
+    world_to_camera: Tensor
+    origin: Tensor
+    center: Tensor
+    angle: Tensor
+
+    def on_white(self) -> Tensor:
+        """[C, h, w, 3] the masked picture composited on white: what renderings are compared with."""
+        mask = self.mask[..., None]
+        return self.rgb * mask + (1 - mask)
+
+
+class FrameReader:
+    """Reads frames of `images.zarr` with the tracking and the crop that belong to them.
+
+    Attributes:
+        n_frames, n_cameras: T and C.
+        camera_names: [C] names.
+        observed, held_out: camera indices; held-out views are never carved from nor trained on.
+        valid: [T] bool, frames with a visual hull.
+        height, width: of a window, working pixels.
+        full_height, full_width: of the whole frame, working pixels.
+        image_downsample: video pixels along a working pixel's edge.
+        fps: kept frames a second.
+        world_to_camera: [C, 4, 4] float32 on the device.
+        full_intrinsics: [C, 3, 3] float32 on the device, of the whole frame without principal shift.
+        volume_idx: (start, stop) of the kept grid points along x, y, z.
+        ell_m, grid_size, voxel_size_m: edge, points along it and spacing of the cubic grid.
+    """
+
+    def __init__(
+        self,
+        images: zarr.Group,
+        tracking: zarr.Group,
+        crop: zarr.Group,
+        experiment: Experiment,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Raises UserError where the groups do not belong together or a held-out view does not exist."""
+        for group, name in ((images, "images.zarr"), (tracking, "tracking.zarr"), (crop, "crop.zarr")):
+            schema.validate(group, name, str(group.store_path))
+        self.device = torch.device(device)
+        self._rgb, self._mask = schema.array(images, "rgb"), schema.array(images, "mask")
+        self.n_frames, self.n_cameras, self.height, self.width = (int(n) for n in self._mask.shape)
+        attributes: dict[str, Any] = dict(images.attrs)
+        self.full_height, self.full_width = int(attributes["full_height"]), int(attributes["full_width"])
+        self.image_downsample = int(attributes["image_downsample"])
+        self.fps = float(attributes["fps"])
+        self.camera_names = [str(name) for name in attributes["camera_names"]]
+
+        self.held_out = sorted(experiment.holdout_views)
+        if self.held_out and not 0 <= self.held_out[0] <= self.held_out[-1] < self.n_cameras:
+            raise UserError(f"holdout_views {self.held_out}: the recording has cameras 0 to {self.n_cameras - 1}")
+        self.observed = [c for c in range(self.n_cameras) if c not in self.held_out]
+
+        self._origin = schema.read(images, "origin").astype(np.int64)
+        self._intrinsics = schema.read(images, "intrinsics")
+        self._shift = schema.read(tracking, "principal_shift")
+        self._centers, self._angles = schema.read(tracking, "centers"), schema.read(tracking, "angles")
+        self.valid = schema.read(tracking, "valid").astype(bool)
+        if len(self.valid) != self.n_frames:
+            raise UserError(f"tracking has {len(self.valid)} frames, images have {self.n_frames}; run center_rotation")
+        self.world_to_camera = self._tensor(schema.read(images, "world_to_camera"))
+        self.full_intrinsics = self._tensor(self._intrinsics)
+
+        self.ell_m, self.grid_size = float(str(crop.attrs["ell_m"])), int(str(crop.attrs["grid_size"]))
+        self.voxel_size_m = self.ell_m / (self.grid_size - 1)
+        self.volume_idx = tuple((int(a), int(b)) for a, b in schema.read(crop, "volume_idx"))
+        self._cache: dict[int, tuple[Tensor, Tensor]] | None = None
+        if self.n_frames * self.n_cameras * self.height * self.width * 4 <= CACHE_BYTES:
+            self._cache = {}
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.float32), device=self.device)
+
+    def split(self, name: Split) -> list[int]:
+        """Valid kept frames of the first ("train"), second ("valid") or last ("test") third of all kept frames."""
+        third = {"train": 0, "valid": 1, "test": 2}[name]
+        start, stop = self.n_frames * third // 3, self.n_frames * (third + 1) // 3
+        return [t for t in range(start, stop) if self.valid[t]]
+
+    def footprint_px(self) -> int:
+        """Pixels along the edge of a voxel's picture, in the view that shows it largest, odd; median over frames."""
+        centers = self._centers[self.valid] if self.valid.any() else self._centers
+        camera = self.world_to_camera.cpu().numpy().astype(float)
+        depth = np.median(np.einsum("cj,tj->tc", camera[:, 2, :3], centers) + camera[:, 2, 3], axis=0)
+        largest = np.max(self._intrinsics[:, 0, 0] * self.voxel_size_m / np.maximum(depth, self.voxel_size_m))
+        return 2 * int(np.ceil(largest) // 2) + 1
+
+    def pose(self, t: int) -> tuple[Tensor, Tensor]:
+        """(center [3] metres, angle [] radians) of the animal; interpolated where the frame is not valid."""
+        return self._tensor(self._centers[t]), self._tensor(self._angles[t])
+
+    def _read(self, t: int) -> tuple[Tensor, Tensor]:
+        if self._cache is not None and t in self._cache:
+            return self._cache[t]
+        found = (torch.from_numpy(np.asarray(self._rgb[t])), torch.from_numpy(np.asarray(self._mask[t])))
+        if self._cache is not None:
+            self._cache[t] = found
+        return found
+
+    def _frame(self, t: int, rgb: Tensor, mask: Tensor) -> Frame:
+        intrinsics = self._intrinsics.copy()
+        intrinsics[:, :2, 2] += self._shift[t] - self._origin[t]
+        center, angle = self.pose(t)
+        return Frame(
+            t=t,
+            rgb=rgb.to(self.device).float() / 255,
+            mask=mask.to(self.device).float(),
+            intrinsics=self._tensor(intrinsics),
+            world_to_camera=self.world_to_camera,
+            origin=torch.from_numpy(self._origin[t]),
+            center=center,
+            angle=angle,
+        )
+
+    def frame(self, t: int) -> Frame:
+        """One frame, its tensors on the device (origin stays on the CPU)."""
+        return self._frame(t, *self._read(t))
+
+    def prefetch(self, frames: Iterable[int]) -> Iterator[Frame]:
+        """Frames in the given order; the next ones are read in a thread while one is worked on."""
+        waiting: deque[tuple[int, Future[tuple[Tensor, Tensor]]]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="frames") as pool:
+            for t in frames:
+                waiting.append((t, pool.submit(self._read, t)))
+                if len(waiting) > AHEAD:
+                    first, future = waiting.popleft()
+                    yield self._frame(first, *future.result())
+            while waiting:
+                first, future = waiting.popleft()
+                yield self._frame(first, *future.result())

@@ -1,0 +1,51 @@
+"""What training minimises: silhouettes, colours and structure of a frame's observed views (arXiv 2505.18342)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from zoosplat_model.metrics import ssim_map
+
+
+class Losses(NamedTuple):
+    """Scalars: the weighted sum, and what it is made of."""
+
+    total: Tensor
+    soft_iou: Tensor  # 1 - soft IoU
+    color: Tensor  # sum |rgb error| / mask area
+    dissimilarity: Tensor  # 1 - SSIM
+
+
+def soft_iou(alpha: Tensor, mask: Tensor) -> Tensor:
+    """[V] sum(a m) / sum(a + m - a m) of [V, h, w] opacities and masks; 1 where both are empty."""
+    overlap = alpha * mask
+    return (overlap.sum((1, 2)) + 1e-6) / ((alpha + mask - overlap).sum((1, 2)) + 1e-6)
+
+
+def frame_losses(
+    rgb: Tensor,  # [V, h, w, 3] rendered on white
+    alpha: Tensor,  # [V, h, w]
+    truth: Tensor,  # [V, h, w, 3] masked picture on white
+    mask: Tensor,  # [V, h, w] 0 or 1
+    img_lambda: float,
+    ssim_lambda: float,
+) -> Losses:
+    """Means over the views that see the animal: (1 - soft IoU) + img_lambda * sum|error| / area + ssim_lambda * (1 - SSIM).
+
+    The colour error is summed over pixels and channels. Views with an empty mask say that the animal is hidden from
+    them, not that it is not there: they are left out.
+    """
+    area = mask.sum((1, 2))
+    weight = (area > 0).to(rgb.dtype)
+    weight = weight / weight.sum().clamp_min(1)
+    shape = (weight * (1 - soft_iou(alpha, mask))).sum()
+    color = (weight * (rgb - truth).abs().sum((1, 2, 3)) / area.clamp_min(1)).sum()
+    total = shape + img_lambda * color
+    dissimilarity = rgb.new_zeros(())
+    if ssim_lambda > 0:
+        similarity = ssim_map(rgb.permute(0, 3, 1, 2), truth.permute(0, 3, 1, 2))
+        dissimilarity = (weight * (1 - similarity.mean((1, 2, 3)))).sum()
+        total = total + ssim_lambda * dissimilarity
+    return Losses(total, shape, color, dissimilarity)

@@ -1,0 +1,148 @@
+"""How good a rendering is: the metrics of whole frames, computed where something is to be seen (arXiv 2505.18342)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+METRICS = ("l1", "mae", "iou", "soft_iou", "psnr", "ssim")
+SSIM_RADIUS = 5  # of the 11 x 11 Gaussian window
+SSIM_SIGMA = 1.5
+PSNR_MAX = 100.0  # dB; of equal pictures, so that means stay finite
+
+
+def frame_metrics(
+    rgb: Tensor,  # [C, h, w, 3]
+    alpha: Tensor,  # [C, h, w]
+    true_rgb: Tensor,  # [C, h, w, 3]
+    mask: Tensor,  # [C, h, w]
+    origin: Tensor,  # [C, 2]
+    width: int,
+    height: int,
+    downsample: int = 1,
+) -> Tensor:
+    """Metrics of one frame's renderings against its photographs, a row a camera.
+
+    All are those of the whole frame, white outside the window. The truth is `photo * mask + white * (1 - mask)`;
+    with `downsample` d > 1 photo, mask, rendering and alpha are averaged over d x d pixels first, the mask then
+    cut at 0.5: the picture that packing at that resolution would give. Columns and rows beyond the last whole
+    d x d square are left out. Empty masks give l1 = NaN, and IoUs of 1 where alpha is empty too.
+
+    Args:
+        rgb: rendering of the window on white, 0 to 1 (clamped).
+        alpha: its opacity, 0 to 1.
+        true_rgb: photograph, 0 to 1, same pixels.
+        mask: animal, bool or 0 / 1.
+        origin: x, y of the window's corner in the whole frame, integer pixels; the window lies in the frame.
+        width: of the whole frame, pixels before downsampling.
+        height: likewise; both at least 6 after downsampling.
+        downsample: integer factor d.
+
+    Returns:
+        [C, 6] float64, columns as `METRICS`: l1 = sum over pixels and channels of |error| / mask area; mae = mean of
+        |error| over pixels and channels; iou of alpha > 0.5 and the mask; soft_iou = sum(a m) / sum(a + m - a m);
+        psnr in dB for peak 1, at most 100; ssim as torchmetrics computes it (11 x 11 Gaussian, data range 1, frame
+        reflected at its border, mean over pixels and channels).
+
+    Raises:
+        ValueError: the downsampled frame is smaller than 6 pixels.
+    """
+    width, height = width // downsample, height // downsample
+    if min(width, height) <= SSIM_RADIUS:
+        raise ValueError(f"a frame of {width} x {height} px is too small for SSIM")
+    rows = []
+    for camera, (x, y) in enumerate(origin.tolist()):
+        layers = torch.cat(
+            [rgb[camera].clamp(0, 1), true_rgb[camera], alpha[camera, ..., None], mask[camera, ..., None]], dim=-1
+        ).double()  # [h, w, 8]
+        layers, x, y = _coarsen(layers, x, y, width, height, downsample)
+        rows.append(_metrics(layers[..., :3], layers[..., 3:6], layers[..., 6], layers[..., 7], x, y, width, height))
+    return torch.stack(rows)
+
+
+def _coarsen(layers: Tensor, x: int, y: int, width: int, height: int, d: int) -> tuple[Tensor, int, int]:
+    """Average a window [h, w, 8] over the d x d squares of the whole frame that it touches; white around it."""
+    if d == 1:
+        return layers, x, y
+    h, w, n = layers.shape
+    x0, y0 = x // d, y // d
+    x1, y1 = min(-(-(x + w) // d), width), min(-(-(y + h) // d), height)
+    white = torch.tensor([1.0] * 6 + [0.0] * 2, dtype=layers.dtype, device=layers.device)
+    padded = white.repeat((max(y1 * d, y + h) - y0 * d, max(x1 * d, x + w) - x0 * d, 1))
+    padded[y - y0 * d : y - y0 * d + h, x - x0 * d : x - x0 * d + w] = layers
+    padded = padded[: (y1 - y0) * d, : (x1 - x0) * d]
+    return padded.reshape(y1 - y0, d, x1 - x0, d, n).mean((1, 3)), x0, y0
+
+
+def _metrics(
+    rgb: Tensor, photo: Tensor, alpha: Tensor, soft_mask: Tensor, x: int, y: int, width: int, height: int
+) -> Tensor:
+    mask = (soft_mask >= 0.5).to(rgb.dtype)
+    truth = photo * mask[..., None] + (1 - mask[..., None])
+    error = rgb - truth
+    area = mask.sum()
+    l1_sum = error.abs().sum()
+    n_values = 3 * width * height
+    inside = alpha > 0.5
+    union = (inside | (mask > 0)).sum()
+    overlap = alpha * mask
+    soft_union = (alpha + mask - overlap).sum()
+    one = torch.ones_like(area)
+    psnr = -10 * torch.log10(error.square().sum() / n_values)
+    return torch.stack(
+        [
+            torch.where(area > 0, l1_sum / area, torch.nan),
+            l1_sum / n_values,
+            torch.where(union > 0, (inside & (mask > 0)).sum() / union, one),
+            torch.where(soft_union > 0, overlap.sum() / soft_union, one),
+            psnr.clamp(max=PSNR_MAX),
+            one - _dissimilarity(rgb, truth, x, y, width, height) / n_values,
+        ]
+    )
+
+
+def _dissimilarity(rgb: Tensor, truth: Tensor, x: int, y: int, width: int, height: int) -> Tensor:
+    """Sum of 1 - SSIM over the pixels and channels of a whole frame that is white but for these windows.
+
+    Where both pictures are white within the SSIM radius, SSIM is 1. So it is computed on the box of what is not
+    white, one radius larger (where SSIM may differ from 1) and one more (what that depends on). A side that meets
+    the frame's border ends there and is reflected, as in the whole frame.
+    """
+    seen = ((rgb != 1) | (truth != 1)).any(-1)  # [h, w]
+    rows, columns = torch.nonzero(seen.any(1)).flatten().tolist(), torch.nonzero(seen.any(0)).flatten().tolist()
+    if not rows:
+        return rgb.new_zeros(())
+    # In pixels of the whole frame: first and last + 1, without and with what surrounds.
+    x0, x1, y0, y1 = x + columns[0], x + columns[-1] + 1, y + rows[0], y + rows[-1] + 1
+    r = SSIM_RADIUS
+    inner = (max(x0 - r, 0), min(x1 + r, width), max(y0 - r, 0), min(y1 + r, height))
+    outer = (max(x0 - 2 * r, 0), min(x1 + 2 * r, width), max(y0 - 2 * r, 0), min(y1 + 2 * r, height))
+    patches = rgb.new_ones((2, 3, outer[3] - outer[2], outer[1] - outer[0]))
+    rows_of_patch = slice(y0 - outer[2], y1 - outer[2])
+    columns_of_patch = slice(x0 - outer[0], x1 - outer[0])
+    for patch, image in zip(patches, (rgb, truth), strict=True):
+        patch[:, rows_of_patch, columns_of_patch] = image[y0 - y : y1 - y, x0 - x : x1 - x].permute(2, 0, 1)
+    similarity = _ssim_map(patches[0], patches[1])
+    kept = similarity[:, inner[2] - outer[2] : inner[3] - outer[2], inner[0] - outer[0] : inner[1] - outer[0]]
+    return (1 - kept).sum()
+
+
+def _ssim_map(picture: Tensor, truth: Tensor) -> Tensor:
+    """SSIM [3, H, W] of each pixel and channel (Wang 2004; as torchmetrics, whose grouped float64 convolution is slow)."""
+    layers = torch.stack([picture, truth, picture * picture, truth * truth, picture * truth])  # [5, 3, H, W]
+    _, _, height, width = layers.shape
+    m1, m2, s11, s22, s12 = _blur(height, layers) @ layers @ _blur(width, layers).T
+    v1, v2 = (s11 - m1 * m1).clamp(min=0), (s22 - m2 * m2).clamp(min=0)
+    c1, c2 = 0.01**2, 0.03**2
+    return (2 * m1 * m2 + c1) * (2 * (s12 - m1 * m2) + c2) / ((m1 * m1 + m2 * m2 + c1) * (v1 + v2 + c2))
+
+
+def _blur(n: int, like: Tensor) -> Tensor:
+    """The Gaussian window along an axis of n pixels that is reflected at its ends, as a matrix [n, n]."""
+    offsets = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, device=like.device)
+    weights = torch.exp(-((offsets.to(like.dtype) / SSIM_SIGMA) ** 2) / 2)
+    rows = torch.arange(n, device=like.device)[:, None].expand(n, len(offsets))
+    columns = (rows + offsets).abs()
+    columns = (n - 1) - ((n - 1) - columns).abs()
+    weights = (weights / weights.sum()).expand(n, -1)
+    return like.new_zeros((n, n)).index_put((rows, columns), weights, accumulate=True)

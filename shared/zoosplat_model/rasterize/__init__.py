@@ -1,0 +1,105 @@
+"""Differentiable rendering of Gaussians: one signature, three implementations that agree in their numbers.
+
+`gsplat` runs gsplat's CUDA kernels, `torch` is plain PyTorch for the CPU (float32 or float64), `reference` is a slow,
+literal transcription of the same rules that the other two are tested against.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rendering", "rasterize"]
+
+
+class Rendering(NamedTuple):
+    """Rendered views: `rgb` [C, H, W, D] composited on the background, `alpha` [C, H, W] in [0, 1]."""
+
+    rgb: Tensor
+    alpha: Tensor
+
+
+def rasterize(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    world_to_camera: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    *,
+    background: Tensor | None = None,
+    mode: Literal["3d", "2d"] = "3d",
+    backend: Literal["auto", "gsplat", "torch", "reference"] = "auto",
+) -> Rendering:
+    """Render N Gaussians into C views of `width` x `height` pixels; differentiable in the Gaussians and the background.
+
+    All tensors share one floating dtype (float32; float64 too except with gsplat) and one device.
+
+    Args:
+        means: [N, 3] centres in the world frame, in its length unit.
+        quats: [N, 4] orientations (w, x, y, z), Gaussian to world, of any length but zero.
+        scales: [N, 3] standard deviations along the Gaussian's axes, linear, in the unit of `means`.
+        opacities: [N] in [0, 1]; below 1/255 a Gaussian is not drawn.
+        colors: [N, D] per Gaussian, any D features in any unit.
+        world_to_camera: [C, 4, 4] rigid, OpenCV axes: x_camera = R x_world + t.
+        intrinsics: [C, 3, 3] in calibration pixels: the centre of the top-left pixel is (0, 0), no skew.
+        background: [D] colour behind the Gaussians, the same in all views; None is zeros (black).
+        mode: "3d" ellipsoids (3DGS, Kerbl 2023), "2d" surfels (2DGS, Huang 2024, arXiv 2403.17888), which ignore the
+            third scale.
+        backend: "auto" is gsplat (arXiv 2409.06765) for CUDA tensors and torch for all others.
+
+    Raises:
+        UserError: the gsplat backend is wanted and gsplat or CUDA is not there.
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    n, d, c = means.shape[0], colors.shape[-1], world_to_camera.shape[0]
+    expected = {
+        "means": (means, (n, 3)),
+        "quats": (quats, (n, 4)),
+        "scales": (scales, (n, 3)),
+        "opacities": (opacities, (n,)),
+        "colors": (colors, (n, d)),
+        "world_to_camera": (world_to_camera, (c, 4, 4)),
+        "intrinsics": (intrinsics, (c, 3, 3)),
+    }
+    if background is not None:
+        expected["background"] = (background, (d,))
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype != means.dtype or tensor.device != means.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, but means is {means.dtype} on {means.device}: convert it"
+            )
+    if means.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"means is {means.dtype}: rasterise in float32 or float64")
+    if backend == "auto":
+        backend = "gsplat" if means.is_cuda else "torch"
+
+    # The rasterisers put the centre of the top-left pixel at (0.5, 0.5). This is the only place that converts.
+    half_pixel = intrinsics.new_tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
+    args = (means, quats, scales, opacities, colors, world_to_camera, intrinsics + half_pixel, width, height)
+    # Autocast would round exponents to bfloat16.
+    with torch.autocast(means.device.type, enabled=False):
+        if backend == "gsplat":
+            from .gsplat_cuda import render as render_gsplat
+
+            rgb, alpha = render_gsplat(*args, mode=mode)
+        elif backend == "torch":
+            from .torch_cpu import render as render_torch
+
+            rgb, alpha = render_torch(*args, mode=mode)
+        elif backend == "reference":
+            from .reference import render as render_reference
+
+            rgb, alpha = render_reference(*args, mode=mode)
+        else:
+            raise ValueError(f"backend is {backend!r}: choose auto, gsplat, torch or reference")
+        if background is not None:
+            rgb = rgb + (1 - alpha)[..., None] * background
+    return Rendering(rgb, alpha)
