@@ -268,6 +268,7 @@ def test_directories_are_relative_to_the_file(tmp_path: Path) -> None:
     e = read_config(path, ["data.directory=s3://bucket/rec/"])
     assert e.data.directory == "s3://bucket/rec"
     assert e.data.url("videos/0.mp4") == "s3://bucket/rec/videos/0.mp4"
+    assert Experiment.model_validate(native(data__directory="file:///rec/")).data.url("c.h5") == "/rec/c.h5"
 
 
 def test_a_configuration_on_s3_keeps_to_its_bucket(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,16 @@ def test_degenerate_pairs_are_nan() -> None:
         p = K @ np.stack([np.eye(4), pose])[:, :3]
         assert np.isnan(geometry.triangulate_pairs([at[0], second], p)).all()
         assert np.isnan(geometry.triangulate_dlt([at[0], second], p)).all()
+    # The same with rounding: parallel rays of cameras turned alike, and turned cameras that look at each other.
+    for turn in Rotation.random(20, random_state=6).as_matrix():
+        pair = np.tile(np.eye(4), (2, 1, 1))
+        pair[:, :3, :3] = turn
+        pair[:, :3, 3] = [[0.1, 0.2, 0.7], [-0.3, 0.1, 0.9]]
+        assert np.isnan(geometry.triangulate_pairs([[311.7, 222.3]] * 2, K @ pair[:, :3])).all()
+        facing = np.stack([look_at(turn[0]), look_at(-turn[0])])
+        centers = np.stack([-turn[0], turn[0]])
+        pixels = [geometry.project(c, K[None], pose[None])[0][0] for c, pose in zip(centers, facing, strict=True)]
+        assert np.isnan(geometry.triangulate_pairs(pixels, K @ facing[:, :3])).all()
     assert np.isnan(geometry.triangulate_dlt(at[:1], K[None] @ np.eye(4)[None, :3])).all()
 
 
@@ -156,5 +166,7 @@ def test_ot_map_by_hand_and_by_its_definition() -> None:
 
 
 def test_ot_map_of_a_flat_cloud_is_finite() -> None:
-    a = geometry.ot_map_gaussians(np.zeros(3), np.diag([1.0, 4, 0]), np.zeros(3), np.diag([4.0, 4, 1]))
-    np.testing.assert_allclose(a, np.diag([2, 1, 0]), atol=1e-12)
+    # Turned, so that rounding leaves the third eigenvalue near 0 but not at it.
+    for turn in Rotation.random(20, random_state=5).as_matrix():
+        cov1, cov2, expected = (turn @ np.diag(d) @ turn.T for d in ([1.0, 4, 0], [4.0, 4, 1], [2.0, 1, 0]))
+        np.testing.assert_allclose(geometry.ot_map_gaussians(np.zeros(3), cov1, np.zeros(3), cov2), expected, atol=1e-6)

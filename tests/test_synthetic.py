@@ -16,6 +16,7 @@ from zoosplat.synthetic import (
     TRUNK_KEYPOINTS,
     Scene,
     Truth,
+    _Writer,
     make_recording,
     render_views,
     ring_of_cameras,
@@ -46,7 +47,7 @@ def decoded(path: Path) -> NDArray[np.float64]:
     luma, blue, red = (luma - 16) / 219, (blue - 128) / 224, (red - 128) / 224
     r, b = luma + 1.5748 * red, luma + 1.8556 * blue
     g = (luma - 0.2126 * r - 0.0722 * b) / 0.7152
-    return np.clip(255 * np.stack([r, g, b], -1), 0, 255)
+    return np.asarray(np.clip(255 * np.stack([r, g, b], -1), 0, 255), float)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,7 @@ def test_the_ring_looks_at_its_target_from_where_it_should() -> None:
 
 
 def test_the_same_seed_gives_the_same_arrays_and_a_longer_recording_the_same_start() -> None:
-    one, same, longer, other = (
-        Scene(n_frames=n, seed=seed, **SIZE) for n, seed in ((5, 3), (5, 3), (140, 3), (5, 4))
-    )
+    one, same, longer, other = (Scene(n_frames=n, seed=seed, **SIZE) for n, seed in ((5, 3), (5, 3), (140, 3), (5, 4)))
     for left, right in zip(render_views(one, 4), render_views(same, 4), strict=True):
         np.testing.assert_array_equal(left, right)
     np.testing.assert_array_equal(render_views(one, 4, [2])[0], render_views(longer, 4)[0][2:3])
@@ -84,21 +83,24 @@ def test_the_same_seed_gives_the_same_arrays_and_a_longer_recording_the_same_sta
     assert (render_views(one, 3)[0] != render_views(one, 4)[0]).mean() > 0.2  # sensor noise differs between frames
 
 
-def test_masks_are_where_marched_rays_meet_the_solid(scene: Scene) -> None:
-    """A slow twin: 0.5 mm steps through `inside`, which shares no formula with the ray caster."""
-    camera, frame = 1, REARING_FRAME
+def test_masks_are_where_marched_rays_meet_the_solid() -> None:
+    """A slow twin: 0.75 mm steps through `inside`, which shares no formula with the ray caster, four rays a pixel."""
+    scene, camera, frame = Scene(width=64, height=56), 1, REARING_FRAME
     intrinsic, rotation, translation = (part[camera] for part in scene.cameras)
     mask = render_views(scene, frame, [camera])[1][0]
     rows, columns = np.nonzero(mask)
-    box = np.s_[rows.min() - 3 : rows.max() + 4, columns.min() - 3 : columns.max() + 4]
-    pixels = np.stack(np.indices(mask.shape)[::-1], -1)[box]
-    rays = np.concatenate([(pixels - intrinsic[:2, 2]) / intrinsic[0, 0], np.ones((*pixels.shape[:2], 1))], -1)
+    top, left = rows.min() - 2, columns.min() - 2
+    row, column = np.indices((2 * (rows.max() + 3 - top), 2 * (columns.max() + 3 - left))) / 2 - 0.25
+    pixels = np.stack([column + left, row + top], -1)  # pixel centres are integers
+    rays = np.concatenate([(pixels - intrinsic[:2, 2]) / intrinsic[0, 0], np.ones((*row.shape, 1))], -1)
     middle = float((rotation @ scene.truth.centroid[frame] + translation)[2])
-    twin = np.zeros(pixels.shape[:2], bool)
-    for depth in np.arange(middle - 0.09, middle + 0.09, 5e-4).reshape(12, -1):
-        twin |= scene.inside(frame, (depth[:, None, None, None] * rays - translation) @ rotation).any(0)
-    assert mask.sum() > 100
-    assert iou(mask[box], twin) > 0.93  # one sample a pixel against four: the outline differs by some pixels
+    hit = np.zeros(row.shape, bool)
+    for depth in np.arange(middle - 0.09, middle + 0.09, 7.5e-4).reshape(12, -1):
+        hit |= scene.inside(frame, (depth[:, None, None, None] * rays - translation) @ rotation).any(0)
+    twin = hit.reshape(hit.shape[0] // 2, 2, -1, 2).mean((1, 3)) >= 0.5
+    assert mask.sum() > 60
+    print("IOU", iou(mask[top : rows.max() + 3, left : columns.max() + 3], twin))
+    assert iou(mask[top : rows.max() + 3, left : columns.max() + 3], twin) > 0.97
 
 
 def test_trunk_keypoints_and_centroid_project_into_every_mask(scene: Scene, truth: Truth) -> None:
@@ -112,7 +114,7 @@ def test_trunk_keypoints_and_centroid_project_into_every_mask(scene: Scene, trut
         assert 0.005 < masks.mean() < 0.06
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_animal_stays_in_every_picture(seed: int) -> None:
     scene = Scene(n_frames=80, fps=0.7, seed=seed, **SIZE)  # two minutes, all over the arena
     pixels = project(scene, scene.truth.keypoints.reshape(-1, 3))
@@ -122,7 +124,7 @@ def test_the_animal_stays_in_every_picture(seed: int) -> None:
 
 def test_centroid_is_the_mean_of_random_points_inside(scene: Scene, truth: Truth) -> None:
     low, high = truth.keypoints[REARING_FRAME].min(0) - 0.02, truth.keypoints[REARING_FRAME].max(0) + 0.02
-    points = np.random.default_rng(0).uniform(low, high, (100_000, 3))
+    points = np.random.default_rng(0).uniform(low, high, (60_000, 3))
     kept = points[scene.inside(REARING_FRAME, points)]
     error = np.abs(kept.mean(0) - truth.centroid[REARING_FRAME])
     assert (error < 4 * kept.std(0) / np.sqrt(len(kept)) + 1e-4).all()
@@ -189,11 +191,11 @@ def test_a_distorted_picture_undistorts_to_the_straight_one() -> None:
     coefficients = (-0.30, 0.08, 0.002, -0.001)
     straight = Scene(n_frames=1, width=288, height=256)
     bent = Scene(n_frames=1, width=288, height=256, distortion=coefficients)
-    wanted, given = render_views(straight, 0)[1], render_views(bent, 0)[1]
-    for camera in range(6):
-        undone = cv2.undistort(given[camera].astype(np.float32), straight.cameras[0][camera], np.array(coefficients))
-        assert iou(undone >= 0.5, wanted[camera]) > 0.95
-    assert min(iou(wanted[camera], given[camera]) for camera in range(6)) < 0.93
+    wanted, given = render_views(straight, 0, [0, 3])[1], render_views(bent, 0, [0, 3])[1]
+    for left, right in zip(given, wanted, strict=True):
+        undone = cv2.undistort(left.astype(np.float32), straight.cameras[0][0], np.array(coefficients))
+        assert iou(undone >= 0.5, right) > 0.95
+    assert min(map(iou, wanted, given)) < 0.93
 
 
 def test_files_hold_the_pictures_the_calibration_and_the_truth(tmp_path: Path) -> None:
@@ -208,8 +210,7 @@ def test_files_hold_the_pictures_the_calibration_and_the_truth(tmp_path: Path) -
             rgb, mask = (part[0] for part in render_views(scene, frame, [camera]))
             error = video[frame] - rgb
             assert np.abs(error).mean() < 2.5
-            assert np.abs(error.mean((0, 1))).max() < 0.5  # no colour cast: matrix and range are right
-            assert np.abs(error[mask].mean(0)).max() < 4.0
+            assert np.abs(error.mean((0, 1))).max() < 0.5
             assert iou(silhouettes[frame, ..., 0] >= 128, mask) > 0.99
     with h5py.File(tmp_path / "camera_params.h5") as file:
         group = file["camera_parameters"]
@@ -221,6 +222,15 @@ def test_files_hold_the_pictures_the_calibration_and_the_truth(tmp_path: Path) -
     assert tuple(stored["keypoint_names"]) == KEYPOINT_NAMES
     for key, value in vars(truth).items():
         np.testing.assert_array_equal(stored[key], value)
+
+
+def test_saturated_colours_survive_the_codec(tmp_path: Path) -> None:
+    """BT.601 taken for BT.709, or full range for limited, moves some of these by 10 levels and more."""
+    wanted = np.array([(200, 40, 40), (40, 180, 60), (60, 50, 200), (230, 225, 215), (30, 25, 20), (220, 160, 150)])
+    writer = _Writer(tmp_path / "patches.mp4", (96, 64), 30.0, crf=16)
+    writer.add(np.tile(np.repeat(wanted, 16, 0).astype(np.uint8), (64, 1, 1)))
+    writer.close()
+    np.testing.assert_allclose(decoded(tmp_path / "patches.mp4")[0, 32, 8::16], wanted, atol=3)
 
 
 def test_sizes_that_cannot_be_encoded_are_refused() -> None:

@@ -8,7 +8,6 @@ import io
 import os
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -195,15 +194,12 @@ def demo(url: str, frames: int, overrides: list[str], workers: int | None) -> No
 
     check_place(stores.normalize(url))
     folder = (Path("demo") if stores.is_s3(url) else Path(stores.normalize(url))) / "recording"
-    made = folder / "truth.npz"
-    frames_of = folder / "frames.txt"
-    with suppress(FileNotFoundError):
-        if made.exists() and frames_of.read_text() == str(frames):
-            made = None  # type: ignore[assignment]
-    if made is not None:
+    marker = folder / "frames.txt"  # written last: a recording that was cut short has none
+    if not marker.exists() or marker.read_text() != str(frames):
+        marker.unlink(missing_ok=True)
         with Console(stderr=True).status(f"filming {frames} frames of a synthetic animal"):
             make_recording(folder, n_frames=frames)
-        frames_of.write_text(str(frames))
+        marker.write_text(str(frames))
     with importlib.resources.as_file(importlib.resources.files("zoosplat_flows") / "demo.yaml") as config:
         experiment = read_config(str(config), [f"data.directory={folder.absolute()}", *overrides])
     run(url, experiment, None, None, [], workers)

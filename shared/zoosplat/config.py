@@ -115,7 +115,7 @@ class Data(_Section):
 
     def url(self, name: str) -> str:
         """Where a video, mask, calibration or up file lies: relative names are below `directory`."""
-        return classic.resolve(self.directory, name)
+        return classic.resolve(stores.normalize(self.directory), name)
 
 
 class Scheduling(_Section):

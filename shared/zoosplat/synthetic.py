@@ -629,9 +629,7 @@ def _shade(solids: _Solids, ids: NDArray[np.int16], hits: Floats, scene: Scene) 
     return np.asarray(255 * np.clip(albedo * light[:, None], 0, 1), float)
 
 
-def render_views(
-    scene: Scene, frame: int, cameras: Sequence[int] | None = None
-) -> tuple[NDArray[np.uint8], Bools]:
+def render_views(scene: Scene, frame: int, cameras: Sequence[int] | None = None) -> tuple[NDArray[np.uint8], Bools]:
     """The exact pictures of a frame: rgb [C, H, W, 3] uint8 and mask [C, H, W] bool (coverage of the pixel >= 0.5).
 
     cameras: which of the scene's cameras, all by default. The same arrays that `make_recording` encodes.

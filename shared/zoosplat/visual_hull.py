@@ -44,8 +44,8 @@ def hull_indices(
     center_m: F64,
     angle_rad: float,
     views_needed: int,
-) -> npt.NDArray[np.int64]:
-    """Grid indices of the hull's voxels.
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]:
+    """Grid indices of the hull's voxels, and how many views agree on each.
 
     Args:
         masks: V masks [h, w] bool.
@@ -57,7 +57,7 @@ def hull_indices(
         views_needed: how many views must see a voxel inside their mask (nearest pixel).
 
     Returns:
-        [n, 3] int64, in no particular order.
+        indices [n, 3] int64, in no particular order; votes [n] int8: views that see the voxel inside their mask.
     """
     to_pixels = grid_projection(intrinsics, world_to_camera, center_m, angle_rad)
     tables = [cv2.integral(np.ascontiguousarray(m, dtype=np.uint8)) for m in masks]
@@ -71,8 +71,9 @@ def hull_indices(
             cells = (cells[possible, None] + offsets).reshape(-1, 3)
             cells = cells[(cells < n).all(axis=1)]
         else:
-            cells = cells[_votes(cells, axes, to_pixels, masks) >= views_needed]
-    return cells
+            votes = _votes(cells, axes, to_pixels, masks)
+            cells, votes = cells[votes >= views_needed], votes[votes >= views_needed]
+    return cells, votes
 
 
 def _votes(cells: npt.NDArray[np.int64], axes: tuple[F64, F64, F64], to_pixels: F64, masks: Sequence[Bool] | Bool) -> (

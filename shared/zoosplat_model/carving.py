@@ -33,13 +33,13 @@ def rotation_about_z(angle: Tensor) -> Tensor:
     return torch.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1]).reshape(3, 3)
 
 
-def project(points: Tensor, world_to_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    """Project [N, 3] world points into V views: (pixels [V, N, 2], depths [V, N]); behind a camera, pixels are -1e6."""
-    in_camera = points @ world_to_camera[:, :3, :3].mT + world_to_camera[:, None, :3, 3]
-    in_image = in_camera @ intrinsics.mT
-    depth = in_image[..., 2]
-    pixels = in_image[..., :2] / depth.clamp_min(1e-9)[..., None]
-    return torch.where((depth > 1e-9)[..., None], pixels, -1e6), depth
+def project(points: Tensor, world_to_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Project [3, N] world points into V views: x, y in pixels and depth, [V, N] each; x, y mean nothing at depth <= 0."""
+    matrices = intrinsics @ world_to_camera[:, :3]
+    in_image = (matrices[:, :, :3].reshape(-1, 3) @ points).view(len(matrices), 3, -1) + matrices[:, :, 3:]
+    depth = in_image[:, 2]
+    inverse = depth.clamp_min(1e-9).reciprocal()
+    return in_image[:, 0] * inverse, in_image[:, 1] * inverse, depth
 
 
 def carve(
@@ -65,19 +65,19 @@ def carve(
     """
     n_views, h, w = mask.shape
     shape = points.shape[:3]
-    pixels, depth = project(points.reshape(-1, 3), world_to_camera, intrinsics)
-    x, y = (pixels + 0.5).floor().long().unbind(-1)
-    in_window = (x >= 0) & (x < w) & (y >= 0) & (y < h)
-    nearest = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
+    x, y, depth = project(points.reshape(-1, 3).T, world_to_camera, intrinsics)
+    in_window = (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
+    column, row = (x + 0.5).clamp_(0, w - 1).int(), (y + 0.5).clamp_(0, h - 1).int()
+    nearest = (row * w + column).long()
     inside = in_window & (mask.flatten(1).gather(1, nearest) > 0.5)
     votes = inside.sum(0)
     fewest = max(1, n_views - 1)
 
     # From here on only voxels of the larger hull matter: a few percent of the grid.
     kept = torch.nonzero(votes >= fewest)[:, 0]
-    pixels, depth, nearest, inside, votes = pixels[:, kept], depth[:, kept], nearest[:, kept], inside[:, kept], votes[kept]
-    in_window = in_window[:, kept]
-    samples, weight = _sample(rgb, mask, pixels)
+    votes = votes[kept]
+    depth, nearest, inside, in_window = depth[:, kept], nearest[:, kept], inside[:, kept], in_window[:, kept]
+    samples, weight = _sample(rgb, mask, torch.stack([x[:, kept], y[:, kept]], -1))
 
     volume = points.new_zeros(4, votes.shape[0])
     for least in (n_views, fewest):

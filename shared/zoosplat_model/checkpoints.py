@@ -99,12 +99,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     *,
-    is_best: bool,
     keep_last: int,
 ) -> None:
     """Write a checkpoint, move the pointers, then delete those that are neither best nor among the last `keep_last`.
 
-    With `is_best`, `progress.best_step` must be the running step.
+    The best checkpoint is that of `progress.best_step`: this one, or an earlier one that was saved.
     """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for name, state in named_state(model, optimizer).items():
@@ -113,10 +112,12 @@ def save(
     header = {"progress": json.dumps(asdict(progress), sort_keys=True)}
     name = _name(progress.step)
     stores.write_bytes(stores.join(_folder(project), name), safetensors.torch.save(tensors, header))
-    pointer = {"checkpoint": name, "step": progress.step, "epoch": progress.epoch, "valid_loss": progress.best}
-    if is_best:
-        stores.write_json(_pointer_url(project, "best"), pointer)
-    stores.write_json(_pointer_url(project, "latest"), pointer)
+    if progress.best_step is not None:
+        # Every time: a kill between two of these writes must not leave `best` at a file that is deleted later.
+        best = {"checkpoint": _name(progress.best_step), "step": progress.best_step, "valid_loss": progress.best}
+        stores.write_json(_pointer_url(project, "best"), best)
+    latest = {"checkpoint": name, "step": progress.step, "epoch": progress.epoch}
+    stores.write_json(_pointer_url(project, "latest"), latest)
 
     names = [n for n in stores.list_files(_folder(project)) if n.endswith(".safetensors")]
     kept = {n for n in names if n <= name}

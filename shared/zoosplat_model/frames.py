@@ -87,7 +87,7 @@ class FrameReader:
         attributes: dict[str, Any] = dict(images.attrs)
         self.full_height, self.full_width = int(attributes["full_height"]), int(attributes["full_width"])
         self.image_downsample = int(attributes["image_downsample"])
-        self.fps = float(attributes["fps"])
+        self.fps = float(attributes["fps"]) / int(attributes.get("frame_jump", 1))
         self.camera_names = [str(name) for name in attributes["camera_names"]]
 
         self.held_out = sorted(experiment.holdout_views)

@@ -164,8 +164,7 @@ class PoseSplatter(nn.Module):
         """Gaussians of each frame in the animal's frame, carved from the observed views or, a frame each, from `views`."""
         chosen = [None] * len(frames) if views is None else views
         volumes = torch.stack([self.carve(frame, v) for frame, v in zip(frames, chosen, strict=True)])
-        features = self.refine(volumes.contiguous(memory_format=torch.channels_last_3d))
-        return [self.gaussians_of(f) for f in features.float()]
+        return [self.gaussians_of(features) for features in self.refine(volumes)]
 
     def gaussians_of(self, features: Tensor) -> Gaussians:
         """Gaussians in the animal's frame from features [8, n1, n2, n3]: occupancy, colour and four more."""

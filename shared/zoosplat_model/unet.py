@@ -1,14 +1,17 @@
 """The 3D U-Nets that refine a carved volume (arXiv 2505.18342), initialised so that the stack is the identity.
 
-Where it differs from the published network: channels are normalised by the mean and variance of their own volume,
-written as plain reductions (BatchNorm3d at batch size 1 does the same in one GPU block a channel, half of a step's
-time, and keeps running statistics that do not fit at evaluation); activations are kept channels-last.
+Where it differs from the published network, for speed:
+- The first halving folds 2 x 2 x 2 voxels into channels, and the last doubling unfolds them: convolutions of a few
+  channels at full resolution take most of the time and hardly use the hardware. No voxel is lost.
+- Channels are normalised by the mean and variance of their own volume, written as plain reductions: BatchNorm3d at
+  batch size 1 does the same with one GPU block a channel, and keeps running statistics that do not fit afterwards.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -37,43 +40,52 @@ class _Block(nn.Module):
         return x
 
 
+def fold(x: Tensor) -> Tensor:
+    """[B, c, n1, n2, n3] -> [B, 8 c, n1 / 2, n2 / 2, n3 / 2]: blocks of 2 x 2 x 2 voxels to channels."""
+    b, c, n1, n2, n3 = x.shape
+    x = x.reshape(b, c, n1 // 2, 2, n2 // 2, 2, n3 // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(b, 8 * c, n1 // 2, n2 // 2, n3 // 2)
+
+
+def unfold(x: Tensor) -> Tensor:
+    """The inverse of `fold`."""
+    b, c, n1, n2, n3 = x.shape
+    x = x.reshape(b, c // 8, 2, 2, 2, n1, n2, n3).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(b, c // 8, 2 * n1, 2 * n2, 2 * n3)
+
+
 class UNet(nn.Module):
-    """A 3D U-Net whose last convolution starts at zero: its output is 0 at first.
+    """A 3D U-Net whose last layer starts at zero, so that its output is 0 at first.
 
     Args:
         n_out: channels of the output; the input has 4.
-        base_filters: channels of the first level; they double with each of the `poolings` halvings.
+        base_filters: channels double with each halving, from this at full resolution, where nothing is computed.
+        poolings: halvings of the resolution, the first by folding.
         bottleneck: width of the multilayer perceptron at the bottom; the volume there is flattened into it.
         shape: of the volume, each a multiple of 2^poolings.
     """
 
     def __init__(self, n_out: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int]) -> None:
         super().__init__()
-        widths = [base_filters << level for level in range(poolings)]
-        bottom = [n >> poolings for n in shape]
-        flat = widths[-1] * math.prod(bottom)
-        inputs = [VOLUME_CHANNELS, *widths[:-1]]
-        self.down = nn.ModuleList(_Block(a, b) for a, b in zip(inputs, widths, strict=True))
+        widths = [base_filters << level for level in range(1, poolings + 1)]
+        flat = widths[-1] * math.prod(n >> poolings for n in shape)
+        self.down = nn.ModuleList(_Block(a, b) for a, b in pairwise([8 * VOLUME_CHANNELS, *widths]))
         self.bottom = nn.Sequential(nn.Linear(flat, bottleneck), nn.LeakyReLU(0.01), nn.Linear(bottleneck, flat))
-        self.up = nn.ModuleList(
-            _Block(b + (widths[i + 1] if i + 1 < poolings else b), b) for i, b in enumerate(widths)
-        )
-        self.last = nn.Conv3d(base_filters, n_out, 1)
-        nn.init.zeros_(self.last.weight)
-        if self.last.bias is not None:
-            nn.init.zeros_(self.last.bias)
+        self.up = nn.ModuleList(_Block(deep + here, here) for here, deep in pairwise(widths))
+        self.last = nn.Conv3d(widths[0], 8 * n_out, 1)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 4, n1, n2, n3] -> [B, n_out, n1, n2, n3]
+        x = self.down[0](fold(x).contiguous(memory_format=torch.channels_last_3d))
         skips = []
-        for block in self.down:
-            x = block(x)
+        for block in self.down[1:]:
             skips.append(x)
-            x = F.max_pool3d(x, 2)
+            x = block(F.max_pool3d(x, 2))
         x = x + self.bottom(x.flatten(1)).view(x.shape)
         for block, skip in zip(reversed(self.up), reversed(skips), strict=True):
             x = block(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), skip], 1))
-        out: Tensor = self.last(x)
-        return out
+        return unfold(self.last(x))
 
 
 class UNetStack(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
-from zoosplat_model.metrics import METRICS, frame_metrics
+from zoosplat_model.metrics import METRICS, frame_metrics, ssim_map
 
 
 def whole_frame_metrics(
@@ -128,3 +128,15 @@ def test_mask_cut_at_half_after_averaging() -> None:
     rgb = 1 - alpha[..., None].expand(1, 2, 4, 3)
     found = frame_metrics(rgb, alpha, torch.zeros(1, 2, 4, 3), mask, torch.tensor([[3, 2]]), 16, 16, 2)[0]
     assert found.tolist() == [0, 0, 1, 1, 100, 1]
+
+
+def test_ssim_map_and_its_gradient_are_those_of_torchmetrics() -> None:
+    g = torch.Generator().manual_seed(0)
+    pictures = torch.rand(2, 3, 14, 9, generator=g, dtype=torch.float64, requires_grad=True)
+    truths = torch.rand(2, 3, 14, 9, generator=g, dtype=torch.float64)
+    expected = structural_similarity_index_measure(pictures, truths, data_range=1.0)
+    assert isinstance(expected, Tensor)
+    found = ssim_map(pictures, truths).mean()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(value, pictures)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)

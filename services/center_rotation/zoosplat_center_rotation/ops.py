@@ -12,6 +12,8 @@ from zoosplat import geometry, visual_hull
 F64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 
+MIN_AGREED = 0.25  # share of the hull that all views must see for its statistics to be taken there
+
 
 def mask_medoid(mask: Bool) -> F64:
     """Weighted median column and row of a mask [h, w]: [2] float64 (x, y), pixels; NaN where it is empty."""
@@ -81,7 +83,7 @@ def frame_hull(
         shift = np.nan_to_num(medoids - pixels)
     aimed = intrinsics.copy()
     aimed[:, :2, 2] += shift
-    cells = visual_hull.hull_indices(
+    cells, votes = visual_hull.hull_indices(
         masks[observed],
         aimed[observed],
         world_to_camera[observed],
@@ -92,7 +94,11 @@ def frame_hull(
     )
     if len(cells) < 4:
         return nothing
-    points = axis[cells] + center
+    # Voxels on which all views agree are free of the bulges that one missing view leaves below the body: on synthetic
+    # truth they halve the error of centre and heading. Where a mask fails, what all but one see has to do.
+    agreed = votes == len(observed)
+    chosen = cells[agreed] if agreed.sum() >= MIN_AGREED * len(cells) else cells
+    points = axis[chosen] + center
     return FrameHull(points.mean(axis=0), np.cov(points.T, bias=True), len(cells), shift)
 
 

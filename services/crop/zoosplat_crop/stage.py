@@ -50,7 +50,7 @@ class Crop(Stage):
                 held = np.asarray(mask[held_block * block : (held_block + 1) * block])
             aimed = intrinsics.copy()
             aimed[:, :2, 2] += shifts[t]
-            cells = visual_hull.hull_indices(
+            cells, _ = visual_hull.hull_indices(
                 held[t % block][observed],
                 aimed[observed],
                 world_to_camera[observed],

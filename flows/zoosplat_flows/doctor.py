@@ -1,0 +1,143 @@
+"""`zoosplat doctor`: what this machine has and lacks, a line each."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+
+from zoosplat.errors import UserError
+from zoosplat_flows.status import memory
+
+WAIT_S = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing examined: `state` is ok, problem (something optional lacks) or broken (no run can succeed)."""
+
+    what: str
+    state: str
+    text: str
+
+
+def examine(project: str | None) -> bool:
+    """Print the findings. Returns whether nothing required is broken."""
+    console = Console()
+    fine = True
+    colours = {"ok": "green", "problem": "yellow", "broken": "red"}
+    for finding in findings(project):
+        fine = fine and finding.state != "broken"
+        state = f"[{colours[finding.state]}]{finding.state:<8}[/]"
+        console.print(f"{state} {finding.what:<12} {escape(finding.text)}", soft_wrap=True)
+    return fine
+
+
+def findings(project: str | None) -> Iterator[Finding]:
+    """Examine one thing after the other; a URL also for whether it can be read and written."""
+    yield _python()
+    yield from _torch()
+    yield _video()
+    yield _package("prefect", "flows", required=True)
+    yield _package("opencv", "video", required=True, distribution="opencv-python-headless")
+    if project is None and os.environ.get("AWS_ENDPOINT_URL"):
+        yield _endpoint(os.environ["AWS_ENDPOINT_URL"])
+    if project is not None:
+        yield _place(project)
+
+
+def _python() -> Finding:
+    text = f"{platform.python_version()}, {os.cpu_count()} cores, {memory(_physical_memory())} memory"
+    if (3, 11) <= sys.version_info[:2] < (3, 13):
+        return Finding("python", "ok", text)
+    return Finding("python", "broken", f"{text}; install Python 3.11 or 3.12")
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _package(module: str, extra: str, *, required: bool, distribution: str | None = None) -> Finding:
+    try:
+        return Finding(module, "ok", importlib.metadata.version(distribution or module))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(module, "broken" if required else "problem", f"missing; pip install 'zoosplat[{extra}]'")
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Finding("torch", "problem", f"{error}; training needs it here: pip install 'zoosplat[all]'")
+        return
+    yield Finding("torch", "ok", f"{torch.__version__}, built for CUDA {torch.version.cuda or 'no GPU'}")
+    if not torch.cuda.is_available():
+        driver = os.path.exists("/proc/driver/nvidia/version")
+        hint = "a driver is there: install a torch built for it" if driver else "training works on the CPU, slowly"
+        yield Finding("gpu", "problem" if driver else "ok", f"none found; {hint}")
+        return
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        yield Finding("gpu", "ok", f"{torch.cuda.get_device_name(i)}, {memory(free)} of {memory(total)} free")
+    yield _gsplat()
+
+
+def _gsplat() -> Finding:
+    missing = _package("gsplat", "train", required=False)
+    if missing.state != "ok":
+        return missing
+    # In a process of its own: importing the kernels may compile them, for minutes.
+    probe = "import gsplat.cuda._backend as b; raise SystemExit(0 if b._C is not None else 3)"
+    try:
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=WAIT_S)
+    except subprocess.TimeoutExpired:
+        return Finding("gsplat", "ok", f"{missing.text}, kernels not compiled yet: the first training does, in minutes")
+    if done.returncode == 0:
+        return Finding("gsplat", "ok", f"{missing.text}, kernels load")
+    last = (done.stderr.strip().splitlines() or ["no CUDA toolkit found to compile them"])[-1]
+    return Finding("gsplat", "problem", f"{missing.text}, kernels do not load ({last}); set CUDA_HOME, or use the images")
+
+
+def _video() -> Finding:
+    try:
+        import av
+    except (ImportError, OSError) as error:
+        return Finding("video", "broken", f"{error}; pip install 'zoosplat[video]'")
+    version = ".".join(map(str, av.library_versions["libavcodec"]))
+    lacking = [c for c in ("h264", "hevc") if c not in av.codecs_available]
+    if lacking:
+        return Finding("video", "problem", f"PyAV {av.__version__} cannot decode {', '.join(lacking)}; install its wheel")
+    encoder = "" if "libx264" in av.codecs_available else ", no libx264: films are not written"
+    return Finding("video", "problem" if encoder else "ok", f"PyAV {av.__version__}, libavcodec {version}{encoder}")
+
+
+def _place(url: str) -> Finding:
+    from zoosplat import stores
+    from zoosplat_flows.running import check_place
+
+    what = "S3" if stores.is_s3(url) else "project"
+    try:
+        check_place(stores.normalize(url))
+    except UserError as error:
+        return Finding(what, "broken", str(error))
+    return Finding(what, "ok", f"{url} can be read and written")
+
+
+def _endpoint(endpoint: str) -> Finding:
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(endpoint, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answers; anonymous requests are refused
+    except (OSError, ValueError) as error:
+        return Finding("S3", "broken", f"{endpoint}: {error}; start the server or correct AWS_ENDPOINT_URL")
+    return Finding("S3", "ok", f"{endpoint} answers; `zoosplat doctor s3://bucket/prefix` checks a bucket")

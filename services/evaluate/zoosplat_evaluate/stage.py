@@ -1,0 +1,139 @@
+"""Stage evaluate: model, images.zarr, tracking.zarr, crop.zarr -> evaluation/."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from zoosplat import media, stores
+from zoosplat.errors import UserError
+from zoosplat.stage import Context, Plan, Result, Shard, Stage
+from zoosplat_evaluate import ops
+from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model.metrics import METRICS, SSIM_RADIUS, frame_metrics
+from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.rasterize import Rendering
+
+IOU, PSNR = METRICS.index("iou"), METRICS.index("psnr")
+
+
+def _downsample(ctx: Context, reader: FrameReader) -> int:
+    """Factor from the working resolution to that of the metrics."""
+    wanted = ctx.experiment.evaluate.image_downsample or reader.image_downsample
+    factor = wanted // reader.image_downsample
+    if wanted % reader.image_downsample or min(reader.full_width, reader.full_height) // factor <= SSIM_RADIUS:
+        raise UserError(
+            f"evaluate.image_downsample = {wanted}: images of {reader.full_width} x {reader.full_height} px at downsample "
+            f"{reader.image_downsample} cannot be averaged so; give a smaller multiple of {reader.image_downsample}"
+        )
+    return factor
+
+
+def _render(predictor: Predictor, frame: Frame) -> Rendering:
+    reader = predictor.reader
+    views = list(range(reader.n_cameras))
+    gaussians = predictor.gaussians(frame.t)
+    return predictor.render(
+        gaussians, frame.world_to_camera, frame.intrinsics, reader.width, reader.height, cameras=views
+    )
+
+
+class Evaluate(Stage):
+    """Compare renderings of one split with its photographs, in observed and held-out views."""
+
+    def prepare(self, ctx: Context) -> Plan:
+        reader = open_reader(ctx.project, ctx.experiment, torch.device("cpu"))
+        split = ctx.experiment.evaluate.split
+        _downsample(ctx, reader)
+        frames = reader.split(split)
+        if not frames:
+            raise UserError(f"evaluate.split = {split}: no frame of it has a visual hull; choose another split")
+        return Plan((0, len(frames)), {"frames": frames})
+
+    @torch.no_grad()
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+        settings = ctx.experiment.evaluate
+        predictor = Predictor.open(ctx.project, ctx.experiment, settings.device)
+        reader, frames = predictor.reader, plan.values["frames"]
+        factor = _downsample(ctx, reader)
+        measured = []
+        for done, frame in enumerate(reader.prefetch(frames)):
+            rgb, alpha = _render(predictor, frame)
+            size = reader.full_width, reader.full_height
+            measured.append(frame_metrics(rgb, alpha, frame.rgb, frame.mask, frame.origin, *size, factor).cpu().numpy())
+            ctx.progress(done + 1, len(frames), "")
+        values = np.stack(measured)  # [T, C, M]
+        self._write_tables(ctx, reader, frames, values)
+        self._write_gallery(ctx, predictor, frames, values)
+        means = ops.camera_means(values)
+        groups = {"held_out": reader.held_out, "observed": reader.observed}
+        figures = {name: _named(ops.group_means(means, cameras)) for name, cameras in groups.items() if cameras}
+        return Result(len(frames), figures=figures)
+
+    def _write(self, ctx: Context, name: str, data: bytes) -> None:
+        stores.write_bytes(stores.join(ctx.project.output_url(self.name), name), data)
+
+    def _write_tables(self, ctx: Context, reader: FrameReader, frames: list[int], values: ops.Values) -> None:
+        split, jump = ctx.experiment.evaluate.split, ctx.experiment.ingest.frame_jump
+        held_out = [int(c in reader.held_out) for c in range(reader.n_cameras)]
+        means = ops.camera_means(values)
+        rows: list[list[object]] = [
+            [name, held_out[c], len(frames), *means[c].tolist()] for c, name in enumerate(reader.camera_names)
+        ]
+        groups = {"observed": reader.observed, "held_out": reader.held_out}
+        for name, cameras in groups.items():
+            if cameras:
+                mean = ops.group_means(means, cameras).tolist()
+                rows.append([f"mean_{name}", int(name == "held_out"), len(frames), *mean])
+        self._write(ctx, f"metrics_{split}.csv", ops.table(["camera", "held_out", "frames", *METRICS], rows))
+        each = (
+            [t, t * jump, name, held_out[c], *values[i, c].tolist()]
+            for i, t in enumerate(frames)
+            for c, name in enumerate(reader.camera_names)
+        )
+        self._write(ctx, f"frames_{split}.csv", ops.table(["t", "frame", "camera", "held_out", *METRICS], each))
+        curves = {
+            name.replace("_", " "): (values[:, cameras, IOU].mean(1), values[:, cameras, PSNR].mean(1))
+            for name, cameras in groups.items()
+            if cameras
+        }
+        self._write(ctx, "per_frame.png", ops.plot_over_time(np.array(frames) * float(jump), curves))
+
+    def _write_gallery(self, ctx: Context, predictor: Predictor, frames: list[int], values: ops.Values) -> None:
+        reader = predictor.reader
+        judged = reader.held_out or reader.observed
+        entries: list[dict[str, Any]] = []
+        for i, kind in ops.choose_frames(values[:, judged, IOU].mean(1), ctx.experiment.evaluate.gallery_frames):
+            frame = reader.frame(frames[i])
+            layers = (*_render(predictor, frame), frame.on_white(), frame.mask > 0)
+            for c in range(reader.n_cameras):
+                file = f"gallery/t{frame.t:06d}_camera{c}.png"
+                picture = ops.comparison(*(layer[c].cpu().numpy() for layer in layers))
+                self._write(ctx, file, media.encode_png(picture))
+                entries.append(
+                    {
+                        "file": file,
+                        "t": frame.t,
+                        "camera": reader.camera_names[c],
+                        "held_out": c in reader.held_out,
+                        "kind": kind,
+                        "iou": round(float(values[i, c, IOU]), 6),
+                        "psnr": round(float(values[i, c, PSNR]), 6),
+                    }
+                )
+        entries.sort(key=lambda entry: not entry["held_out"])
+        url = stores.join(ctx.project.output_url(self.name), "gallery.json")
+        stores.write_json(url, {"split": ctx.experiment.evaluate.split, "pictures": entries})
+
+
+def _named(values: ops.Values) -> dict[str, float | None]:
+    """Metrics by name, as JSON: null where a metric is not defined in any frame."""
+    return {
+        name: None if math.isnan(v) else round(v, 6) for name, v in zip(METRICS, values.tolist(), strict=True)
+    }
+
+
+STAGE = Evaluate("evaluate")

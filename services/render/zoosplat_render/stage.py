@@ -1,0 +1,162 @@
+"""Stage render: model, images.zarr, tracking.zarr, crop.zarr -> renders/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoosplat import media, stores
+from zoosplat.errors import UserError
+from zoosplat.stage import Context, Plan, Result, Shard, Stage
+from zoosplat_model.carving import rotation_about_z
+from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.splatter import Gaussians
+from zoosplat_render import ops
+
+FPS = 25.0  # of the films, whatever the recording's: most animals are recorded too fast to be watched
+
+
+def _frames(ctx: Context, reader: FrameReader) -> tuple[int, list[int]]:
+    """The kept frame to show and those of the film: from it on, or (frame null) from the start of the test split on."""
+    wanted, count = ctx.experiment.render.frame, ctx.experiment.render.sequence_frames
+    if wanted is None:
+        test = reader.split("test")
+        if not test:
+            raise UserError("render.frame = null: no test frame has a visual hull; give the index of another frame")
+        return test[len(test) // 2], test[:count]
+    valid = np.flatnonzero(reader.valid)
+    if wanted not in valid:
+        near = f"nearest: {valid[np.abs(valid - wanted).argmin()]}" if len(valid) else "and no other frame has one"
+        what = "has no visual hull" if wanted < reader.n_frames else f"there are {reader.n_frames} kept frames"
+        raise UserError(f"render.frame = {wanted}: {what}; {near}")
+    return wanted, [int(t) for t in valid[valid >= wanted][:count]]
+
+
+class Render(Stage):
+    """Stills, an orbit, a film and a PLY file of the model."""
+
+    def prepare(self, ctx: Context) -> Plan:
+        reader = open_reader(ctx.project, ctx.experiment, torch.device("cpu"))
+        if ctx.experiment.render.camera >= reader.n_cameras:
+            raise UserError(f"render.camera = {ctx.experiment.render.camera}: there are {reader.n_cameras} cameras")
+        frame, sequence = _frames(ctx, reader)
+        steps = 2 + ctx.experiment.render.orbit_frames + len(sequence)
+        return Plan((0, steps), {"frame": frame, "sequence": sequence})
+
+    @torch.no_grad()
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+        settings = ctx.experiment.render
+        predictor = Predictor.open(ctx.project, ctx.experiment, settings.device)
+        artist = _Artist(ctx, predictor, total=shard.stop)
+        t, sequence = plan.values["frame"], plan.values["sequence"]
+        frame, gaussians = predictor.reader.frame(t), predictor.gaussians(t)
+        view = artist.camera_view(frame)
+        place = {"t": t, "frame": t * ctx.experiment.ingest.frame_jump}
+        camera = {"camera": predictor.reader.camera_names[settings.camera]}
+        sphere = ops.bounding_sphere(_numpy(gaussians.means), _numpy(gaussians.opacities))
+        offset = {key: getattr(settings, key) for key in ("angle_offset", "delta_x", "delta_y", "delta_z")}
+        ply = f"frame_{t:06d}.ply"
+        still, moved = artist.picture(gaussians, view, settings.camera), moved_in_frame(gaussians, frame, **offset)
+        outputs: list[tuple[str, bytes, dict[str, Any]]] = [
+            ("still_camera.png", media.encode_png(still), {"kind": "still", **place, **camera}),
+            ("still_free.png", media.encode_png(artist.picture(moved, view)), {"kind": "still", **place, **offset}),
+            (ply, ops.to_ply(*map(_numpy, gaussians)), {"kind": "gaussians", **place, "count": len(gaussians.means)}),
+            (
+                "orbit.mp4",
+                media.encode_mp4(artist.orbit(gaussians, frame, *sphere), FPS),
+                {"kind": "film", **place, "fps": FPS, "pictures": settings.orbit_frames},
+            ),
+            (
+                "sequence.mp4",
+                media.encode_mp4(artist.sequence(sequence), FPS),
+                {"kind": "film", **camera, "fps": FPS, "pictures": len(sequence), "t": [sequence[0], sequence[-1]]},
+            ),
+        ]
+        for name, data, _ in outputs:
+            stores.write_bytes(stores.join(ctx.project.output_url(self.name), name), data)
+        index = {
+            "view": {"world_to_camera": _numpy(view[0]).tolist(), "intrinsics": _numpy(view[1]).tolist()},
+            "width": artist.width,
+            "height": artist.height,
+            "files": [{"file": name, **about} for name, _, about in outputs],
+        }
+        stores.write_json(stores.join(ctx.project.output_url(self.name), "index.json"), index)
+        return Result(len(sequence), figures={"frame": t, "gaussians": len(gaussians.means)})
+
+
+class _Artist:
+    """Makes pictures of one size, and counts them."""
+
+    def __init__(self, ctx: Context, predictor: Predictor, total: int) -> None:
+        self.settings, self.predictor, self.reader = ctx.experiment.render, predictor, predictor.reader
+        self.width = self.settings.width or self.reader.full_width
+        self.height = self.settings.height or self.reader.full_height
+        self._progress, self._done, self._total = ctx.progress, 0, total
+
+    def camera_view(self, frame: Frame) -> tuple[Tensor, Tensor]:
+        """World-to-camera [4, 4] and intrinsics [3, 3] of the chosen camera, its window enlarged to fill the picture."""
+        window = (0, 0, self.reader.width, self.reader.height)
+        zoom = torch.as_tensor(media.zoom_matrix(window, self.width, self.height)).to(frame.intrinsics)
+        return frame.world_to_camera[self.settings.camera], zoom @ frame.intrinsics[self.settings.camera]
+
+    def picture(self, gaussians: Gaussians, view: tuple[Tensor, Tensor], camera: int | None = None) -> media.Picture:
+        """A view, in the colours of one of the cameras or (None) of the average camera."""
+        pose, intrinsics = view
+        rgb, _ = self.predictor.render(
+            gaussians, pose[None], intrinsics[None], self.width, self.height, cameras=[camera]
+        )
+        self._done += 1
+        self._progress(self._done, self._total, "")
+        return media.to_uint8(rgb[0].cpu().numpy())
+
+    def orbit(self, gaussians: Gaussians, frame: Frame, center: ops.Values, radius: float) -> Iterator[media.Picture]:
+        """One turn round the animal, from as far as the cameras are, beginning in front of it."""
+        cameras = _numpy(frame.world_to_camera)
+        eyes = -np.einsum("cij,ci->cj", cameras[:, :3, :3], cameras[:, :3, 3])
+        distance = float(np.linalg.norm(eyes - center, axis=1).mean())
+        count, first = self.settings.orbit_frames, float(frame.angle)
+        poses, intrinsics = ops.orbit(center, radius, distance, first, count, self.width, self.height)
+        shared = torch.as_tensor(intrinsics).to(gaussians.means)
+        for pose in torch.as_tensor(poses).to(gaussians.means):
+            yield self.picture(gaussians, (pose, shared))
+
+    def sequence(self, frames: list[int]) -> Iterator[media.Picture]:
+        """Photograph and rendering beside each other, frame by frame, both following the window."""
+        window, camera = (0, 0, self.reader.width, self.reader.height), self.settings.camera
+        for frame in self.reader.prefetch(frames):
+            truth = media.to_uint8(frame.on_white()[camera].cpu().numpy())
+            rendering = self.picture(self.predictor.gaussians(frame.t), self.camera_view(frame), camera)
+            yield media.side_by_side([media.zoom(truth, window, self.width, self.height), rendering])
+
+
+def moved_in_frame(
+    gaussians: Gaussians, frame: Frame, angle_offset: float, delta_x: float, delta_y: float, delta_z: float
+) -> Gaussians:
+    """Gaussians in the world, turned about the vertical through the animal's centre and moved along its own axes.
+
+    In the animal's frame (origin at its centre, x along its heading) a point p becomes Rz(angle_offset) p + delta.
+
+    Args:
+        gaussians: in the world.
+        frame: gives centre and heading.
+        angle_offset: radians.
+        delta_x: metres, forwards; delta_y to the left, delta_z up.
+        delta_y: see delta_x.
+        delta_z: see delta_x.
+    """
+    angle = frame.angle.new_tensor(angle_offset)
+    delta = frame.center.new_tensor([delta_x, delta_y, delta_z])
+    center = frame.center - rotation_about_z(angle) @ frame.center
+    return gaussians.to_world(center + rotation_about_z(frame.angle) @ delta, angle)
+
+
+def _numpy(values: Tensor) -> ops.Values:
+    return values.double().cpu().numpy()
+
+
+STAGE = Render("render")
