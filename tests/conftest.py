@@ -1,8 +1,24 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests. Run as a script it is the process that `stages` forks stages from."""
 
 from __future__ import annotations
 
+import json
+import os
+import runpy
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,3 +32,308 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the development recordings are not on this machine")
     return folder
+
+
+# -- a tiny recording ---------------------------------------------------------------------------------------------
+def loop_video(source: Path, target: Path, times: int) -> None:
+    """The same video several times over, without decoding it."""
+    import av
+
+    with av.open(str(source)) as file, av.open(str(target), "w") as looped:
+        stream = file.streams.video[0]
+        copy = looped.add_stream_from_template(stream)
+        length = stream.duration or 0
+        packets = [(p.pts or 0, p.dts or 0, bytes(p), p.is_keyframe) for p in file.demux(stream) if p.size]
+        for i in range(times):
+            for pts, dts, data, key in packets:
+                packet = av.Packet(data)
+                packet.pts, packet.dts, packet.is_keyframe = pts + i * length, dts + i * length, key
+                packet.stream, packet.time_base = copy, stream.time_base
+                looped.mux(packet)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A synthetic recording on disk, and the configurations that tests run on it.
+
+    144 frames of 96 x 80 pixels from 4 cameras: storage blocks hold 64 frames, so ingest, center_rotation and pack have
+    shards of 64, 64 and 16 frames, and crop, which needs no blocks, three of at most 48.
+    """
+
+    folder: Path
+
+    def config(self, directory: str | Path | None = None, **changes: Any) -> dict[str, Any]:
+        """The native configuration; `changes` are dotted keys with `__` for the dot."""
+        raw: dict[str, Any] = {
+            "name": "tiny",
+            "data": {
+                "directory": str(directory or self.folder),
+                "videos": [f"videos/{c}.mp4" for c in range(4)],
+                "masks": [f"masks/{c}.mp4" for c in range(4)],
+                "calibration": "camera_params.h5",
+                "up": "vertical_lines.npz",
+            },
+            "scheduling": {"frames_per_shard": 48},
+            "ingest": {"image_downsample": 1},
+            "center_rotation": {"ell": 0.25, "grid_size": 48},
+            "crop": {"ell": 0.22, "grid_size": 48},
+        }
+        for key, value in changes.items():
+            *sections, leaf = key.split("__")
+            inner = raw
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[leaf] = value
+        return raw
+
+    def write_project(self, project: Path, directory: str | Path | None = None, **changes: Any) -> str:
+        """A new project with that configuration, unchecked; its URL."""
+        project.mkdir(parents=True, exist_ok=True)
+        # YAML holds JSON.
+        (project / "experiment.yaml").write_text(json.dumps(self.config(directory, **changes)))
+        return str(project)
+
+    def copy(self, folder: Path) -> Path:
+        """A copy to be damaged."""
+        shutil.copytree(self.folder, folder)
+        return folder
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    from zoosplat.synthetic import make_recording
+
+    rendered, folder = tmp_path_factory.mktemp("rendered"), tmp_path_factory.mktemp("recording")
+    make_recording(rendered, n_frames=48, n_cameras=4, width=96, height=80)
+    for name in ("camera_params.h5", "vertical_lines.npz"):
+        shutil.copy(rendered / name, folder)
+    for kind in ("videos", "masks"):
+        (folder / kind).mkdir()
+        for video in (rendered / kind).glob("*.mp4"):
+            loop_video(video, folder / kind / video.name, 3)
+    return Recording(folder)
+
+
+# -- stages as processes ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage's process ended: exit status (negative: the signal), standard output and standard error."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Stages:
+    """Runs `python -m zoosplat_<stage>` in processes of their own, forked from one that has imported everything.
+
+    A fresh interpreter takes seconds to import; a fork takes milliseconds and is as fresh, caches included.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._server.stdout is not None
+        assert json.loads(self._server.stdout.readline()) == "ready"
+
+    def start(self, stage: str, project: str, *args: str, env: dict[str, str] | None = None, as_nobody: bool = False) -> int:
+        """Start a stage as the leader of a process group of its own; its process id. `finished` waits for it."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        request = {
+            "module": f"zoosplat_{stage}",
+            "argv": ["--project", project, *args],
+            "env": {**os.environ, "ZOOSPLAT_TEST": "1", **(env or {})},
+            "folder": str(self._folder),
+            "as_nobody": as_nobody,
+        }
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return int(json.loads(self._server.stdout.readline()))
+
+    def finished(self) -> Outcome:
+        """Wait for the stage that was started last."""
+        assert self._server.stdout is not None
+        status = int(json.loads(self._server.stdout.readline()))
+        return Outcome(status, (self._folder / "out").read_text(), (self._folder / "err").read_text())
+
+    def __call__(self, stage: str, project: str, *args: str, **options: Any) -> Outcome:
+        """Run a stage and wait for it; one process for its shards unless told otherwise."""
+        if "--workers" not in args:
+            args = (*args, "--workers", "1")
+        self.start(stage, project, *args, **options)
+        return self.finished()
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+
+def _serve() -> None:
+    """Fork a child for every line on standard input; answer with its process id, then with its exit status."""
+    import boto3  # noqa: F401
+    import h5py  # noqa: F401
+    import s3fs  # noqa: F401
+    import scipy.io  # noqa: F401
+
+    from zoosplat.pipeline import PIPELINE
+
+    for spec in PIPELINE:
+        if not spec.gpu:
+            __import__(f"zoosplat_{spec.name}.stage")
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            folder = Path(request["folder"])
+            for descriptor, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            if request["as_nobody"]:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            os.environ.clear()
+            os.environ.update(request["env"])
+            sys.argv = [request["module"], *request["argv"]]
+            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+            raise SystemExit(0)
+        print(pid, flush=True)
+        status = os.waitpid(pid, 0)[1]
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
+    server = Stages(tmp_path_factory.mktemp("stages"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def finished(recording: Recording, stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which the stages that need no GPU have run undisturbed. Not to be written to."""
+    from zoosplat.pipeline import PIPELINE
+
+    project = tmp_path_factory.mktemp("finished")
+    recording.write_project(project)
+    for spec in PIPELINE:
+        if not spec.gpu:
+            assert stages(spec.name, str(project)) == Outcome(0, stages_output(stages), "")
+    return project
+
+
+def stages_output(stages: Stages) -> str:
+    """Standard output of the stage that ran last: progress, which no test compares."""
+    return (stages._folder / "out").read_text()
+
+
+# -- an S3 server -------------------------------------------------------------------------------------------------
+def _minio() -> str | None:
+    built = Path.home() / ".cache" / "zoosplat" / "bin" / "minio"
+    return str(built) if built.is_file() else shutil.which("minio")
+
+
+S3_KIND = "minio" if _minio() else "moto"
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running S3 server: MinIO, or moto's server where there is no MinIO (which checks no credentials)."""
+
+    kind: str
+    endpoint: str
+    env: dict[str, str]
+    client: Any
+
+    def bucket(self) -> str:
+        """A new, empty bucket."""
+        name = f"b{secrets.token_hex(6)}"
+        self.client.create_bucket(Bucket=name)
+        return name
+
+    def put_folder(self, folder: Path, bucket: str, prefix: str) -> None:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            key = f"{prefix}/{path.relative_to(folder).as_posix()}"
+            self.client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+
+    def objects(self, bucket: str) -> dict[str, tuple[str, Any]]:
+        """ETag (of the content) and time of every object of a bucket, by key."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        return {o["Key"]: (o["ETag"], o["LastModified"]) for page in pages for o in page.get("Contents", [])}
+
+    def read(self, bucket: str, key: str) -> bytes:
+        data: bytes = self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        return data
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session", params=[S3_KIND])
+def s3(request: pytest.FixtureRequest) -> Iterator[S3]:
+    """A real S3 server on the loopback interface; its kind stands in the tests' names."""
+    import boto3
+
+    port, user, password = free_port(), f"user{secrets.token_hex(4)}", secrets.token_hex(16)
+    endpoint = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        if request.param == "minio":
+            command = [str(_minio()), "server", folder, "--address", f"127.0.0.1:{port}", "--quiet"]
+            health = f"{endpoint}/minio/health/live"
+        else:
+            command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+            health = endpoint
+        env = {"MINIO_ROOT_USER": user, "MINIO_ROOT_PASSWORD": password, "MINIO_BROWSER": "off"}
+        quiet = subprocess.DEVNULL
+        server = subprocess.Popen(command, env={**os.environ, **env}, cwd=folder, stdout=quiet, stderr=quiet)
+        try:
+            _wait_for(lambda: _answers(health), server)
+            credentials = {
+                "AWS_ENDPOINT_URL": endpoint,
+                "AWS_ACCESS_KEY_ID": user,
+                "AWS_SECRET_ACCESS_KEY": password,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            }
+            client = boto3.client(
+                "s3",
+                endpoint_url=endpoint,
+                aws_access_key_id=user,
+                aws_secret_access_key=password,
+                region_name="us-east-1",
+            )
+            yield S3(request.param, endpoint, credentials, client)
+        finally:
+            server.send_signal(signal.SIGKILL)
+            server.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def _wait_for(ready: Callable[[], bool], server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert server.poll() is None, "the S3 server ended"
+        assert time.monotonic() < deadline, "the S3 server does not answer"
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 import scipy.io
 from scipy.spatial.transform import Rotation
+
 from zoosplat.calibration import read_cameras, read_up, write_hdf5
 from zoosplat.cameras import Cameras, WorldTransform, validate_cameras
 from zoosplat.errors import UserError

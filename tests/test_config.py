@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+
 from zoosplat.config import Experiment, classic_project_directory, load_config, parse_classic, read_config
 from zoosplat.errors import UserError
 

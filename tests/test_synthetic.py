@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from zoosplat.errors import UserError
 from zoosplat.synthetic import (
     KEYPOINT_NAMES,
@@ -99,7 +100,6 @@ def test_masks_are_where_marched_rays_meet_the_solid() -> None:
         hit |= scene.inside(frame, (depth[:, None, None, None] * rays - translation) @ rotation).any(0)
     twin = hit.reshape(hit.shape[0] // 2, 2, -1, 2).mean((1, 3)) >= 0.5
     assert mask.sum() > 60
-    print("IOU", iou(mask[top : rows.max() + 3, left : columns.max() + 3], twin))
     assert iou(mask[top : rows.max() + 3, left : columns.max() + 3], twin) > 0.97
 
 

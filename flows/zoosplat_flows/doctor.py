@@ -82,6 +82,7 @@ def _torch() -> Iterator[Finding]:
         driver = os.path.exists("/proc/driver/nvidia/version")
         hint = "a driver is there: install a torch built for it" if driver else "training works on the CPU, slowly"
         yield Finding("gpu", "problem" if driver else "ok", f"none found; {hint}")
+        yield Finding("rasteriser", "ok", "the CPU one; gsplat's kernels need a GPU")
         return
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
@@ -102,7 +103,7 @@ def _gsplat() -> Finding:
     if done.returncode == 0:
         return Finding("gsplat", "ok", f"{missing.text}, kernels load")
     last = (done.stderr.strip().splitlines() or ["no CUDA toolkit found to compile them"])[-1]
-    return Finding("gsplat", "problem", f"{missing.text}, kernels do not load ({last}); set CUDA_HOME, or use the images")
+    return Finding("gsplat", "problem", f"{missing.text}, kernels do not load ({last}); set CUDA_HOME")
 
 
 def _video() -> Finding:
@@ -113,7 +114,8 @@ def _video() -> Finding:
     version = ".".join(map(str, av.library_versions["libavcodec"]))
     lacking = [c for c in ("h264", "hevc") if c not in av.codecs_available]
     if lacking:
-        return Finding("video", "problem", f"PyAV {av.__version__} cannot decode {', '.join(lacking)}; install its wheel")
+        text = f"PyAV {av.__version__} cannot decode {', '.join(lacking)}; install its wheel"
+        return Finding("video", "problem", text)
     encoder = "" if "libx264" in av.codecs_available else ", no libx264: films are not written"
     return Finding("video", "problem" if encoder else "ok", f"PyAV {av.__version__}, libavcodec {version}{encoder}")
 

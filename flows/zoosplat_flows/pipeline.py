@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import httpx
 from prefect import flow, task
@@ -103,7 +103,8 @@ class _Artifact:
         # A picture of the progress is not worth a stage.
         with suppress(httpx.HTTPError):
             if self.id is None:
-                self.id = create_progress_artifact(percent, key=self.stage.replace("_", "-"), description=self.stage)
+                key = self.stage.replace("_", "-")
+                self.id = cast(uuid.UUID, create_progress_artifact(percent, key=key, description=self.stage))
             else:
                 update_progress_artifact(self.id, percent)
 
@@ -202,6 +203,7 @@ def pipeline(
                 workers,
                 spec.name in forced,
                 processes,
+                return_state=False,
                 wait_for=[futures[name] for name in STAGES[spec.name].reads if name in futures],
             )
         for future in futures.values():

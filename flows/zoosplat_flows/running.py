@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.resources
-import io
 import os
 import threading
 import time
@@ -127,31 +125,16 @@ class Display:
 
 def headline(project: Project) -> list[str]:
     """The means of the held-out and the observed cameras, a line each; none before evaluation."""
-    lines = []
-    for name, text in metrics_files(project):
-        rows = list(csv.DictReader(io.StringIO(text)))
-        for row in rows:
-            camera = row.get("camera", "")
-            if "mean" in camera.lower():
-                figures = [f"{k} {float(v):.3f}" for k, v in row.items() if k != "camera" and _is_number(v)]
-                lines.append(f"{name}, {camera}: {', '.join(figures)}")
-    return lines
-
-
-def metrics_files(project: Project) -> list[tuple[str, str]]:
-    """Split and text of each evaluation/metrics_<split>.csv."""
-    if project.read_mark("evaluate") is None:
+    mark = project.read_mark("evaluate")
+    if mark is None:
         return []
-    url = project.input_url("evaluate")
-    names = [n for n in stores.list_files(url) if n.startswith("metrics_") and n.endswith(".csv")]
-    return [(n[len("metrics_") : -len(".csv")], stores.read_bytes(stores.join(url, n)).decode()) for n in names]
-
-
-def _is_number(text: str | None) -> bool:
-    try:
-        return text is not None and float(text) == float(text)
-    except ValueError:
-        return False
+    split = mark["settings"]["evaluate"]["split"]
+    return [
+        f"{group.replace('_', '-')} views, {split} frames: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in mark["figures"][group].items() if value is not None)
+        for group in ("held_out", "observed")
+        if group in mark["figures"]
+    ]
 
 
 def run(
@@ -189,7 +172,7 @@ def run(
 
 
 def demo(url: str, frames: int, overrides: list[str], workers: int | None) -> None:
-    """Make the synthetic recording, beside the project's groups or in ./demo, and run the demo's configuration on it."""
+    """Make the synthetic recording, in the project or in ./demo for one on S3, and run demo.yaml on it."""
     from zoosplat.synthetic import make_recording
 
     check_place(stores.normalize(url))

@@ -93,6 +93,12 @@ def memory(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
 
+def peak_memory(mark: Mark) -> str:
+    """Of the largest process of a stage, and of its GPU where it used one."""
+    gpu = mark["figures"].get("peak_gpu_bytes")
+    return memory(mark["peak_memory_bytes"]) + (f", GPU {memory(gpu)}" if gpu else "")
+
+
 def show(project: Project) -> None:
     """Print the table of `zoosplat status`."""
     table = Table(title=project.url, title_justify="left")
@@ -108,7 +114,7 @@ def show(project: Project) -> None:
             f"[{COLOURS[s.state]}]{s.state}",
             f"{s.shards_done}/{s.shards}" if s.shards else "",
             duration(seconds(mark)) if mark else "",
-            memory(mark["peak_memory_bytes"]) if mark else "",
+            peak_memory(mark) if mark else "",
             f"{datetime.fromtimestamp(mark['finished']):%Y-%m-%d %H:%M}" if mark else "",
             escape("; ".join(notes)),
         )

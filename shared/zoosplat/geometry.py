@@ -163,18 +163,15 @@ def quaternion_from_z_angle(angle_rad: npt.ArrayLike) -> FloatArray:
 
 
 def ot_map_gaussians(
-    mean1: npt.ArrayLike,  # [3]
     cov1: npt.ArrayLike,  # [3, 3]
-    mean2: npt.ArrayLike,  # [3]
     cov2: npt.ArrayLike,  # [3, 3]
 ) -> FloatArray:
     """A [3, 3] float64, symmetric, of the optimal-transport map x -> mean2 + A (x - mean1) from N1 to N2.
 
     A = S1^-1/2 (S1^1/2 S2 S1^1/2)^1/2 S1^-1/2 (Gelbrich 1990; Peyre and Cuturi, Computational Optimal Transport,
-    remark 2.31), so A S1 A = S2. A does not depend on the means. Directions in which N1 is flat (eigenvalue below
+    remark 2.31), so A S1 A = S2. Directions in which N1 is flat (eigenvalue below
     1e-12 of the largest) carry no mass and are mapped to 0.
     """
-    del mean1, mean2
     values, vectors = np.linalg.eigh(np.asarray(cov1, dtype=np.float64))
     values = np.where(values > 1e-12 * values[-1], values, 0.0)
     root = np.sqrt(values)

@@ -28,8 +28,8 @@ Layout = Literal["sharded", "blocks", "per_shard", "whole"]
 class ArraySpec:
     """One array: its dimensions by name, dtype, unit, meaning and layout.
 
-    Layouts: `sharded` (zarr shards of `block` frames, a chunk a frame), `blocks` (chunks of `block` frames), `per_shard`
-    (a chunk for each shard of work, first axis S), `whole` (one chunk, written when the stage finishes).
+    Layouts: `sharded` (zarr shards of `block` frames, a chunk a frame), `blocks` (chunks of `block` frames),
+    `per_shard` (a chunk for each shard of work, first axis S), `whole` (one chunk, written when the stage finishes).
     """
 
     dims: tuple[str | int, ...]
@@ -42,10 +42,10 @@ class ArraySpec:
 GROUPS: dict[str, dict[str, ArraySpec]] = {
     "masks.zarr": {
         "mask": ArraySpec(("T", "C", "h", "w"), "bool", "", "animal, undistorted, working resolution", "sharded"),
-        "box": ArraySpec(("T", "C", 4), "int32", "px", "x0, y0, x1, y1 (exclusive) of the mask; zeros if empty", "blocks"),
+        "box": ArraySpec(("T", "C", 4), "int32", "px", "x0, y0, x1, y1 (exclusive) of the mask; 0 if empty", "blocks"),
         "frame": ArraySpec(("T",), "int64", "frames", "index in the video", "whole"),
         "intrinsics": ArraySpec(("C", 3, 3), "float64", "px", "working resolution, whole frame, undistorted", "whole"),
-        "world_to_camera": ArraySpec(("C", 4, 4), "float64", "m", "oriented world: +z up, origin at mean camera", "whole"),
+        "world_to_camera": ArraySpec(("C", 4, 4), "float64", "m", "+z up, origin at the mean camera", "whole"),
     },
     "tracking.zarr": {
         "hull_mean": ArraySpec(("T", 3), "float64", "m", "mean of the hull voxels; NaN without a hull", "blocks"),

@@ -252,9 +252,7 @@ def run_shard(stage: Stage, ctx: Context, digest: str, index: int, plan: Plan) -
 
 def finish(stage: Stage, ctx: Context, digest: str, plan: Plan) -> None:
     """Check that every shard is done, write what needs them all, then the stage's mark: the last write."""
-    marks = [
-        stores.read_json(ctx.project.shard_mark_url(stage.name, i, plan.n_shards)) for i in range(plan.n_shards)
-    ]
+    marks = [stores.read_json(ctx.project.shard_mark_url(stage.name, i, plan.n_shards)) for i in range(plan.n_shards)]
     missing = [i for i, mark in enumerate(marks) if mark is None or mark["digest"] != digest]
     if missing:
         raise UserError(f"{ctx.project.url}: shards {missing} of stage {stage.name} are not done; run them first")
@@ -399,7 +397,11 @@ def terminal_progress(stage: str) -> Iterator[Callable[[int, int, str], None]]:
     columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[message]}")) as bar:
         task = bar.add_task(stage, total=None, message="")
-        yield lambda done, total, message="": bar.update(task, completed=done, total=total, message=message)
+
+        def show(done: int, total: int, message: str = "") -> None:
+            bar.update(task, completed=done, total=total, message=message)
+
+        yield show
 
 
 def main(stage: Stage, argv: list[str] | None = None) -> int:
@@ -410,7 +412,7 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog=f"python -m zoosplat_{stage.name}", description=stage.__doc__)
     parser.add_argument("--project", required=True, metavar="URL", help="folder or s3://bucket/prefix")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes for shards (default: cores)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: cores)")
     parser.add_argument("--force", action="store_true", help="ignore marks and compute again")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--prepare", action="store_true", help="only check the input and write the plan")

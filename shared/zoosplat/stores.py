@@ -210,6 +210,31 @@ def create_group(url: str, attributes: dict[str, Any]) -> zarr.Group:
     return zarr.create_group(_zarr_store(url, read_only=False), zarr_format=3, attributes=attributes)
 
 
+_REFUSED = (
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "AccessDenied",
+    "Forbidden",
+    "PermissionError",
+    "NoCredentialsError",
+    "Unable to locate credentials",
+    "InvalidToken",
+    "ExpiredToken",
+    "Unauthenticated",
+)
+_UNREACHABLE = (
+    "EndpointConnectionError",
+    "ConnectTimeout",
+    "error sending request",
+    "ConnectionClosedError",
+    "Connect call failed",
+    "ClientConnectorError",
+    "ConnectionRefusedError",
+    "ReadTimeout",
+    "HTTP error",
+)
+
+
 def as_user_error(error: BaseException, url: str) -> UserError | None:
     """What a storage failure means to the user, in one line; None where it is not a storage failure."""
     seen: BaseException | None = error
@@ -221,17 +246,9 @@ def as_user_error(error: BaseException, url: str) -> UserError | None:
             return UserError(f"{getattr(seen, 'filename', None) or url}: permission denied; make it accessible")
         if any(word in text for word in ("NoSuchBucket", "bucket does not exist")):
             return UserError(f"{url}: the bucket does not exist; create it first")
-        if any(
-            word in text
-            for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "Forbidden", "PermissionError")
-            + ("NoCredentialsError", "Unable to locate credentials", "InvalidToken", "ExpiredToken", "Unauthenticated")
-        ):
+        if any(word in text for word in _REFUSED):
             return UserError(f"{url}: access refused by the S3 server; check the credentials (AWS_ACCESS_KEY_ID, ...)")
-        if any(
-            word in text
-            for word in ("EndpointConnectionError", "ConnectTimeout", "error sending request", "ConnectionClosedError")
-            + ("Connect call failed", "ClientConnectorError", "ConnectionRefusedError", "ReadTimeout", "HTTP error")
-        ):
+        if any(word in text for word in _UNREACHABLE):
             where = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint")
             return UserError(f"{url}: {where} cannot be reached; start the server or correct AWS_ENDPOINT_URL")
         seen = seen.__cause__ or seen.__context__

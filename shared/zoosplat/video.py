@@ -63,7 +63,7 @@ def probe(url: str, label: str) -> VideoInfo:
     if n_bytes == 0:
         raise UserError(f"{label}: the file is empty: {url}; copy or export it again")
     try:
-        with stores.open_read(url) as file, av.open(file) as container:
+        with stores.open_read(url) as file, av.open(file, "r") as container:
             if not container.streams.video:
                 raise UserError(f"{label}: no video stream in {url}")
             stream = container.streams.video[0]
@@ -92,7 +92,7 @@ def read_frames(info: VideoInfo, start: int, stop: int, jump: int = 1) -> Iterat
     """
     at = 0
     try:
-        with stores.open_read(info.url) as file, av.open(file) as container:
+        with stores.open_read(info.url) as file, av.open(file, "r") as container:
             stream = container.streams.video[0]
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1  # cameras are decoded in parallel instead
@@ -104,7 +104,9 @@ def read_frames(info: VideoInfo, start: int, stop: int, jump: int = 1) -> Iterat
                 if seeking and frame.pts is not None:
                     at = round((frame.pts - first) / (info.step or 1))
                     if at > start:
-                        raise UserError(f"{info.label}: frame {start} cannot be reached by seeking; re-encode the video")
+                        raise UserError(
+                            f"{info.label}: frame {start} cannot be reached by seeking; re-encode the video"
+                        )
                     seeking = False
                 if frame.is_corrupt:
                     raise UserError(f"{info.label}: frame {at} is corrupt in {info.url}; export the video again")
@@ -123,7 +125,8 @@ def read_frames(info: VideoInfo, start: int, stop: int, jump: int = 1) -> Iterat
 
 def _plane(frame: av.VideoFrame, index: int) -> U8:
     plane = frame.planes[index]
-    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+    data: U8 = np.frombuffer(memoryview(plane), np.uint8)
+    return data.reshape(plane.height, plane.line_size)[:, : plane.width]
 
 
 @dataclass(frozen=True)
@@ -165,9 +168,7 @@ def _area(image: Any, width: int, height: int) -> Any:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def luma_mask(
-    frame: Planes, downsample: int, maps: tuple[F32, F32] | None = None
-) -> npt.NDArray[np.bool_]:
+def luma_mask(frame: Planes, downsample: int, maps: tuple[F32, F32] | None = None) -> npt.NDArray[np.bool_]:
     """Binary mask from a grey 0/255 frame: undistorted, area-averaged, then >= 0.5.
 
     Args:

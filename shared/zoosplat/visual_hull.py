@@ -60,7 +60,7 @@ def hull_indices(
         indices [n, 3] int64, in no particular order; votes [n] int8: views that see the voxel inside their mask.
     """
     to_pixels = grid_projection(intrinsics, world_to_camera, center_m, angle_rad)
-    tables = [cv2.integral(np.ascontiguousarray(m, dtype=np.uint8)) for m in masks]
+    tables = [np.asarray(cv2.integral(np.ascontiguousarray(m, dtype=np.uint8)), np.int32) for m in masks]
     n = np.array([len(a) for a in axes])
     cells = np.stack(np.meshgrid(*(np.arange(0, k, BLOCKS[0]) for k in n), indexing="ij"), -1).reshape(-1, 3)
     for size, smaller in zip(BLOCKS, (*BLOCKS[1:], 0), strict=True):
@@ -76,9 +76,9 @@ def hull_indices(
     return cells, votes
 
 
-def _votes(cells: npt.NDArray[np.int64], axes: tuple[F64, F64, F64], to_pixels: F64, masks: Sequence[Bool] | Bool) -> (
-    npt.NDArray[np.int8]
-):
+def _votes(
+    cells: npt.NDArray[np.int64], axes: tuple[F64, F64, F64], to_pixels: F64, masks: Sequence[Bool] | Bool
+) -> npt.NDArray[np.int8]:
     points = np.stack([a[cells[:, k]] for k, a in enumerate(axes)])
     votes = np.zeros(len(cells), dtype=np.int8)
     for matrix, mask in zip(to_pixels, masks, strict=True):

@@ -143,7 +143,9 @@ def ssim_map(
         m1, m2, s11, s22, s12 = _blur(height, layers) @ layers @ _blur(width, layers).T
         v1, v2 = (s11 - m1 * m1).clamp(min=0), (s22 - m2 * m2).clamp(min=0)
         c1, c2 = 0.01**2, 0.03**2
-        return (2 * m1 * m2 + c1) * (2 * (s12 - m1 * m2) + c2) / ((m1 * m1 + m2 * m2 + c1) * (v1 + v2 + c2))
+        upper: Tensor = (2 * m1 * m2 + c1) * (2 * (s12 - m1 * m2) + c2)
+        similarity: Tensor = upper / ((m1 * m1 + m2 * m2 + c1) * (v1 + v2 + c2))
+        return similarity
 
 
 def _blur(n: int, like: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from zoosplat_model.rasterize import Rendering, rasterize
 from zoosplat_model.unet import FEATURE_CHANNELS, UNetStack
 
 LEAST_OCCUPANCY = 0.25  # of a selected voxel
-OPACITY_SLOPE, OPACITY_MIDDLE = 12.0, 0.75  # opacity 0.95 where all views agree, 0.05 where one does not, 0.002 at least
-FIRST_SCALE = 0.55  # voxels: no holes between neighbours, and hardly wider than the hull
+OPACITY_SLOPE, OPACITY_MIDDLE = 16.0, 0.75  # opacity 0.98 where all views agree, 0.02 where one does not
+FIRST_SCALE = 0.5  # voxels: no holes between neighbours, and hardly wider than the hull
 REACH = 2.0  # voxels that a Gaussian can move away from its voxel
 WIDEST = 4.0  # voxels, of a Gaussian's standard deviation
 

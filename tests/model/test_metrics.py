@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
+
 from zoosplat_model.metrics import METRICS, frame_metrics, ssim_map
 
 

@@ -128,7 +128,7 @@ def headings(means: F64, covs: F64, valid: Bool) -> F64:
     axes = np.empty((len(at), 3))
     axes[0] = principal_axis(covs[at[0]])
     for i in range(1, len(at)):
-        carried = geometry.ot_map_gaussians(means[at[i - 1]], covs[at[i - 1]], means[at[i]], covs[at[i]]) @ axes[i - 1]
+        carried = geometry.ot_map_gaussians(covs[at[i - 1]], covs[at[i]]) @ axes[i - 1]
         axis = principal_axis(covs[at[i]])
         axes[i] = axis if axis @ carried >= 0 else -axis
     forward = np.sum(axes[:-1, :2] * np.diff(means[at, :2], axis=0))

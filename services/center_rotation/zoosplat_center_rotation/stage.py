@@ -22,9 +22,7 @@ class CenterRotation(Stage):
         observed = list(experiment.observed_views(n_cameras))
         attributes = {"ell_m": ell_m, "grid_size": experiment.center_rotation.grid_size, "observed": observed}
         sizes = {"T": n_frames, "C": n_cameras}
-        schema.create(
-            ctx.project.output_url(self.name), "tracking.zarr", sizes, schema.SMALL_BLOCK, attributes
-        )
+        schema.create(ctx.project.output_url(self.name), "tracking.zarr", sizes, schema.SMALL_BLOCK, attributes)
         per_shard = max(1, experiment.scheduling.frames_per_shard // experiment.ingest.frame_jump)
         return Plan(split(n_frames, per_shard, schema.SMALL_BLOCK), attributes)
 
@@ -42,9 +40,7 @@ class CenterRotation(Stage):
             for first in range(start, stop, read):
                 for frame in np.asarray(mask[first : min(first + read, stop)]):
                     hulls.append(
-                        ops.frame_hull(
-                            frame, plan.values["observed"], intrinsics, world_to_camera, axis, adaptive
-                        )
+                        ops.frame_hull(frame, plan.values["observed"], intrinsics, world_to_camera, axis, adaptive)
                     )
                     ctx.progress(start - shard.start + len(hulls), shard.stop - shard.start, "")
             schema.write_block(group, "hull_mean", start, np.stack([h.mean for h in hulls]))
@@ -72,11 +68,15 @@ class CenterRotation(Stage):
         ):
             schema.array(group, key)[...] = values
         lost = np.flatnonzero(~valid)
-        warnings = ()
+        warnings: tuple[str, ...] = ()
         if len(lost):
             shown = ", ".join(map(str, lost[:10])) + (", ..." if len(lost) > 10 else "")
-            warnings = (f"no usable visual hull in {len(lost)} of {len(valid)} frames (kept frames {shown}): interpolated",)
-        return Result(warnings=warnings, figures={"invalid_frames": len(lost), "median_voxels": float(np.median(counts))})
+            warnings = (
+                f"no usable visual hull in {len(lost)} of {len(valid)} frames (kept frames {shown}): interpolated",
+            )
+        return Result(
+            warnings=warnings, figures={"invalid_frames": len(lost), "median_voxels": float(np.median(counts))}
+        )
 
 
 STAGE = CenterRotation("center_rotation")

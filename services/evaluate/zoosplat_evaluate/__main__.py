@@ -1,4 +1,5 @@
 from zoosplat.stage import run
+
 from zoosplat_evaluate.stage import STAGE
 
 if __name__ == "__main__":

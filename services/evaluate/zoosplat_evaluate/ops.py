@@ -12,7 +12,6 @@ from typing import Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
-
 from zoosplat import media
 
 Values = npt.NDArray[np.float64]

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from zoosplat import media, stores
 from zoosplat.errors import UserError
 from zoosplat.stage import Context, Plan, Result, Shard, Stage
-from zoosplat_evaluate import ops
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.metrics import METRICS, SSIM_RADIUS, frame_metrics
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.rasterize import Rendering
+
+from zoosplat_evaluate import ops
 
 IOU, PSNR = METRICS.index("iou"), METRICS.index("psnr")
 
@@ -25,9 +25,10 @@ def _downsample(ctx: Context, reader: FrameReader) -> int:
     wanted = ctx.experiment.evaluate.image_downsample or reader.image_downsample
     factor = wanted // reader.image_downsample
     if wanted % reader.image_downsample or min(reader.full_width, reader.full_height) // factor <= SSIM_RADIUS:
+        size = f"{reader.full_width} x {reader.full_height} px at downsample {reader.image_downsample}"
         raise UserError(
-            f"evaluate.image_downsample = {wanted}: images of {reader.full_width} x {reader.full_height} px at downsample "
-            f"{reader.image_downsample} cannot be averaged so; give a smaller multiple of {reader.image_downsample}"
+            f"evaluate.image_downsample = {wanted}: images of {size} cannot be averaged so; give a smaller multiple of "
+            f"{reader.image_downsample}"
         )
     return factor
 
@@ -131,9 +132,7 @@ class Evaluate(Stage):
 
 def _named(values: ops.Values) -> dict[str, float | None]:
     """Metrics by name, as JSON: null where a metric is not defined in any frame."""
-    return {
-        name: None if math.isnan(v) else round(v, 6) for name, v in zip(METRICS, values.tolist(), strict=True)
-    }
+    return {name: None if math.isnan(v) else round(v, 6) for name, v in zip(METRICS, values.tolist(), strict=True)}
 
 
 STAGE = Evaluate("evaluate")

@@ -29,13 +29,18 @@ def _read_bytes(url: str) -> bytes:
 def _probe_all(experiment: Experiment) -> tuple[list[video.VideoInfo], list[str]]:
     """Mask videos, after checking masks and RGB videos against each other; and warnings."""
     data = experiment.data
-    names = [(kind, c, name) for kind, files in (("mask", data.masks), ("video", data.videos)) for c, name in enumerate(files)]
+    names = [
+        (kind, c, name)
+        for kind, files in (("mask", data.masks), ("video", data.videos))
+        for c, name in enumerate(files)
+    ]
     infos = [video.probe(data.url(name), f"{name} ({kind} of camera {c})") for kind, c, name in names]
     first, warnings = infos[0], []
     for info in infos:
         if (info.width, info.height) != (first.width, first.height):
             raise UserError(
-                f"{info.label}: {info.width} x {info.height} pixels, but {first.label} has {first.width} x {first.height}"
+                f"{info.label}: {info.width} x {info.height} pixels, "
+                f"but {first.label} has {first.width} x {first.height}"
             )
         if abs(info.fps - first.fps) > 0.01 * max(first.fps, 1e-9):
             warnings.append(f"{info.label}: {info.fps:g} frames/s, but {first.label} has {first.fps:g}")
@@ -137,7 +142,9 @@ class Ingest(Stage):
                 raise UserError(f"{label}: the mask is empty in all {count} frames; make the masks again")
             if count:
                 first = int(np.argmax(box[:, c, 2] == 0))
-                warnings.append(f"{label}: the mask is empty in {count} of {len(box)} frames, first at kept frame {first}")
+                warnings.append(
+                    f"{label}: the mask is empty in {count} of {len(box)} frames, first at kept frame {first}"
+                )
         return Result(warnings=tuple(warnings), figures={"empty_masks": [int(e) for e in empty]})
 
 

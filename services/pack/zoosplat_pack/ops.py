@@ -34,7 +34,8 @@ def window_origins(boxes: I32, size: tuple[int, int], full: tuple[int, int]) -> 
     """Corner [..., 2] int32 (x, y) of a window centred on each box and shifted inside the frame; empty boxes: 0."""
     center = (boxes[..., :2] + boxes[..., 2:]) // 2
     limit = np.maximum(np.array(full) - np.array(size), 0)
-    return np.clip(center - np.array(size) // 2, 0, limit).astype(np.int32)
+    corners: I32 = np.clip(center - np.array(size) // 2, 0, limit).astype(np.int32)
+    return corners
 
 
 def read_windows(

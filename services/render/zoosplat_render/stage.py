@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
 from zoosplat import media, stores
 from zoosplat.errors import UserError
 from zoosplat.stage import Context, Plan, Result, Shard, Stage
@@ -16,6 +15,7 @@ from zoosplat_model.carving import rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.splatter import Gaussians
+
 from zoosplat_render import ops
 
 FPS = 25.0  # of the films, whatever the recording's: most animals are recorded too fast to be watched
@@ -99,7 +99,7 @@ class _Artist:
         self._progress, self._done, self._total = ctx.progress, 0, total
 
     def camera_view(self, frame: Frame) -> tuple[Tensor, Tensor]:
-        """World-to-camera [4, 4] and intrinsics [3, 3] of the chosen camera, its window enlarged to fill the picture."""
+        """World-to-camera [4, 4] and intrinsics [3, 3] of the camera, its window enlarged to fill the picture."""
         window = (0, 0, self.reader.width, self.reader.height)
         zoom = torch.as_tensor(media.zoom_matrix(window, self.width, self.height)).to(frame.intrinsics)
         return frame.world_to_camera[self.settings.camera], zoom @ frame.intrinsics[self.settings.camera]

@@ -56,7 +56,7 @@ def render(
     *,
     mode: Literal["3d", "2d"],
 ) -> tuple[Tensor, Tensor]:
-    """Premultiplied colours [C, H, W, D] and alpha [C, H, W]; arguments as in `rasterize`, pixel centres at (.5, .5)."""
+    """Premultiplied colours [C, H, W, D] and alpha [C, H, W]; arguments of `rasterize`, pixel centres at (.5, .5)."""
     project = _project_3d if mode == "3d" else _project_2d
     splats = project(means, quats, scales, opacities, world_to_camera, intrinsics, width, height)
     views, channels = len(world_to_camera), colors.shape[1]
@@ -86,7 +86,7 @@ def _rotation(quats: Tensor) -> Tensor:
     rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)]
     rows += [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)]
     rows += [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
-    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+    return torch.stack(rows, -1).view(-1, 3, 3)
 
 
 def _to_camera(means: Tensor, world_to_camera: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class _Pairs(NamedTuple):
     splat: Tensor  # [M + 1] flat index into C x N; the last entry stands for "none" and is C x N
     tiles: Tensor  # [T] flat indices, into C x down x across, of the tiles that have pairs
     center: Tensor  # [T, 2] of these tiles, in pixels
-    count: Tensor  # [T] pairs of each, descending
+    sizes: Tensor  # [T] pairs of each, descending
     bag: Tensor  # [M] the pairs grouped by splat ...
     bag_start: Tensor  # [V] ... where each group starts ...
     bag_splat: Tensor  # [V] ... and whose it is
@@ -220,17 +220,16 @@ def _tile_pairs(splats: _Projected, across: int, down: int, tile: int, *, ellips
         k, place = k.index_select(0, keep), place.index_select(0, keep)
         per_splat = torch.bincount(k, minlength=len(ids))
 
-    count = torch.bincount(place, minlength=views * across * down)
-    count, tiles = torch.sort(count, descending=True, stable=True)
-    occupied = int((count > 0).sum())
-    count, tiles = count[:occupied], tiles[:occupied]
+    sizes, tiles = torch.sort(torch.bincount(place, minlength=views * across * down), descending=True, stable=True)
+    occupied = int((sizes > 0).sum())
+    sizes, tiles = sizes[:occupied], tiles[:occupied]
     rank = torch.empty(views * across * down, dtype=torch.int32, device=k.device)
     rank[tiles] = torch.arange(occupied, dtype=torch.int32, device=k.device)
     order = torch.sort(rank.index_select(0, place), stable=True)[1]
     bag = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=k.device))
     center = (torch.stack([tiles % across, tiles // across % down], -1) + 0.5).to(box.dtype) * tile
     splat = F.pad(ids.index_select(0, k.index_select(0, order)), (0, 1), value=views * n)
-    return _Pairs(splat, tiles, center, count, bag, per_splat.cumsum(0) - per_splat, ids)
+    return _Pairs(splat, tiles, center, sizes, bag, per_splat.cumsum(0) - per_splat, ids)
 
 
 def _ellipse_meets_tile(table: Tensor, k: Tensor, x: Tensor, y: Tensor, tile: int) -> Tensor:
@@ -274,9 +273,8 @@ def _coefficients_3d_backward(grad: Tensor, geometry: Tensor, center: Tensor) ->
 def _coefficients_2d(geometry: Tensor, center: Tensor) -> Tensor:
     """geometry [T, K, 12], tile centres [T, 2] -> [T, K, 13]: log opacity, three linear forms u, v, w (1, x, y each)
     and the squared distance from the mean (1, x, y; the coefficient of xx + yy is 1)."""
-    mean, log_opacity, forms = geometry.split([2, 1, 9], -1)
-    shift = mean - center[:, None]
-    forms = forms.unflatten(-1, (3, 3))
+    log_opacity, forms = geometry[..., 2:3], geometry[..., 3:].view(*geometry.shape[:2], 3, 3)
+    shift = geometry[..., :2] - center[:, None]
     at_center = forms[..., 2] - (forms[..., 0] * shift[..., :1] + forms[..., 1] * shift[..., 1:])
     forms = torch.stack([at_center, forms[..., 0], forms[..., 1]], -1).flatten(-2)
     return torch.cat([log_opacity, forms, (shift * shift).sum(-1, keepdim=True), -2 * shift], -1)
@@ -339,27 +337,28 @@ class _Composite(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, pairs: _Pairs, tile: int, d: int, mode: str, can_clamp: bool) -> Tensor:
-        basis, count, device = _basis(tile, table), pairs.count, table.device
+        basis, sizes, device = _basis(tile, table), pairs.sizes, table.device
         # The splat that blocks are padded with is all zeros but for a log opacity that makes alpha 0.
         padding = table.new_zeros(1, table.shape[1])
         padding[0, 5 if mode == "3d" else 2] = -1e4
         padded = torch.cat([table, padding])
         faintest = torch.nextafter(table.new_tensor(ALPHA_MIN), table.new_tensor(0.0)).item()
-        out = table.new_zeros(len(count), len(basis), d)
-        transmittance = table.new_ones(len(count), len(basis))
-        offset, none = count.cumsum(0) - count, len(pairs.splat) - 1
+        out = table.new_zeros(len(sizes), len(basis), d)
+        transmittance = table.new_ones(len(sizes), len(basis))
+        offset, none = sizes.cumsum(0) - sizes, len(pairs.splat) - 1
         blocks = []
-        active, start = torch.arange(len(count), device=device), 0
+        active, start = torch.arange(len(sizes), device=device), 0
         while len(active):
-            depth = (count[active] - start).clamp_max_(BLOCK_DEPTH).tolist()
+            depth = (sizes[active] - start).clamp_max_(BLOCK_DEPTH).tolist()
             i = 0
             while i < len(active):
                 k = torch.arange(start, start + depth[i], device=device)
                 tiles = active[i : i + max(1, BLOCK_ELEMENTS // (len(basis) * depth[i]))]
                 i += len(tiles)
-                index = torch.where(k < count[tiles, None], offset[tiles, None] + k, none)
+                index = torch.where(k < sizes[tiles, None], offset[tiles, None] + k, none)
                 rows = padded.index_select(0, pairs.splat[index.flatten()]).view(*index.shape, -1)
-                center, saved = pairs.center[tiles], ()
+                center = pairs.center[tiles]
+                saved: tuple[Tensor, ...] = ()
                 if mode == "3d":
                     coefficients = _coefficients_3d(rows[..., :-d], center)
                     alpha = torch.bmm(basis.expand(len(tiles), -1, -1), coefficients.mT)
@@ -367,19 +366,19 @@ class _Composite(torch.autograd.Function):
                     alpha, saved = _log_alpha_2d(_coefficients_2d(rows[..., :-d], center), basis)
                 alpha.exp_()
                 unclamped = alpha <= ALPHA_MAX if can_clamp else None
-                alpha = F.threshold_(alpha.clamp_max_(ALPHA_MAX), faintest, 0.0)
+                alpha = torch.threshold_(alpha.clamp_max_(ALPHA_MAX), faintest, 0.0)
                 after = 1 - alpha
                 ratio = alpha.div_(after)
                 after = torch.cumprod(after, -1).mul_(transmittance[tiles, :, None])
                 # It never rises, so that cutting it off here closes the pixel for all splats behind, too.
-                after = F.threshold_(after, TRANSMITTANCE_MIN, 0.0)
+                after = torch.threshold_(after, TRANSMITTANCE_MIN, 0.0)
                 transmittance[tiles] = after[..., -1]
                 weight = after.mul_(ratio)
                 out[tiles] += torch.bmm(weight, rows[..., -d:])
                 if ctx.needs_input_grad[0]:
                     blocks.append((tiles, index, rows, weight, ratio, unclamped, saved))
             start += BLOCK_DEPTH
-            active = active[count[active] > start]
+            active = active[sizes[active] > start]
             active = active[(transmittance[active] > 0).any(-1)]
         ctx.blocks, ctx.basis, ctx.pairs, ctx.shape = blocks, basis, pairs, table.shape
         return out

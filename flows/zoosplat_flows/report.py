@@ -1,0 +1,337 @@
+"""The report of a project: one self-contained page, with what is done so far."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import importlib.resources
+import io
+import json
+import re
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+import cv2
+import jinja2
+import numpy as np
+import numpy.typing as npt
+
+from zoosplat import schema, stores
+from zoosplat.config import Experiment
+from zoosplat.errors import UserError
+from zoosplat.project import Project
+from zoosplat_flows import plots
+from zoosplat_flows.status import StageState, duration, memory, peak_memory, seconds, states
+
+OUTLINE = (255, 60, 90)
+GALLERY_PICTURES = 36
+FILM_BYTES = 40 << 20
+TYPES = {".png": "image/png", ".mp4": "video/mp4"}
+Part = dict[str, Any]
+
+
+def build_report(project: Project) -> str:
+    """Write report/index.html, with a line in place of every part whose stage is not done.
+
+    Returns:
+        Its URL.
+
+    Raises:
+        UserError: the project holds no experiment.yaml.
+    """
+    experiment = project.read_experiment()
+    stages = {s.stage: s for s in states(project)}
+    parts: dict[str, Part | None] = {}
+    missing: dict[str, str] = {}
+    for name, stage, make in PARTS:
+        parts[name] = None
+        if stages[stage].mark is None:
+            missing[name] = f"Stage {stage} has not finished."
+            continue
+        try:
+            parts[name] = make(project, experiment, stages)
+        except (UserError, OSError, KeyError, ValueError) as error:
+            # A damaged or half-removed group must not cost the page that helps to find it.
+            missing[name] = f"Stage {stage} is marked as done, but its output cannot be read: {error}"
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = (importlib.resources.files("zoosplat_flows") / "report.html.j2").read_text()
+    page = environment.from_string(template).render(
+        experiment=experiment,
+        project=project,
+        parts=parts,
+        missing=missing,
+        stages=[_stage_row(s) for s in stages.values()],
+        tiles=_tiles(stages),
+        longest_s=max((seconds(s.mark) for s in stages.values() if s.mark), default=0.0) or 1.0,
+        warnings=[(s.stage, w) for s in stages.values() if s.mark for w in s.mark["warnings"]],
+        provenance=_provenance(stages),
+        config=experiment.describe(),
+        built=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+    )
+    url = project.path("report", "index.html")
+    stores.write_bytes(url, page.encode())
+    return url
+
+
+# -- parts --------------------------------------------------------------------------------------------------------
+def _recording(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    masks = project.open_input("ingest")
+    mask = schema.array(masks, "mask")
+    n_frames, n_cameras, height, width = mask.shape
+    attributes: Any = masks.attrs
+    box = schema.read(masks, "box")
+    seen = box[..., 2] > box[..., 0]
+    area = np.where(seen, (box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]), 0)
+    # The frame in which the animal is seen best: the largest of the smallest boxes.
+    t = int(area.min(axis=1).argmax())
+    packed = project.open_input("pack") if stages["pack"].mark else None
+    cameras = []
+    for c in range(n_cameras):
+        if packed is None:
+            silhouette = np.asarray(mask[t, c])
+            picture = np.where(silhouette[..., None], 205, 90).astype(np.uint8).repeat(3, axis=2)
+        else:
+            silhouette = np.asarray(schema.array(packed, "mask")[t, c])
+            picture = np.asarray(schema.array(packed, "rgb")[t, c])
+        sizes = np.sqrt(area[:, c][seen[:, c]])
+        cameras.append(
+            {
+                "name": attributes["camera_names"][c],
+                "video": experiment.data.videos[c],
+                "held_out": c in experiment.holdout_views,
+                "picture": _jpeg(_outlined(picture, silhouette)),
+                "seen": f"{100 * seen[:, c].mean():.1f} %",
+                "size": f"{np.median(sizes):.0f} px" if len(sizes) else "",
+            }
+        )
+    fps = float(attributes["fps"])
+    window = "" if packed is None else "{2} x {1}".format(*schema.array(packed, "mask").shape[1:])
+    step = int(attributes["frame_jump"])
+    d = int(attributes["image_downsample"])
+    facts = {
+        "cameras": f"{n_cameras}, {len(experiment.holdout_views)} of them held out",
+        "frames": f"{n_frames} kept of {attributes['n_video_frames']}" + (f", every {step}th" if step > 1 else ""),
+        "rate": f"{fps:g} frames per second: {n_frames * step / fps:.1f} s of behaviour",
+        "working size": f"{width} x {height} px" + (f", videos averaged {d} x {d}" if d > 1 else ""),
+        "window": f"{window} px ({experiment.pack.window})" if window else "not packed yet",
+    }
+    return {"cameras": cameras, "facts": facts, "t": t}
+
+
+def _tracking(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    group = project.open_input("center_rotation")
+    keys = ("centers", "angles", "n_voxels", "valid")
+    centers, angles, n_voxels, valid = (schema.read(group, key) for key in keys)
+    attributes: Any = project.open_input("ingest").attrs
+    time_s = np.arange(len(centers)) * attributes["frame_jump"] / attributes["fps"]
+    steps_m = np.linalg.norm(np.diff(centers[:, :2], axis=0), axis=1)
+    facts = {
+        "frames without a hull": f"{(~valid).sum()} of {len(valid)}, interpolated" if (~valid).any() else "none",
+        "path length": f"{steps_m.sum():.2f} m",
+        "median speed": f"{100 * np.median(steps_m) / time_s[1]:.1f} cm/s" if len(steps_m) else "",
+        "median hull": f"{np.median(n_voxels[valid]):.0f} voxels" if valid.any() else "",
+    }
+    return {
+        "facts": facts,
+        "plot": plots.tracking(time_s, centers, angles, n_voxels, valid),
+        "top_view": plots.top_view(time_s, centers, angles),
+    }
+
+
+def _crop(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    group = project.open_input("crop")
+    ranges, counts = schema.read(group, "volume_idx"), schema.read(group, "marginals")
+    voxel_m = float(group.attrs["ell_m"]) / max(1, counts.shape[1] - 1)  # type: ignore[arg-type]
+    lengths = ranges[:, 1] - ranges[:, 0]
+    facts = {
+        "grid": f"{counts.shape[1]} points an axis, {1000 * voxel_m:.2f} mm apart",
+        "kept": " x ".join(str(n) for n in lengths) + " points",
+        "box": " x ".join(f"{100 * n * voxel_m:.1f}" for n in lengths) + " cm",
+        "chosen": "given in the configuration" if experiment.crop.volume_idx else "by the stage",
+    }
+    return {"facts": facts, "plot": plots.marginals(counts, ranges)}
+
+
+def _training(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    url = project.input_url("train")
+    figures = dict((stages["train"].mark or {})["figures"])
+    for key, words in (("seconds", duration), ("peak_gpu_bytes", memory)):
+        if key in figures:
+            figures[key] = words(figures[key])
+    facts = {
+        key.replace("_", " "): _readable(value)
+        for key, value in figures.items()
+        if isinstance(value, str | int | float)
+    }
+    part: Part = {"facts": facts, "plot": "", "preview": ""}
+    if stores.exists(stores.join(url, "history.csv")):
+        part["plot"] = _history_plot(_read_csv(stores.join(url, "history.csv")))
+    if stores.exists(stores.join(url, "preview.png")):
+        part["preview"] = _as_jpeg(stores.join(url, "preview.png"))
+    return part
+
+
+def _history_plot(rows: list[dict[str, str]]) -> str:
+    """Figures of training and validation against epochs: columns `train_X` and `valid_X` share a panel."""
+    panels: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
+    for name in rows[0] if rows else ():
+        split, _, quantity = name.partition("_")
+        values = np.array([float(row[name] or "nan") for row in rows])
+        if split in ("train", "valid") and np.isfinite(values).any():
+            panels.setdefault(quantity.replace("_", " "), {})[split] = values
+    return plots.history(np.array([float(row["epoch"]) for row in rows]), "epoch", panels) if panels else ""
+
+
+def _evaluation(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    url = project.input_url("evaluate")
+    files = list(stores.list_files(url))
+    tables = []
+    for name in files:
+        split = re.fullmatch(r"metrics_(\w+)\.csv", name)
+        if split:
+            rows = _read_csv(stores.join(url, name))
+            tables.append({"split": split[1], **_metrics(rows)})
+    over_time = _data_uri(stores.join(url, "per_frame.png")) if "per_frame.png" in files else ""
+    return {"tables": tables, "gallery": _gallery(url, files), "over_time": over_time}
+
+
+def _metrics(rows: list[dict[str, str]]) -> Part:
+    """Columns and rows for the page: means first, then held-out cameras, then the observed ones."""
+
+    def order(row: dict[str, str]) -> tuple[bool, bool]:
+        return (not row["camera"].startswith("mean_"), row["held_out"] != "1")
+
+    columns = [c for c in rows[0] if c not in ("camera", "held_out") and any(row[c] for row in rows)] if rows else []
+    body = [
+        {
+            "camera": row["camera"].replace("_", " "),
+            "held_out": row["held_out"] == "1",
+            "mean": row["camera"].startswith("mean_"),
+            "values": [_readable(float(row[c])) if row[c] else "" for c in columns],
+        }
+        for row in sorted(rows, key=order)
+    ]
+    return {"columns": [c.replace("_", " ") for c in columns], "rows": body}
+
+
+def _gallery(url: str, files: list[str]) -> list[Part]:
+    """The comparisons that the stage chose, held-out views first."""
+    if "gallery.json" not in files:
+        return []
+    pictures = json.loads(stores.read_bytes(stores.join(url, "gallery.json")))["pictures"]
+    chosen = sorted(pictures, key=lambda p: (not p["held_out"], p["t"], p["camera"]))[:GALLERY_PICTURES]
+    return [{**p, "data": _as_jpeg(stores.join(url, p["file"]))} for p in chosen]
+
+
+def _renders(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    url = project.input_url("render")
+    names = list(stores.list_files(url))
+    stills = [{"name": _title(n), "data": _as_jpeg(stores.join(url, n))} for n in names if n.endswith(".png")]
+    films, left = [], FILM_BYTES
+    for name in sorted((n for n in names if n.endswith(".mp4")), key=lambda n: (n != "orbit.mp4", n)):
+        left -= stores.size(stores.join(url, name))
+        # A browser does not open a page of hundreds of megabytes: later films are named instead.
+        data = _data_uri(stores.join(url, name)) if left >= 0 else ""
+        films.append({"name": _title(name), "file": stores.join(url, name), "data": data})
+    return {"films": films, "stills": stills}
+
+
+def _title(file: str) -> str:
+    return PurePosixPath(file).stem.replace("_", " ")
+
+
+PARTS: tuple[tuple[str, str, Callable[[Project, Experiment, dict[str, StageState]], Part]], ...] = (
+    ("recording", "ingest", _recording),
+    ("tracking", "center_rotation", _tracking),
+    ("crop", "crop", _crop),
+    ("training", "train", _training),
+    ("evaluation", "evaluate", _evaluation),
+    ("renders", "render", _renders),
+)
+
+
+def _tiles(stages: dict[str, StageState]) -> list[tuple[str, str]]:
+    """The figures at the top: means of the evaluation, held-out views first."""
+    mark = stages["evaluate"].mark
+    found = []
+    for group in ("held_out", "observed"):
+        means = mark["figures"].get(group, {}) if mark else {}
+        for key, label, form in (("iou", "IoU", "{:.3f}"), ("psnr", "PSNR", "{:.1f} dB"), ("ssim", "SSIM", "{:.3f}")):
+            if means.get(key) is not None:
+                found.append((form.format(means[key]), f"{label}, {group.replace('_', '-')} views"))
+    return found
+
+
+# -- pieces -------------------------------------------------------------------------------------------------------
+def _stage_row(s: StageState) -> Part:
+    mark = s.mark
+    return {
+        "stage": s.stage,
+        "state": s.state,
+        "reason": s.reason or (f"reused from {mark['location']}" if mark and mark.get("location") else ""),
+        "shards": f"{s.shards_done}/{s.shards}" if s.shards else "",
+        "seconds": seconds(mark) if mark else 0.0,
+        "time": duration(seconds(mark)) if mark else "",
+        "work": duration(mark["cpu_seconds"]) if mark else "",
+        "memory": peak_memory(mark) if mark else "",
+        "finished": f"{datetime.fromtimestamp(mark['finished']):%Y-%m-%d %H:%M}" if mark else "",
+    }
+
+
+def _provenance(stages: dict[str, StageState]) -> Part:
+    marks = {name: s.mark for name, s in stages.items() if s.mark}
+    packages = sorted({package for mark in marks.values() for package in mark["versions"]})
+    return {
+        "stages": [(name, mark["version"], mark["digest"]) for name, mark in marks.items()],
+        "packages": [
+            (package, ", ".join(sorted({m["versions"][package] for m in marks.values() if package in m["versions"]})))
+            for package in packages
+        ],
+    }
+
+
+def _outlined(picture: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """A picture [h, w, 3] with the outline of its mask [h, w], enlarged so that the line is thin.
+
+    The line lies outside the mask: it hides nothing of the animal.
+    """
+    factor = max(1, round(480 / picture.shape[1]))
+    size = (picture.shape[1] * factor, picture.shape[0] * factor)
+    large = np.ascontiguousarray(cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
+    contours, _ = cv2.findContours(
+        cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST),
+        cv2.RETR_EXTERNAL,
+        cv2.CHAIN_APPROX_NONE,
+    )
+    cv2.drawContours(large, contours, -1, OUTLINE, 2 if factor > 1 else 1, cv2.LINE_AA)
+    return large
+
+
+def _jpeg(picture: npt.NDArray[np.uint8]) -> str:
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 88])
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
+
+
+def _as_jpeg(url: str) -> str:
+    """A PNG of a project, small enough to be one of dozens on a page."""
+    picture = cv2.imdecode(np.frombuffer(stores.read_bytes(url), np.uint8), cv2.IMREAD_COLOR_RGB)
+    if picture is None:
+        raise ValueError(f"{url} is not a picture")
+    return _jpeg(np.asarray(picture, dtype=np.uint8))
+
+
+def _data_uri(url: str) -> str:
+    kind = TYPES[PurePosixPath(url).suffix.lower()]
+    return f"data:{kind};base64," + base64.b64encode(stores.read_bytes(url)).decode()
+
+
+def _read_csv(url: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(stores.read_bytes(url).decode())))
+
+
+def _readable(value: Any) -> str:
+    if not isinstance(value, float) or value == int(value):
+        return str(int(value) if isinstance(value, float) else value)
+    return f"{value:.3f}" if 1e-3 <= abs(value) < 1e3 else f"{value:.3g}"

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zoosplat import schema, stores
+from zoosplat.config import Experiment
+from zoosplat.errors import UserError
+from zoosplat.pipeline import STAGES
+from zoosplat.project import Project, settings_of
+from zoosplat.stage import run_stage
+from zoosplat_evaluate import ops
+from zoosplat_evaluate.stage import STAGE
+from zoosplat_model.frames import Frame
+from zoosplat_model.metrics import METRICS
+from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.rasterize import Rendering, rasterize
+from zoosplat_model.splatter import Gaussians
+
+T, C, SIDE, WIDTH, HEIGHT = 12, 3, 32, 64, 48
+HELD_OUT, SPOILT = 2, 9  # the camera; the frame whose photograph in that camera shows half an animal
+DISTANCE_M, FOCAL_PX = 1.0, 150.0
+
+
+def make_ball() -> Gaussians:
+    g = torch.Generator().manual_seed(0)
+    means = nn.functional.normalize(torch.randn(300, 3, generator=g), dim=1) * 0.05
+    quats = torch.tensor([1.0, 0, 0, 0]).expand(300, 4)
+    return Gaussians(means, quats, torch.full((300, 3), 0.01), torch.full((300,), 0.9), torch.rand(300, 3, generator=g))
+
+
+class Ball(nn.Module):
+    """A stand-in for a trained network: always the same ball of Gaussians round the animal's centre."""
+
+    def forward(self, frames: Sequence[Frame]) -> list[Gaussians]:
+        return [make_ball() for _ in frames]
+
+    def render(
+        self, gaussians: Gaussians, pose: Tensor, k: Tensor, width: int, height: int, cameras: Any = None
+    ) -> Rendering:
+        return rasterize(*gaussians, pose, k, width, height, background=torch.ones(3))
+
+
+def cameras() -> tuple[Any, Any]:
+    """Level cameras round the origin, 1 m away: K of the whole frame [C, 3, 3], world to camera [C, 4, 4]."""
+    poses = np.zeros((C, 4, 4))
+    for c, angle in enumerate(2 * np.pi * np.arange(C) / C):
+        forward = -np.array([math.cos(angle), math.sin(angle), 0])
+        rotation = np.stack([np.cross(forward, [0, 0, 1]), [0, 0, -1], forward])
+        poses[c, :3, :3], poses[c, :3, 3], poses[c, 3, 3] = rotation, [0, 0, DISTANCE_M], 1
+    k = np.array([[FOCAL_PX, 0, (WIDTH - 1) / 2], [0, FOCAL_PX, (HEIGHT - 1) / 2], [0, 0, 1]])
+    return np.tile(k, (C, 1, 1)), poses
+
+
+def experiment(**sections: Any) -> Experiment:
+    data = {"directory": "/recording", "videos": ["a", "b", "c"], "masks": ["d", "e", "f"], "calibration": "c.h5"}
+    data |= {"camera_names": ["left", "right", "top"]}
+    cube = {"ell": 0.3, "grid_size": 16}
+    values = {"data": data, "holdout_views": [HELD_OUT], "center_rotation": cube, "crop": cube, **sections}
+    return Experiment.model_validate({"ingest": {"frame_jump": 5}, **values})
+
+
+def make_project(folder: Path, settings: Experiment) -> Project:
+    """A project as the earlier stages leave it, whose photographs are renderings of the ball, cut at alpha 0.5."""
+    project = Project.at(str(folder))
+    project.write_experiment(settings)
+    k, poses = cameras()
+    sizes = {"T": T, "C": C, "h": SIDE, "w": SIDE, "S": 1, "n": 16}
+    named = {"camera_names": ["left", "right", "top"], "fps": 20.0, "image_downsample": 1}
+    whole = {"full_width": WIDTH, "full_height": HEIGHT, "frame_jump": 5, "unit_m": DISTANCE_M}
+    images = schema.create(project.output_url("pack"), "images.zarr", sizes, 4, named | whole)
+    origin = np.array([(WIDTH - SIDE) // 2, (HEIGHT - SIDE) // 2])
+    window = k.copy()
+    window[:, :2, 2] -= origin
+    views = torch.tensor(poses).float(), torch.tensor(window).float(), SIDE, SIDE
+    rgb, alpha = Ball().render(make_ball().to_world(torch.zeros(3), torch.tensor(0.3)), *views)
+    mask = np.tile(alpha.numpy() > 0.5, (T, 1, 1, 1))
+    mask[SPOILT, HELD_OUT, :, : SIDE // 2] = False
+    values = {
+        "rgb": np.rint(rgb.numpy() * 255),
+        "mask": mask,
+        "origin": origin,
+        "intrinsics": k,
+        "world_to_camera": poses,
+    }
+    for key, value in values.items():
+        target = schema.array(images, key)
+        target[...] = np.broadcast_to(value, target.shape)
+    tracking = schema.create(project.output_url("center_rotation"), "tracking.zarr", sizes, 4, {})
+    for key, value in {"principal_shift": 0, "centers": 0, "angles": 0.3, "valid": np.arange(T) != T - 1}.items():
+        schema.array(tracking, key)[...] = value
+    crop = schema.create(project.output_url("crop"), "crop.zarr", sizes, 1, {"ell_m": 0.3, "grid_size": 16})
+    schema.array(crop, "volume_idx")[...] = [[0, 16]] * 3
+    for name in ("ingest", "pack", "center_rotation", "crop", "train"):
+        spec = STAGES[name]
+        mark = {"digest": name, "settings": settings_of(spec, settings), "version": spec.version}
+        stores.write_json(project.mark_url(name), json.loads(json.dumps(mark)))
+    return project
+
+
+@pytest.fixture
+def with_ball(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_ball(project: Project, settings: Experiment, device: str) -> Predictor:
+        return Predictor(open_reader(project, settings, torch.device("cpu")), Ball(), 0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "open", open_ball)
+
+
+def rows_of(project: Project, name: str) -> list[dict[str, str]]:
+    text = stores.read_bytes(project.path("evaluation", name)).decode()
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+@pytest.mark.usefixtures("with_ball")
+def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(tmp_path: Path) -> None:
+    settings = experiment(evaluate={"gallery_frames": 2})
+    project = make_project(tmp_path, settings)
+    assert run_stage(STAGE, project)
+    assert not run_stage(STAGE, project)
+
+    masks = schema.array(stores.open_group(project.output_url("pack")), "mask")
+    half = float(np.asarray(masks[SPOILT, HELD_OUT]).sum() / np.asarray(masks[0, HELD_OUT]).sum())
+    assert 0.4 < half < 0.6
+    # The test third is t = 8 .. 11, of which 11 is not valid.
+    each = {(int(r["t"]), r["camera"]): r for r in rows_of(project, "frames_test.csv")}
+    assert sorted(each) == [(t, name) for t in (8, 9, 10) for name in ("left", "right", "top")]
+    for (t, name), row in each.items():
+        spoilt = (t, name) == (SPOILT, "top")
+        assert int(row["frame"]) == 5 * t
+        assert float(row["iou"]) == pytest.approx(half if spoilt else 1, abs=1e-6)
+        # The rendering goes on beyond the cut at alpha 0.5, so it is close, not equal.
+        assert (float(row["ssim"]) > 0.96) != spoilt
+    means = {r["camera"]: r for r in rows_of(project, "metrics_test.csv")}
+    assert list(means) == ["left", "right", "top", "mean_observed", "mean_held_out"]
+    assert [r["held_out"] for r in means.values()] == ["0", "0", "1", "0", "1"]
+    assert {r["frames"] for r in means.values()} == {"3"}
+    assert float(means["mean_held_out"]["iou"]) == pytest.approx((2 + half) / 3, abs=1e-5)
+    for metric in METRICS:
+        by_hand = np.mean([float(each[t, name][metric]) for t in (8, 9, 10) for name in ("left", "right")])
+        assert float(means["mean_observed"][metric]) == pytest.approx(by_hand, rel=1e-4)
+
+    mark = project.read_mark("evaluate")
+    assert mark is not None
+    assert mark["frames"] == 3
+    assert mark["figures"]["held_out"]["iou"] == pytest.approx((2 + half) / 3, abs=1e-5)
+    assert mark["figures"]["observed"]["iou"] == 1
+
+    gallery = json.loads(stores.read_bytes(project.path("evaluation", "gallery.json")))["pictures"]
+    assert [(p["camera"], p["t"], p["kind"]) for p in gallery[:3]] == [
+        ("top", 9, "worst"),
+        ("top", 8, "best"),
+        ("top", 10, "even"),
+    ]
+    assert [p["held_out"] for p in gallery] == [True] * 3 + [False] * 6
+    assert gallery[0]["iou"] == pytest.approx(half, abs=1e-6)
+    for name in [*(p["file"] for p in gallery), "per_frame.png"]:
+        picture = cv2.imdecode(np.frombuffer(stores.read_bytes(project.path("evaluation", name)), np.uint8), 1)
+        assert picture is not None
+        assert picture.shape == (500, 900, 3) if name == "per_frame.png" else (320, 968, 3)
+
+
+@pytest.mark.usefixtures("with_ball")
+def test_coarser_metrics_without_held_out_views(tmp_path: Path) -> None:
+    project = make_project(tmp_path, experiment(holdout_views=[], evaluate={"image_downsample": 2, "split": "valid"}))
+    run_stage(STAGE, project)
+    rows = rows_of(project, "metrics_valid.csv")
+    assert [r["camera"] for r in rows] == ["left", "right", "top", "mean_observed"]
+    assert all(r["frames"] == "4" and float(r["iou"]) > 0.9 for r in rows)
+    mark = project.read_mark("evaluate")
+    assert mark is not None
+    assert set(mark["figures"]) == {"observed"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "valid", "message"),
+    [
+        ({"split": "test"}, False, r"evaluate.split = test: no frame"),
+        ({"image_downsample": 9}, True, r"evaluate.image_downsample = 9: images of 64 x 48 px"),
+    ],
+)
+def test_what_cannot_be_evaluated(tmp_path: Path, settings: dict[str, Any], valid: bool, message: str) -> None:
+    project = make_project(tmp_path, experiment(evaluate=settings))
+    tracking = stores.open_group(project.output_url("center_rotation"), write=True)
+    schema.array(tracking, "valid")[...] = valid
+    with pytest.raises(UserError, match=message):
+        run_stage(STAGE, project)
+
+
+def test_means_leave_out_what_is_not_defined() -> None:
+    nan = math.nan
+    values = np.array([[[1.0, 2], [3, nan]], [[nan, 4], [5, nan]]])  # 2 frames, 2 cameras, 2 metrics
+    means = ops.camera_means(values)
+    np.testing.assert_array_equal(means, [[1, 3], [4, nan]])
+    np.testing.assert_array_equal(ops.group_means(means, [0, 1]), [2.5, 3])
+    np.testing.assert_array_equal(ops.group_means(means, [1]), [4, nan])
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (0, [(3, "worst"), (1, "best")]),
+        (1, [(3, "worst"), (1, "best"), (2, "even")]),
+        (3, [(3, "worst"), (1, "best"), (0, "even"), (2, "even"), (4, "even")]),
+        (9, [(3, "worst"), (1, "best"), (0, "even"), (2, "even"), (4, "even")]),
+    ],
+)
+def test_choice_of_frames(count: int, expected: list[tuple[int, str]]) -> None:
+    assert ops.choose_frames(np.array([0.5, 0.9, 0.6, 0.1, 0.5]), count) == expected
+
+
+def test_one_frame_is_shown_once() -> None:
+    assert ops.choose_frames(np.array([0.5]), 4) == [(0, "worst")]
+
+
+def test_table_cells() -> None:
+    data = ops.table(["name", "value"], [["a, b", 1 / 3], ["c", math.nan], ["d", 7]])
+    assert data.decode() == 'name,value\n"a, b",0.333333\nc,\nd,7\n'
+
+
+def test_comparison_shows_the_animal_large_and_the_error_dark() -> None:
+    # An animal of 10 x 10 px, so the square is 12 px wide: 320 / 12 px a pixel. Truth red, rendering with 0.5 in green.
+    mask = np.zeros((40, 50), dtype=bool)
+    mask[20:30, 5:15] = True
+    truth = np.where(mask[..., None], [1.0, 0.0, 0.0], 1.0)
+    rgb = np.where(mask[..., None], [1.0, 0.5, 0.0], 1.0)
+    assert ops.square_around(mask) == (4, 19, 16, 31)
+    picture = ops.comparison(rgb, mask * 1.0, truth, mask)
+    left, middle, right = picture[160, 160], picture[160, 324 + 160], picture[160, 648 + 160]
+    assert left.tolist() == [255, 0, 0]
+    assert middle.tolist() == [255, 128, 0]
+    # The mean error is 1/6, a third of the way from white to black: orange. Outside the animal: white.
+    assert right[0] == 255
+    assert 128 < right[1] < 255
+    assert right[2] == 0
+    for x in (5, 324 + 5, 648 + 5):
+        assert picture[5, x].tolist() == [255, 255, 255]
+    inside = np.flatnonzero((picture[160, :320] == [255, 0, 0]).all(-1))
+    assert abs(len(inside) - 320 * 10 / 12) < 320 / 12 + 2
+
+
+def test_nothing_seen_shows_the_window() -> None:
+    assert ops.square_around(np.zeros((40, 50), dtype=bool)) == (0, 0, 50, 40)
