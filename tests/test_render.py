@@ -252,8 +252,8 @@ def test_everything_is_rendered(tmp_path: Path, reader: Reader) -> None:
     assert orbit.shape == (6, HEIGHT, WIDTH, 3)
     # The first camera stands in front: the red end is near, low in the picture. The fourth stands behind it.
     reds = [np.argwhere(p[..., 0].astype(int) - p[..., 1] > 80) for p in orbit]
-    assert reds[0].mean(0)[0] > HEIGHT / 2 + 4
-    assert reds[3].mean(0)[0] < HEIGHT / 2 - 4
+    assert reds[0].mean(0)[0] > (HEIGHT - 1) / 2 + 3
+    assert reds[3].mean(0)[0] < (HEIGHT - 1) / 2 - 3
 
     _, film = read_film(stores.read_bytes(ctx.project.path("renders", "sequence.mp4")))
     assert film.shape == (3, HEIGHT, 2 * WIDTH + 4, 3)

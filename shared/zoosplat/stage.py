@@ -14,12 +14,14 @@ import os
 import platform
 import resource
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 from zoosplat import stores
@@ -293,12 +295,20 @@ _queue: Any = None  # of a worker process: where its progress goes
 def _start_worker(queue: Any) -> None:
     global _queue
     _queue = queue
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # A parent that is killed leaves its workers waiting for ever, or writing beside those of the next run.
+    threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _shard_in_worker(stage: Stage, url: str, digest: str, index: int, plan: Plan) -> None:
     project = Project.at(url)
     ctx = Context(project, project.read_experiment(), lambda done, total, text: _queue.put((index, done)))
-    run_shard(stage, ctx, digest, index, plan)
+    try:
+        run_shard(stage, ctx, digest, index, plan)
+    except Exception as error:
+        # Here and not in the parent: exceptions of other libraries do not always survive the way between processes.
+        raise stores.as_user_error(error, url) or error from error
 
 
 def run_stage(

@@ -209,7 +209,7 @@ def window_rgb(
     d, (x, y), (w, h) = downsample, origin, size
     rows, cols = slice(y * d, (y + h) * d), slice(x * d, (x + w) * d)
 
-    def sample(plane: U8, subsampling: int) -> F32:
+    def sample(plane: U8, subsampling: int) -> Any:
         if maps is not None:
             # The centre of chroma sample k lies between luma samples 2k and 2k + 1.
             mx, my = ((m[rows, cols] + np.float32(0.5)) / subsampling - np.float32(0.5) for m in maps)
@@ -219,19 +219,21 @@ def window_rgb(
             part = plane[rows.start // s : rows.stop // s, cols.start // s : cols.stop // s]
         else:
             part = _upsampled(plane, rows, cols)
-        return _area(part, w, h).astype(np.float32)  # type: ignore[no-any-return]
+        return _area(part, w, h)
 
-    scale = np.float32(255.0 / (frame.white - frame.black))
-    luma = (sample(frame.y, 1) - frame.black) * scale
+    scale = 255.0 / (frame.white - frame.black)
     if frame.u is None or frame.v is None:
-        rgb = np.repeat(luma[..., None], 3, axis=-1)
+        planes_small = [sample(frame.y, 1)] * 3
+        matrix = np.array([[scale, 0, 0, -scale * frame.black]] * 3)
     else:
         s = 1 if frame.u.shape == frame.y.shape else 2
-        chroma = np.float32(1.0 if frame.full_range else 255.0 / 224.0)
-        u, v = ((sample(p, s) - 128) * chroma for p in (frame.u, frame.v))
-        r_v, g_u, g_v, b_u = (np.float32(k) for k in _MATRIX[frame.matrix])
-        rgb = np.stack([luma + r_v * v, luma + g_u * u + g_v * v, luma + b_u * u], axis=-1)
-    return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
+        planes_small = [sample(frame.y, 1), sample(frame.u, s), sample(frame.v, s)]
+        chroma = 1.0 if frame.full_range else 255.0 / 224.0
+        r_v, g_u, g_v, b_u = (k * chroma for k in _MATRIX[frame.matrix])
+        matrix = np.array([[scale, 0, r_v, 0], [scale, g_u, g_v, 0], [scale, b_u, 0, 0]])
+        matrix[:, 3] = -matrix[:, :3] @ (frame.black, 128, 128)
+    # Rounds and saturates.
+    return np.asarray(cv2.transform(cv2.merge(planes_small), matrix))
 
 
 def _upsampled(plane: U8, rows: slice, cols: slice) -> Any:

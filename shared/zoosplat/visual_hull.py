@@ -112,22 +112,20 @@ def _blocks_meeting_masks(
         h, w = table.shape[0] - 1, table.shape[1] - 1
         # Corners of a box are sums of one of two terms an axis: 6 products a block instead of 24.
         terms = [[matrix[:, k, None] * side[k] for side in (low, high)] for k in range(3)]
-        bounds: list[list[npt.NDArray[np.float64]]] = []
-        nearest = np.full(len(cells), np.inf)
+        behind = np.zeros(len(cells), dtype=bool)
+        bounds: list[tuple[F64, F64]] = []
         for i in range(8):
             x, y, z = terms[0][i & 1] + terms[1][i >> 1 & 1] + terms[2][i >> 2] + matrix[:, 3:]
-            nearest = np.minimum(nearest, z)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                bounds.append([x / z, y / z])
-        with np.errstate(invalid="ignore"):
-            u0, v0 = (np.minimum.reduce([b[k] for b in bounds]) for k in (0, 1))
-            u1, v1 = (np.maximum.reduce([b[k] for b in bounds]) for k in (0, 1))
-            x0, x1 = (np.clip(np.floor(np.nan_to_num(c, nan=0.0) + 0.5), -1, w) for c in (u0, u1))
-            y0, y1 = (np.clip(np.floor(np.nan_to_num(c, nan=0.0) + 0.5), -1, h) for c in (v0, v1))
+            behind |= z <= 0
+            z[z <= 0] = 1.0  # its bounds do not matter
+            bounds.append((x / z + 0.5, y / z + 0.5))
+        u, v = ([b[k] for b in bounds] for k in (0, 1))
+        x0, x1 = (np.clip(np.floor(reduce(u)), -1, w) for reduce in (np.minimum.reduce, np.maximum.reduce))
+        y0, y1 = (np.clip(np.floor(reduce(v)), -1, h) for reduce in (np.minimum.reduce, np.maximum.reduce))
         x0, y0 = np.maximum(x0, 0).astype(np.intp), np.maximum(y0, 0).astype(np.intp)
         x1, y1 = np.minimum(x1 + 1, w).astype(np.intp), np.minimum(y1 + 1, h).astype(np.intp)
         x1, y1 = np.maximum(x1, x0), np.maximum(y1, y0)
         flat, stride = table.reshape(-1), w + 1
         pixels = flat[y1 * stride + x1] - flat[y0 * stride + x1] - flat[y1 * stride + x0] + flat[y0 * stride + x0]
-        votes += (pixels > 0) | (nearest <= 0)
+        votes += (pixels > 0) | behind
     return votes >= views_needed

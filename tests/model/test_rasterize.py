@@ -383,13 +383,14 @@ def test_gradcheck(mode: Mode) -> None:
 @both_modes
 def test_no_gradient_and_autocast(mode: Mode) -> None:
     scene = random_scene(12, 50, 30, 30, dtype=torch.float32)
+    black: Scene = {**scene, "background": None}
     with torch.no_grad():
         plain = rasterize(**scene, mode=mode)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = rasterize(**scene, mode=mode)
     assert not plain.rgb.requires_grad
     assert torch.equal(plain.rgb, cast.rgb)
-    assert torch.equal(plain.alpha, rasterize(**{**scene, "background": None}, mode=mode).alpha)
+    assert torch.equal(plain.alpha, rasterize(**black, mode=mode).alpha)
 
 
 def test_bad_input() -> None:

@@ -39,31 +39,36 @@ def window_origins(boxes: I32, size: tuple[int, int], full: tuple[int, int]) -> 
 
 
 def read_windows(
-    reader: Iterable[video.Planes],
+    frames: Iterable[video.Planes],
     masks: Bool,
     origins: I32,
-    size: tuple[int, int],
     downsample: int,
     maps: Maps,
-) -> tuple[npt.NDArray[np.uint8], Bool]:
-    """Windows of one camera's frames: rgb [n, h, w, 3] uint8, white beyond the margin, and mask [n, h, w] bool.
+    rgb: npt.NDArray[np.uint8],
+    mask: Bool,
+) -> None:
+    """Fill the windows of one camera.
 
     Args:
-        reader: n frames at full resolution.
+        frames: n frames at full resolution.
         masks: [n, H, W] whole masks at working resolution.
         origins: [n, 2].
-        size: width and height of the window.
         downsample: integer factor.
         maps: undistortion maps at full resolution, or None.
+        rgb: [n, h, w, 3], out: the window, white farther than the margin from the mask.
+        mask: [n, h, w], out.
     """
-    width, height = size
-    rgb = np.full((len(masks), height, width, 3), 255, np.uint8)
-    mask = np.zeros((len(masks), height, width), bool)
+    height, width = mask.shape[1:]
     near = np.ones((2 * MARGIN + 1, 2 * MARGIN + 1), np.uint8)
-    for i, frame in enumerate(reader):
+    rgb[...] = 255
+    for i, frame in enumerate(frames):
         x, y = (int(v) for v in origins[i])
         mask[i] = masks[i, y : y + height, x : x + width]
-        if mask[i].any():
-            keep = cv2.dilate(mask[i].view(np.uint8), near)[..., None] > 0
-            np.copyto(rgb[i], video.window_rgb(frame, (x, y), size, downsample, maps), where=keep)
-    return rgb, mask
+        u, v, w, h = cv2.boundingRect(mask[i].view(np.uint8))
+        if not w:
+            continue
+        # Only the animal's box and its margin are converted: the rest stays white.
+        u0, v0, u1, v1 = max(0, u - MARGIN), max(0, v - MARGIN), min(width, u + w + MARGIN), min(height, v + h + MARGIN)
+        keep = cv2.dilate(mask[i, v0:v1, u0:u1].view(np.uint8), near)
+        colour = video.window_rgb(frame, (x + u0, y + v0), (u1 - u0, v1 - v0), downsample, maps)
+        cv2.copyTo(colour, keep, rgb[i, v0:v1, u0:u1])

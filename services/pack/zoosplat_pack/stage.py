@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from zoosplat import schema, stores, video
 from zoosplat.cameras import Cameras
@@ -62,13 +63,22 @@ class Pack(Stage):
                 whole = np.asarray(mask[start:stop])
                 origins = ops.window_origins(np.asarray(box[start:stop]), (width, height), full)
 
-                def windows(c: int, whole: ops.Bool = whole, origins: ops.I32 = origins) -> tuple[object, object]:
-                    frames = (video.planes(next(readers[c])) for _ in range(len(whole)))
-                    return ops.read_windows(frames, whole[:, c], origins[:, c], (width, height), d, maps[c])
+                rgb = np.empty((len(whole), len(infos), height, width, 3), np.uint8)
+                small = np.empty(rgb.shape[:-1], bool)
 
-                rgb, small = zip(*pool.map(windows, range(len(infos))), strict=True)
-                schema.write_block(group, "rgb", start, np.stack(rgb, axis=1))
-                schema.write_block(group, "mask", start, np.stack(small, axis=1))
+                def windows(
+                    c: int,
+                    whole: ops.Bool = whole,
+                    origins: ops.I32 = origins,
+                    rgb: npt.NDArray[np.uint8] = rgb,
+                    small: ops.Bool = small,
+                ) -> None:
+                    frames = (video.planes(next(readers[c])) for _ in range(len(whole)))
+                    ops.read_windows(frames, whole[:, c], origins[:, c], d, maps[c], rgb[:, c], small[:, c])
+
+                list(pool.map(windows, range(len(infos))))
+                schema.write_block(group, "rgb", start, rgb)
+                schema.write_block(group, "mask", start, small)
                 schema.write_block(group, "origin", start, origins)
                 ctx.progress(stop - shard.start, shard.stop - shard.start, "")
         return Result(shard.stop - shard.start)

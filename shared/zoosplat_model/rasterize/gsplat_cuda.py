@@ -43,6 +43,8 @@ def render(
     # gsplat pads the channel counts it was not compiled for with uninitialised memory, whose gradients can be NaN.
     channels = colors.shape[-1]
     padded = F.pad(colors, (0, 0 if channels < 5 else (1 << (channels - 1).bit_length()) - channels))
+    # rasterization_2dgs of 1.5.3 takes colours per view only.
+    padded = padded.expand(len(world_to_camera), -1, -1)
     args = (means, quats, scales, opacities, padded, world_to_camera, intrinsics, width, height)
     rasterization = gsplat.rasterization if mode == "3d" else gsplat.rasterization_2dgs
     rgb, alpha = rasterization(*args, packed=False)[:2]

@@ -1,0 +1,168 @@
+"""Stages killed at random points and run again end as stages that were never disturbed, and keep what was done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from zoosplat.pipeline import PIPELINE, STAGES
+
+if TYPE_CHECKING:
+    from tests.conftest import Recording, Stages
+
+# Their groups are equal byte for byte.
+EXACT = [spec.name for spec in PIPELINE if not spec.gpu]
+TRIES = 6
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def without(finished: Path, stage: str, project: Path) -> Path:
+    """A copy of a finished project in which one stage has not run yet."""
+    shutil.copytree(finished, project)
+    shutil.rmtree(project / STAGES[stage].writes)
+    shutil.rmtree(project / "_marks" / stage)
+    (project / "_marks" / f"{stage}.json").unlink()
+    return project
+
+
+def shard_marks(project: Path, stage: str) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (project / "_marks" / stage).glob("shard-*.json")}
+
+
+def check_equal(project: Path, finished: Path, stage: str) -> None:
+    group = STAGES[stage].writes
+    assert files(project / group) == files(finished / group)
+    assert not list(project.rglob("*.partial"))
+    mark = json.loads((project / "_marks" / f"{stage}.json").read_text())
+    assert mark["digest"] == json.loads((finished / "_marks" / f"{stage}.json").read_text())["digest"]
+    assert len(shard_marks(project, stage)) == mark["shards"] == 3
+
+
+def alive(group: int) -> list[int]:
+    """Processes of a process group that still run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = entry.read_text().rpartition(") ")[2].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("stage", EXACT)
+def test_killed_at_random_points(stage: str, stages: Stages, finished: Path, tmp_path: Path) -> None:
+    rng = random.Random(stage)
+    started = time.monotonic()
+    undisturbed = without(finished, stage, tmp_path / "undisturbed")
+    assert stages(stage, str(undisturbed)).status == 0
+    seconds = time.monotonic() - started
+    check_equal(undisturbed, finished, stage)
+
+    shards_kept = 0
+    for i in range(TRIES):
+        project = without(finished, stage, tmp_path / str(i))
+        for _ in range(rng.choice((1, 1, 2))):
+            process = stages.start(stage, str(project), "--workers", "1")
+            # Spread evenly over the run, so that whatever its speed every part of it is hit.
+            time.sleep(seconds * (i + rng.random()) / TRIES)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended before
+                os.killpg(process, signal.SIGKILL)
+            stages.finished()
+            if (project / "_marks" / f"{stage}.json").exists():
+                check_equal(project, finished, stage)
+        done = shard_marks(project, stage)
+        shards_kept += len(done)
+        outcome = stages(stage, str(project))
+        assert (outcome.status, outcome.err) == (0, "")
+        check_equal(project, finished, stage)
+        # A shard that is computed again has another time and process in its mark.
+        assert done.items() <= shard_marks(project, stage).items()
+    assert shards_kept, "no try was killed after a shard; the test shows nothing"
+
+
+@pytest.mark.parametrize("stage", EXACT)
+def test_killed_with_its_workers_at_a_shard(stage: str, stages: Stages, finished: Path, tmp_path: Path) -> None:
+    """Shards in processes; only the parent is killed: its workers must not live on and write beside the next run."""
+    project = without(finished, stage, tmp_path / "project")
+    process = stages.start(stage, str(project), "--workers", "2")
+    deadline = time.monotonic() + 30
+    while not shard_marks(project, stage):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    assert stages.finished().status == -signal.SIGKILL
+    while alive(process):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.01)
+    done = shard_marks(project, stage)
+    assert stages(stage, str(project)).status == 0
+    check_equal(project, finished, stage)
+    assert done.items() <= shard_marks(project, stage).items()
+
+
+@pytest.mark.parametrize("stage", EXACT)
+def test_separate_commands_in_any_order(stage: str, stages: Stages, finished: Path, tmp_path: Path) -> None:
+    project = without(finished, stage, tmp_path / "project")
+    early = stages(stage, str(project), "--shard", "0/3")
+    assert early.status == 2
+    assert "not prepared" in early.err
+    prepared = stages(stage, str(project), "--prepare")
+    assert prepared.status == 0
+    assert json.loads(prepared.out) == {"event": "plan", "stage": stage, "shards": 3}
+    order = random.Random(stage).sample(range(3), 3)
+    for i in order[:-1]:
+        assert stages(stage, str(project), "--shard", f"{i}/3").status == 0
+    unfinished = stages(stage, str(project), "--finish")
+    assert unfinished.status == 2
+    assert f"shards [{order[-1]}] of stage {stage}" in unfinished.err
+    assert not (project / "_marks" / f"{stage}.json").exists()
+    before = shard_marks(project, stage)
+    for i in (*order, order[0]):  # those that are done again, too
+        assert stages(stage, str(project), "--shard", f"{i}/3").status == 0
+    assert before.items() <= shard_marks(project, stage).items()
+    assert stages(stage, str(project), "--finish").status == 0
+    check_equal(project, finished, stage)
+
+
+def test_torn_data_of_an_unfinished_shard_is_replaced(stages: Stages, finished: Path, tmp_path: Path) -> None:
+    """What a power cut can leave: a storage block that is cut short, its shard not marked."""
+    project = without(finished, "ingest", tmp_path / "project")
+    assert stages("ingest", str(project), "--prepare").status == 0
+    assert stages("ingest", str(project), "--shard", "2/3").status == 0
+    (project / "_marks/ingest/shard-00002-of-00003.json").unlink()
+    for block in ("mask/c/2/0/0/0", "box/c/2/0/0"):
+        torn = project / "masks.zarr" / block
+        torn.write_bytes(torn.read_bytes()[:-7])
+    (project / "masks.zarr/mask/c/0.deadbeef.partial").write_bytes(b"half")
+    assert stages("ingest", str(project)).status == 0
+    check_equal(project, finished, "ingest")
+
+
+def test_shard_size_changes_nothing(recording: Recording, stages: Stages, finished: Path, tmp_path: Path) -> None:
+    """Other shards, the same groups; crop also keeps its counts by shard, whose sums are compared."""
+    project = tmp_path / "project"
+    recording.write_project(project, scheduling__frames_per_shard=1000)
+    for stage in EXACT:
+        assert stages(stage, str(project)).status == 0
+        mark = json.loads((project / "_marks" / f"{stage}.json").read_text())
+        assert mark["shards"] == 1
+        assert mark["digest"] == json.loads((finished / "_marks" / f"{stage}.json").read_text())["digest"]
+        ours, theirs = (
+            {name: data for name, data in files(folder / STAGES[stage].writes).items() if not name.startswith("counts/")}
+            for folder in (project, finished)
+        )
+        assert ours == theirs
