@@ -191,12 +191,17 @@ def _reused(stage: Stage, ctx: Context, digest: str) -> bool:
     return True
 
 
+def _remove_partials(stage: Stage, project: Project) -> None:
+    for url in (project.output_url(stage.name), project.path("_marks", stage.name), project.mark_url(stage.name)):
+        stores.remove_partials(url)
+
+
 def prepare(stage: Stage, ctx: Context, digest: str, *, force: bool = False) -> Plan:
     """Make the stage ready for its shards. What an earlier try with the same digest finished is kept."""
     project = ctx.project
     old = stores.read_json(project.plan_url(stage.name))
     if old is not None and old["digest"] == digest and not force:
-        stores.remove_partials(project.output_url(stage.name))
+        _remove_partials(stage, project)
         return read_plan(stage, ctx, digest)
     # In this order, so that no kill leaves a mark beside data that it does not describe.
     stores.delete(project.mark_url(stage.name))
@@ -258,7 +263,7 @@ def finish(stage: Stage, ctx: Context, digest: str, plan: Plan) -> None:
     missing = [i for i, mark in enumerate(marks) if mark is None or mark["digest"] != digest]
     if missing:
         raise UserError(f"{ctx.project.url}: shards {missing} of stage {stage.name} are not done; run them first")
-    stores.remove_partials(ctx.project.output_url(stage.name))
+    _remove_partials(stage, ctx.project)
     with _measured() as measured:
         result = stage.finish(ctx, plan)
     preparation = stores.read_json(ctx.project.plan_url(stage.name)) or {}

@@ -158,9 +158,10 @@ def delete(url: str) -> None:
 
 
 def remove_partials(url: str) -> None:
-    """Remove what a killed writer left below a local folder (S3 puts are atomic and leave nothing)."""
+    """Remove what a killed writer left of a local file or below a folder (S3 puts are atomic and leave nothing)."""
     if not is_s3(url):
-        for path in Path(url).rglob("*.partial"):
+        target = Path(url)
+        for path in [*target.parent.glob(f"{target.name}.*.partial"), *target.rglob("*.partial")]:
             path.unlink(missing_ok=True)
 
 

@@ -6,6 +6,7 @@ costs little more than its decoding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,60 +68,111 @@ def probe(url: str, label: str) -> VideoInfo:
             if not container.streams.video:
                 raise UserError(f"{label}: no video stream in {url}")
             stream = container.streams.video[0]
-            entries = [(e.timestamp, e.pos + e.size) for e in stream.index_entries]
-            if not entries or (stream.frames and len(entries) != stream.frames):
+            if stream.codec_context is None or not stream.width:
+                raise UserError(f"{label}: not a readable video (its index is cut off): {url}; export it again")
+            index = [(e.timestamp, e.pos + e.size) for e in stream.index_entries if not e.is_discard]
+            if stream.frames and len(stream.index_entries) == stream.frames:
+                ticks = np.array([t for t, _ in index], dtype=np.float64)
+                missing = [t for t, end in index if end > n_bytes]
+                first_pts, before = _first_packets(container, stream, min(missing, default=None))
+                there = before if missing else len(index)
+            else:
                 # No complete index in the container: one pass over the packets, still without decoding.
-                entries = sorted((p.dts or 0, 0) for p in container.demux(stream) if p.size)
-            ticks = np.array([t for t, _ in entries], dtype=np.float64)
-            there = sum(end <= n_bytes for _, end in entries)
+                times = [(p.pts, p.dts) for p in container.demux(stream) if p.size]
+                first_pts = times[0][0] if times and all(pts is not None for pts, _ in times) else None
+                ticks = np.array(sorted((dts if pts is None else pts) or 0 for pts, dts in times), dtype=np.float64)
+                there = len(ticks)
             step = float(ticks[-1] - ticks[0]) / (len(ticks) - 1) if len(ticks) > 1 else None
-            even = step and np.abs(ticks - ticks[0] - step * np.arange(len(ticks))).max() < 0.45 * step
+            # AVI stores no times of display for B-frames, and those that are made up do not begin with the stream.
+            timed = first_pts is not None and first_pts == stream.start_time
+            even = timed and step and np.abs(ticks - ticks[0] - step * np.arange(len(ticks))).max() < 0.45 * step
             size = stream.width, stream.height
             rate = float(stream.average_rate or 0)
     except av.FFmpegError as error:
         raise UserError(f"{label}: not a readable video ({error.strerror}): {url}; export it again") from None
-    if not there or not all(size):
+    if not there:
         raise UserError(f"{label}: holds no frames: {url}; export it again")
-    return VideoInfo(url, label, *size, there, len(entries), rate, step if even else None)
+    return VideoInfo(url, label, *size, there, len(ticks), rate, step if even else None)
+
+
+def _first_packets(container: Any, stream: Any, first_missing: int | None) -> tuple[int | None, int]:
+    """When the first packet is shown, and how many are shown before the decoding time of the first that is cut off.
+
+    Packets lie in the order of decoding: behind a packet that is there, one that is shown before it may be missing. None
+    that is missing is shown before it is decoded.
+    """
+    first, count = None, 0
+    for packet in container.demux(stream):
+        first = packet.pts if first is None else first
+        if first_missing is None or packet.is_corrupt or packet.dts is None or packet.dts >= first_missing:
+            break
+        count += packet.pts is not None and packet.pts < first_missing
+    return first, count
 
 
 def read_frames(info: VideoInfo, start: int, stop: int, jump: int = 1) -> Iterator[av.VideoFrame]:
-    """Frames `start`, `start + jump`, ... below `stop` of a video, by one pass from the keyframe before `start`.
+    """Frames `start`, `start + jump`, ... below `stop` of a video, by one pass from a keyframe before `start`.
 
     Raises:
-        UserError: a frame that cannot be decoded, with its number.
+        UserError: a frame that is missing or cannot be decoded, with its number.
     """
-    at = 0
+    numbered = _numbered(info, start)
+    first = next(numbered, None)
+    if first is None or first[0] > start:
+        numbered = _numbered(info, 0)
+    else:
+        numbered = itertools.chain([first], numbered)
+    wanted, at = start, -1
+    for at, frame in numbered:
+        if at > wanted:
+            raise UserError(f"{info.label}: frame {wanted} is missing in {info.url}; export the video again")
+        if at == wanted:
+            yield frame
+            wanted += jump
+        if wanted >= stop:
+            return
+    raise UserError(f"{info.label}: ends at frame {at + 1} of {info.n_declared} in {info.url}; export the video again")
+
+
+def _numbered(info: VideoInfo, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Frames and their numbers from a keyframe before `start`, or, where seeking is not exact, from the first one."""
+    at, before = -1, None
+    seeking = start > 0 and info.step is not None
     try:
         with stores.open_read(info.url) as file, av.open(file, "r") as container:
             stream = container.streams.video[0]
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1  # cameras are decoded in parallel instead
-            first = stream.start_time or 0
-            seeking = start > 0 and info.step is not None
             if seeking:
-                container.seek(int(first + (start - 0.5) * (info.step or 0)), stream=stream)
-            for frame in container.decode(stream):
-                if seeking and frame.pts is not None:
-                    at = round((frame.pts - first) / (info.step or 1))
-                    if at > start:
-                        raise UserError(
-                            f"{info.label}: frame {start} cannot be reached by seeking; re-encode the video"
-                        )
-                    seeking = False
-                if frame.is_corrupt:
-                    raise UserError(f"{info.label}: frame {at} is corrupt in {info.url}; export the video again")
-                if at >= stop:
+                # Indices hold decoding times, which precede the times shown by the reordering, 16 frames at most.
+                back = start - 0.5 - (16 if stream.codec_context.has_b_frames else 0)
+                container.seek(int((stream.start_time or 0) + max(0, back) * (info.step or 0)), stream=stream)
+            for packet in container.demux(stream):
+                try:
+                    frames = stream.decode(None) if packet.is_corrupt else packet.decode()  # cut off: what came before
+                except av.InvalidDataError:
+                    if seeking and at < 0:
+                        continue  # open GOP: pictures before the keyframe that refer to what was not decoded
+                    raise
+                for frame in frames:
+                    if seeking and at < 0:
+                        if frame.pts is None:
+                            return
+                        at = round((frame.pts - (stream.start_time or 0)) / (info.step or 1))
+                    elif info.step is None or frame.pts is None or before is None:
+                        at += 1
+                    else:
+                        at += max(1, round((frame.pts - before) / info.step))
+                    before = frame.pts
+                    if frame.is_corrupt:
+                        raise UserError(f"{info.label}: frame {at} is corrupt in {info.url}; export the video again")
+                    yield at, frame
+                if packet.is_corrupt:
                     return
-                if at >= start and (at - start) % jump == 0:
-                    yield frame
-                at += 1
     except av.FFmpegError as error:
         raise UserError(
-            f"{info.label}: frame {at} cannot be decoded ({error.strerror}) in {info.url}; export the video again"
+            f"{info.label}: frame {at + 1} cannot be decoded ({error.strerror}) in {info.url}; export the video again"
         ) from None
-    if at < stop:
-        raise UserError(f"{info.label}: ends at frame {at} of {info.n_declared} in {info.url}; export the video again")
 
 
 def _plane(frame: av.VideoFrame, index: int) -> U8:
@@ -149,16 +201,16 @@ class Planes:
 
 
 def planes(frame: av.VideoFrame) -> Planes:
-    """Planes of a frame of any pixel format (8-bit 4:2:0 and grey as they are, others through 4:4:4)."""
+    """Planes of a frame of any pixel format (8-bit 4:2:0, 4:4:4 and grey as they are, others through 4:4:4)."""
     name = frame.format.name
     matrix = 709 if int(frame.colorspace) == _BT709 else 601
     if name.startswith("gray") and len(frame.format.components) == 1:
         grey = frame if name == "gray" else frame.reformat(format="gray")
         return Planes(_plane(grey, 0), None, None, name == "gray" or frame.color_range == 2, matrix)
-    if name not in ("yuv420p", "yuvj420p"):
-        frame = frame.reformat(format="yuv444p", dst_color_range="MPEG")
-        name, matrix = "yuv444p", matrix if frame.colorspace != 0 else 601
-    full = name == "yuvj420p" or (name == "yuv420p" and frame.color_range == 2)
+    full = name.startswith("yuvj") or frame.color_range == 2
+    if name not in ("yuv420p", "yuvj420p", "yuv444p", "yuvj444p"):
+        frame, full = frame.reformat(format="yuv444p", dst_color_range="MPEG"), False
+        matrix = matrix if frame.colorspace != 0 else 601
     return Planes(_plane(frame, 0), _plane(frame, 1), _plane(frame, 2), full, matrix)
 
 

@@ -345,7 +345,7 @@ def test_needles_and_edges(mode: Mode) -> None:
     scene["scales"] = scene["scales"] * torch.tensor([10.0, 0.001, 0.1])
     scene["quats"][:5] = torch.tensor([math.sqrt(0.5), 0.0, math.sqrt(0.5), 0.0])
     assert_same(scene, with_backend("torch", mode), with_backend("reference", mode), tolerance=1e-7)
-    single = {k: v.float() if isinstance(v, Tensor) else v for k, v in scene.items()}
+    single: Scene = {k: v.float() if isinstance(v, Tensor) else v for k, v in scene.items()}
     out, grads = gradients(single, with_backend("torch", mode))
     for tensor in (*out, *grads.values()):
         assert tensor.isfinite().all()
@@ -356,7 +356,7 @@ def test_float32(mode: Mode) -> None:
     """Rounding may flip a threshold (1/255) here and there: 99.9 % of pixels within 1e-4 of float64."""
     scene = random_scene(10, 2000, 96, 80, size=0.03)
     exact = rasterize(**scene, mode=mode, backend="torch")
-    single = {k: v.float() if isinstance(v, Tensor) else v for k, v in scene.items()}
+    single: Scene = {k: v.float() if isinstance(v, Tensor) else v for k, v in scene.items()}
     out = rasterize(**single, mode=mode, backend="torch")
     assert out.rgb.dtype == torch.float32
     assert exact.alpha.mean() > 0.3
@@ -406,16 +406,16 @@ def test_bad_input() -> None:
 @pytest.mark.gpu
 @both_modes
 def test_gsplat_agrees_on_gpu(mode: Mode) -> None:
-    """Fast exponentials on the GPU, and thresholds that flip: nearly all pixels within 2e-4, gradients within 1 %."""
+    """Fast exponentials on the GPU, and thresholds that flip: nearly all pixels within 1e-4, gradients within 0.2 %."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     pytest.importorskip("gsplat")
     scene = random_scene(13, 500, 75, 60, size=0.08, dtype=torch.float32)
-    on_gpu = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in scene.items()}
+    on_gpu: Scene = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in scene.items()}
     out, grads = gradients(scene, with_backend("torch", mode))
     out_gpu, grads_gpu = gradients(on_gpu, with_backend("auto", mode))
     for x, y in zip(out, out_gpu, strict=True):
-        assert ((x - y.cpu()).abs() < 2e-4).float().mean() >= 0.995
+        assert ((x - y.cpu()).abs() < 1e-4).float().mean() >= 0.995
     for name in GAUSSIANS:
         error = (grads[name] - grads_gpu[name].cpu()).norm() / grads[name].norm()
-        assert error < 0.01, f"{name}: {error:.2e}"
+        assert error < 0.002, f"{name}: {error:.2e}"

@@ -104,16 +104,20 @@ class Processes:
         assert process.stdout is not None
         assert process.stderr is not None
         last: deque[str] = deque(maxlen=KEPT_LINES)
-        reader = threading.Thread(target=_keep_last, args=(process.stderr, last), daemon=True)
-        reader.start()
+        readers = [
+            threading.Thread(target=_hand_on, args=(process.stdout, lambda line: _report(line, progress)), daemon=True),
+            threading.Thread(target=_hand_on, args=(process.stderr, last.append), daemon=True),
+        ]
+        for reader in readers:
+            reader.start()
         try:
-            for line in process.stdout:
-                _report(line, progress)
+            # Not the end of its output: workers of a killed stage would hold that open.
             status = process.wait()
         finally:
             if process.returncode != 0:
                 _end_group(process)
-            reader.join(timeout=GRACE_S)
+            for reader in readers:
+                reader.join(timeout=GRACE_S)
             with self._lock:
                 self._running.discard(process)
         if status != 0 and self._closed:
@@ -139,10 +143,10 @@ def _end_group(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def _keep_last(stream: IO[str], last: deque[str]) -> None:
+def _hand_on(stream: IO[str], receive: Callable[[str], None]) -> None:
     for line in stream:
         if line.strip():
-            last.append(line.rstrip())
+            receive(line.rstrip())
 
 
 def _report(line: str, progress: Progress) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
+
 from zoosplat import media
 
 Values = npt.NDArray[np.float64]
@@ -115,6 +116,7 @@ def plot_over_time(video_frames: Values, curves: dict[str, tuple[Values, Values]
     bottom.set(ylabel="PSNR (dB)", xlabel="frame of the video")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     top.legend()
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)

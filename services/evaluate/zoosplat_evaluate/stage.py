@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from zoosplat import media, stores
 from zoosplat.errors import UserError
 from zoosplat.stage import Context, Plan, Result, Shard, Stage
+from zoosplat_evaluate import ops
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.metrics import METRICS, SSIM_RADIUS, frame_metrics
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.rasterize import Rendering
-
-from zoosplat_evaluate import ops
 
 IOU, PSNR = METRICS.index("iou"), METRICS.index("psnr")
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
 from zoosplat import media, stores
 from zoosplat.errors import UserError
 from zoosplat.stage import Context, Plan, Result, Shard, Stage
@@ -15,7 +16,6 @@ from zoosplat_model.carving import rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.splatter import Gaussians
-
 from zoosplat_render import ops
 
 FPS = 25.0  # of the films, whatever the recording's: most animals are recorded too fast to be watched

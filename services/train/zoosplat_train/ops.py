@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from zoosplat_model.rasterize import Rendering
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 
 DROP_VIEW = 0.5  # share of frames that are carved without one of their views
+JITTER_VOXELS, JITTER_RAD = 2.0, 0.3  # of the carved grid, at most
 LAST_RATE = 0.05  # of the learning rate, at the end of the cosine
 HEAD_RATE = 3.0  # the head's learning rate over that of the U-Nets
 MAX_GRADIENT = 1.0  # norm
@@ -41,6 +43,17 @@ def carving_views(observed: Sequence[int], seed: int, epoch: int, t: int) -> lis
         return list(observed)
     left_out = int(rng.integers(len(observed)))
     return [c for i, c in enumerate(observed) if i != left_out]
+
+
+def jitter(frame: Frame, seed: int, epoch: int, voxel_size_m: float) -> Frame:
+    """The frame with the animal's centre and heading a little off: up to 2 voxels along each axis and 0.3 rad.
+
+    Carving and Gaussians both go by them, so the truth stays the same while the network sees another volume. Without
+    it, a few dozen training frames are learned by heart.
+    """
+    rng = np.random.default_rng([seed, epoch, 2, frame.t])
+    shift = frame.center.new_tensor(rng.uniform(-1, 1, 3) * JITTER_VOXELS * voxel_size_m)
+    return replace(frame, center=frame.center + shift, angle=frame.angle + rng.uniform(-1, 1) * JITTER_RAD)
 
 
 def learning_rate(base: float, done: float) -> float:

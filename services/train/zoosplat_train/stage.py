@@ -117,7 +117,8 @@ class _Training:
         while batch := list(islice(frames, settings.batch_frames)):
             views = [ops.carving_views(self.reader.observed, settings.seed, p.epoch, f.t) for f in batch]
             rate = ops.learning_rate(settings.lr, self.done())
-            self.sums += self.trainer.step(batch, views, rate)
+            moved = [ops.jitter(f, settings.seed, p.epoch, self.reader.voxel_size_m) for f in batch]
+            self.sums += self.trainer.step(moved, views, rate)
             p.position += len(batch)
             p.step += 1
             ended = p.position == len(self.frames)

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from zoosplat_model.carving import carve, grid_points, rotation_about_z
+
+FILL = 0.38
+
+
+def opposite_cameras(focal: float, distance: float, side: int) -> tuple[Tensor, Tensor]:
+    """One camera at the origin that looks along +z, one at z = distance that looks back; (pose, K), float64."""
+    pose = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+    pose[1, 0, 0] = pose[1, 2, 2] = -1
+    pose[1, 2, 3] = distance
+    middle = (side - 1) / 2
+    k = torch.tensor([[focal, 0, middle], [0, focal, middle], [0, 0, 1]], dtype=torch.float64)
+    return pose, k.repeat(2, 1, 1)
+
+
+def red_and_blue(side: int) -> Tensor:
+    rgb = torch.zeros(2, side, side, 3, dtype=torch.float64)
+    rgb[0, ..., 0] = rgb[1, ..., 2] = 1
+    return rgb
+
+
+def test_hand_worked_voxels() -> None:
+    pose, k = opposite_cameras(10.0, 3.0, 9)
+    mask = torch.ones(2, 9, 9, dtype=torch.float64)
+    mask[1, 4, 2] = 0
+    # The first two are on the axis, one behind the other from either side. The third is at (6, 4) in the first view and,
+    # at (2, 9 - 5 = 4) px, outside the mask of the second: x = -0.4 * 10 / 2 + 4.
+    points = torch.tensor([[0, 0, 1.0], [0, 0, 2.0], [0.4, 0, 1.0]], dtype=torch.float64).view(3, 1, 1, 3)
+    volume = carve(red_and_blue(9), mask, pose, k, points, 0.3, 1, FILL)[:, :, 0, 0]
+    expected = [
+        [1, 0.8, 0, 0.2],  # (1 red + 0.25 blue) / 1.25
+        [1, 0.2, 0, 0.8],
+        [0.5, (FILL + 1) / 2, FILL / 2, FILL / 2],  # only in the larger hull, and there of the view that has it
+    ]
+    np.testing.assert_allclose(volume.T, expected, atol=1e-12)
+
+
+def test_samples_are_exact_to_a_fraction_of_a_pixel() -> None:
+    pose, k = opposite_cameras(10.0, 3.0, 9)
+    ramp = (torch.arange(9, dtype=torch.float64) / 8).expand(1, 9, 9)[..., None].repeat(1, 1, 1, 3)
+    points = torch.tensor([[0.03, 0, 1.0], [0.36, 0.1, 1.0]], dtype=torch.float64).view(2, 1, 1, 3)
+    volume = carve(ramp, torch.ones(1, 9, 9, dtype=torch.float64), pose[:1], k[:1], points, 0.3, 1, FILL)
+    np.testing.assert_allclose(volume[1:, :, 0, 0], [[4.3 / 8, 7.6 / 8]] * 3, atol=1e-12)
+
+
+@pytest.mark.parametrize(("footprint", "closed"), [(3, True), (1, False)])
+def test_nothing_shows_through_voxels_that_are_coarser_than_pixels(footprint: int, closed: bool) -> None:
+    # Two planes of voxels, 2.4 and 2 pixels apart in the nearer and the farther one.
+    pose, k = opposite_cameras(60.0, 11.0, 33)
+    axis = torch.linspace(-0.8, 0.8, 9, dtype=torch.float64)
+    points = torch.stack(torch.meshgrid(axis, axis, torch.tensor([5.0, 6.0], dtype=torch.float64), indexing="ij"), -1)
+    volume = carve(red_and_blue(33), torch.ones(2, 33, 33).double(), pose, k, points, 0.2, footprint, FILL)
+    inner = volume[1, 1:-1, 1:-1]
+    expected = torch.tensor([0.8, 0.2], dtype=torch.float64).expand(7, 7, 2)
+    assert torch.allclose(inner, expected) == closed
+
+
+def slow_twin(
+    rgb: Any, mask: Any, pose: Any, k: Any, points: Any, voxel: float, footprint: int, fill: float
+) -> Any:
+    """Voxel by voxel, view by view, as the docstring of `carve` says."""
+    n_views, h, w = mask.shape
+    flat = points.reshape(-1, 3)
+    place = np.zeros((n_views, len(flat), 3))
+    inside = np.zeros((n_views, len(flat)), bool)
+    for v in range(n_views):
+        for i, point in enumerate(flat):
+            x, y, z = k[v] @ (pose[v] @ [*point, 1])[:3]
+            place[v, i] = x / z, y / z, z
+            column, row = math.floor(x / z + 0.5), math.floor(y / z + 0.5)
+            inside[v, i] = z > 0 and 0 <= column < w and 0 <= row < h and mask[v, row, column] == 1
+
+    def pixel(v: int, i: int) -> tuple[int, int]:
+        return math.floor(place[v, i, 0] + 0.5), math.floor(place[v, i, 1] + 0.5)
+
+    def in_window(v: int, i: int) -> bool:
+        return 0 <= pixel(v, i)[0] < w and 0 <= pixel(v, i)[1] < h
+
+    total = np.zeros((4, len(flat)))
+    for least in (n_views, n_views - 1):
+        hull = [i for i in range(len(flat)) if inside[:, i].sum() >= least]
+        for i in range(len(flat)):
+            total[:, i] += np.array([0, fill, fill, fill]) / 2 if i not in hull else 0
+        for i in hull:
+            color, weights = np.zeros(3), 0.0
+            for v in range(n_views):
+                if not inside[v, i]:
+                    continue
+                hidden = any(
+                    max(abs(pixel(v, i)[0] - pixel(v, j)[0]), abs(pixel(v, i)[1] - pixel(v, j)[1])) <= footprint // 2
+                    and place[v, j, 2] < place[v, i, 2] - voxel
+                    for j in hull
+                    if in_window(v, j)
+                )
+                weight = 0.25 if hidden else 1.0
+                x, y = place[v, i, :2]
+                for column in (math.floor(x), math.floor(x) + 1):
+                    for row in (math.floor(y), math.floor(y) + 1):
+                        if 0 <= column < w and 0 <= row < h and mask[v, row, column]:
+                            part = weight * (1 - abs(x - column)) * (1 - abs(y - row))
+                            color += part * rgb[v, row, column]
+                            weights += part
+            total[:, i] += np.array([1, *(color / weights)]) / 2
+    return total.reshape(4, *points.shape[:3])
+
+
+@pytest.mark.parametrize("footprint", [1, 3])
+def test_agrees_with_a_slow_twin(footprint: int) -> None:
+    rng = np.random.default_rng(footprint)
+    h, w = 14, 18
+    axis = np.linspace(-0.5, 0.5, 7)
+    points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1) + rng.uniform(-0.02, 0.02, 3)
+    y, x = np.mgrid[:h, :w]
+    mask = np.stack([((x - 8.3) ** 2 / 40 + (y - 6.1 - v) ** 2 / 25 < 1) for v in range(3)]).astype(float)
+    rgb = rng.uniform(size=(3, h, w, 3))
+    pose, k = np.tile(np.eye(4), (3, 1, 1)), np.tile(np.eye(3), (3, 1, 1))
+    for v in range(3):
+        q, upper = np.linalg.qr(rng.normal(size=(3, 3)))
+        q *= np.sign(np.diag(upper))
+        pose[v, :3, :3] = q * np.sign(np.linalg.det(q))
+        pose[v, :3, 3] = [0.05 * v, 0.03, 2.0]
+        k[v] = [[21, 0, 8.6], [0, 22, 6.4], [0, 0, 1]]
+    expected = slow_twin(rgb, mask, pose, k, points, 1 / 6, footprint, FILL)
+    tensors = [torch.from_numpy(a) for a in (rgb, mask, pose, k, points)]
+    found = carve(*tensors, 1 / 6, footprint, FILL).numpy()
+    assert set(np.unique(expected[0])) == {0.0, 0.5, 1.0}
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+def test_grid_is_that_of_the_method() -> None:
+    points = grid_points(0.3, 4, ((1, 3), (0, 4), (3, 4)))
+    assert points.shape == (2, 4, 1, 3)
+    np.testing.assert_allclose(points[1, 0, 0], [0.05, -0.15, 0.15], atol=1e-7)
+    np.testing.assert_allclose(rotation_about_z(torch.tensor(math.pi / 2)) @ torch.tensor([1.0, 2, 3]), [-2, 1, 3], atol=1e-6)

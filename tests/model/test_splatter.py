@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoosplat.errors import UserError
+from zoosplat.geometry import matrix_from_quaternion, quaternion_multiply
+from zoosplat.project import Project
+from zoosplat_model.carving import grid_points
+from zoosplat_model.frames import FrameReader
+from zoosplat_model.losses import frame_losses, soft_iou
+from zoosplat_model.metrics import ssim_map
+from zoosplat_model.predictor import open_reader, pick_device
+from zoosplat_model.splatter import Gaussians, PoseSplatter, quaternion_product, select
+from zoosplat_model.unet import UNetStack, convolve, fold, unfold
+
+CPU = torch.device("cpu")
+
+
+def rotation_of(quats: Tensor) -> Tensor:
+    return torch.from_numpy(matrix_from_quaternion(quats.detach().double().numpy()))
+
+
+def covariances(gaussians: Gaussians) -> Tensor:
+    spread = rotation_of(gaussians.quats) * gaussians.scales.detach().double()[:, None]
+    return spread @ spread.mT
+
+
+@pytest.fixture
+def reader(tiny: Project) -> FrameReader:
+    return open_reader(tiny, tiny.read_experiment(), CPU)
+
+
+# -- U-Nets -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("num_unets", "poolings"), [(1, 1), (1, 4), (3, 2)])
+def test_the_stack_starts_as_the_identity(num_unets: int, poolings: int) -> None:
+    torch.manual_seed(0)
+    stack = UNetStack(num_unets, 4, poolings, 8, (16, 32, 16))
+    volume = torch.randn(2, 4, 16, 32, 16)
+    features = stack(volume)
+    assert features.shape == (2, 8, 16, 32, 16)
+    assert torch.equal(features[:, :4], volume)
+    assert torch.equal(features[:, 4:], torch.zeros(2, 4, 16, 32, 16))
+    # Every U-Net can leave the identity: its last layer has a gradient.
+    (features * torch.randn_like(features)).sum().backward()
+    for unet in stack.unets:
+        assert unet.last.weight.grad is not None
+        assert unet.last.weight.grad.abs().max() > 0
+
+
+def test_folding_moves_blocks_to_channels_and_back() -> None:
+    x = torch.arange(2 * 3 * 4 * 2 * 6.0).reshape(2, 3, 4, 2, 6)
+    folded = fold(x)
+    assert folded.shape == (2, 24, 2, 1, 3)
+    assert folded[1, 2 * 8 :, 1, 0, 2].tolist() == x[1, 2, 2:4, 0:2, 4:6].flatten().tolist()
+    assert torch.equal(unfold(folded), x)
+
+
+@pytest.mark.parametrize("length", [2, 7, 12])
+def test_convolution_in_halves_is_the_convolution(length: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, length, 5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    found, expected = convolve(x, weight), F.conv3d(x, weight, padding=1)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (x, weight), direction), torch.autograd.grad(expected, (x, weight), direction)
+    )
+
+
+# -- selection ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("above", "count"), [(5, 10), (30, 30), (80, 50), (0, 10)])
+def test_selection_keeps_its_limits_and_takes_the_highest(above: int, count: int) -> None:
+    rng = np.random.default_rng(above)
+    values = np.concatenate([rng.uniform(0.26, 1, above), rng.uniform(-1, 0.24, 100 - above)])
+    rng.shuffle(values)
+    chosen = select(torch.from_numpy(values), 10, 50).numpy()
+    assert sorted(chosen) == sorted(np.argsort(-values)[:count])
+
+
+def test_a_volume_smaller_than_the_least_number_gives_all() -> None:
+    assert sorted(select(torch.zeros(6), 1024, 16000).tolist()) == list(range(6))
+
+
+# -- Gaussians ----------------------------------------------------------------------------------------------------
+def test_quaternion_product_is_that_of_rotations() -> None:
+    torch.manual_seed(0)
+    a, b = F.normalize(torch.randn(2, 5, 4, dtype=torch.float64), dim=-1)
+    np.testing.assert_allclose(quaternion_product(a, b), quaternion_multiply(a.numpy(), b.numpy()), atol=1e-14)
+    torch.testing.assert_close(rotation_of(quaternion_product(a, b)), rotation_of(a) @ rotation_of(b))
+
+
+def test_to_world_turns_means_and_covariances() -> None:
+    torch.manual_seed(0)
+    n = 6
+    gaussians = Gaussians(
+        torch.randn(n, 3).double(),
+        F.normalize(torch.randn(n, 4), dim=1).double(),
+        torch.rand(n, 3).double() + 0.1,
+        torch.rand(n).double(),
+        torch.rand(n, 3).double(),
+    )
+    center, angle = torch.tensor([0.3, -1, 2.0]).double(), torch.tensor(0.7).double()
+    turn = torch.tensor(
+        [[math.cos(0.7), -math.sin(0.7), 0], [math.sin(0.7), math.cos(0.7), 0], [0, 0, 1]], dtype=torch.float64
+    )
+    placed = gaussians.to_world(center, angle)
+    torch.testing.assert_close(placed.means, gaussians.means @ turn.T + center)
+    torch.testing.assert_close(covariances(placed), turn @ covariances(gaussians) @ turn.T)
+    assert torch.equal(placed.colors, gaussians.colors)
+
+
+def excited(reader: FrameReader, project: Project) -> PoseSplatter:
+    """An untrained network whose head gives every Gaussian a shape and an orientation of its own."""
+    torch.manual_seed(0)
+    model = PoseSplatter.of(reader, project.read_experiment())
+    torch.nn.init.normal_(model.head[2].weight, std=0.5)  # type: ignore[arg-type]
+    return model
+
+
+@torch.no_grad()
+def test_turning_the_whole_scene_turns_the_gaussians(reader: FrameReader, tiny: Project) -> None:
+    # In float64, so that no voxel's nearest pixel is another one by rounding.
+    model = excited(reader, tiny).double()
+    frame = reader.frame(4)
+    tensors = {key: value.double() for key, value in vars(frame).items() if isinstance(value, Tensor)}
+    frame = replace(frame, **tensors)  # type: ignore[arg-type]
+    turn = torch.eye(4, dtype=torch.float64)
+    turn[:2, :2] = torch.tensor([[math.cos(2.1), -math.sin(2.1)], [math.sin(2.1), math.cos(2.1)]])
+    turn[:3, 3] = torch.tensor([0.1, 0.2, -0.1])
+    moved = replace(
+        frame,
+        world_to_camera=frame.world_to_camera @ torch.linalg.inv(turn),
+        center=turn[:3, :3] @ frame.center + turn[:3, 3],
+        angle=frame.angle + 2.1,
+    )
+    before, after = (model([f])[0].to_world(f.center, f.angle) for f in (frame, moved))
+    i, j = (torch.argsort(g.means[:, 2] + 1e-3 * g.opacities) for g in (before, after))
+    torch.testing.assert_close(after.means[j], before.means[i] @ turn[:3, :3].T + turn[:3, 3], atol=1e-9, rtol=0)
+    expected = turn[:3, :3] @ covariances(before)[i] @ turn[:3, :3].T
+    torch.testing.assert_close(covariances(after)[j], expected, atol=1e-12, rtol=1e-6)
+    # It would be noticed if the orientations stayed: these Gaussians are not round.
+    assert (covariances(before)[i] - expected).abs().max() > 0.1 * covariances(before).abs().max()
+
+
+@torch.no_grad()
+def test_it_starts_as_the_coloured_hull(reader: FrameReader, tiny: Project) -> None:
+    model = PoseSplatter.of(reader, tiny.read_experiment())
+    frame = reader.frame(4)
+    placed = model([frame])[0].to_world(frame.center, frame.angle)
+    rgb, alpha = model.render(placed, frame.world_to_camera, frame.intrinsics, reader.width, reader.height, range(5))
+    iou = soft_iou((alpha > 0.5).float(), frame.mask)
+    assert iou[reader.observed].min() > 0.8
+    assert iou[reader.held_out].min() > 0.7
+    both = (frame.mask > 0) & (alpha > 0.9)
+    error = (rgb - frame.on_white()).abs().mean(-1)[both]
+    assert error.median() < 0.1  # red in front and blue behind are 0.5 apart
+
+
+@torch.no_grad()
+def test_pictures_do_not_depend_on_the_unit_of_length(reader: FrameReader, tiny: Project) -> None:
+    model, frame = excited(reader, tiny), reader.frame(2)
+    points = grid_points(1000 * reader.ell_m, reader.grid_size, reader.volume_idx)
+    in_mm = PoseSplatter(
+        points, 1000 * reader.voxel_size_m, reader.footprint_px(), 5, reader.observed,
+        num_unets=2, base_filters=4, poolings=2, bottleneck=16, min_gaussians=64,
+    )  # fmt: skip
+    in_mm.load_state_dict(model.state_dict())
+    pose = frame.world_to_camera.clone()
+    pose[:, :3, 3] *= 1000
+    scaled = replace(frame, world_to_camera=pose, center=1000 * frame.center)
+    alphas = []
+    for m, f in ((model, frame), (in_mm, scaled)):
+        placed = m([f])[0].to_world(f.center, f.angle)
+        alphas.append(m.render(placed, f.world_to_camera, f.intrinsics, 32, 32).alpha)
+    assert alphas[0].max() > 0.9
+    assert (alphas[0] - alphas[1]).abs().mean() < 1e-3
+
+
+def test_camera_colours(reader: FrameReader, tiny: Project) -> None:
+    model, frame = PoseSplatter.of(reader, tiny.read_experiment()), reader.frame(0)
+    one = Gaussians(
+        frame.center[None], torch.tensor([[1.0, 0, 0, 0]]), torch.full((1, 3), 0.05), torch.tensor([0.9]),
+        torch.tensor([[0.2, 0.4, 0.6]]),
+    )  # fmt: skip
+    with torch.no_grad():
+        model.camera_color[0] = torch.tensor([[0.4, 0, 0, 0.04], [0, 0, 0, 0], [0, 0, 0, 0]])
+        views = (frame.world_to_camera[[0, 1, 4]], frame.intrinsics[[0, 1, 4]], 32, 32)
+        plain, alpha = model.render(one, *views)
+        rgb, _ = model.render(one, *views, cameras=[0, 1, 4])
+    change = (rgb - plain)[:, 16, 16]
+    # The mean of the observed cameras stays: 3/4 of the change in camera 0, -1/4 in the other three; none if held out.
+    expected = alpha[:, 16, 16, None] * torch.tensor([[0.75 * 0.12, 0, 0], [-0.25 * 0.12, 0, 0], [0, 0, 0]])
+    torch.testing.assert_close(change, expected, atol=1e-6, rtol=0)
+    assert torch.equal(rgb[0, 0, 0], torch.ones(3)) == (alpha[0, 0, 0] == 0)
+
+
+# -- frames -------------------------------------------------------------------------------------------------------
+def test_reader_gives_what_was_written(reader: FrameReader) -> None:
+    assert reader.split("train") == [0, 2]  # frame 1 is not valid
+    assert reader.split("valid") == [3, 4, 5]
+    assert reader.split("test") == [6, 7, 8]
+    assert (reader.observed, reader.held_out) == ([0, 1, 2, 3], [4])
+    assert [f.t for f in reader.prefetch([5, 0, 5, 7, 2, 8])] == [5, 0, 5, 7, 2, 8]
+    frame = reader.frame(3)
+    assert torch.equal(frame.on_white()[frame.mask == 0], torch.ones(int((frame.mask == 0).sum()), 3))
+    assert {tuple((c * 255).round().int().tolist()) for c in frame.rgb[frame.mask > 0]} == {(200, 40, 30), (30, 60, 210)}
+
+
+def test_a_window_moves_the_principal_point(reader: FrameReader) -> None:
+    whole = reader.frame(0).intrinsics
+    reader._origin[0, 2] = [5, 7]
+    reader._shift[0, 2] = [0.25, -0.5]
+    moved = reader.frame(0).intrinsics
+    expected = torch.zeros(5, 3, 3)
+    expected[2, :2, 2] = torch.tensor([0.25 - 5, -0.5 - 7])
+    torch.testing.assert_close(moved - whole, expected)
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == CPU
+    with pytest.raises(UserError, match="cuda:99"):
+        pick_device("cuda:99")
+    with pytest.raises(UserError, match="use auto"):
+        pick_device("abacus")
+
+
+# -- losses -------------------------------------------------------------------------------------------------------
+def test_losses_by_hand() -> None:
+    alpha = torch.tensor([[[1, 0.5], [0, 0]]])
+    mask = torch.tensor([[[1.0, 0], [0, 1]]])
+    truth = torch.ones(1, 2, 2, 3)
+    rgb = truth.clone()
+    rgb[0, 0, 0] = torch.tensor([0.5, 0.75, 1])
+    rgb[0, 1, 0, 2] = 0.25
+    found = frame_losses(rgb, alpha, truth, mask, 0.5, 0.0)
+    # overlap 1, union 1 + 0.5 + 1; |error| 0.5 + 0.25 + 0.75 over 2 pixels of mask
+    assert [round(float(x), 5) for x in found] == [round(0.6 + 0.5 * 0.75, 5), 0.6, 0.75, 0]
+
+
+def test_views_that_do_not_see_the_animal_are_left_out() -> None:
+    torch.manual_seed(0)
+    rgb, truth = torch.rand(2, 2, 16, 16, 3)
+    alpha, mask = torch.rand(2, 16, 16), torch.ones(2, 16, 16)
+    mask[1] = 0
+    both = frame_losses(rgb, alpha, truth, mask, 0.5, 0.3)
+    one = frame_losses(rgb[:1], alpha[:1], truth[:1], mask[:1], 0.5, 0.3)
+    torch.testing.assert_close(torch.stack(both), torch.stack(one))
+    similarity = float(ssim_map(rgb[:1].permute(0, 3, 1, 2), truth[:1].permute(0, 3, 1, 2)).mean())
+    assert float(one.dissimilarity) == pytest.approx(1 - similarity, abs=1e-6)
+    assert float(one.total) == pytest.approx(float(one.soft_iou + 0.5 * one.color + 0.3 * one.dissimilarity), abs=1e-5)
+    empty = frame_losses(rgb, alpha, truth, torch.zeros(2, 16, 16), 0.5, 0.3)
+    assert float(empty.total) == 0

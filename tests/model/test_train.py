@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from zoosplat import schema, stores
+from zoosplat.errors import UserError
+from zoosplat.project import Project
+from zoosplat.stage import run_stage
+from zoosplat_model import checkpoints
+from zoosplat_model.checkpoints import Checkpoint
+from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_train import ops, stage
+from zoosplat_train.stage import STAGE
+
+
+def configure(project: Project, **train: Any) -> None:
+    old = project.read_experiment()
+    project.write_experiment(old.model_copy(update={"train": old.train.model_copy(update=train)}))
+
+
+def latest(project: Project) -> Checkpoint:
+    found = checkpoints.load(project, "latest")
+    assert found is not None
+    return found
+
+
+class Stopper:
+    """Progress that pulls the plug at a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __call__(self, done: int, total: int, message: str) -> None:
+        if done >= self.at:
+            raise KeyboardInterrupt
+
+
+# -- order --------------------------------------------------------------------------------------------------------
+def test_order_is_a_permutation_that_repeats() -> None:
+    frames = [3, 5, 8, 13, 21, 34]
+    orders = [ops.epoch_order(frames, 7, epoch) for epoch in range(5)]
+    assert all(sorted(order) == frames for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    assert orders == [ops.epoch_order(frames, 7, epoch) for epoch in range(5)]
+    assert orders != [ops.epoch_order(frames, 8, epoch) for epoch in range(5)]
+
+
+def test_carving_leaves_out_one_view_at_times() -> None:
+    chosen = [tuple(ops.carving_views([0, 2, 3, 4], 0, epoch, 9)) for epoch in range(200)]
+    whole = sum(len(views) == 4 for views in chosen)
+    assert 60 < whole < 140
+    assert set(chosen) == {(0, 2, 3, 4), (2, 3, 4), (0, 3, 4), (0, 2, 4), (0, 2, 3)}
+    assert all(ops.carving_views([0, 1, 2], 0, epoch, 9) == [0, 1, 2] for epoch in range(50))
+
+
+def test_learning_rate_and_spread() -> None:
+    assert ops.learning_rate(2.0, 0) == 2
+    assert ops.learning_rate(2.0, 0.5) == pytest.approx(0.05 * 2 + 0.95)
+    assert ops.learning_rate(2.0, 1.3) == pytest.approx(0.1)
+    assert ops.spread(list(range(10)), 3) == [1, 5, 8]
+    assert ops.spread([4, 6], 24) == [4, 6]
+
+
+def test_jitter_keeps_the_picture_and_moves_the_grid(tiny: Project) -> None:
+    frame = open_reader(tiny, tiny.read_experiment(), torch.device("cpu")).frame(2)
+    moved = [ops.jitter(frame, 0, epoch, 0.01) for epoch in range(30)]
+    shifts = torch.stack([m.center - frame.center for m in moved])
+    assert 0.015 < shifts.abs().max() < 0.02 + 1e-6
+    assert 0.2 < max(abs(float(m.angle - frame.angle)) for m in moved) < 0.3 + 1e-6
+    assert all(m.rgb is frame.rgb for m in moved)
+    assert torch.equal(ops.jitter(frame, 0, 3, 0.01).center, moved[3].center)
+
+
+# -- the stage ----------------------------------------------------------------------------------------------------
+def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(tiny, epochs=14, valid_every=4, plot_every=7, save_every=14)
+    reader = open_reader(tiny, tiny.read_experiment(), torch.device("cpu"))
+    untrained = ops.Trainer(reader, tiny.read_experiment(), torch.device("cpu"))
+    first = untrained.validate(reader.prefetch(reader.split("valid")))
+    plotted = []
+    original = stage.plots.preview
+    monkeypatch.setattr(stage.plots, "preview", lambda *a: plotted.append(1) or original(*a))
+    assert run_stage(STAGE, tiny)
+    assert not run_stage(STAGE, tiny)
+    rows = list(csv.DictReader(io.StringIO(stores.read_bytes(tiny.path("model", "history.csv")).decode())))
+    assert [int(r["epoch"]) for r in rows] == list(range(1, 15))
+    assert [int(r["epoch"]) for r in rows if r["valid_loss"]] == [4, 8, 12, 14]
+    assert [int(r["step"]) for r in rows] == list(range(2, 29, 2))
+    assert len(plotted) == 2
+    valid = {int(r["step"]): float(r["valid_loss"]) for r in rows if r["valid_loss"]}
+    best = min(valid, key=lambda step: valid[step])
+    assert valid[best] < 0.7 * first["valid_loss"]
+
+    figures = (tiny.read_mark("train") or {})["figures"]
+    assert figures["steps"] == 28
+    assert figures["best_valid_loss"] == pytest.approx(valid[best])
+    pointer = stores.read_json(tiny.path("model", "best.json")) or {}
+    assert pointer["step"] == best
+    written = list(stores.list_files(tiny.path("model")))
+    assert {"loss.png", "preview.png", "latest.json", "best.json"} <= set(written)
+    assert any(name.startswith("tensorboard/events") for name in written)
+    assert stores.read_bytes(tiny.path("model", "preview.png")).startswith(b"\x89PNG")
+
+    predictor = Predictor.open(tiny, tiny.read_experiment(), "cpu")
+    frame = predictor.reader.frame(7)
+    rendering = predictor.render(
+        predictor.gaussians(7), frame.world_to_camera, frame.intrinsics, 32, 32, cameras=range(5)
+    )
+    inside, mask = rendering.alpha > 0.5, frame.mask > 0
+    iou = (inside & mask).sum((1, 2)) / (inside | mask).sum((1, 2))
+    assert iou.min() > 0.8  # the held-out view of a test frame too
+
+
+@pytest.mark.parametrize("batch_frames", [1, 2])
+def test_an_interrupted_training_ends_as_an_undisturbed_one(
+    tiny: Project, monkeypatch: pytest.MonkeyPatch, batch_frames: int
+) -> None:
+    torch.set_num_threads(1)  # sums in one order
+    monkeypatch.setattr(stage, "LOOK_STEPS", 1)
+    configure(tiny, epochs=5, batch_frames=batch_frames)
+    run_stage(STAGE, tiny)
+    undisturbed = latest(tiny)
+
+    monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)  # after every step, also within an epoch
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(STAGE, tiny, force=True, progress=Stopper(2))
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(STAGE, tiny, progress=Stopper(4))
+    assert (latest(tiny).step, latest(tiny).progress.position) == ((3, 1) if batch_frames == 1 else (3, 0))
+    run_stage(STAGE, tiny)
+    resumed = latest(tiny)
+    assert resumed.step == undisturbed.step
+    for name, tensor in undisturbed.model.items():
+        torch.testing.assert_close(resumed.model[name], tensor, rtol=1e-5, atol=1e-6)
+    for a, b in zip(resumed.progress.history, undisturbed.progress.history, strict=True):
+        for key in ("epoch", "step", "train_loss", "valid_loss"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
+    assert resumed.progress.best_step == undisturbed.progress.best_step
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(tiny, epochs=6)
+    original = ops.Trainer.step
+    calls = []
+
+    def step(self: ops.Trainer, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        return original(self, *args) * (math.nan if len(calls) == 6 else 1)
+
+    monkeypatch.setattr(ops.Trainer, "step", step)
+    with pytest.raises(UserError, match=r"diverged by step 6.*train\.lr"):
+        run_stage(STAGE, tiny)
+    kept = latest(tiny)
+    assert kept.step == 4
+    assert all(torch.isfinite(t).all() for t in kept.model.values())
+    assert tiny.read_mark("train") is None
+
+
+def test_time_limit_counts_what_earlier_runs_spent(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(tiny, epochs=100000, max_minutes=0.5)
+    monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(stage, "LOOK_STEPS", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(STAGE, tiny, progress=Stopper(3))
+    url = tiny.path("model", "checkpoints", f"step-{latest(tiny).step:08d}.safetensors")
+    before = latest(tiny)
+    spent = json.dumps({**vars(before.progress), "seconds": 31.0})
+    data = stores.read_bytes(url)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["progress"] = spent
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    stores.write_bytes(url, len(text).to_bytes(8, "little") + text + data[8 + length :])
+    run_stage(STAGE, tiny)
+    assert latest(tiny).step <= before.step + 1  # the limit of 30 s was over; the epoch is ended, and no other begun
+    assert (tiny.read_mark("train") or {})["figures"]["best_step"] == latest(tiny).progress.best_step
+
+
+def test_no_frame_to_train_on_is_said_before_training(tiny: Project) -> None:
+    group = stores.open_group(tiny.path("tracking.zarr"), write=True)
+    valid = schema.read(group, "valid")
+    valid[:3] = False
+    schema.array(group, "valid")[...] = valid
+    with pytest.raises(UserError, match="nothing to train on"):
+        run_stage(STAGE, tiny)
+    assert not stores.exists(tiny.path("model"))
