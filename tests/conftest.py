@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with the recordings that are developed with; not part of the project, so tests that use it skip without."""
+    """Folder with the recordings that are developed with: not part of the project, tests skip without it."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the development recordings are not on this machine")

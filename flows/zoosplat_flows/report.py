@@ -179,8 +179,10 @@ def _history_plot(rows: list[dict[str, str]]) -> str:
     for name in rows[0] if rows else ():
         split, _, quantity = name.partition("_")
         values = np.array([float(row[name] or "nan") for row in rows])
-        if split in ("train", "valid") and np.isfinite(values).any():
+        # A loss whose weight is 0 is 0 throughout.
+        if split in ("train", "valid") and np.isfinite(values).any() and np.nanmax(np.abs(values)) > 0:
             panels.setdefault(quantity.replace("_", " "), {})[split] = values
+    panels = {key: panels[key] for key in sorted(panels, key=lambda k: {"loss": 0, "iou": 1, "psnr": 2}.get(k, 3))}
     return plots.history(np.array([float(row["epoch"]) for row in rows]), "epoch", panels) if panels else ""
 
 

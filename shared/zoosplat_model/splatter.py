@@ -24,7 +24,7 @@ from zoosplat_model.unet import FEATURE_CHANNELS, UNetStack
 
 LEAST_OCCUPANCY = 0.25  # of a selected voxel
 OPACITY_SLOPE, OPACITY_MIDDLE = 16.0, 0.75  # opacity 0.98 where all views agree, 0.02 where one does not
-FIRST_SCALE = 0.5  # voxels: no holes between neighbours, and hardly wider than the hull
+FIRST_SCALE = 0.3  # voxels: from 0.25 to 0.5, the smaller the better the first silhouettes; smaller ones have holes
 REACH = 2.0  # voxels that a Gaussian can move away from its voxel
 WIDEST = 4.0  # voxels, of a Gaussian's standard deviation
 

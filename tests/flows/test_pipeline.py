@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from prefect.testing.utilities import prefect_test_harness
+
 from zoosplat.errors import UserError
 from zoosplat.pipeline import PIPELINE
 from zoosplat_flows import pipeline as flow_module
@@ -98,7 +99,8 @@ def test_order_follows_what_stages_read_and_pack_runs_beside_tracking(project: P
     forced = ["crop", "train", "evaluate", "render"]
     result = pipeline(str(project), force=["crop"])
     assert {name for name in NAMES if result[name] == "done"} == set(forced)
-    assert [line for line in _log(project) if line.startswith("start")][:2] == ["start crop forced", "start train forced"]
+    starts = [line for line in _log(project) if line.startswith("start")]
+    assert starts[:2] == ["start crop forced", "start train forced"]
 
 
 def test_a_user_error_is_not_retried_and_stops_what_follows(project: Path) -> None:
@@ -215,7 +217,8 @@ def test_a_killed_stage_leaves_no_workers(project: Path) -> None:
 
 def test_a_missing_package_is_a_user_error(project: Path) -> None:
     (project / "train.py").write_text("import no_such_package\n")
-    with Processes() as processes, pytest.raises(UserError, match=r"no_such_package is missing; pip install 'zoosplat\[train\]'"):
+    expected = r"no_such_package is missing; pip install 'zoosplat\[train\]'"
+    with Processes() as processes, pytest.raises(UserError, match=expected):
         processes.run("train", str(project), progress=lambda done, total, message: None)
 
 

@@ -104,20 +104,21 @@ class Processes:
         assert process.stdout is not None
         assert process.stderr is not None
         last: deque[str] = deque(maxlen=KEPT_LINES)
-        readers = [
-            threading.Thread(target=_hand_on, args=(process.stdout, lambda line: _report(line, progress)), daemon=True),
-            threading.Thread(target=_hand_on, args=(process.stderr, last.append), daemon=True),
+        helpers = [
+            threading.Thread(target=_keep_last, args=(process.stderr, last), daemon=True),
+            threading.Thread(target=_clear_up, args=(process,), daemon=True),
         ]
-        for reader in readers:
-            reader.start()
+        for helper in helpers:
+            helper.start()
         try:
-            # Not the end of its output: workers of a killed stage would hold that open.
+            for line in process.stdout:
+                _report(line, progress)
             status = process.wait()
         finally:
-            if process.returncode != 0:
+            if process.returncode is None:
                 _end_group(process)
-            for reader in readers:
-                reader.join(timeout=GRACE_S)
+            for helper in helpers:
+                helper.join(timeout=GRACE_S)
             with self._lock:
                 self._running.discard(process)
         if status != 0 and self._closed:
@@ -143,10 +144,16 @@ def _end_group(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def _hand_on(stream: IO[str], receive: Callable[[str], None]) -> None:
+def _clear_up(process: subprocess.Popen[str]) -> None:
+    """End what a stage leaves behind, also because workers of a killed stage would hold its output open for ever."""
+    process.wait()
+    _end_group(process)
+
+
+def _keep_last(stream: IO[str], last: deque[str]) -> None:
     for line in stream:
         if line.strip():
-            receive(line.rstrip())
+            last.append(line.rstrip())
 
 
 def _report(line: str, progress: Progress) -> None:

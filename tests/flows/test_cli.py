@@ -1,0 +1,298 @@
+"""The zoosplat command."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from zoosplat.config import Experiment, load_config
+from zoosplat.pipeline import STAGES
+from zoosplat.project import Project, settings_of
+from zoosplat_flows.cli import app
+from zoosplat_flows.running import headline
+from zoosplat_flows.status import duration, states
+
+CONFIG = """
+name: two cameras
+data:
+  directory: recording
+  videos: [a.mp4, b.mp4]
+  masks: [am.mp4, bm.mp4]
+  calibration: cameras.h5
+center_rotation: {ell: 0.3}
+crop: {ell: 0.2}
+"""
+
+
+def call(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def classic(tmp_path: Path) -> Path:
+    path = tmp_path / "classic.json"
+    values = {
+        "data_directory": "recording",
+        "project_directory": "results",
+        "mask_video_fns": ["am.mp4", "bm.mp4"],
+        "video_fns": ["a.mp4", "b.mp4"],
+        "ell": 0.25,
+        "train_time": 3,
+    }
+    path.write_text(json.dumps(values))
+    return path
+
+
+def _mark(experiment: Experiment, stage: str, inputs: dict[str, str], **changes: Any) -> dict[str, Any]:
+    mark = {
+        "stage": stage,
+        "version": STAGES[stage].version,
+        "digest": f"digest of {stage}",
+        "settings": settings_of(STAGES[stage], experiment),
+        "versions": {},
+        "inputs": inputs,
+        "shards": 4,
+        "frames": 100,
+        "started": 1_000_000.0,
+        "finished": 1_000_090.0,
+        "cpu_seconds": 300.0,
+        "peak_memory_bytes": 3 << 29,
+        "warnings": [],
+        "figures": {},
+    }
+    return mark | changes
+
+
+@pytest.fixture
+def project(tmp_path: Path, config: Path) -> Project:
+    """ingest done, center_rotation stale (another ell), crop behind it, pack partial with 2 of 3 shards, rest missing."""
+    project = Project.at(str(tmp_path / "project"))
+    experiment = load_config(str(config)).experiment
+    project.write_experiment(experiment)
+    before = load_config(str(config), ["center_rotation.ell=0.4"]).experiment
+    ingest = {"ingest": "digest of ingest"}
+    both = ingest | {"center_rotation": "digest of center_rotation"}
+    marks = {
+        "ingest.json": _mark(experiment, "ingest", {}, warnings=["camera [1] is dim"]),
+        "center_rotation.json": _mark(before, "center_rotation", ingest),
+        "crop.json": _mark(experiment, "crop", both),
+        "pack/plan.json": {"digest": "new", "bounds": [0, 10, 20, 30]},
+        "pack/shard-00000-of-00003.json": {"digest": "new"},
+        "pack/shard-00001-of-00003.json": {"digest": "old"},
+        "pack/shard-00002-of-00003.json": {"digest": "new"},
+    }
+    for name, mark in marks.items():
+        path = tmp_path / "project" / "_marks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(mark))
+    return project
+
+
+def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
+    status, out, _ = call("--help")
+    assert status == 0
+    for name in ("run", "demo", "status", "report", "doctor", "config", "cameras"):
+        assert name in out
+    check = "import sys, zoosplat_flows.cli; print([m for m in ('torch', 'prefect', 'zarr', 'cv2') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_status_tells_done_stale_partial_and_missing(project: Project) -> None:
+    found = {s.stage: s for s in states(project)}
+    assert {name: s.state for name, s in found.items()} == {
+        "ingest": "done",
+        "center_rotation": "stale",
+        "crop": "stale",
+        "pack": "partial",
+        "train": "missing",
+        "evaluate": "missing",
+        "render": "missing",
+    }
+    assert found["center_rotation"].reason == "center_rotation changed"
+    assert found["crop"].reason == "center_rotation is stale"
+    assert (found["pack"].shards_done, found["pack"].shards) == (2, 3)
+
+    status, out, _ = call("status", project.url)
+    assert status == 0
+    ingest = next(line for line in out.splitlines() if "ingest" in line and "done" in line)
+    # 90 s from begin to end, although its four shards worked 300 s; 1.5 GiB.
+    for text in ("4/4", "1 min 30 s", "1.50 GiB", "camera [1] is dim"):
+        assert text in ingest
+    assert "2/3" in next(line for line in out.splitlines() if "partial" in line)
+
+
+def test_a_stage_made_from_another_digest_is_stale(project: Project) -> None:
+    experiment = project.read_experiment()
+    path = Path(project.mark_url("center_rotation"))
+    path.write_text(json.dumps(_mark(experiment, "center_rotation", {"ingest": "an older one"})))
+    found = {s.stage: s for s in states(project)}
+    assert found["center_rotation"].reason == "ingest was computed again with other settings"
+
+
+def test_durations_read_well() -> None:
+    assert [duration(s) for s in (0.04, 59.9, 185, 7620)] == ["0.0 s", "59.9 s", "3 min 05 s", "2 h 07 min"]
+
+
+def test_headline_gives_the_means_of_the_held_out_views_first(project: Project) -> None:
+    assert headline(project) == []
+    figures = {"observed": {"iou": 0.91, "psnr": 30.0}, "held_out": {"iou": 0.85, "psnr": None}}
+    mark = _mark(project.read_experiment(), "evaluate", {}, figures=figures)
+    Path(project.mark_url("evaluate")).write_text(json.dumps(mark))
+    assert headline(project) == [
+        "held-out views, test frames: iou 0.850",
+        "observed views, test frames: iou 0.910, psnr 30.000",
+    ]
+
+
+def test_user_errors_are_one_line_and_status_2(tmp_path: Path, config: Path) -> None:
+    cases = {
+        ("status", str(tmp_path)): "no experiment.yaml",
+        ("run", str(config)): "say where results go with --project URL",
+        ("run", str(tmp_path / "none.yaml"), "--project", "x"): "none.yaml",
+        ("config", "show", str(config), "--set", "train.lr=fast"): "train.lr",
+        ("cameras", "show", str(tmp_path / "none.h5")): "none.h5: no such file",
+        ("cameras", "show", str(config), "--format", "csv"): "--format csv: choose one of auto, hdf5",
+    }
+    for arguments, text in cases.items():
+        status, _, err = call(*arguments)
+        assert status == 2, arguments
+        assert err.startswith("zoosplat: ")
+        assert text in err
+        assert err.count("\n") == 1
+
+
+def test_run_refuses_a_wrong_stage_before_it_touches_the_project(tmp_path: Path, config: Path) -> None:
+    project = tmp_path / "fresh"
+    for option in ("--from", "--until", "--force"):
+        status, _, err = call("run", str(config), "--project", str(project), option, "trian")
+        assert (status, "there is no stage trian" in err) == (2, True)
+    assert not (project / "experiment.yaml").exists()
+
+
+def test_run_needs_a_place_that_can_be_written(tmp_path: Path, config: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    status, _, err = call("run", str(config), "--project", str(tmp_path / "file" / "project"))
+    assert status == 2
+    assert str(tmp_path / "file") in err
+
+
+def test_run_says_so_when_s3_is_down(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "testing")
+    # In a process of its own: the connection to S3 is made once a process.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    command = [sys.executable, "-m", "zoosplat_flows.cli", "run", str(config), "--project", "s3://bucket/project"]
+    program = "from zoosplat_flows.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program, *command[3:]], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert f"http://127.0.0.1:{port} cannot be reached" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_run_hands_the_configuration_on(classic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("zoosplat_flows.running.run", lambda *arguments: seen.append(arguments))
+    status, _, err = call(
+        "run", str(classic), "--set", "train.lr=0.5", "--from", "crop", "--until", "pack", "--force", "crop",
+        "--force", "pack", "--workers", "3",
+    )  # fmt: skip
+    assert status == 0
+    assert "note: train_time has no effect" in err
+    url, experiment, *rest = seen[0]
+    # A classic file names its own project.
+    assert url == str(classic.parent / "results")
+    assert experiment.train.lr == 0.5
+    assert rest == ["crop", "pack", ["crop", "pack"], 3]
+    call("run", str(classic), "--project", "elsewhere")
+    assert seen[1][0] == "elsewhere"
+
+
+def test_demo_films_once_and_runs_its_own_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filmed: list[int] = []
+    ran: list[Any] = []
+
+    def film(folder: Path, *, n_frames: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        filmed.append(n_frames)
+
+    monkeypatch.setattr("zoosplat.synthetic.make_recording", film)
+    monkeypatch.setattr("zoosplat_flows.running.run", lambda *arguments: ran.append(arguments))
+    project = str(tmp_path / "demo")
+    for frames in ("24", "24", "30"):
+        assert call("demo", "--project", project, "--frames", frames, "--set", "train.epochs=2")[0] == 0
+    assert filmed == [24, 30]
+    url, experiment, *_ = ran[0]
+    assert url == project
+    assert experiment.name == "demo"
+    assert experiment.train.epochs == 2
+    assert experiment.data.directory == f"{project}/recording"
+
+
+def test_config_show_and_convert_keep_the_meaning(tmp_path: Path, classic: Path) -> None:
+    expected = load_config(str(classic), ["train.epochs=7"]).experiment
+    status, out, err = call("config", "show", str(classic), "--set", "train.epochs=7")
+    assert (status, Experiment.from_yaml(out)) == (0, expected)
+    assert "# " in out
+    assert "train_time" in err
+    target = tmp_path / "deeper" / "native.yaml"
+    assert call("config", "convert", str(classic), str(target), "--set", "train.epochs=7")[0] == 0
+    assert load_config(str(target)).experiment == expected
+
+
+def test_config_check_names_what_is_missing(config: Path) -> None:
+    status, _, err = call("config", "check", str(config))
+    assert status == 2
+    assert "cameras.h5" in err
+
+
+def test_cameras_are_converted_to_metres(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.h5", tmp_path / "out.h5"
+    k = np.array([[[1000.0, 0, 320], [0, 1100, 240], [0, 0, 1]], [[900.0, 0, 300], [0, 950, 200], [0, 0, 1]]])
+    with h5py.File(source, "w") as file:
+        group = file.create_group("camera_parameters")
+        group["intrinsic"] = k
+        group["rotation"] = np.stack([np.eye(3), np.diag([1.0, -1.0, -1.0])])
+        group["translation"] = np.array([[0.0, 0.0, 500.0], [10.0, 20.0, 700.0]])
+    status, out, _ = call("cameras", "show", str(source), "--unit", "mm")
+    assert status == 0
+    # The centre is -R^T t: (0, 0, -0.5) and (-0.01, 0.02, 0.7) metres.
+    assert "1000.0, 1100.0" in out
+    assert "-0.010, 0.020, 0.700" in out
+    assert call("cameras", "convert", str(source), str(target), "--unit", "mm")[0] == 0
+    with h5py.File(target) as file:
+        np.testing.assert_allclose(file["camera_parameters/translation"][1], [0.01, 0.02, 0.7])
+        np.testing.assert_array_equal(file["camera_parameters/intrinsic"], k)
+
+
+def test_doctor_is_content_here_and_not_with_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    status, out, _ = call("doctor", str(tmp_path / "new"))
+    assert status == 0
+    assert "can be read and written" in out
+    assert "python" in out
+    (tmp_path / "file").touch()
+    status, out, _ = call("doctor", str(tmp_path / "file" / "x"))
+    assert status == 1
+    assert "broken" in out
