@@ -112,7 +112,7 @@ def _recording(project: Project, experiment: Experiment, stages: dict[str, Stage
     d = int(attributes["image_downsample"])
     facts = {
         "cameras": f"{n_cameras}, {len(experiment.holdout_views)} of them held out",
-        "frames": f"{n_frames} kept of {attributes['n_video_frames']}" + (f", every {step}th" if step > 1 else ""),
+        "frames": f"{n_frames} kept of {attributes['n_video_frames']}" + (f", 1 in {step}" if step > 1 else ""),
         "rate": f"{fps:g} frames per second: {n_frames * step / fps:.1f} s of behaviour",
         "working size": f"{width} x {height} px" + (f", videos averaged {d} x {d}" if d > 1 else ""),
         "window": f"{window} px ({experiment.pack.window})" if window else "not packed yet",

@@ -6,23 +6,20 @@ Native configurations are YAML; the JSON files of the published tool (arXiv 2505
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import re
-import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from zoosplat import classic, stores
+from zoosplat.config_messages import lines_of
+from zoosplat.config_text import dump, parse_json, parse_yaml
 from zoosplat.errors import UserError
 
 CROP_MULTIPLE = 16
 MAX_BYTES = 1 << 20
-MAX_LINES = 30
 
 
 def _printable(value: str) -> str:
@@ -296,12 +293,12 @@ class Experiment(_Section):
 
     def to_yaml(self) -> str:
         """YAML that `from_yaml` reads back to an equal experiment."""
-        return _dump(self.model_dump(mode="json"), default_flow_style=False)
+        return dump(self.model_dump(mode="json"), default_flow_style=False)
 
     @classmethod
     def from_yaml(cls, text: str) -> Experiment:
         """Read native YAML. Raises UserError, a line for each problem."""
-        return _validate(_parse_yaml(text))
+        return _validate(parse_yaml(text))
 
     def describe(self) -> str:
         """YAML of the experiment with the meaning and unit of each key as a comment; `from_yaml` reads it too."""
@@ -368,61 +365,6 @@ def classic_project_directory(raw: dict[str, Any], config_folder: str = ".") -> 
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
-# YAML 1.1 takes 1e-4, as everyone writes a learning rate, for text.
-_FLOAT = re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
-
-
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {key.value} is given twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def _dump(value: Any, *, default_flow_style: bool) -> str:
-    text: str = yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=default_flow_style
-    )
-    return text
-
-
-def _parse_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"not valid YAML: {line}{error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _parse_json(text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"key {key} is given twice")
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON: {error}") from None
-
-
 def _read_text(url: str) -> str:
     try:
         data = stores.read_bytes(url)
@@ -443,7 +385,7 @@ def _read_text(url: str) -> str:
 
 def _load(text: str, folder: str, overrides: Sequence[str]) -> Loaded:
     # Not by the name: a classic file may be called anything. YAML reads JSON, but words its errors worse.
-    raw = _parse_json(text) if text.lstrip().startswith("{") else _parse_yaml(text)
+    raw = parse_json(text) if text.lstrip().startswith("{") else parse_yaml(text)
     if not isinstance(raw, dict):
         raise UserError("must be a mapping of keys to values")
     if classic.is_classic(raw):
@@ -469,7 +411,7 @@ def _native(raw: dict[str, Any], folder: str) -> tuple[dict[str, Any], list[str]
     try:
         return classic.to_native(classic.Classic.model_validate(given), folder)
     except ValidationError as error:
-        _raise(_lines(error, classic.Classic))
+        _raise(lines_of(error, classic.Classic))
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -484,7 +426,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raw[section] = dict(inner)  # a copy: YAML aliases share sections
         raw = raw[section]
     try:
-        raw[leaf] = _parse_yaml(text)
+        raw[leaf] = parse_yaml(text)
     except UserError as error:
         raise UserError(f"--set {override}: {error}") from None
 
@@ -585,114 +527,7 @@ def _validate(raw: Any) -> Experiment:
     try:
         return Experiment.model_validate(raw)
     except ValidationError as error:
-        _raise(_lines(error, Experiment))
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-
-
-def _field(model: type[BaseModel], loc: Sequence[Any]) -> tuple[Any, str]:
-    """Default value (None where there is none) and description of the key at `loc`, or of the list that it is in."""
-    default, text = None, ""
-    for part in loc:
-        if part not in model.model_fields:
-            break
-        field = model.model_fields[part]
-        default, text = field.get_default() if not field.is_required() else None, field.description or ""
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            break
-        model = field.annotation
-    return default, text
-
-
-def _unknown(key: str, model: type[BaseModel]) -> str:
-    section, _, leaf = key.rpartition(".")
-    known = list(_keys(model))
-    siblings = [k for k in known if k.rpartition(".")[0] == section]
-    leaves = {k.rpartition(".")[2]: k for k in reversed(known)}
-    close = difflib.get_close_matches(key, siblings, 1, 0.75)
-    close = close or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, 0.7)]
-    if close:
-        return f"unknown key {key} (did you mean {close[0]}?)"
-    return f"unknown key {key}; valid: {', '.join(siblings)}"
-
-
-def _lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """A line for each problem that pydantic found: key, value, what is valid, the nearest valid value."""
-    lines: list[str] = []
-    for detail in error.errors(include_url=False):
-        loc, kind, value, context = detail["loc"], detail["type"], detail["input"], detail.get("ctx", {})
-        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-        if kind == "extra_forbidden":
-            lines.append(_unknown(key, model))
-        elif kind == "missing":
-            _, meaning = _field(model, loc)
-            lines.append(f"{key} is missing" + (f": {meaning}" if meaning else ""))
-        elif kind == "value_error" and not loc:
-            lines += str(context["error"]).splitlines()
-        elif kind == "value_error":
-            lines.append(f"{key} = {_short(value)}: {context['error']}")
-        else:
-            rule = _rule(kind, value, context, detail["msg"])
-            default = _field(model, loc)[0] if kind == "greater_than" else None
-            lines.append(f"{key} = {_short(value)}: {rule}" + (f"; default: {default}" if default else ""))
-    if len(lines) > MAX_LINES:
-        lines[MAX_LINES:] = [f"and {len(lines) - MAX_LINES} more problems"]
-    return list(dict.fromkeys(lines))
-
-
-def _short(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 60
-    short.maxlevel = 2
-    try:
-        return short.repr(value)
-    except ValueError:  # Python refuses to write integers of thousands of digits
-        return "a huge number"
-
-
-def _rule(kind: str, value: Any, context: dict[str, Any], message: str) -> str:
-    near: Any = None
-    if kind in ("int_type", "float_type", "int_from_float", "int_parsing_size"):
-        text = "must be a whole number" if kind.startswith("int") else "must be a number"
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            near = round(number) if kind.startswith("int") else number
-    elif kind == "finite_number":
-        text = "must be finite"
-    elif kind == "greater_than":
-        text = f"must be greater than {context['gt']:g}"
-    elif kind == "greater_than_equal":
-        text, near = f"must be at least {context['ge']}", context["ge"]
-    elif kind == "less_than_equal":
-        text, near = f"must be at most {context['le']}", context["le"]
-    elif kind == "literal_error":
-        text = f"must be {context['expected']}"
-        choices = re.findall(r"'([^']*)'", context["expected"])
-        near = next(iter(difflib.get_close_matches(str(value).lower(), choices, 1)), None)
-    else:
-        text = {
-            "string_type": "must be text (in quotes, if it looks like a number, a date or yes and no)",
-            "string_too_short": "must not be empty",
-            "string_too_long": f"must have at most {context.get('max_length')} characters",
-            "too_short": f"must have at least {context.get('min_length')} entries",
-            "too_long": f"must have at most {context.get('max_length')} entries",
-            "bool_type": "must be true or false",
-            "tuple_type": "must be a list",
-            "list_type": "must be a list",
-            "model_type": "must be a section, with keys of its own",
-            "model_attributes_type": "must be a section, with keys of its own",
-        }.get(kind, message[0].lower() + message[1:])
-    return text if near is None else f"{text}; nearest: {near}"
+        _raise(lines_of(error, Experiment))
 
 
 def _commented(section: BaseModel, indent: str) -> Iterator[str]:
@@ -702,6 +537,6 @@ def _commented(section: BaseModel, indent: str) -> Iterator[str]:
             yield f"\n{indent}{name}:  # {field.description}\n"
             yield from _commented(value, indent + "  ")
         else:
-            plain = _dump({name: section.model_dump(mode="json")[name]}, default_flow_style=True).strip()
+            plain = dump({name: section.model_dump(mode="json")[name]}, default_flow_style=True).strip()
             # A flow mapping of one key, without its braces, is a block mapping.
             yield f"{indent}{plain[1:-1]}".ljust(32) + f"  # {field.description}\n"

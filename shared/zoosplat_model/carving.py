@@ -34,7 +34,7 @@ def rotation_about_z(angle: Tensor) -> Tensor:
 
 
 def project(points: Tensor, world_to_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Project [3, N] world points into V views: x, y in pixels and depth, [V, N] each; x, y mean nothing at depth <= 0."""
+    """Project [3, N] world points into V views: x, y (pixels) and depth, [V, N] each; no x, y at depth <= 0."""
     matrices = intrinsics @ world_to_camera[:, :3]
     in_image = (matrices[:, :, :3].reshape(-1, 3) @ points).view(len(matrices), 3, -1) + matrices[:, :, 3:]
     depth = in_image[:, 2]

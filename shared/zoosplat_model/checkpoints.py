@@ -87,10 +87,10 @@ def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Put back what `named_state` gave, on the parameters' devices (Adam's step counts stay where they were)."""
+    """Put back what `named_state` gave, on the parameters' devices, where fused Adam has all of it."""
     for name, p in model.named_parameters():
         if name in state:
-            optimizer.state[p] = {k: v if k == "step" and not p.is_cuda else v.to(p.device) for k, v in state[name].items()}
+            optimizer.state[p] = {key: value.to(p.device) for key, value in state[name].items()}
 
 
 def save(

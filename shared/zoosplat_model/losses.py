@@ -32,7 +32,7 @@ def frame_losses(
     img_lambda: float,
     ssim_lambda: float,
 ) -> Losses:
-    """Means over the views that see the animal: (1 - soft IoU) + img_lambda * sum|error| / area + ssim_lambda * (1 - SSIM).
+    """(1 - soft IoU) + img_lambda * sum|error| / mask area + ssim_lambda * (1 - SSIM), means over the views.
 
     The colour error is summed over pixels and channels. Views with an empty mask say that the animal is hidden from
     them, not that it is not there: they are left out.

@@ -68,7 +68,8 @@ class Predictor:
     def gaussians(self, t: int) -> Gaussians:
         """Gaussians of kept frame t in the world, from its observed views only."""
         frame = self.reader.frame(t)
-        return self.model([frame])[0].to_world(frame.center, frame.angle)
+        gaussians: Gaussians = self.model([frame])[0]
+        return gaussians.to_world(frame.center, frame.angle)
 
     @torch.no_grad()
     def render(

@@ -161,7 +161,12 @@ class PoseSplatter(nn.Module):
         )
 
     def forward(self, frames: Sequence[Frame], views: Sequence[Sequence[int]] | None = None) -> list[Gaussians]:
-        """Gaussians of each frame in the animal's frame, carved from the observed views or, a frame each, from `views`."""
+        """Gaussians of each frame in the animal's frame.
+
+        Args:
+            frames: any number.
+            views: for each frame, the views to carve from (default: all observed ones).
+        """
         chosen = [None] * len(frames) if views is None else views
         volumes = torch.stack([self.carve(frame, v) for frame, v in zip(frames, chosen, strict=True)])
         return [self.gaussians_of(features) for features in self.refine(volumes)]

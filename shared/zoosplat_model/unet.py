@@ -30,7 +30,8 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     half = x.shape[2] // 2
     x = F.pad(x, (0, 0, 0, 0, 1, 1))
     halves = torch.cat([x[:, :, : half + 2], x[:, :, half:]])
-    return torch.cat(F.conv3d(halves, weight, padding=(0, 1, 1)).split(1), 2)
+    first, second = F.conv3d(halves, weight, padding=(0, 1, 1)).unbind()
+    return torch.cat([first, second], 1)[None]
 
 
 class _Block(nn.Module):

@@ -1,4 +1,4 @@
-"""A tiny scene with known truth: an ellipsoid, red in front and blue behind, that walks and turns before five cameras."""
+"""A tiny scene with known truth: an ellipsoid, red in front and blue behind, walks and turns before five cameras."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tiny(tmp_path: Path) -> Project:
     valid = np.ones(FRAMES, bool)
     valid[1] = False
 
-    common = {"full_width": SIDE, "full_height": SIDE, "image_downsample": 1, "fps": 50.0, "frame_jump": 1}
+    common: dict[str, Any] = {"full_width": SIDE, "full_height": SIDE, "image_downsample": 1, "fps": 50.0, "frame_jump": 1}
     common |= {"camera_names": [str(c) for c in range(CAMERAS)], "unit_m": 0.4}
     sizes = {"T": FRAMES, "C": CAMERAS, "h": SIDE, "w": SIDE, "n": 24, "S": 1}
     grid = {"ell_m": 0.16, "grid_size": 24}

@@ -33,8 +33,8 @@ def test_hand_worked_voxels() -> None:
     pose, k = opposite_cameras(10.0, 3.0, 9)
     mask = torch.ones(2, 9, 9, dtype=torch.float64)
     mask[1, 4, 2] = 0
-    # The first two are on the axis, one behind the other from either side. The third is at (6, 4) in the first view and,
-    # at (2, 9 - 5 = 4) px, outside the mask of the second: x = -0.4 * 10 / 2 + 4.
+    # The first two are on the axis, one behind the other from either side. The third is at (8, 4) px in the first view,
+    # and outside the mask of the second, at (2, 4): x = -0.4 * 10 / 2 + 4.
     points = torch.tensor([[0, 0, 1.0], [0, 0, 2.0], [0.4, 0, 1.0]], dtype=torch.float64).view(3, 1, 1, 3)
     volume = carve(red_and_blue(9), mask, pose, k, points, 0.3, 1, FILL)[:, :, 0, 0]
     expected = [
@@ -84,7 +84,7 @@ def slow_twin(
         return math.floor(place[v, i, 0] + 0.5), math.floor(place[v, i, 1] + 0.5)
 
     def in_window(v: int, i: int) -> bool:
-        return 0 <= pixel(v, i)[0] < w and 0 <= pixel(v, i)[1] < h
+        return bool(0 <= pixel(v, i)[0] < w and 0 <= pixel(v, i)[1] < h)
 
     total = np.zeros((4, len(flat)))
     for least in (n_views, n_views - 1):
@@ -128,11 +128,13 @@ def test_agrees_with_a_slow_twin(footprint: int) -> None:
         q, upper = np.linalg.qr(rng.normal(size=(3, 3)))
         q *= np.sign(np.diag(upper))
         pose[v, :3, :3] = q * np.sign(np.linalg.det(q))
-        pose[v, :3, 3] = [0.05 * v, 0.03, 2.0]
-        k[v] = [[21, 0, 8.6], [0, 22, 6.4], [0, 0, 1]]
+        pose[v, :3, 3] = np.array([0.05 * v, 0.03, 2.0])
+        k[v] = np.array([[21, 0, 8.6], [0, 22, 6.4], [0, 0, 1]])
     expected = slow_twin(rgb, mask, pose, k, points, 1 / 6, footprint, FILL)
-    tensors = [torch.from_numpy(a) for a in (rgb, mask, pose, k, points)]
-    found = carve(*tensors, 1 / 6, footprint, FILL).numpy()
+    tensor = torch.from_numpy
+    found = carve(
+        tensor(rgb), tensor(mask), tensor(pose), tensor(k), tensor(points), 1 / 6, footprint, FILL
+    ).numpy()
     assert set(np.unique(expected[0])) == {0.0, 0.5, 1.0}
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
@@ -141,4 +143,5 @@ def test_grid_is_that_of_the_method() -> None:
     points = grid_points(0.3, 4, ((1, 3), (0, 4), (3, 4)))
     assert points.shape == (2, 4, 1, 3)
     np.testing.assert_allclose(points[1, 0, 0], [0.05, -0.15, 0.15], atol=1e-7)
-    np.testing.assert_allclose(rotation_about_z(torch.tensor(math.pi / 2)) @ torch.tensor([1.0, 2, 3]), [-2, 1, 3], atol=1e-6)
+    turned = rotation_about_z(torch.tensor(math.pi / 2)) @ torch.tensor([1.0, 2, 3])
+    np.testing.assert_allclose(turned, [-2, 1, 3], atol=1e-6)

@@ -16,7 +16,7 @@ from zoosplat.stage import run_stage
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_model.predictor import Predictor, open_reader
-from zoosplat_train import ops, stage
+from zoosplat_train import ops, plots, stage
 from zoosplat_train.stage import STAGE
 
 
@@ -84,9 +84,13 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     reader = open_reader(tiny, tiny.read_experiment(), torch.device("cpu"))
     untrained = ops.Trainer(reader, tiny.read_experiment(), torch.device("cpu"))
     first = untrained.validate(reader.prefetch(reader.split("valid")))
-    plotted = []
-    original = stage.plots.preview
-    monkeypatch.setattr(stage.plots, "preview", lambda *a: plotted.append(1) or original(*a))
+    plotted, preview = [], plots.preview
+
+    def counted(*args: Any) -> bytes:
+        plotted.append(args)
+        return preview(*args)
+
+    monkeypatch.setattr(plots, "preview", counted)
     assert run_stage(STAGE, tiny)
     assert not run_stage(STAGE, tiny)
     rows = list(csv.DictReader(io.StringIO(stores.read_bytes(tiny.path("model", "history.csv")).decode())))

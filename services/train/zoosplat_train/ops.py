@@ -99,7 +99,7 @@ class Trainer:
             rendering = self._render(frame, gaussians)
             losses.append(self._losses(frame, rendering))
         total = torch.stack([loss.total for loss in losses]).mean()
-        total.backward()
+        torch.autograd.backward(total)
         gradient = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
         self.optimizer.step()
         figures = torch.stack([torch.stack([*loss, gradient]) for loss in losses])

@@ -77,16 +77,16 @@ class Board:
 
         self.folder, self.url = Path(folder), url
         # What an interrupted run logged after its last checkpoint is hidden.
-        self.writer = SummaryWriter(folder, purge_step=step)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(folder, purge_step=step)
 
     def add(self, row: Row) -> None:
         """`train_loss` becomes train/loss, at the row's step."""
         for key, value in row.items():
             if key not in ("epoch", "step"):
-                self.writer.add_scalar(key.replace("_", "/", 1), value, int(row["step"]))  # type: ignore[no-untyped-call]
+                self.writer.add_scalar(key.replace("_", "/", 1), value, int(row["step"]))
 
     def upload(self) -> None:
-        self.writer.flush()  # type: ignore[no-untyped-call]
+        self.writer.flush()
         for path in self.folder.iterdir():
             stores.write_bytes(stores.join(self.url, path.name), path.read_bytes())
 
@@ -99,4 +99,4 @@ def tensorboard(url: str, step: int) -> Iterator[Board]:
         try:
             yield board
         finally:
-            board.writer.close()  # type: ignore[no-untyped-call]
+            board.writer.close()

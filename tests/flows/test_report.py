@@ -1,0 +1,279 @@
+"""The report page of small projects made by hand."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from zoosplat import media, schema
+from zoosplat.config import Experiment
+from zoosplat.errors import UserError
+from zoosplat.pipeline import PIPELINE, STAGES
+from zoosplat.project import Project, settings_of
+from zoosplat_flows import plots
+from zoosplat_flows.report import _outlined, build_report
+
+T, C, H, W, N = 8, 3, 24, 32, 48
+CONFIG = """
+name: "<b>mouse & co</b>"
+data:
+  directory: recording
+  videos: [left.mp4, right.mp4, top.mp4]
+  masks: [lm.mp4, rm.mp4, tm.mp4]
+  camera_names: [left, right, top]
+  calibration: cameras.h5
+holdout_views: [1]
+center_rotation: {ell: 0.3}
+crop: {ell: 0.235, grid_size: 48}
+"""
+
+
+class Page(HTMLParser):
+    """What a page loads, shows as pictures and says."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.pictures: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        self.links += [v for k in ("src", "href", "xlink:href", "poster", "data") if (v := values.get(k))]
+        if tag == "img":
+            self.pictures.append(values["alt"] or "")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def _mark(project: Project, experiment: Experiment, stage: str, **changes: Any) -> None:
+    mark = {
+        "stage": stage,
+        "version": STAGES[stage].version,
+        "digest": f"digest-of-{stage}",
+        "settings": settings_of(STAGES[stage], experiment),
+        "versions": {"python": "3.11.9", "numpy": "2.1.0"},
+        "inputs": {name: f"digest-of-{name}" for name in STAGES[stage].reads},
+        "shards": 1,
+        "frames": T,
+        "started": 1_000_000.0,
+        "finished": 1_000_012.5,
+        "cpu_seconds": 20.0,
+        "peak_memory_bytes": 300 << 20,
+        "warnings": [],
+        "figures": {},
+    }
+    path = Path(project.mark_url(stage))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(mark | changes))
+
+
+def _groups(project: Project, experiment: Experiment) -> None:
+    attributes = {
+        "camera_names": ["left", "right", "top"],
+        "fps": 20.0,
+        "frame_jump": 2,
+        "n_video_frames": 16,
+        "image_downsample": 2,
+    }
+    sizes = {"T": T, "C": C, "h": H, "w": W, "S": 1, "n": N}
+    masks = schema.create(project.output_url("ingest"), "masks.zarr", sizes, 64, attributes)
+    mask = np.zeros((T, C, H, W), bool)
+    mask[:, :, 8:16, 10:20] = True
+    box = np.tile(np.array([10, 8, 20, 16], np.int32), (T, C, 1))
+    mask[:2, 1], box[:2, 1] = False, 0  # camera right sees nothing in two of eight frames
+    schema.write_block(masks, "mask", 0, mask)
+    schema.write_block(masks, "box", 0, box)
+    tracking = schema.create(project.output_url("center_rotation"), "tracking.zarr", sizes, 64, {})
+    # Three steps of 3-4-5 triangles of 5 cm each, then still: 15 cm.
+    centers = np.zeros((T, 3))
+    centers[:, :2] = np.minimum(np.arange(T), 3)[:, None] * [0.03, 0.04]
+    schema.array(tracking, "centers")[...] = centers
+    schema.array(tracking, "angles")[...] = np.full(T, 0.9)
+    schema.array(tracking, "valid")[...] = np.arange(T) != 5
+    schema.write_block(tracking, "n_voxels", 0, np.full(T, 700))
+    crop = schema.create(project.output_url("crop"), "crop.zarr", sizes, 1, {"ell_m": 0.235})
+    schema.array(crop, "marginals")[...] = np.arange(3 * N).reshape(3, N)
+    schema.array(crop, "volume_idx")[...] = [[0, 32], [16, 48], [3, 19]]
+    images = schema.create(project.output_url("pack"), "images.zarr", sizes, 64, attributes)
+    schema.write_block(images, "rgb", 0, np.full((T, C, H, W, 3), 120, np.uint8))
+    schema.write_block(images, "mask", 0, mask)
+    for stage in ("ingest", "center_rotation", "crop", "pack"):
+        _mark(project, experiment, stage)
+
+
+def _model(project: Project, experiment: Experiment) -> None:
+    picture = np.full((16, 48, 3), 200, np.uint8)
+    history = "epoch,step,train_loss,valid_loss,train_ssim_loss\n1,10,0.9,0.95,0\n2,20,0.5,,0\n"
+    metrics = (
+        "camera,held_out,frames,l1,iou,psnr,ssim\nleft,0,3,0.5,0.91,30.25,0.98\nright,1,3,0.6,0.8125,,0.9\n"
+        "mean_observed,0,3,0.5,0.91,30.25,0.98\nmean_held_out,1,3,0.6,0.8125,28.5,0.9\n"
+    )
+    shared = {"t": 6, "kind": "best", "iou": 0.9, "psnr": 30.0}
+    pictures = [
+        {"file": "gallery/a.png", "camera": "left", "held_out": False, **shared},
+        {"file": "gallery/b.png", "camera": "right", "held_out": True, **shared},
+    ]
+    files = {
+        "model/history.csv": history.encode(),
+        "model/preview.png": media.encode_png(picture),
+        "evaluation/metrics_test.csv": metrics.encode(),
+        "evaluation/gallery.json": json.dumps({"split": "test", "pictures": pictures}).encode(),
+        "evaluation/gallery/a.png": media.encode_png(picture),
+        "evaluation/gallery/b.png": media.encode_png(picture),
+        "renders/orbit.mp4": b"orbit film",
+        "renders/sequence.mp4": b"sequence film",
+        "renders/still_camera.png": media.encode_png(picture),
+    }
+    for name, data in files.items():
+        path = Path(project.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    _mark(project, experiment, "train", figures={"seconds": 75.0, "peak_gpu_bytes": 2 << 30, "device": "cpu"})
+    means = {"held_out": {"iou": 0.8125, "psnr": 28.5, "ssim": None}, "observed": {"iou": 0.91, "psnr": 30.25}}
+    _mark(project, experiment, "evaluate", figures=means, warnings=["3 frames <skipped>"])
+    _mark(project, experiment, "render")
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    return Experiment.from_yaml(CONFIG)
+
+
+@pytest.fixture
+def project(tmp_path: Path, experiment: Experiment) -> Project:
+    project = Project.at(str(tmp_path / "project"))
+    project.write_experiment(experiment)
+    return project
+
+
+def _build(project: Project) -> tuple[str, Page]:
+    url = build_report(project)
+    assert url == project.path("report", "index.html")
+    html = Path(url).read_text()
+    return html, Page(html)
+
+
+def test_a_finished_project_is_shown_in_one_self_contained_page(project: Project, experiment: Experiment) -> None:
+    _groups(project, experiment)
+    _model(project, experiment)
+    html, page = _build(project)
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+    assert not re.findall(r"url\((?!#)", html)
+    assert "<script" not in html
+    assert "@import" not in html
+    ids = set(re.findall(r'id="([^"]+)"', html))
+    assert {link[1:] for link in page.links if link.startswith("#")} <= ids
+    assert page.tags.count("svg") == 4  # two of tracking, crop, training
+    assert "has not finished" not in page.text
+    # Names and warnings are text, not markup.
+    assert "<b>mouse & co</b>" in page.text
+    assert "3 frames <skipped>" in page.text
+    assert Experiment.from_yaml(page.words[page.words.index("Configuration") + 1]) == experiment
+
+
+def test_the_figures_are_those_of_the_groups(project: Project, experiment: Experiment) -> None:
+    _groups(project, experiment)
+    _, page = _build(project)
+    for text in (
+        "3, 1 of them held out",
+        "8 kept of 16, 1 in 2",
+        "20 frames per second: 0.8 s of behaviour",
+        "animal in 100.0 % of frames, 9 px across",  # sqrt(10 * 8) = 8.9
+        "animal in 75.0 % of frames",
+        "1 of 8, interpolated",
+        "0.15 m",
+        "48 points an axis, 5.00 mm apart",  # 0.235 m / 47
+        "32 x 32 x 16 points",
+        "16.0 x 16.0 x 8.0 cm",
+        "12.5 s",  # begin to end, although 20 s of work
+        "300 MiB",
+        "digest-of-crop",
+        "numpy 2.1.0",
+    ):
+        assert text in page.text, text
+
+
+def test_held_out_views_come_first(project: Project, experiment: Experiment) -> None:
+    _groups(project, experiment)
+    _model(project, experiment)
+    _, page = _build(project)
+    gallery = [alt for alt in page.pictures if "render and error" in alt]
+    assert gallery == [
+        "truth, render and error of camera right in frame 6",
+        "truth, render and error of camera left in frame 6",
+    ]
+    table = page.text[page.text.index("test frames") :]
+    order = [table.index(name) for name in ("mean held out", "mean observed", "right", "left")]
+    assert order == sorted(order)
+    assert "0.812 IoU, held-out views 28.5 dB PSNR, held-out views 0.910 IoU, observed views 30.2 dB" in page.text
+    assert "1 min 15 s" in page.text
+    assert "300 MiB, GPU 2.00 GiB" in page.text
+    films = [link for link in page.links if link.startswith("data:video/mp4")]
+    assert [base64.b64decode(film.partition(",")[2]) for film in films] == [b"orbit film", b"sequence film"]
+
+
+def test_a_project_without_results_says_what_is_missing(project: Project) -> None:
+    _, page = _build(project)
+    for spec in PIPELINE:
+        if spec.name != "pack":
+            assert f"Stage {spec.name} has not finished." in page.text
+    assert "No stage has finished." in page.text
+
+
+def test_without_images_the_silhouettes_are_shown(project: Project, experiment: Experiment) -> None:
+    _groups(project, experiment)
+    Path(project.mark_url("pack")).unlink()
+    shutil.rmtree(project.output_url("pack"))
+    _, page = _build(project)
+    assert "not packed yet" in page.text
+    assert sum("outline of its mask" in alt for alt in page.pictures) == C
+
+
+def test_a_damaged_group_costs_only_its_own_part(project: Project, experiment: Experiment) -> None:
+    _groups(project, experiment)
+    shutil.rmtree(Path(project.output_url("crop")) / "marginals")
+    _, page = _build(project)
+    assert "Stage crop is marked as done, but its output cannot be read" in page.text
+    assert "1 of 8, interpolated" in page.text
+
+
+def test_no_experiment_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no experiment\.yaml"):
+        build_report(Project.at(str(tmp_path)))
+
+
+def test_the_outline_surrounds_the_mask() -> None:
+    mask = np.zeros((240, 480), bool)
+    mask[100:140, 200:300] = True
+    picture = _outlined(np.full((240, 480, 3), 200, np.uint8), mask)
+    painted = (picture != 200).any(axis=2)
+    edge = mask & (cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) == 0)
+    assert painted[edge].all()
+    near = cv2.dilate(edge.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    assert not painted[~near].any()
+
+
+def test_long_recordings_stay_small_plots() -> None:
+    n = 100_000
+    time_s = np.arange(n) / 100
+    centers = np.stack([np.cos(time_s), np.sin(time_s), 0 * time_s], 1)
+    valid = np.ones(n, bool)
+    svg = plots.tracking(time_s, centers, time_s, np.full(n, 500.0), valid)
+    assert len(svg) < 500_000
+    assert "currentColor" in svg
+    assert plots.INK not in svg
