@@ -12,19 +12,22 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, ParamSpec, TypeVar, cast
 
 import zarr
 from zarr.abc.store import Store
 
 from zoosplat.errors import UserError
 
+# Together less than half a minute, after which a server that does not answer is reported.
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 20
-ATTEMPTS = 2
+READ_TIMEOUT_S = 8
+ATTEMPTS = 3
+REQUEST_TIMEOUT_S = 60  # of a whole put or get of an array's block
 
 
 def normalize(url: str) -> str:
@@ -63,11 +66,32 @@ def _s3() -> Any:
         config_kwargs={
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,
-            "retries": {"max_attempts": ATTEMPTS, "mode": "standard"},
+            "retries": {"total_max_attempts": 1},  # s3fs tries again itself
         },
     )
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _naming_the_url(function: Callable[P, R]) -> Callable[P, R]:
+    """Report what the user can mend under the URL at fault, the first argument; what is only not there is raised on."""
+
+    @wraps(function)
+    def named(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            known = as_user_error(error, str(args[0]))
+            if known is None:
+                raise
+            raise known from error
+
+    return named
+
+
+@_naming_the_url
 def read_bytes(url: str) -> bytes:
     """Whole content of a file. FileNotFoundError where there is none."""
     if is_s3(url):
@@ -75,6 +99,7 @@ def read_bytes(url: str) -> bytes:
     return Path(url).read_bytes()
 
 
+@_naming_the_url
 def write_bytes(url: str, data: bytes) -> None:
     """Write a file whole or not at all: one put on S3, a rename on a file system."""
     if is_s3(url):
@@ -105,12 +130,14 @@ def write_json(url: str, value: dict[str, Any]) -> None:
     write_bytes(url, json.dumps(value, indent=1, sort_keys=True).encode())
 
 
+@_naming_the_url
 def exists(url: str) -> bool:
     if is_s3(url):
         return bool(_s3().exists(url))
     return os.path.exists(url)
 
 
+@_naming_the_url
 def open_read(url: str) -> IO[bytes]:
     """A seekable binary file for reading; on S3 it fetches ahead in 4 MiB blocks."""
     if is_s3(url):
@@ -118,12 +145,14 @@ def open_read(url: str) -> IO[bytes]:
     return open(url, "rb")
 
 
+@_naming_the_url
 def size(url: str) -> int:
     if is_s3(url):
         return int(_s3().info(url)["size"])
     return os.path.getsize(url)
 
 
+@_naming_the_url
 def fingerprint(url: str) -> str:
     """Identity of a file's content that is cheap for a video of any length: size, first and last 64 KiB."""
     n = size(url)
@@ -144,6 +173,7 @@ def list_files(url: str) -> Iterator[str]:
         yield from sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
 
 
+@_naming_the_url
 def delete(url: str) -> None:
     """Remove a file or everything below a URL; nothing there is fine."""
     if is_s3(url):
@@ -183,9 +213,9 @@ def _zarr_store(url: str, *, read_only: bool) -> Store:
         client_options={
             "allow_http": True,
             "connect_timeout": f"{CONNECT_TIMEOUT_S}s",
-            "timeout": f"{3 * READ_TIMEOUT_S}s",
+            "timeout": f"{REQUEST_TIMEOUT_S}s",
         },
-        retry_config={"max_retries": ATTEMPTS},
+        retry_config={"max_retries": ATTEMPTS - 1, "retry_timeout": timedelta(seconds=READ_TIMEOUT_S * ATTEMPTS)},
     )
     return zarr.storage.ObjectStore(store, read_only=read_only)
 
@@ -200,11 +230,13 @@ def _boto3_session() -> tuple[Any, str | None, str]:
     return session, None if endpoint.endswith("amazonaws.com") else endpoint, session.region_name or "us-east-1"
 
 
+@_naming_the_url
 def open_group(url: str, *, write: bool = False) -> zarr.Group:
     """An existing zarr v3 group. FileNotFoundError where there is none."""
     return zarr.open_group(_zarr_store(url, read_only=not write), mode="r+" if write else "r", zarr_format=3)
 
 
+@_naming_the_url
 def create_group(url: str, attributes: dict[str, Any]) -> zarr.Group:
     """A new, empty zarr v3 group in place of whatever is at the URL."""
     delete(url)
@@ -243,8 +275,12 @@ def as_user_error(error: BaseException, url: str) -> UserError | None:
         text = f"{type(seen).__name__}: {seen}"
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
             return UserError(f"{url}: no space left; free some and run again, finished work is kept")
-        if isinstance(seen, OSError) and seen.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and not is_s3(url):
+        if isinstance(seen, OSError) and seen.errno == errno.EROFS:
+            return UserError(f"{getattr(seen, 'filename', None) or url}: read-only file system; choose another folder")
+        if isinstance(seen, OSError) and seen.errno in (errno.EACCES, errno.EPERM) and not is_s3(url):
             return UserError(f"{getattr(seen, 'filename', None) or url}: permission denied; make it accessible")
+        if "computed checksum do not match" in text:
+            return UserError(f"{url}: an array is damaged; remove its group and run the stage that made it with --force")
         if any(word in text for word in ("NoSuchBucket", "bucket does not exist")):
             return UserError(f"{url}: the bucket does not exist; create it first")
         if any(word in text for word in _REFUSED):

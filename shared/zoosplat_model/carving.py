@@ -52,45 +52,46 @@ def carve(
     footprint_px: int,
     fill_color: float,
 ) -> Tensor:
-    """Carve the V given views. The mean of two coloured hulls: of the voxels inside all masks, and inside all but one.
+    """Carve the V given views. The mean of two coloured hulls: of what is inside all masks, and inside all but one.
 
-    A voxel is inside a mask if the mask is set at the pixel nearest to its projection. A view sees an occupied voxel
-    if no occupied voxel is more than one voxel nearer there; each covers `footprint_px` x `footprint_px` pixels, so
-    that nothing shows through between voxels that are coarser than pixels. A voxel's colour is the weighted mean of
-    the pictures at its projection, bilinear and within the mask only, with weight 1 where it is seen and 0.25 where
-    it is hidden. Unlike in the paper, a view that has the voxel outside its mask has no weight: it shows background.
+    A voxel covers `footprint_px` x `footprint_px` pixels round its projection; all samples are means over these, so
+    that the surface is known to a fraction of a voxel and colours are not aliased. Its occupancy is the part that lies
+    inside the mask, in the view where that is least (second least for the larger hull); the paper's is that of the
+    centre alone, 0 or 1. From 0.5 on it hides what is behind it. A view sees a voxel if no occupied voxel is more than
+    one voxel nearer there. Its colour is the weighted mean of the pictures within the masks, with weight 1 where it
+    is seen and 0.25 where it is hidden. So, unlike in the paper, a view that has the voxel outside its mask has no
+    weight: it shows background.
 
     Returns:
-        [4, n1, n2, n3] float32: occupancy (0, 0.5 or 1), red, green, blue (`fill_color` where empty).
+        [4, n1, n2, n3] float32: occupancy 0 to 1, red, green, blue (`fill_color` where empty).
     """
     n_views, h, w = mask.shape
     shape = points.shape[:3]
+    half = footprint_px // 2
     x, y, depth = project(points.reshape(-1, 3).T, world_to_camera, intrinsics)
     in_window = (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
     column, row = (x + 0.5).clamp_(0, w - 1).int(), (y + 0.5).clamp_(0, h - 1).int()
     nearest = (row * w + column).long()
-    inside = in_window & (mask.flatten(1).gather(1, nearest) > 0.5)
-    votes = inside.sum(0)
-    fewest = max(1, n_views - 1)
 
-    # From here on only voxels of the larger hull matter: a few percent of the grid.
-    kept = torch.nonzero(votes >= fewest)[:, 0]
-    votes = votes[kept]
-    depth, nearest, inside, in_window = depth[:, kept], nearest[:, kept], inside[:, kept], in_window[:, kept]
-    samples, weight = _sample(rgb, mask, torch.stack([x[:, kept], y[:, kept]], -1))
+    # Only voxels that can be touched by the larger hull matter from here on: a few percent of the grid.
+    near = F.max_pool2d(mask[:, None], footprint_px + 2, stride=1, padding=half + 1)
+    votes = (in_window & (near.flatten(1).gather(1, nearest) > 0.5)).sum(0)
+    kept = torch.nonzero(votes >= max(1, n_views - 1))[:, 0]
+    depth, nearest, in_window = depth[:, kept], nearest[:, kept], in_window[:, kept]
+    samples, covered = _sample(rgb, mask, torch.stack([x[:, kept], y[:, kept]], -1), footprint_px)
+    ordered = torch.where(depth > 0, covered, 0).sort(0).values
 
-    volume = points.new_zeros(4, votes.shape[0])
-    for least in (n_views, fewest):
-        occupied = votes >= least
+    volume = points.new_zeros(4, kept.shape[0])
+    for occupancy in (ordered[0], ordered[min(1, n_views - 1)]):
         buffer = points.new_full((n_views, h * w), torch.inf)
-        buffer.scatter_reduce_(1, nearest, torch.where(in_window & occupied, depth, torch.inf), "amin")
-        front = -F.max_pool2d(-buffer.view(n_views, 1, h, w), footprint_px, stride=1, padding=footprint_px // 2)
+        solid = in_window & (occupancy >= 0.5)
+        buffer.scatter_reduce_(1, nearest, torch.where(solid, depth, torch.inf), "amin")
+        front = -F.max_pool2d(-buffer.view(n_views, 1, h, w), footprint_px, stride=1, padding=half)
         seen = depth <= front.flatten(1).gather(1, nearest) + voxel_size_m
-        w_view = torch.where(seen, 1.0, HIDDEN_WEIGHT) * inside
-        color = (w_view[..., None] * samples).sum(0) / (w_view * weight).sum(0).clamp_min(1e-6)[..., None]
-        hull = torch.cat([points.new_ones(votes.shape[0], 1), color], 1).T
-        empty = points.new_tensor([0.0, fill_color, fill_color, fill_color])[:, None]
-        volume += 0.5 * torch.where(occupied, hull, empty)
+        weight = torch.where(seen, 1.0, HIDDEN_WEIGHT) * (depth > 0)
+        color = (weight[..., None] * samples).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)[..., None]
+        volume[0] += 0.5 * occupancy
+        volume[1:] += 0.5 * torch.where(occupancy > 0, color.T, fill_color)
 
     whole = points.new_full((4, shape.numel()), fill_color)
     whole[0] = 0
@@ -98,10 +99,11 @@ def carve(
     return whole.view(4, *shape)
 
 
-def _sample(rgb: Tensor, mask: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Bilinear samples of picture x mask [V, N, 3] and of the mask [V, N], zero outside the window."""
+def _sample(rgb: Tensor, mask: Tensor, pixels: Tensor, footprint_px: int) -> tuple[Tensor, Tensor]:
+    """Picture x mask [V, N, 3] and mask [V, N] at [V, N, 2] pixels: bilinear, means over footprints, 0 outside."""
     h, w = mask.shape[1:]
     layers = torch.cat([rgb * mask[..., None], mask[..., None]], -1).permute(0, 3, 1, 2)
+    layers = F.avg_pool2d(layers, footprint_px, stride=1, padding=footprint_px // 2)
     # align_corners: -1 and 1 are the centres of the first and last pixel.
     place = 2 * pixels / pixels.new_tensor([max(w - 1, 1), max(h - 1, 1)]) - 1
     found = F.grid_sample(layers, place[:, :, None], mode="bilinear", padding_mode="zeros", align_corners=True)

@@ -26,6 +26,7 @@ LEAST_OCCUPANCY = 0.25  # of a selected voxel
 OPACITY_SLOPE, OPACITY_MIDDLE = 16.0, 0.75  # opacity 0.98 where all views agree, 0.02 where one does not
 FIRST_SCALE = 0.3  # voxels: from 0.25 to 0.5, the smaller the better the first silhouettes; smaller ones have holes
 REACH = 2.0  # voxels that a Gaussian can move away from its voxel
+LOW_PASS = 0.3  # pixels^2: what the rasteriser adds to a splat's variance
 WIDEST = 4.0  # voxels, of a Gaussian's standard deviation
 
 
@@ -52,6 +53,18 @@ class Gaussians(NamedTuple):
         turn = torch.stack([torch.cos(angle / 2), zero, zero, torch.sin(angle / 2)])
         means = self.means @ rotation_about_z(angle).T + center
         return self._replace(means=means, quats=quaternion_product(turn, self.quats))
+
+    def smoothed(self, pixel_m: float) -> Gaussians:
+        """The low pass of the training's pictures, as part of the Gaussians (Mip-Splatting, arXiv 2311.16493).
+
+        The rasteriser widens every splat by a variance of 0.3 pixels, and training counts on it. From closer, or in
+        larger pictures, those pixels are smaller, and gaps would open between Gaussians: so the variance is added in
+        space.
+
+        Args:
+            pixel_m: width of a training pixel at the animal, metres.
+        """
+        return self._replace(scales=(self.scales**2 + LOW_PASS * pixel_m**2).sqrt())
 
 
 def quaternion_product(a: Tensor, b: Tensor) -> Tensor:

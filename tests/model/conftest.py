@@ -62,8 +62,8 @@ def tiny(tmp_path: Path) -> Project:
     valid = np.ones(FRAMES, bool)
     valid[1] = False
 
-    common: dict[str, Any] = {"full_width": SIDE, "full_height": SIDE, "image_downsample": 1, "fps": 50.0, "frame_jump": 1}
-    common |= {"camera_names": [str(c) for c in range(CAMERAS)], "unit_m": 0.4}
+    common: dict[str, Any] = {"full_width": SIDE, "full_height": SIDE, "image_downsample": 1}
+    common |= {"fps": 50.0, "frame_jump": 1, "camera_names": [str(c) for c in range(CAMERAS)], "unit_m": 0.4}
     sizes = {"T": FRAMES, "C": CAMERAS, "h": SIDE, "w": SIDE, "n": 24, "S": 1}
     grid = {"ell_m": 0.16, "grid_size": 24}
     arrays: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -18,6 +18,7 @@ from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.splatter import Gaussians
 from zoosplat_render import ops
 
+SMALLEST = 384  # pixels of the shorter side of a picture whose size is left open
 FPS = 25.0  # of the films, whatever the recording's: most animals are recorded too fast to be watched
 
 
@@ -54,7 +55,7 @@ class Render(Stage):
         predictor = Predictor.open(ctx.project, ctx.experiment, settings.device)
         artist = _Artist(ctx, predictor, total=shard.stop)
         t, sequence = plan.values["frame"], plan.values["sequence"]
-        frame, gaussians = predictor.reader.frame(t), predictor.gaussians(t)
+        frame, gaussians = predictor.reader.frame(t), artist.gaussians(t)
         view = artist.camera_view(frame)
         place = {"t": t, "frame": t * ctx.experiment.ingest.frame_jump}
         camera = {"camera": predictor.reader.camera_names[settings.camera]}
@@ -94,9 +95,17 @@ class _Artist:
 
     def __init__(self, ctx: Context, predictor: Predictor, total: int) -> None:
         self.settings, self.predictor, self.reader = ctx.experiment.render, predictor, predictor.reader
-        self.width = self.settings.width or self.reader.full_width
-        self.height = self.settings.height or self.reader.full_height
+        enlarged = -(-SMALLEST // min(self.reader.full_width, self.reader.full_height))
+        self.width = self.settings.width or self.reader.full_width * enlarged
+        self.height = self.settings.height or self.reader.full_height * enlarged
         self._progress, self._done, self._total = ctx.progress, 0, total
+
+    def gaussians(self, t: int) -> Gaussians:
+        """Gaussians of a kept frame in the world, fit to be seen from closer than in training."""
+        pose, (center, _) = self.reader.world_to_camera, self.reader.pose(t)
+        depth = (pose[:, 2, :3] @ center + pose[:, 2, 3])[self.reader.observed]
+        focal = self.reader.full_intrinsics[self.reader.observed, 0, 0]
+        return self.predictor.gaussians(t).smoothed(float((depth / focal).mean()))
 
     def camera_view(self, frame: Frame) -> tuple[Tensor, Tensor]:
         """World-to-camera [4, 4] and intrinsics [3, 3] of the camera, its window enlarged to fill the picture."""
@@ -130,7 +139,7 @@ class _Artist:
         window, camera = (0, 0, self.reader.width, self.reader.height), self.settings.camera
         for frame in self.reader.prefetch(frames):
             truth = media.to_uint8(frame.on_white()[camera].cpu().numpy())
-            rendering = self.picture(self.predictor.gaussians(frame.t), self.camera_view(frame), camera)
+            rendering = self.picture(self.gaussians(frame.t), self.camera_view(frame), camera)
             yield media.side_by_side([media.zoom(truth, window, self.width, self.height), rendering])
 
 
