@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
@@ -53,6 +54,12 @@ def loop_video(source: Path, target: Path, times: int) -> None:
                 packet.pts, packet.dts, packet.is_keyframe = pts + i * length, dts + i * length, key
                 packet.stream, packet.time_base = copy, stream.time_base
                 looped.mux(packet)
+
+
+@pytest.fixture(scope="session")
+def loop() -> Callable[[Path, Path, int], None]:
+    """`loop_video`, for tests, which cannot import this module."""
+    return loop_video
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,8 @@ class Stages:
 
 def _serve() -> None:
     """Fork a child for every line on standard input; answer with its process id, then with its exit status."""
+    import encodings.cp437  # noqa: F401
+
     import boto3  # noqa: F401
     import h5py  # noqa: F401
     import s3fs  # noqa: F401
@@ -223,6 +232,7 @@ def _run_as_main(module: str) -> int:
     except BaseException:
         traceback.print_exc()
         status = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     return status

@@ -142,8 +142,10 @@ def run_stage(stage: str, project: str, workers: int | None, force: bool, proces
 
     try:
         state = processes.run(stage, project, workers=workers, force=force, progress=progress)
+    except Interrupted:
+        raise
     except Exception as error:
-        final = isinstance(error, UserError | Interrupted) or attempt > RETRIES
+        final = isinstance(error, UserError) or attempt > RETRIES
         _tell(Event(stage, "failed" if final else "retrying", message=str(error)))
         raise
     artifact(100.0)
@@ -166,7 +168,7 @@ def report(project: str) -> str:
     return url
 
 
-@flow(name="zoosplat", task_runner=ThreadPoolTaskRunner(max_workers=len(PIPELINE)), persist_result=False)  # type: ignore[arg-type]
+@flow(name="pipeline", task_runner=ThreadPoolTaskRunner(max_workers=len(PIPELINE)), persist_result=False)  # type: ignore[arg-type]
 def pipeline(
     project: str,
     from_stage: str | None = None,

@@ -105,10 +105,10 @@ def top_view(time_s: Floats, centers_m: Floats, angles_rad: Floats) -> str:
     path_cm = 100 * centers_m[every, :2]
     with _plot(4.4, 4.6) as plot:
         axes = plot.figure.subplots()
-        lines = LineCollection(np.stack([path_cm[:-1], path_cm[1:]], 1).tolist(), cmap="viridis", linewidths=1.8)
+        lines = LineCollection(np.stack([path_cm[:-1], path_cm[1:]], 1).tolist(), cmap="viridis", linewidths=3)
         lines.set_array(time_s[every][:-1])
         axes.add_collection(lines)
-        some = np.linspace(0, len(time_s) - 1, min(16, len(time_s))).astype(int)
+        some = np.linspace(0, len(time_s) - 1, min(9, len(time_s))).astype(int)
         extent = max(float(np.ptp(path_cm, axis=0).max()), 1.0)
         arrows = extent / 10 * np.stack([np.cos(angles_rad[some]), np.sin(angles_rad[some])], 1)
         axes.quiver(
@@ -117,8 +117,8 @@ def top_view(time_s: Floats, centers_m: Floats, angles_rad: Floats) -> str:
             angles="xy",
             scale_units="xy",
             scale=1,
-            width=0.007,
-            color=RED,
+            width=0.005,
+            color=INK,
             zorder=3,
         )
         middle = (path_cm.max(axis=0) + path_cm.min(axis=0)) / 2
@@ -148,10 +148,10 @@ def marginals(counts: npt.NDArray[np.int64], ranges: npt.NDArray[np.int64]) -> s
 
 
 def history(x: Floats, x_label: str, panels: Mapping[str, Mapping[str, Floats]]) -> str:
-    """Curves of training: a panel for each quantity, a line for each of its series.
+    """Curves: a panel for each quantity, a line for each of its series.
 
     Args:
-        x: [N] epochs or steps.
+        x: [N].
         x_label: what x is.
         panels: quantity -> series name -> [N], NaN where nothing was measured.
     """

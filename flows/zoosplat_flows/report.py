@@ -26,7 +26,7 @@ from zoosplat_flows import plots
 from zoosplat_flows.status import StageState, duration, memory, peak_memory, seconds, states
 
 OUTLINE = (255, 60, 90)
-GALLERY_PICTURES = 36
+GALLERY_PICTURES = 24
 FILM_BYTES = 40 << 20
 TYPES = {".png": "image/png", ".mp4": "video/mp4"}
 Part = dict[str, Any]
@@ -181,8 +181,8 @@ def _history_plot(rows: list[dict[str, str]]) -> str:
         values = np.array([float(row[name] or "nan") for row in rows])
         # A loss whose weight is 0 is 0 throughout.
         if split in ("train", "valid") and np.isfinite(values).any() and np.nanmax(np.abs(values)) > 0:
-            panels.setdefault(quantity.replace("_", " "), {})[split] = values
-    panels = {key: panels[key] for key in sorted(panels, key=lambda k: {"loss": 0, "iou": 1, "psnr": 2}.get(k, 3))}
+            panels.setdefault(_label(quantity), {})[split] = values
+    panels = {key: panels[key] for key in sorted(panels, key=lambda k: {"loss": 0, "IoU": 1, "PSNR (dB)": 2}.get(k, 3))}
     return plots.history(np.array([float(row["epoch"]) for row in rows]), "epoch", panels) if panels else ""
 
 
@@ -195,8 +195,24 @@ def _evaluation(project: Project, experiment: Experiment, stages: dict[str, Stag
         if split:
             rows = _read_csv(stores.join(url, name))
             tables.append({"split": split[1], **_metrics(rows)})
-    over_time = _data_uri(stores.join(url, "per_frame.png")) if "per_frame.png" in files else ""
+    over_time = [_over_time(_read_csv(stores.join(url, n))) for n in files if re.fullmatch(r"frames_\w+\.csv", n)]
     return {"tables": tables, "gallery": _gallery(url, files), "over_time": over_time}
+
+
+def _over_time(rows: list[dict[str, str]]) -> str:
+    """Means over the observed and over the held-out views against the frame of the video."""
+    frames = sorted({int(row["frame"]) for row in rows})
+    panels: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
+    for metric in ("iou", "psnr", "ssim"):
+        for group, name in (("0", "observed"), ("1", "held out")):
+            values: dict[int, list[float]] = {frame: [] for frame in frames}
+            for row in rows:
+                if row["held_out"] == group and row[metric]:
+                    values[int(row["frame"])].append(float(row[metric]))
+            means = np.array([np.mean(values[frame]) if values[frame] else np.nan for frame in frames])
+            if np.isfinite(means).any():
+                panels.setdefault(_label(metric), {})[name] = means
+    return plots.history(np.array(frames, float), "frame of the video", panels) if panels else ""
 
 
 def _metrics(rows: list[dict[str, str]]) -> Part:
@@ -215,7 +231,7 @@ def _metrics(rows: list[dict[str, str]]) -> Part:
         }
         for row in sorted(rows, key=order)
     ]
-    return {"columns": [c.replace("_", " ") for c in columns], "rows": body}
+    return {"columns": [_label(c) for c in columns], "rows": body}
 
 
 def _gallery(url: str, files: list[str]) -> list[Part]:
@@ -331,6 +347,12 @@ def _data_uri(url: str) -> str:
 
 def _read_csv(url: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(stores.read_bytes(url).decode())))
+
+
+def _label(name: str) -> str:
+    """A column's name as people write it."""
+    known = {"psnr": "PSNR (dB)", "ssim": "SSIM", "l1": "L1", "mae": "MAE"}
+    return known.get(name) or name.replace("_", " ").replace("iou", "IoU").replace("ssim", "SSIM")
 
 
 def _readable(value: Any) -> str:

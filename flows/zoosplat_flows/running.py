@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 ANSWER_WITHIN_S = 25.0
 PLAIN_EVERY_S = 15.0
+STOP_WITHIN_S = 3.0
+STOPPED = "zoosplat: stopped; finished work is kept, the same command goes on from here"
 PREFECT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -137,6 +142,34 @@ def headline(project: Project) -> list[str]:
     ]
 
 
+@contextmanager
+def _prompt_stop(progress: Progress) -> Iterator[None]:
+    """Let Ctrl-C end the command soon: it ends the embedded Prefect server too, which Prefect then calls for minutes.
+
+    The interrupt itself, raised in the flow, ends the stages first.
+    """
+
+    def leave() -> None:
+        progress.stop()  # gives the terminal its cursor back
+        typer.echo(STOPPED, err=True)
+        os._exit(130)
+
+    def interrupt(number: int, frame: object) -> None:
+        timer = threading.Timer(STOP_WITHIN_S, leave)
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run(
     url: str,
     experiment: Experiment,
@@ -152,17 +185,22 @@ def run(
         os.environ.setdefault(key, value)
     console = Console(stderr=True)
     with console.status("starting Prefect"):
+        import httpx
+
         from zoosplat_flows.pipeline import listening, pipeline, select, with_followers
     stages = [spec.name for spec in select(from_stage, until_stage)]
     with_followers(force)
     project.write_experiment(experiment)
     display = Display([*stages, "report"])
     try:
-        with display.progress, listening(display):
+        with _prompt_stop(display.progress), display.progress, listening(display):
             results = pipeline(project.url, from_stage, until_stage, force, workers)
     except KeyboardInterrupt:
-        typer.echo("zoosplat: stopped; finished work is kept, the same command goes on from here", err=True)
+        typer.echo(STOPPED, err=True)
         raise typer.Exit(130) from None
+    except httpx.HTTPError as error:
+        typer.echo(f"zoosplat: the Prefect server cannot be reached ({error}); check PREFECT_API_URL", err=True)
+        raise typer.Exit(1) from None
     except RuntimeError as error:
         typer.echo(f"zoosplat: {error}\nzoosplat: finished work is kept; the same command tries again", err=True)
         raise typer.Exit(1) from None

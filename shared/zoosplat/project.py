@@ -62,7 +62,13 @@ class Project:
             text = stores.read_bytes(self.path("experiment.yaml")).decode()
         except FileNotFoundError:
             raise UserError(f"{self.url}: no experiment.yaml; start with `zoosplat run CONFIG --project URL`") from None
-        return Experiment.from_yaml(text)
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path('experiment.yaml')}: not text in UTF-8; write it again") from None
+        try:
+            return Experiment.from_yaml(text)
+        except UserError as error:
+            where = self.path("experiment.yaml")
+            raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
 
     def write_experiment(self, experiment: Experiment) -> None:
         stores.write_bytes(self.path("experiment.yaml"), experiment.to_yaml().encode())
@@ -106,10 +112,19 @@ class Project:
             if changed or mark["version"] != spec.version:
                 what = ", ".join(changed) or "the version of the stage"
                 raise UserError(f"{self.output_url(stage)} was made before {what} changed; run stage {stage} again")
+            for name, digest in mark.get("inputs", {}).items():
+                if (self.read_mark(name) or {}).get("digest") != digest:
+                    raise UserError(
+                        f"{self.output_url(stage)} was made from another {STAGES[name].writes}; run stage {stage} again"
+                    )
         return str(mark.get("location") or self.output_url(stage))
 
     def open_input(self, stage: str, experiment: Experiment | None = None) -> zarr.Group:
         """A finished stage's zarr group, for reading. Raises UserError as `input_url`."""
         if stage not in self._opened:
-            self._opened[stage] = stores.open_group(self.input_url(stage, experiment))
+            url = self.input_url(stage, experiment)
+            try:
+                self._opened[stage] = stores.open_group(url)
+            except FileNotFoundError:
+                raise UserError(f"{url}: gone, though its mark is there; run stage {stage} with --force") from None
         return self._opened[stage]

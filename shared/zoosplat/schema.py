@@ -126,9 +126,15 @@ def array(group: zarr.Group, key: str) -> zarr.Array[Any]:
     return found
 
 
-def read(group: zarr.Group, key: str) -> Any:
-    """A whole array as numpy."""
-    return np.asarray(array(group, key)[...])
+def read(group: zarr.Group, key: str, start: int | None = None, stop: int | None = None) -> Any:
+    """An array as numpy, or a range of its first axis. Raises UserError when its checksum shows damage."""
+    try:
+        return np.asarray(array(group, key)[start:stop])
+    except ValueError as error:
+        if "checksum" not in str(error):
+            raise
+        where = getattr(getattr(group.store, "store", None), "prefix", None) or group.store_path
+        raise UserError(f"{where}: array {key} is damaged; run the stage that wrote it with --force") from error
 
 
 def write_block(group: zarr.Group, key: str, start: int, values: Any) -> None:

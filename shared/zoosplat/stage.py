@@ -461,7 +461,7 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
         known = error if isinstance(error, UserError) else stores.as_user_error(error, args.project)
         if known is None:
             raise
-        print(f"zoosplat {stage.name}: {known}", file=sys.stderr, flush=True)
+        print(f"zoosplat {stage.name}: {'; '.join(str(known).splitlines())}", file=sys.stderr, flush=True)
         return 2
 
 

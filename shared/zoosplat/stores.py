@@ -279,8 +279,6 @@ def as_user_error(error: BaseException, url: str) -> UserError | None:
             return UserError(f"{getattr(seen, 'filename', None) or url}: read-only file system; choose another folder")
         if isinstance(seen, OSError) and seen.errno in (errno.EACCES, errno.EPERM) and not is_s3(url):
             return UserError(f"{getattr(seen, 'filename', None) or url}: permission denied; make it accessible")
-        if "computed checksum do not match" in text:
-            return UserError(f"{url}: an array is damaged; remove its group and run the stage that made it with --force")
         if any(word in text for word in ("NoSuchBucket", "bucket does not exist")):
             return UserError(f"{url}: the bucket does not exist; create it first")
         if any(word in text for word in _REFUSED):

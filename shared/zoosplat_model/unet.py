@@ -108,9 +108,7 @@ class UNetStack(nn.Module):
     at zero, the first 4 features are the volume itself at first, exactly, and the others 0.
     """
 
-    def __init__(
-        self, num_unets: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int]
-    ) -> None:
+    def __init__(self, num_unets: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int]) -> None:
         super().__init__()
         outputs = [VOLUME_CHANNELS] * (num_unets - 1) + [FEATURE_CHANNELS]
         self.unets = nn.ModuleList(UNet(n, base_filters, poolings, bottleneck, shape) for n in outputs)

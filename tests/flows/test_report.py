@@ -132,6 +132,7 @@ def _model(project: Project, experiment: Experiment) -> None:
         "model/history.csv": history.encode(),
         "model/preview.png": media.encode_png(picture),
         "evaluation/metrics_test.csv": metrics.encode(),
+        "evaluation/frames_test.csv": b"frame,camera,held_out,iou,psnr,ssim\n12,left,0,0.9,30,\n12,right,1,0.8,28,\n",
         "evaluation/gallery.json": json.dumps({"split": "test", "pictures": pictures}).encode(),
         "evaluation/gallery/a.png": media.encode_png(picture),
         "evaluation/gallery/b.png": media.encode_png(picture),
@@ -178,7 +179,7 @@ def test_a_finished_project_is_shown_in_one_self_contained_page(project: Project
     assert "@import" not in html
     ids = set(re.findall(r'id="([^"]+)"', html))
     assert {link[1:] for link in page.links if link.startswith("#")} <= ids
-    assert page.tags.count("svg") == 4  # two of tracking, crop, training
+    assert page.tags.count("svg") == 5  # two of tracking, crop, training, evaluation over time
     assert "has not finished" not in page.text
     # Names and warnings are text, not markup.
     assert "<b>mouse & co</b>" in page.text

@@ -148,10 +148,10 @@ RECORDINGS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "calibration_missing": (lambda f: (f / "camera_params.h5").unlink(), ("camera_params.h5", "no such file")),
     "calibration_not_hdf5": (lambda f: (f / "camera_params.h5").write_text("no"), ("camera_params.h5", "HDF5")),
-    "calibration_nan": (lambda f: calibration(f, with_nan), ("camera_params.h5", "camera 2", "rotation")),
+    "calibration_nan": (lambda f: calibration(f, with_nan), ("camera_params.h5", "camera '2'", "rotation")),
     "calibration_shape": (lambda f: calibration(f, with_wrong_shape), ("camera_params.h5", "camera 0", "[2, 3]")),
     "calibration_fewer": (lambda f: calibration(f, with_fewer), ("4 videos", "3 cameras")),
-    "calibration_mirrored": (lambda f: calibration(f, with_mirrored), ("camera_params.h5", "camera 1", "rotation")),
+    "calibration_mirrored": (lambda f: calibration(f, with_mirrored), ("camera_params.h5", "camera '1'", "mirrors")),
     "up_missing": (lambda f: (f / "vertical_lines.npz").unlink(), ("vertical_lines.npz", "no such file")),
     "up_singular": (lambda f: np.savez(f / "vertical_lines.npz", up=np.zeros(3)), ("vertical_lines.npz", "not all 0")),
     "up_nan": (lambda f: np.savez(f / "vertical_lines.npz", up=[0, np.nan, 1]), ("vertical_lines.npz", "finite")),
@@ -337,11 +337,14 @@ def test_settings_that_find_nothing(recording: Recording, stages: Stages, finish
     project = copied(finished, tmp_path / "a", "crop", recording, recording.folder)
     recording.write_project(tmp_path / "a", crop__min_voxels=10**8)
     assert "crop.min_voxels = 100000000" in refused(stages, "crop", project)
-    project = copied(finished, tmp_path / "b", "center_rotation", recording, recording.folder)
-    recording.write_project(tmp_path / "b", center_rotation__ell=1e-6)
-    # Every voxel of so small a cube is inside the animal or none is: no spread either way.
-    outcome = stages("center_rotation", project)
-    assert outcome.status in (0, 2)
+    data = recording.copy(tmp_path / "recording")
+    for camera in range(4):  # never two at once
+        rewrite(data / f"masks/{camera}.mp4", lambda luma, i, c=camera: luma if i == 10 * c else luma * 0 + 16)
+    project = recording.write_project(tmp_path / "b", data)
+    assert stages("ingest", project).status == 0
+    line = refused(stages, "center_rotation", project)
+    assert "tracking.zarr: no visual hull in 144 of 144 frames" in line
+    assert "calibration" in line
 
 
 def test_damaged_input(recording: Recording, stages: Stages, finished: Path, tmp_path: Path) -> None:
@@ -385,7 +388,7 @@ def test_no_space_left(
     stage: str, workers: str, recording: Recording, stages: Stages, finished: Path, tmp_path: Path, mounted: Any
 ) -> None:
     """The disk fills up within a shard: that shard is not marked, and with more space the run goes on."""
-    folder = mounted("size=1m")
+    folder = mounted("size=8m")
     project = copied(finished, folder / "project", stage, recording, recording.folder)
     filler = folder / "filler"
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
@@ -422,6 +425,7 @@ def test_no_permission(recording: Recording, stages: Stages, tmp_path: Path) -> 
     top.mkdir(mode=0o755)
     try:
         data = recording.copy(top / "recording")
+        data.chmod(0o755)
         project = recording.write_project(top / "project", data)
         line = refused(stages, "ingest", project, as_nobody=True)
         assert str(top / "project") in line
@@ -488,7 +492,7 @@ def test_s3_refuses(s3: S3, recording: Recording, stages: Stages, tmp_path: Path
 def test_s3_bucket_or_recording_missing(s3: S3, recording: Recording, stages: Stages, tmp_path: Path) -> None:
     bucket = s3.bucket()
     line = line_of(stages("ingest", "s3://no-such-bucket-here/project", env=s3.env), "ingest")
-    assert "s3://no-such-bucket-here/project: the bucket does not exist" in line
+    assert "s3://no-such-bucket-here/project/experiment.yaml: the bucket does not exist" in line
     line = line_of(stages("ingest", f"s3://{bucket}/project", env=s3.env), "ingest")
     assert f"s3://{bucket}/project: no experiment.yaml" in line
     project = recording.write_project(tmp_path / "a", "s3://no-such-bucket-here/recording")

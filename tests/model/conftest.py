@@ -95,6 +95,6 @@ def tiny(tmp_path: Path) -> Project:
         for key, value in values.items():
             schema.array(group, key)[...] = value
         spec = STAGES[stage]
-        mark = {"digest": stage, "version": spec.version, "settings": settings_of(spec, chosen)}
+        mark = {"digest": stage, "version": spec.version, "settings": settings_of(spec, chosen), "inputs": {}}
         stores.write_json(project.mark_url(stage), mark)
     return project

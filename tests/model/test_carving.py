@@ -65,52 +65,46 @@ def test_nothing_shows_through_voxels_that_are_coarser_than_pixels(footprint: in
     assert torch.allclose(inner, expected) == closed
 
 
-def slow_twin(
-    rgb: Any, mask: Any, pose: Any, k: Any, points: Any, voxel: float, footprint: int, fill: float
-) -> Any:
+def slow_twin(rgb: Any, mask: Any, pose: Any, k: Any, points: Any, voxel: float, footprint: int, fill: float) -> Any:
     """Voxel by voxel, view by view, as the docstring of `carve` says."""
     n_views, h, w = mask.shape
+    half = footprint // 2
     flat = points.reshape(-1, 3)
-    place = np.zeros((n_views, len(flat), 3))
-    inside = np.zeros((n_views, len(flat)), bool)
+    n = len(flat)
+    place = np.array([[k[v] @ (pose[v] @ [*p, 1])[:3] for p in flat] for v in range(n_views)])
+    depth = place[..., 2]
+    place = place[..., :2] / depth[..., None]
+    pixel = np.floor(place + 0.5).astype(int)
+
+    def mean_over_footprint(v: int, column: int, row: int) -> Any:
+        total = np.zeros(4)
+        for r in range(max(row - half, 0), min(row + half + 1, h)):
+            for c in range(max(column - half, 0), min(column + half + 1, w)):
+                total += np.array([*(rgb[v, r, c] * mask[v, r, c]), mask[v, r, c]])
+        return total / footprint**2
+
+    samples = np.zeros((n_views, n, 4))
     for v in range(n_views):
-        for i, point in enumerate(flat):
-            x, y, z = k[v] @ (pose[v] @ [*point, 1])[:3]
-            place[v, i] = x / z, y / z, z
-            column, row = math.floor(x / z + 0.5), math.floor(y / z + 0.5)
-            inside[v, i] = z > 0 and 0 <= column < w and 0 <= row < h and mask[v, row, column] == 1
+        for i, (x, y) in enumerate(place[v]):
+            for column in (math.floor(x), math.floor(x) + 1):
+                for row in (math.floor(y), math.floor(y) + 1):
+                    part = (1 - abs(x - column)) * (1 - abs(y - row))
+                    samples[v, i] += part * mean_over_footprint(v, column, row)
 
-    def pixel(v: int, i: int) -> tuple[int, int]:
-        return math.floor(place[v, i, 0] + 0.5), math.floor(place[v, i, 1] + 0.5)
-
-    def in_window(v: int, i: int) -> bool:
-        return bool(0 <= pixel(v, i)[0] < w and 0 <= pixel(v, i)[1] < h)
-
-    total = np.zeros((4, len(flat)))
-    for least in (n_views, n_views - 1):
-        hull = [i for i in range(len(flat)) if inside[:, i].sum() >= least]
-        for i in range(len(flat)):
-            total[:, i] += np.array([0, fill, fill, fill]) / 2 if i not in hull else 0
-        for i in hull:
+    total = np.zeros((4, n))
+    for rank in (0, 1):
+        occupancy = np.sort(samples[..., 3], 0)[rank]
+        solid = np.nonzero(occupancy >= 0.5)[0]
+        for i in range(n):
             color, weights = np.zeros(3), 0.0
             for v in range(n_views):
-                if not inside[v, i]:
-                    continue
-                hidden = any(
-                    max(abs(pixel(v, i)[0] - pixel(v, j)[0]), abs(pixel(v, i)[1] - pixel(v, j)[1])) <= footprint // 2
-                    and place[v, j, 2] < place[v, i, 2] - voxel
-                    for j in hull
-                    if in_window(v, j)
-                )
+                apart = np.abs(pixel[v, solid] - pixel[v, i]).max(1)
+                hidden = ((apart <= half) & (depth[v, solid] < depth[v, i] - voxel)).any()
                 weight = 0.25 if hidden else 1.0
-                x, y = place[v, i, :2]
-                for column in (math.floor(x), math.floor(x) + 1):
-                    for row in (math.floor(y), math.floor(y) + 1):
-                        if 0 <= column < w and 0 <= row < h and mask[v, row, column]:
-                            part = weight * (1 - abs(x - column)) * (1 - abs(y - row))
-                            color += part * rgb[v, row, column]
-                            weights += part
-            total[:, i] += np.array([1, *(color / weights)]) / 2
+                color += weight * samples[v, i, :3]
+                weights += weight * samples[v, i, 3]
+            found = color / weights if occupancy[i] > 0 else np.full(3, fill)
+            total[:, i] += np.array([occupancy[i], *found]) / 2
     return total.reshape(4, *points.shape[:3])
 
 
@@ -121,7 +115,7 @@ def test_agrees_with_a_slow_twin(footprint: int) -> None:
     axis = np.linspace(-0.5, 0.5, 7)
     points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1) + rng.uniform(-0.02, 0.02, 3)
     y, x = np.mgrid[:h, :w]
-    mask = np.stack([((x - 8.3) ** 2 / 40 + (y - 6.1 - v) ** 2 / 25 < 1) for v in range(3)]).astype(float)
+    mask = np.stack([((x - 8.3) ** 2 / 36 + (y - 6.1 - v / 3) ** 2 / 16 < 1) for v in range(3)]).astype(float)
     rgb = rng.uniform(size=(3, h, w, 3))
     pose, k = np.tile(np.eye(4), (3, 1, 1)), np.tile(np.eye(3), (3, 1, 1))
     for v in range(3):
@@ -132,10 +126,10 @@ def test_agrees_with_a_slow_twin(footprint: int) -> None:
         k[v] = np.array([[21, 0, 8.6], [0, 22, 6.4], [0, 0, 1]])
     expected = slow_twin(rgb, mask, pose, k, points, 1 / 6, footprint, FILL)
     tensor = torch.from_numpy
-    found = carve(
-        tensor(rgb), tensor(mask), tensor(pose), tensor(k), tensor(points), 1 / 6, footprint, FILL
-    ).numpy()
-    assert set(np.unique(expected[0])) == {0.0, 0.5, 1.0}
+    found = carve(tensor(rgb), tensor(mask), tensor(pose), tensor(k), tensor(points), 1 / 6, footprint, FILL).numpy()
+    assert (expected[0] == 0).any()
+    assert (expected[0] == 1).any()
+    assert ((expected[0] > 0) & (expected[0] < 1)).any()
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 

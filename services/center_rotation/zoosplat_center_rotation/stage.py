@@ -38,7 +38,7 @@ class CenterRotation(Stage):
             stop = min(start + schema.SMALL_BLOCK, shard.stop)
             hulls = []
             for first in range(start, stop, read):
-                for frame in np.asarray(mask[first : min(first + read, stop)]):
+                for frame in schema.read(masks, "mask", first, min(first + read, stop)):
                     hulls.append(
                         ops.frame_hull(frame, plan.values["observed"], intrinsics, world_to_camera, axis, adaptive)
                     )

@@ -47,7 +47,7 @@ class Crop(Stage):
         for done, t in enumerate(frames):
             if t // block != held_block:
                 held_block = t // block
-                held = np.asarray(mask[held_block * block : (held_block + 1) * block])
+                held = schema.read(masks, "mask", held_block * block, (held_block + 1) * block)
             aimed = intrinsics.copy()
             aimed[:, :2, 2] += shifts[t]
             cells, _ = visual_hull.hull_indices(

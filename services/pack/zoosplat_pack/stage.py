@@ -12,6 +12,7 @@ import numpy.typing as npt
 from zoosplat import schema, stores, video
 from zoosplat.cameras import Cameras
 from zoosplat.config import Experiment
+from zoosplat.errors import UserError
 from zoosplat.stage import Context, Plan, Result, Shard, Stage, split
 from zoosplat_pack import ops
 
@@ -26,10 +27,19 @@ class Pack(Stage):
         masks, data = ctx.open_input("ingest"), ctx.experiment.data
         infos = [video.probe(data.url(n), f"{n} (video of camera {c})") for c, n in enumerate(data.videos)]
         full = int(masks.attrs["full_width"]), int(masks.attrs["full_height"])
+        n_frames, n_cameras = masks["mask"].shape[:2]
+        d, last = int(masks.attrs["image_downsample"]), int(schema.read(masks, "frame")[-1])
+        for info in infos:
+            if (info.width, info.height) != (full[0] * d, full[1] * d):
+                raise UserError(
+                    f"{info.label}: {info.width} x {info.height} pixels, but the masks were made from {full[0] * d} x "
+                    f"{full[1] * d}; videos and masks must have one size"
+                )
+            if info.n_frames <= last:
+                raise UserError(f"{info.label}: {info.n_frames} frames, but the masks need {last + 1}; export it again")
         size = full
         if ctx.experiment.pack.window == "auto":
             size = ops.window_size(schema.read(masks, "box"), full)
-        n_frames, n_cameras = masks["mask"].shape[:2]
         block = schema.block_frames(n_cameras * size[0] * size[1] * 3)
         copied = ("camera_names", "fps", "frame_jump", "image_downsample", "full_width", "full_height", "unit_m")
         attributes = {key: masks.attrs[key] for key in copied}
@@ -56,12 +66,11 @@ class Pack(Stage):
             for c in range(len(cameras))
         ]
         readers = [video.read_frames(i, shard.start * jump, (shard.stop - 1) * jump + 1, jump) for i in infos]
-        mask, box = schema.array(masks, "mask"), schema.array(masks, "box")
         with ThreadPoolExecutor(min(len(infos), cv2.getNumberOfCPUs())) as pool:
             for start in range(shard.start, shard.stop, plan.values["block"]):
                 stop = min(start + plan.values["block"], shard.stop)
-                whole = np.asarray(mask[start:stop])
-                origins = ops.window_origins(np.asarray(box[start:stop]), (width, height), full)
+                whole = schema.read(masks, "mask", start, stop)
+                origins = ops.window_origins(schema.read(masks, "box", start, stop), (width, height), full)
 
                 rgb = np.empty((len(whole), len(infos), height, width, 3), np.uint8)
                 small = np.empty(rgb.shape[:-1], bool)
