@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ def loop_video(source: Path, target: Path, times: int) -> None:
 
     with av.open(str(source)) as file, av.open(str(target), "w") as looped:
         stream = file.streams.video[0]
-        copy = looped.add_stream_from_template(stream)
-        length = stream.duration or 0
+        copy: Any = looped.add_stream_from_template(stream)
+        length, time_base = stream.duration or 0, stream.time_base or Fraction(1)
         packets = [(p.pts or 0, p.dts or 0, bytes(p), p.is_keyframe) for p in file.demux(stream) if p.size]
         for i in range(times):
             for pts, dts, data, key in packets:
                 packet = av.Packet(data)
                 packet.pts, packet.dts, packet.is_keyframe = pts + i * length, dts + i * length, key
-                packet.stream, packet.time_base = copy, stream.time_base
+                packet.stream, packet.time_base = copy, time_base
                 looped.mux(packet)
 
 
@@ -148,7 +149,9 @@ class Stages:
         assert self._server.stdout is not None
         assert json.loads(self._server.stdout.readline()) == "ready"
 
-    def start(self, stage: str, project: str, *args: str, env: dict[str, str] | None = None, as_nobody: bool = False) -> int:
+    def start(
+        self, stage: str, project: str, *args: str, env: dict[str, str] | None = None, as_nobody: bool = False
+    ) -> int:
         """Start a stage as the leader of a process group of its own; its process id. `finished` waits for it."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None

@@ -31,16 +31,23 @@ def number_of(frame: av.VideoFrame) -> int:
     return int(sum(int(luma[HEIGHT // 2, 8 * b + 4] > 128) << b for b in range(BITS)))
 
 
-def write_numbered(path: Path, n: int, times: Callable[[int], int] | None = None, **options: str) -> Path:
-    """An H.264 film of numbered frames, 1/1000 s ticks at 25 frames/s, or at the ticks that `times` gives."""
-    with av.open(str(path), "w", options={"movflags": "faststart"} if options.pop("faststart", "") else {}) as file:
-        stream: Any = file.add_stream(options.pop("codec", "libx264"), rate=25)
+def write_numbered(
+    path: Path,
+    n: int,
+    options: dict[str, str] | None = None,
+    times: Callable[[int], int] = lambda i: 40 * i,
+    codec: str = "libx264",
+    faststart: bool = False,
+) -> Path:
+    """A film of numbered frames, at 25 frames/s or at the milliseconds that `times` gives."""
+    with av.open(str(path), "w", options={"movflags": "faststart"} if faststart else {}) as file:
+        stream: Any = file.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        stream.options = {"crf": "20", "threads": "1", **options}
+        stream.options = {"crf": "20", "threads": "1", **(options or {})}
         for i in range(n):
             frame = av.VideoFrame.from_ndarray(numbered(i), format="gray").reformat(format="yuv420p")
-            frame.pts, frame.time_base = times(i) if times else 40 * i, Fraction(1, 1000)
+            frame.pts, frame.time_base = times(i), Fraction(1, 1000)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return path
@@ -64,7 +71,7 @@ GOPS = {
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
 @pytest.mark.parametrize("gop", GOPS)
 def test_every_start_gives_that_frame(gop: str, suffix: str, tmp_path: Path) -> None:
-    info = video.probe(str(write_numbered(tmp_path / f"v.{suffix}", 75, **GOPS[gop])), "v")
+    info = video.probe(str(write_numbered(tmp_path / f"v.{suffix}", 75, GOPS[gop])), "v")
     assert (info.n_frames, info.n_declared, info.width, info.height) == (75, 75, WIDTH, HEIGHT)
     assert info.step is not None
     assert info.fps == pytest.approx(25)
@@ -76,12 +83,12 @@ def test_every_start_gives_that_frame(gop: str, suffix: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("start", "stop", "jump"), [(0, 75, 1), (0, 75, 7), (14, 71, 7), (10, 11, 5), (60, 75, 3)])
 def test_jumps(start: int, stop: int, jump: int, tmp_path: Path) -> None:
-    info = video.probe(str(write_numbered(tmp_path / "v.mp4", 75, **GOPS["b_frames"])), "v")
+    info = video.probe(str(write_numbered(tmp_path / "v.mp4", 75, GOPS["b_frames"])), "v")
     assert numbers(info, start, stop, jump) == list(range(start, stop, jump))
 
 
 def test_film_that_does_not_start_at_zero(tmp_path: Path) -> None:
-    path = write_numbered(tmp_path / "v.mkv", 60, lambda i: 40 * i + 3600, **GOPS["b_frames"])
+    path = write_numbered(tmp_path / "v.mkv", 60, GOPS["b_frames"], lambda i: 40 * i + 3600)
     info = video.probe(str(path), "v")
     assert info.step is not None
     for start in (0, 1, 11, 12, 13, 40, 59):
@@ -91,7 +98,7 @@ def test_film_that_does_not_start_at_zero(tmp_path: Path) -> None:
 def test_variable_frame_rate_is_counted(tmp_path: Path) -> None:
     """Where frames are unevenly far apart, their times do not tell their numbers."""
     ticks = list(itertools.accumulate(np.random.default_rng(0).choice([20, 40, 60, 400], 75).tolist()))
-    path = write_numbered(tmp_path / "v.mp4", 75, lambda i: int(ticks[i]), **GOPS["b_frames"])
+    path = write_numbered(tmp_path / "v.mp4", 75, GOPS["b_frames"], lambda i: int(ticks[i]))
     info = video.probe(str(path), "v")
     assert info.step is None
     assert info.n_frames == 75
@@ -101,7 +108,7 @@ def test_variable_frame_rate_is_counted(tmp_path: Path) -> None:
 
 def test_a_dropped_frame_in_the_file_is_counted(tmp_path: Path) -> None:
     """A camera that skipped once: frame k is still the k-th picture of the file."""
-    path = write_numbered(tmp_path / "v.mp4", 60, lambda i: 40 * (i + (i >= 30)), **GOPS["b_frames"])
+    path = write_numbered(tmp_path / "v.mp4", 60, GOPS["b_frames"], lambda i: 40 * (i + (i >= 30)))
     info = video.probe(str(path), "v")
     assert info.n_frames == 60
     for start in (0, 29, 30, 31, 50):
@@ -110,7 +117,7 @@ def test_a_dropped_frame_in_the_file_is_counted(tmp_path: Path) -> None:
 
 def test_avi_with_b_frames_is_counted(tmp_path: Path) -> None:
     """AVI stores no times of display: those that decoders make up are late by the reordering."""
-    path = write_numbered(tmp_path / "v.avi", 60, lambda i: 40 * i, codec="mpeg4", bf="2", g="12", qmax="3")
+    path = write_numbered(tmp_path / "v.avi", 60, {"bf": "2", "g": "12", "qmax": "3"}, codec="mpeg4")
     info = video.probe(str(path), "v")
     assert info.n_frames == 60
     for start in (0, 1, 2, 30, 57):
@@ -126,7 +133,7 @@ def test_beyond_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gop", GOPS)
 def test_frames_counted_in_a_truncated_file_are_the_first_ones(gop: str, tmp_path: Path) -> None:
     """B-frames lie behind later frames in the file: what is cut off is not simply the end of the film."""
-    path = write_numbered(tmp_path / "whole.mp4", 75, faststart="1", **GOPS[gop])
+    path = write_numbered(tmp_path / "whole.mp4", 75, GOPS[gop], faststart=True)
     whole = path.read_bytes()
     with av.open(str(path)) as file:
         ends = [e.pos + e.size for e in file.streams.video[0].index_entries]
@@ -152,7 +159,7 @@ def test_index_at_the_end_is_cut_off(tmp_path: Path) -> None:
 
 def test_corrupt_bytes_are_never_shown_as_a_picture(tmp_path: Path) -> None:
     """Zeros over the middle of the film: an error with the frame's number, or, before it, the right pictures."""
-    path = write_numbered(tmp_path / "v.mp4", 75, **GOPS["b_frames"])
+    path = write_numbered(tmp_path / "v.mp4", 75, GOPS["b_frames"])
     with av.open(str(path)) as file:
         entries = [(e.pos, e.size) for e in file.streams.video[0].index_entries]
     data = bytearray(path.read_bytes())
@@ -166,7 +173,9 @@ def test_corrupt_bytes_are_never_shown_as_a_picture(tmp_path: Path) -> None:
 
 
 # -- the right colours --------------------------------------------------------------------------------------------
-def coloured(pix_fmt: str, space: Colorspace, color_range: ColorRange, size: tuple[int, int] = (64, 48)) -> av.VideoFrame:
+def coloured(
+    pix_fmt: str, space: Colorspace, color_range: ColorRange, size: tuple[int, int] = (64, 48)
+) -> av.VideoFrame:
     """A smooth colour picture, as a decoder would hand it out in that format."""
     w, h = size
     y, x = np.mgrid[:h, :w]

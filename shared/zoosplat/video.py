@@ -98,8 +98,8 @@ def probe(url: str, label: str) -> VideoInfo:
 def _first_packets(container: Any, stream: Any, first_missing: int | None) -> tuple[int | None, int]:
     """When the first packet is shown, and how many are shown before the decoding time of the first that is cut off.
 
-    Packets lie in the order of decoding: behind a packet that is there, one that is shown before it may be missing. None
-    that is missing is shown before it is decoded.
+    Packets lie in the order of decoding: behind a packet that is there, one that is shown before it may be missing.
+    None that is missing is shown before it is decoded.
     """
     first, count = None, 0
     for packet in container.demux(stream):
@@ -116,12 +116,9 @@ def read_frames(info: VideoInfo, start: int, stop: int, jump: int = 1) -> Iterat
     Raises:
         UserError: a frame that is missing or cannot be decoded, with its number.
     """
-    numbered = _numbered(info, start)
-    first = next(numbered, None)
-    if first is None or first[0] > start:
-        numbered = _numbered(info, 0)
-    else:
-        numbered = itertools.chain([first], numbered)
+    sought = _numbered(info, start)
+    first = next(sought, None)
+    numbered = itertools.chain([first], sought) if first and first[0] <= start else _numbered(info, 0)
     wanted, at = start, -1
     for at, frame in numbered:
         if at > wanted:

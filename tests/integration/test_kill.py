@@ -162,7 +162,7 @@ def test_shard_size_changes_nothing(recording: Recording, stages: Stages, finish
         assert mark["shards"] == 1
         assert mark["digest"] == json.loads((finished / "_marks" / f"{stage}.json").read_text())["digest"]
         ours, theirs = (
-            {name: data for name, data in files(folder / STAGES[stage].writes).items() if not name.startswith("counts/")}
+            {k: data for k, data in files(folder / STAGES[stage].writes).items() if not k.startswith("counts/")}
             for folder in (project, finished)
         )
         assert ours == theirs
