@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +141,34 @@ def test_resumes_on_s3_with_workers(s3: S3, recording: Recording, stages: Stages
     assert (after[mark], after[data]) == (before[mark], before[data])
     for path in stores.list_files(str(finished / "masks.zarr")):
         assert s3.read(name, f"p/masks.zarr/{path}") == (finished / "masks.zarr" / path).read_bytes()
+
+
+@pytest.mark.parametrize("stage", EXACT)
+def test_killed_on_s3(stage: str, s3: S3, recording: Recording, stages: Stages, finished: Path) -> None:
+    """As on local files (test_kill.py): killed twice at random points, then finished, finished shards kept."""
+    name = s3.bucket()
+    config = recording.config(recording.folder)
+    s3.client.put_object(Bucket=name, Key="p/experiment.yaml", Body=json.dumps(config).encode())
+    for ready in STAGES[stage].reads:
+        s3.put_folder(finished / STAGES[ready].writes, name, f"p/{STAGES[ready].writes}")
+        mark = (finished / "_marks" / f"{ready}.json").read_bytes()
+        s3.client.put_object(Bucket=name, Key=f"p/_marks/{ready}.json", Body=mark)
+    rng = random.Random(stage)
+    for _ in range(2):
+        process = stages.start(stage, f"s3://{name}/p", "--workers", "1", env=s3.env)
+        time.sleep(rng.uniform(0.2, 1.2))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+        stages.finished()
+    done = {k: v for k, v in s3.objects(name).items() if k.startswith(f"p/_marks/{stage}/shard-")}
+    outcome = stages(stage, f"s3://{name}/p", env=s3.env)
+    assert (outcome.status, outcome.err) == (0, "")
+    objects = s3.objects(name)
+    assert done.items() <= objects.items()
+    group = f"p/{STAGES[stage].writes}/"
+    there = {key.removeprefix(group): s3.read(name, key) for key in objects if key.startswith(group)}
+    local = finished / STAGES[stage].writes
+    assert there == {path: (local / path).read_bytes() for path in stores.list_files(str(local))}
 
 
 def test_a_fresh_interpreter(s3: S3, bucket: str) -> None:

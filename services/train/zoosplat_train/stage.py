@@ -161,6 +161,8 @@ class _Training:
         means = {key: value / max(p.position, 1) for key, value in zip(ops.TRAIN_FIGURES, sums, strict=True)}
         if not all(math.isfinite(value) for value in sums):
             raise self._diverged()
+        if p.position == 0:  # a new epoch has nothing to show yet
+            return means
         text = f"epoch {p.epoch + 1} loss {means['train_loss']:.3f}"
         validated = [row for row in p.history if "valid_iou" in row]
         if validated:

@@ -1,0 +1,142 @@
+"""`zoosplat run` from videos to the report, on local files and on S3, with the learning stages killed on the way."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from zoosplat.pipeline import PIPELINE, STAGES
+
+if TYPE_CHECKING:
+    from tests.conftest import S3, Recording
+
+SMALL = {
+    "holdout_views": [2],
+    "ingest__max_frames": 36,
+    "center_rotation__grid_size": 32,
+    "crop__grid_size": 32,
+    "model": {"num_unets": 1, "base_filters": 2, "bottleneck": 16, "min_gaussians": 64, "max_gaussians": 1500},
+    "train": {"epochs": 3, "lr": 1e-3, "device": "cpu", "keep_last": 2},
+    "evaluate": {"gallery_frames": 1, "device": "cpu"},
+    "render": {"orbit_frames": 4, "sequence_frames": 4, "width": 96, "height": 80, "device": "cpu"},
+}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def zoosplat(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("zoosplat")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ONE_THREAD, **(env or {})})
+
+
+def losses(history: bytes) -> list[tuple[str, str]]:
+    """Epoch, training and validation loss of every epoch, as written."""
+    return [(row["train_loss"], row["valid_loss"]) for row in csv.DictReader(io.StringIO(history.decode()))]
+
+
+@pytest.fixture(scope="module")
+def project(recording: Recording, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that `zoosplat run` has taken from its videos to its report, undisturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = folder / "config.yaml"
+    config.write_text(json.dumps(recording.config(**SMALL)))
+    done = zoosplat("run", str(config), "--project", str(folder / "project"))
+    assert done.returncode == 0, done.stderr
+    assert str(folder / "project" / "report" / "index.html") in done.stdout.replace("\n", "")
+    return folder / "project"
+
+
+def test_every_stage_is_done_and_reported(project: Path) -> None:
+    for spec in PIPELINE:
+        assert (project / "_marks" / f"{spec.name}.json").exists()
+    page = (project / "report" / "index.html").read_text()
+    assert "data:video/mp4" in page
+    assert 'src="http' not in page
+    rows = list(csv.DictReader((project / "evaluation" / "metrics_test.csv").open()))
+    assert [row["camera"] for row in rows][-2:] == ["mean_observed", "mean_held_out"]
+    assert 0.2 < float(rows[-1]["iou"]) <= 1
+    assert sorted(p.name for p in (project / "renders").glob("*.mp4")) == ["orbit.mp4", "sequence.mp4"]
+
+
+def test_again_computes_nothing(project: Path, recording: Recording, tmp_path: Path) -> None:
+    before = {p.name: p.read_bytes() for p in (project / "_marks").glob("*.json")}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(recording.config(**SMALL)))
+    done = zoosplat("run", str(config), "--project", str(project))
+    assert done.returncode == 0, done.stderr
+    assert {p.name: p.read_bytes() for p in (project / "_marks").glob("*.json")} == before
+
+
+def undone(project: Path, folder: Path, stage: str) -> Path:
+    """A copy of a finished project in which one of the learning stages has not run yet."""
+    shutil.copytree(project, folder)
+    shutil.rmtree(folder / STAGES[stage].writes)
+    shutil.rmtree(folder / "_marks" / stage)
+    (folder / "_marks" / f"{stage}.json").unlink()
+    return folder
+
+
+def run(stage: str, project: Path) -> list[str]:
+    return [sys.executable, "-m", f"zoosplat_{stage}", "--project", str(project)]
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate", "render"])
+def test_killed_and_run_again(stage: str, project: Path, tmp_path: Path) -> None:
+    """Training ends at the losses of an undisturbed one; the others write the same files."""
+    copy = undone(project, tmp_path / "project", stage)
+    rng = random.Random(stage)
+    env = {**os.environ, **ONE_THREAD}
+    for _ in range(3):
+        process = subprocess.Popen(run(stage, copy), env=env, stdout=subprocess.PIPE, start_new_session=True)
+        assert process.stdout is not None
+        process.stdout.readline()  # it has begun its work; an interpreter that is starting up proves nothing
+        time.sleep(rng.uniform(0, 0.6))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    done = subprocess.run(run(stage, copy), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(copy.rglob("*.partial"))
+    ours, theirs = (folder / STAGES[stage].writes for folder in (copy, project))
+    if stage == "train":
+        mine, other = (losses((folder / "history.csv").read_bytes()) for folder in (ours, theirs))
+        assert len(mine) == len(other) == 3
+        for got, expected in zip(mine, other, strict=True):
+            assert [float(v) for v in got] == pytest.approx([float(v) for v in expected], rel=1e-4)
+    else:
+        names = sorted(p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file())
+        assert sorted(p.relative_to(ours) for p in ours.rglob("*") if p.is_file()) == names
+        for name in names:
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def test_the_same_on_s3(s3: S3, project: Path, recording: Recording, tmp_path: Path) -> None:
+    """Videos and configuration read from S3, everything written there, the report read back, nothing beside it."""
+    bucket = s3.bucket()
+    s3.put_folder(recording.folder, bucket, "recording")
+    config = json.dumps(recording.config(f"s3://{bucket}/recording", **SMALL)).encode()
+    s3.client.put_object(Bucket=bucket, Key="configs/tiny.yaml", Body=config)
+    before = s3.objects(bucket)
+    done = zoosplat("run", f"s3://{bucket}/configs/tiny.yaml", "--project", f"s3://{bucket}/results/tiny", env=s3.env)
+    assert done.returncode == 0, done.stderr
+    after = s3.objects(bucket)
+    assert {key for key in after if not key.startswith("results/tiny/")} == set(before)
+    assert s3.read(bucket, "results/tiny/report/index.html").startswith(b"<!doctype html>")
+    for name in ("evaluation/metrics_test.csv", "renders/still_camera.png"):
+        assert s3.read(bucket, f"results/tiny/{name}") == (project / name).read_bytes()
+    assert losses(s3.read(bucket, "results/tiny/model/history.csv")) == losses(
+        (project / "model" / "history.csv").read_bytes()
+    )
+    status = zoosplat("status", f"s3://{bucket}/results/tiny", env=s3.env)
+    assert status.returncode == 0
+    assert status.stdout.count("done") >= len(PIPELINE)
