@@ -1,8 +1,8 @@
 # zoosplat: `make demo` runs everything end to end, `make test` passes the tests. Needs Python 3.11+ and make.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # Two OpenMP threads that spin on a loaded machine slow each other down.
 export OMP_WAIT_POLICY ?= passive
+export PYTHON
 
 .PHONY: help install demo test lint check minio bench clean
 
@@ -12,7 +12,7 @@ help:            ## this list
 install: .venv/installed  ## .venv with everything, at the versions of constraints.txt
 
 .venv/installed: pyproject.toml constraints.txt deploy/venv.sh
-	@PYTHON="$(PYTHON)" deploy/venv.sh
+	@deploy/venv.sh
 	@touch $@
 
 demo: install    ## a synthetic recording from videos to the report, in ./demo

@@ -2,8 +2,14 @@
 # Make .venv at the pinned versions. uv keeps one copy of each package a machine and links it into every environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python="${PYTHON:-python3}"
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+python=""
+for candidate in ${PYTHON:-python3.12 python3.13 python3.11 python3}; do  # a name may be there and not run (pyenv)
+  if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    python="$candidate"
+    break
+  fi
+done
+if [ -z "$python" ]; then
   echo "zoosplat needs Python 3.11 or newer; set PYTHON=/path/to/python3" >&2
   exit 2
 fi
