@@ -32,7 +32,7 @@ def test_rough_center_outvotes_a_wrong_view() -> None:
     assert np.isnan(ops.rough_center(pixels, k, m)).all()
 
 
-def turning_gaussians(n: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def turning_gaussians(n: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """An elongated body on a circle, heading along the tangent, 1.5 turns."""
     heading = np.linspace(0.3, 0.3 + 3 * np.pi, n)
     means = 0.1 * np.stack([np.sin(heading), -np.cos(heading), 0 * heading], 1)

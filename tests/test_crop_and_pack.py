@@ -11,7 +11,7 @@ from zoosplat_crop import ops as crop
 from zoosplat_pack import ops as pack
 
 
-def counts(n: int, **at: int) -> np.ndarray:  # type: ignore[type-arg]
+def counts(n: int, **at: int) -> np.ndarray:
     out = np.zeros(n, np.int64)
     for key, value in at.items():
         out[int(key[1:])] = value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,9 @@ from zoosplat import visual_hull
 from zoosplat.synthetic import ring_of_cameras
 
 
-def slow_hull(masks, intrinsics, world_to_camera, axes, center, angle, needed):  # type: ignore[no-untyped-def]
+def slow_hull(
+    masks: Any, intrinsics: Any, world_to_camera: Any, axes: Any, center: Any, angle: float, needed: int
+) -> Any:
     """Every voxel, one at a time, straight from the definition."""
     found = {}
     c, s = np.cos(angle), np.sin(angle)
@@ -27,14 +31,14 @@ def slow_hull(masks, intrinsics, world_to_camera, axes, center, angle, needed): 
     return found
 
 
-def rig(n: int = 4, size: int = 96):  # type: ignore[no-untyped-def]
-    k, r, t = ring_of_cameras(n, 0.4, 0.2, focal_px=1.1 * size, width=size, height=size, target=np.zeros(3))
+def rig(n: int = 4, size: int = 96) -> tuple[Any, Any]:
+    k, r, t = ring_of_cameras(n, 0.4, 0.2, focal_px=1.1 * size, width=size, height=size, target=(0.0, 0.0, 0.0))
     m = np.tile(np.eye(4), (n, 1, 1))
     m[:, :3, :3], m[:, :3, 3] = r, t
     return k, m
 
 
-def sphere_masks(k, m, center, radius, size: int = 96):  # type: ignore[no-untyped-def]
+def sphere_masks(k: Any, m: Any, center: Any, radius: float, size: int = 96) -> Any:
     """Exact silhouettes of a sphere: pixels whose ray passes it closer than its radius."""
     v, u = np.mgrid[:size, :size]
     rays = np.linalg.inv(k)[:, None, None] @ np.stack([u, v, np.ones_like(u)], -1)[None, ..., None].astype(float)
@@ -50,8 +54,8 @@ def test_equals_projecting_every_voxel(seed: int) -> None:
     k, m = rig()
     center, angle = rng.uniform(-0.03, 0.03, 3), rng.uniform(-3, 3)
     masks = sphere_masks(k, m, rng.uniform(-0.03, 0.03, 3), 0.03) | (rng.random((4, 96, 96)) > 0.995)
-    axes = tuple(np.linspace(-0.1, 0.1, n) for n in (19, 24, 21))
-    cells, votes = visual_hull.hull_indices(masks, k, m, axes, center, angle, 3)  # type: ignore[arg-type]
+    axes = (np.linspace(-0.1, 0.1, 19), np.linspace(-0.1, 0.1, 24), np.linspace(-0.1, 0.1, 21))
+    cells, votes = visual_hull.hull_indices(masks, k, m, axes, center, angle, 3)
     fast = {tuple(int(i) for i in cell): int(v) for cell, v in zip(cells, votes, strict=True)}
     assert len(fast) > 50
     assert fast == slow_hull(masks, k, m, axes, center, angle, 3)

@@ -237,9 +237,7 @@ CalibrationFiles = Annotated[list[str], typer.Argument(metavar="IN...", help="On
 
 
 @cameras_app.command("show")
-def cameras_show(
-    files: CalibrationFiles, format: CalibrationFormat = "auto", unit: CalibrationUnit = "auto"
-) -> None:
+def cameras_show(files: CalibrationFiles, format: CalibrationFormat = "auto", unit: CalibrationUnit = "auto") -> None:
     """Print the cameras of a calibration: focal lengths, principal points, distortion, positions in metres."""
     from zoosplat_flows import recording
 

@@ -213,7 +213,6 @@ def _zarr_store(url: str, *, read_only: bool) -> Store:
         client_options={
             "allow_http": True,
             "connect_timeout": f"{CONNECT_TIMEOUT_S}s",
-            "read_timeout": f"{READ_TIMEOUT_S}s",
             "timeout": f"{REQUEST_TIMEOUT_S}s",
         },
         retry_config={"max_retries": ATTEMPTS - 1, "retry_timeout": timedelta(seconds=READ_TIMEOUT_S * ATTEMPTS)},

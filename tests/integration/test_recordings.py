@@ -26,6 +26,11 @@ def preprocess(experiment: Experiment, folder: Path) -> Project:
     return project
 
 
+def group(project: Project, stage: str) -> Any:
+    """A stage's group, its arrays and attributes untyped."""
+    return project.open_input(stage)
+
+
 def experiment(**sections: Any) -> Experiment:
     return Experiment.model_validate(sections)
 
@@ -74,16 +79,15 @@ def cylinder5(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pr
 
 
 def test_mouse6_tracking_against_truth(mouse6: Project, shared_data: Path) -> None:
-    masks, tracking = mouse6.open_input("ingest"), mouse6.open_input("center_rotation")
+    masks, tracking = group(mouse6, "ingest"), group(mouse6, "center_rotation")
     world = WorldTransform.from_json(masks.attrs["world"])
     with np.load(shared_data / "mouse6" / "truth.npz") as truth:
         centroid, heading = world.to_oriented(truth["centroid"]), truth["heading"]
     assert schema.read(tracking, "valid").all()
     error_mm = 1e3 * np.linalg.norm(schema.read(tracking, "centers") - centroid, axis=1)
     off_deg = np.degrees(np.abs(np.angle(np.exp(1j * (schema.read(tracking, "angles") - heading)))))
-    print(
-        f"centre: median {np.median(error_mm):.2f} mm; heading: median {np.median(off_deg):.1f}, max {off_deg.max():.1f}"
-    )
+    print(f"centre: median {np.median(error_mm):.2f} mm")
+    print(f"heading: median {np.median(off_deg):.1f} degrees, largest {off_deg.max():.1f}")
     assert np.median(error_mm) <= 2.5
     assert np.median(off_deg) <= 12
     assert off_deg.max() < 90  # no flip
@@ -91,7 +95,7 @@ def test_mouse6_tracking_against_truth(mouse6: Project, shared_data: Path) -> No
 
 def test_mouse6_crop_holds_the_whole_animal(mouse6: Project) -> None:
     """Every hull voxel of every frame, carved again here, lies in the crop."""
-    masks, tracking, crop = (mouse6.open_input(s) for s in ("ingest", "center_rotation", "crop"))
+    masks, tracking, crop = (group(mouse6, s) for s in ("ingest", "center_rotation", "crop"))
     ranges = schema.read(crop, "volume_idx")
     axis = visual_hull.grid_axis(float(crop.attrs["ell_m"]), int(crop.attrs["grid_size"]))
     intrinsics, world_to_camera = schema.read(masks, "intrinsics"), schema.read(masks, "world_to_camera")
@@ -113,7 +117,7 @@ def test_mouse6_crop_holds_the_whole_animal(mouse6: Project) -> None:
 
 
 def test_mouse6_windows_hold_the_masks(mouse6: Project) -> None:
-    masks, images = mouse6.open_input("ingest"), mouse6.open_input("pack")
+    masks, images = group(mouse6, "ingest"), group(mouse6, "pack")
     for t in (0, 150, 299):
         whole, small, origin = masks["mask"][t], images["mask"][t], images["origin"][t]
         h, w = small.shape[1:]
@@ -124,7 +128,7 @@ def test_mouse6_windows_hold_the_masks(mouse6: Project) -> None:
 
 
 def test_cylinder5_center_reprojects_into_the_masks(cylinder5: Project) -> None:
-    masks, tracking = cylinder5.open_input("ingest"), cylinder5.open_input("center_rotation")
+    masks, tracking = group(cylinder5, "ingest"), group(cylinder5, "center_rotation")
     mask = schema.read(masks, "mask")
     pixels, depth = geometry.project(
         schema.read(tracking, "centers"), schema.read(masks, "intrinsics"), schema.read(masks, "world_to_camera")
@@ -140,7 +144,7 @@ def test_cylinder5_center_reprojects_into_the_masks(cylinder5: Project) -> None:
 
 
 def test_cylinder5_hull_meets_the_held_out_mask(cylinder5: Project) -> None:
-    masks, tracking = cylinder5.open_input("ingest"), cylinder5.open_input("center_rotation")
+    masks, tracking = group(cylinder5, "ingest"), group(cylinder5, "center_rotation")
     intrinsics, world_to_camera = schema.read(masks, "intrinsics"), schema.read(masks, "world_to_camera")
     centers, angles = schema.read(tracking, "centers"), schema.read(tracking, "angles")
     axis = visual_hull.grid_axis(0.16, 160)  # 1 mm voxels, about a pixel wide in this view: no holes between them

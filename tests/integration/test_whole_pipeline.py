@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,7 +22,7 @@ from zoosplat.pipeline import PIPELINE, STAGES
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "holdout_views": [2],
     "ingest__max_frames": 36,
     "center_rotation__grid_size": 32,
