@@ -204,7 +204,7 @@ def context(folder: Path, progress: list[tuple[int, int]] | None = None, **setti
 def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     valid = np.array([t != 9 for t in range(T)])
     size = {"width": WINDOW[0], "height": WINDOW[1], "full_width": WIDTH, "full_height": HEIGHT}
-    made = Reader(n_frames=T, n_cameras=2, camera_names=["left", "right"], valid=valid, **size)
+    made = Reader(n_frames=T, n_cameras=2, observed=[0, 1], camera_names=["left", "right"], valid=valid, **size)
 
     def gaussians(t: int) -> Gaussians:
         return animal().to_world(torch.tensor(CENTER), torch.tensor(ANGLE))

@@ -59,9 +59,15 @@ def join(url: str, *parts: str) -> str:
 @lru_cache(maxsize=1)
 def _s3() -> Any:
     import s3fs
+    from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+    from botocore.handlers import add_expect_header
 
     s3fs.S3FileSystem.retries = ATTEMPTS
+    session = AioSession()
+    # Without it a put does not wait for leave to send, for which there is no timeout: a stuck server would hold it.
+    session.unregister("before-call.s3", add_expect_header)
     return s3fs.S3FileSystem(
+        session=session,
         use_listings_cache=False,
         config_kwargs={
             "connect_timeout": CONNECT_TIMEOUT_S,

@@ -55,7 +55,8 @@ class Render(Stage):
         predictor = Predictor.open(ctx.project, ctx.experiment, settings.device)
         artist = _Artist(ctx, predictor, total=shard.stop)
         t, sequence = plan.values["frame"], plan.values["sequence"]
-        frame, gaussians = predictor.reader.frame(t), artist.gaussians(t)
+        frame = predictor.reader.frame(t)
+        gaussians = artist.gaussians(frame)
         view = artist.camera_view(frame)
         place = {"t": t, "frame": t * ctx.experiment.ingest.frame_jump}
         camera = {"camera": predictor.reader.camera_names[settings.camera]}
@@ -100,12 +101,11 @@ class _Artist:
         self.height = self.settings.height or self.reader.full_height * enlarged
         self._progress, self._done, self._total = ctx.progress, 0, total
 
-    def gaussians(self, t: int) -> Gaussians:
-        """Gaussians of a kept frame in the world, fit to be seen from closer than in training."""
-        pose, (center, _) = self.reader.world_to_camera, self.reader.pose(t)
-        depth = (pose[:, 2, :3] @ center + pose[:, 2, 3])[self.reader.observed]
-        focal = self.reader.full_intrinsics[self.reader.observed, 0, 0]
-        return self.predictor.gaussians(t).smoothed(float((depth / focal).mean()))
+    def gaussians(self, frame: Frame) -> Gaussians:
+        """Gaussians of a frame in the world, fit to be seen from closer than in training."""
+        depth = frame.world_to_camera[:, 2, :3] @ frame.center + frame.world_to_camera[:, 2, 3]
+        pixel_m = (depth / frame.intrinsics[:, 0, 0])[self.reader.observed].mean()
+        return self.predictor.gaussians(frame.t).smoothed(float(pixel_m))
 
     def camera_view(self, frame: Frame) -> tuple[Tensor, Tensor]:
         """World-to-camera [4, 4] and intrinsics [3, 3] of the camera, its window enlarged to fill the picture."""
@@ -139,7 +139,7 @@ class _Artist:
         window, camera = (0, 0, self.reader.width, self.reader.height), self.settings.camera
         for frame in self.reader.prefetch(frames):
             truth = media.to_uint8(frame.on_white()[camera].cpu().numpy())
-            rendering = self.picture(self.gaussians(frame.t), self.camera_view(frame), camera)
+            rendering = self.picture(self.gaussians(frame), self.camera_view(frame), camera)
             yield media.side_by_side([media.zoom(truth, window, self.width, self.height), rendering])
 
 
