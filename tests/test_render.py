@@ -222,7 +222,7 @@ def picture_of(ctx: Context, name: str) -> Any:
 
 def test_everything_is_rendered(tmp_path: Path, reader: Reader) -> None:
     steps: list[tuple[int, int]] = []
-    ctx = context(tmp_path, steps, orbit_frames=6, sequence_frames=3, camera=1)
+    ctx = context(tmp_path, steps, orbit_frames=6, sequence_frames=3, camera=1, width=WIDTH, height=HEIGHT)
     plan = stage.STAGE.prepare(ctx)
     # The test third is 8 .. 11 without 9, so its middle is 10 and the film begins at 8.
     assert plan.values == {"frame": 10, "sequence": [8, 10, 11]}
@@ -279,11 +279,22 @@ def test_free_still_turns_and_moves_the_animal(tmp_path: Path, reader: Reader) -
     quats = geometry.quaternion_multiply(geometry.quaternion_from_z_angle(math.pi / 2), built.quats.numpy())
     placed = built._replace(means=means, quats=torch.tensor(quats).float())
     placed = placed.to_world(torch.tensor(CENTER), torch.tensor(ANGLE))
+    # A training pixel at the animal, f = 150: its width is the mean distance of the two cameras over 150.
+    distances = np.linalg.norm(np.array([[0.8, 0.1, 0.3], [-0.7, 0.2, 0.2]]) - CENTER, axis=1)
+    placed = placed._replace(scales=(placed.scales**2 + 0.3 * (distances.mean() / 150) ** 2).sqrt())
     index = json.loads(stores.read_bytes(ctx.project.path("renders", "index.json")))
     k, pose = (torch.tensor(index["view"][key])[None] for key in ("intrinsics", "world_to_camera"))
     expected = media.to_uint8(render(placed, pose, k, 64, 48).rgb[0].numpy())
     assert np.abs(free.astype(int) - expected).max() <= 1
     assert np.abs(free.astype(int) - picture_of(ctx, "still_camera.png")).max() > 100
+
+
+def test_small_recordings_are_enlarged(tmp_path: Path, reader: Reader) -> None:
+    ctx = context(tmp_path, orbit_frames=1, sequence_frames=1, frame=3)
+    plan = stage.STAGE.prepare(ctx)
+    stage.STAGE.run_shard(ctx, plan.shard(0), plan)
+    # 9 times 60 x 44 is the first multiple whose shorter side has 384 pixels.
+    assert picture_of(ctx, "still_camera.png").shape == (9 * HEIGHT, 9 * WIDTH, 3)
 
 
 def test_moves_are_along_the_animals_own_axes() -> None:

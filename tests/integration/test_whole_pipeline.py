@@ -97,7 +97,7 @@ def run(stage: str, project: Path) -> list[str]:
 def pictures(path: Path) -> Any:
     """The pictures of a PNG or MP4 file, [n, h, w, 3]."""
     if path.suffix == ".png":
-        return cv2.imread(str(path))[None]
+        return np.asarray(cv2.imread(str(path)))[None]
     with av.open(str(path)) as film:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)])
 
