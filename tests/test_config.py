@@ -53,12 +53,12 @@ def refusal(raw: dict[str, Any]) -> list[str]:
 
 
 # -- defaults and types -------------------------------------------------------------------------------------------
-def test_defaults_are_those_of_the_published_method() -> None:
+def test_defaults_are_those_of_the_published_method_but_for_its_bottom() -> None:
     e = Experiment.from_yaml(yaml.safe_dump(native()))
     assert (e.unit, e.holdout_views, e.adaptive_camera, e.reuse) == ("m", (), False, None)
     assert (e.train.lr, e.train.epochs, e.train.img_lambda, e.train.ssim_lambda) == (1e-4, 50, 0.5, 0.0)
     assert (e.crop.grid_size, e.center_rotation.grid_size, e.crop.volume_idx) == (112, 112, None)
-    assert (e.model.num_unets, e.model.base_filters, e.model.poolings, e.model.bottleneck) == (3, 8, 4, 512)
+    assert (e.model.num_unets, e.model.base_filters, e.model.poolings, e.model.bottleneck) == (3, 8, 4, 0)
     assert (e.model.min_gaussians, e.model.max_gaussians, e.pack.window) == (1024, 16000, "auto")
     hash(e)
     with pytest.raises(ValidationError):

@@ -172,7 +172,9 @@ class Model(_Section):
     poolings: Annotated[Count, Field(le=4)] = Field(
         default=4, description="halvings of the resolution in a U-Net, 1 to 4"
     )
-    bottleneck: Count = Field(default=512, description="width of the layer at the bottom of a U-Net")
+    bottleneck: Index = Field(
+        default=0, description="width of a perceptron over the whole volume at the bottom of a U-Net; 0: none"
+    )
     gaussian_mode: Literal["3d", "2d"] = Field(default="3d", description="3D Gaussians, or flat ones (surfels)")
     min_gaussians: Count = Field(default=1024, description="Gaussians a frame, at least")
     max_gaussians: Count = Field(default=16000, description="Gaussians a frame, at most")

@@ -118,7 +118,7 @@ class PoseSplatter(nn.Module):
         num_unets: int = 3,
         base_filters: int = 8,
         poolings: int = 4,
-        bottleneck: int = 512,
+        bottleneck: int = 0,
         mode: Literal["3d", "2d"] = "3d",
         min_gaussians: int = 1024,
         max_gaussians: int = 16000,
