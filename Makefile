@@ -4,10 +4,10 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 export PYTHON
 
-.PHONY: help install demo test lint check minio bench clean
+.PHONY: help install demo test lint check minio images bench cluster-tools test-cluster clean
 
 help:            ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 16
 
 install: .venv/installed  ## .venv with everything, at the versions of constraints.txt
 
@@ -29,9 +29,18 @@ lint: install    ## ruff and mypy --strict
 minio:           ## build a MinIO server for the tests, once a machine, where Go is
 	@deploy/minio.sh
 
+images:          ## container images of the stages and of the flows, with podman or docker
+	@deploy/images/build.sh
+
 bench: install   ## CPU stages against ffmpeg, rasteriser
 	$(BIN)/python benchmarks/preprocessing.py
 	$(BIN)/python benchmarks/rasterize.py
+
+cluster-tools:   ## build a Kubernetes, kwok and helm for the tests, once a machine, where Go is
+	@deploy/cluster/build.sh
+
+test-cluster: install minio cluster-tools  ## tests on a Kubernetes of this machine; its real nodes need root and images
+	ZOOSPLAT_CI_CLUSTER=1 $(BIN)/pytest -q tests/cluster
 
 clean:           ## remove .venv and caches; experiments stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

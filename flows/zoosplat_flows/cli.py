@@ -69,6 +69,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Show, convert and check configurations.")
 cameras_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Show and convert calibrations.")
+cluster_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Look at the Kubernetes cluster.")
 
 
 def _version(wanted: bool) -> None:
@@ -261,8 +262,28 @@ def cameras_convert(
     typer.echo(str(out))
 
 
+@cluster_app.command("status")
+def cluster_status(
+    settings: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Settings of the runner. [dim]default: $ZOOSPLAT_SETTINGS[/]"),
+    ] = None,
+) -> None:
+    """Nodes of each profile, Jobs that have not ended, and why pods wait, in words.
+
+    The cluster is that of $KUBECONFIG; inside a pod, its own.
+    """
+    from zoosplat_flows import cluster
+    from zoosplat_flows.runners.kubernetes import Api
+    from zoosplat_flows.runners.settings import Settings
+
+    loaded = Settings.read(settings)
+    cluster.show(loaded, Api(loaded.namespace))
+
+
 app.add_typer(config_app, name="config", rich_help_panel="Prepare")
 app.add_typer(cameras_app, name="cameras", rich_help_panel="Prepare")
+app.add_typer(cluster_app, name="cluster", rich_help_panel="Look")
 
 
 def main() -> None:

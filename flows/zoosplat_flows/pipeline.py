@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, Protocol, cast
 
 import httpx
-from prefect import flow, task
+from prefect import flow, runtime, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.runtime import task_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from zoosplat import stores
+from zoosplat.config import load_config
 from zoosplat.errors import UserError
 from zoosplat.pipeline import PIPELINE, STAGES, StageSpec
 from zoosplat.project import Project
-from zoosplat_flows.runners.local import Interrupted, Processes
+from zoosplat_flows.runners.containers import Containers
+from zoosplat_flows.runners.kubernetes import (
+    Api,
+    Exhausted,
+    Jobs,
+    choose_profile,
+    end_jobs,
+    with_profile,
+)
+from zoosplat_flows.runners.local import Interrupted, Processes, Progress
+from zoosplat_flows.runners.settings import Settings
 
 RETRIES = 2
 RETRY_DELAY_S = 5.0
@@ -38,6 +51,16 @@ class Event:
     total: int = 0
     message: str = ""
 
+
+class Runner(Protocol):
+    """Where stages run: see `zoosplat_flows.runners`. Leaving its `with` block ends what still runs."""
+
+    def run(
+        self, stage: str, project_url: str, *, workers: int | None = None, force: bool = False, progress: Progress
+    ) -> str: ...
+
+
+RunnerName = Literal["local", "containers", "kubernetes"]
 
 _listener: ContextVar[Callable[[Event], None] | None] = ContextVar("listener", default=None)
 
@@ -113,7 +136,7 @@ def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     """Whether another try may help: not when the input is wrong or the pipeline ends."""
     try:
         state.result()
-    except (UserError, Interrupted):
+    except (UserError, Interrupted, Exhausted):
         return False
     except Exception:
         return True
@@ -127,8 +150,8 @@ def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def run_stage(stage: str, project: str, workers: int | None, force: bool, processes: Processes) -> str:
-    """One stage. Returns `done`, `skipped` or `reused`; raises as `Processes.run`."""
+def run_stage(stage: str, project: str, workers: int | None, force: bool, runner: Runner) -> str:
+    """One stage. Returns `done`, `skipped` or `reused`; raises as the `run` of the runner."""
     attempt = int(task_run.run_count or 1)
     # What a failed try of a forced stage has finished is kept: that try has removed the old mark before anything else.
     force = force and (attempt == 1 or Project.at(project).read_mark(stage) is not None)
@@ -141,11 +164,11 @@ def run_stage(stage: str, project: str, workers: int | None, force: bool, proces
         artifact(100.0 * done / total if total else 0.0)
 
     try:
-        state = processes.run(stage, project, workers=workers, force=force, progress=progress)
+        state = runner.run(stage, project, workers=workers, force=force, progress=progress)
     except Interrupted:
         raise
     except Exception as error:
-        final = isinstance(error, UserError) or attempt > RETRIES
+        final = isinstance(error, UserError | Exhausted) or attempt > RETRIES
         _tell(Event(stage, "failed" if final else "retrying", message=str(error)))
         raise
     artifact(100.0)
@@ -168,24 +191,89 @@ def report(project: str) -> str:
     return url
 
 
-@flow(name="pipeline", task_runner=ThreadPoolTaskRunner(max_workers=len(PIPELINE)), persist_result=False)  # type: ignore[arg-type]
+# -- where it runs ------------------------------------------------------------------------------------------------
+def place(project: str | None, config: str | None) -> str:
+    """URL of the project: the given one, or that which a config of the published tool names, or the config's without
+    its suffix (s3://lab/mouse.yaml: s3://lab/mouse). Raises UserError where neither is given."""
+    if project:
+        return Project.at(project).url
+    if not config:
+        raise UserError("say where the project is: project, or config, or both")
+    return Project.at(load_config(config).project or re.sub(r"\.(yaml|yml|json)$", "", config)).url
+
+
+@contextmanager
+def open_runner(
+    name: RunnerName, profile: str | None, project: Project, config: str | None, stages: list[StageSpec]
+) -> Iterator[Runner]:
+    """Write the experiment, with its profile, into the project, and give a runner for it.
+
+    Raises:
+        UserError: bad configuration or settings, no cluster, or a profile that no node offers.
+    """
+    experiment = load_config(config).experiment if config else None
+    if name != "kubernetes":
+        if profile is not None:
+            raise UserError(f"profile {profile}: profiles are kinds of nodes; use it with the runner kubernetes")
+        if experiment is not None:
+            project.write_experiment(experiment)
+        with Containers() if name == "containers" else Processes() as processes:
+            yield processes
+        return
+    if not stores.is_s3(project.url):
+        raise UserError(f"{project.url}: the pods of a cluster share no folder; use a project at s3://bucket/prefix")
+    settings = Settings.read()
+    api = Api(settings.namespace)
+    experiment = experiment or project.read_experiment()
+    chosen: str | None = None
+    if profile not in (None, "auto") or any(spec.gpu for spec in stages):
+        chosen = choose_profile(settings, api.nodes(), profile, experiment)
+    if chosen is not None and profile == chosen:
+        experiment = with_profile(settings, chosen, experiment)
+    project.write_experiment(experiment)
+    with Jobs(settings, chosen, api, str(runtime.flow_run.get_id())) as jobs:
+        yield jobs
+
+
+def _end_children(flow: Any, flow_run: Any, state: Any) -> None:
+    """Hook of a run that was cancelled, crashed or failed: its process may have been killed before it could do this."""
+    if flow_run.parameters.get("runner") == "kubernetes":
+        end_jobs(str(flow_run.id))
+
+
+@flow(
+    name="pipeline",
+    task_runner=ThreadPoolTaskRunner(max_workers=len(PIPELINE)),  # type: ignore[arg-type]
+    persist_result=False,
+    on_cancellation=[_end_children],
+    on_crashed=[_end_children],
+    on_failure=[_end_children],
+)
 def pipeline(
-    project: str,
+    project: str | None = None,
     from_stage: str | None = None,
     until_stage: str | None = None,
     force: list[str] | None = None,
     workers: int | None = None,
+    config: str | None = None,
+    runner: RunnerName = "local",
+    profile: str | None = None,
 ) -> dict[str, str]:
     """Run the stages of a project and build its report; stages that are done are skipped.
 
     A stage starts as soon as those that it reads have ended: packing images runs beside tracking and cropping.
 
     Args:
-        project: folder or s3:// URL that holds experiment.yaml.
+        project: folder or s3:// URL; None: see `place`.
         from_stage: first stage to run; what comes before must be done.
         until_stage: last stage to run.
         force: stages to compute again, with all that is made from them.
-        workers: processes a stage; None: a core each.
+        workers: processes a stage; None: a core each. On Kubernetes shards at a time; None: as the settings say.
+        config: URL of a configuration, which becomes the project's experiment.yaml; None: that which is there.
+        runner: local (processes of this machine), containers (of this machine) or kubernetes (Jobs): see
+            `zoosplat_flows.runners`.
+        profile: kind of GPU node, whose settings also change the experiment; None or auto: the smallest that fits the
+            experiment as it is.
 
     Returns:
         What became of each stage (`done`, `skipped` or `reused`), and the URL of the report under `report`.
@@ -196,15 +284,16 @@ def pipeline(
     """
     chosen = select(from_stage, until_stage)
     forced = with_followers(force or [])
+    url = place(project, config)
     futures: dict[str, PrefectFuture[str]] = {}
-    with Processes() as processes:
+    with open_runner(runner, profile, Project.at(url), config, chosen) as where:
         for spec in chosen:
             futures[spec.name] = run_stage.with_options(name=spec.name, task_run_name=spec.name).submit(
                 spec.name,
-                project,
+                url,
                 workers,
                 spec.name in forced,
-                processes,
+                where,
                 return_state=False,
                 wait_for=[futures[name] for name in STAGES[spec.name].reads if name in futures],
             )
@@ -212,5 +301,5 @@ def pipeline(
             future.wait()
         # In the order of the pipeline the first failure is a cause; those after it may be its consequences.
         results = {name: future.result() for name, future in futures.items()}
-    results["report"] = report(project)
+    results["report"] = report(url)
     return results

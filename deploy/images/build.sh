@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# build.sh [IMAGE...]: build the images (stages, gpu-base, flows, minio; default: stages and flows) with podman or docker.
+#   REGISTRY, TAG             names of the images: REGISTRY/zoosplat-STAGE:TAG (localhost, dev)
+#   BASE_IMAGE                what they stand on; default python:3.12-slim-bookworm, or made by base.sh without a registry
+#   GSPLAT_ARCHS              CUDA architectures to compile gsplat for ("8.0 8.6 8.9 9.0 12.0"); "" for CPU only
+#   MAX_JOBS                  compiler processes (2)
+#   ZOOSPLAT_CONTAINER_ENGINE the engine's command, as for the runner
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+REGISTRY=${REGISTRY:-localhost} TAG=${TAG:-dev}
+STAGES=(ingest center_rotation crop pack train evaluate render)
+python_image=docker.io/library/python:3.12-slim-bookworm
+
+if [ -n "${ZOOSPLAT_CONTAINER_ENGINE:-}" ]; then
+  read -ra engine <<<"$ZOOSPLAT_CONTAINER_ENGINE"
+elif docker info >/dev/null 2>&1; then
+  engine=(docker)
+elif command -v podman >/dev/null; then
+  # Apart from other images of this user; the same words as in zoosplat_flows/runners/containers.py.
+  state=$HOME/.cache/zoosplat/containers
+  engine=(podman --root "$state/root" --runroot "$state/run" --storage-driver=overlay --runtime runc --cgroup-manager=cgroupfs)
+else
+  echo "images: neither docker nor podman runs here; install one of them" >&2
+  exit 2
+fi
+options=(--network host)
+if [[ ${engine[0]} == *podman ]]; then
+  cache=$HOME/.cache/zoosplat/containers/cache
+  mkdir -p "$cache"
+  options+=(--isolation chroot --format docker --volume "$cache:/root/.cache")
+  # Where a proxy signs the connections, the builder must trust this machine's authorities; the images never hold them.
+  ca=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
+  [ ! -f "$ca" ] || options+=(--volume "$ca:/etc/ssl/certs/ca-certificates.crt:ro")
+fi
+
+if [ -z "${BASE_IMAGE:-}" ]; then
+  BASE_IMAGE=$python_image
+  if ! "${engine[@]}" image inspect "$BASE_IMAGE" >/dev/null 2>&1 && ! "${engine[@]}" pull -q "$BASE_IMAGE" >/dev/null 2>&1; then
+    BASE_IMAGE=localhost/zoosplat-base:dev
+    if ! "${engine[@]}" image inspect "$BASE_IMAGE" >/dev/null 2>&1; then
+      echo "images: $python_image cannot be had; making $BASE_IMAGE from Debian"
+      tar=$(mktemp)
+      trap 'rm -f "$tar"' EXIT
+      deploy/images/base.sh "$tar"
+      "${engine[@]}" import "$tar" "$BASE_IMAGE" >/dev/null
+    fi
+  fi
+fi
+
+build() {  # NAME DOCKERFILE [BUILD_ARG...]
+  local image=$REGISTRY/zoosplat-${1//_/-}:$TAG file=$2 log
+  shift 2
+  log=$(mktemp)
+  echo "images: building $image"
+  if ! "${engine[@]}" build "${options[@]}" -t "$image" -f "$file" --build-arg "BASE_IMAGE=$BASE_IMAGE" \
+    --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" "$@" . >"$log" 2>&1; then
+    tail -40 "$log" >&2
+    rm -f "$log"
+    exit 1
+  fi
+  rm -f "$log"
+}
+
+gpu_base() {
+  local archs=${GSPLAT_ARCHS-8.0 8.6 8.9 9.0 12.0}
+  build gpu-base deploy/images/gpu-base.Dockerfile --build-arg "GSPLAT_ARCHS=$archs" --build-arg "MAX_JOBS=${MAX_JOBS:-2}"
+}
+
+wanted=("$@")
+[ $# -gt 0 ] || wanted=("${STAGES[@]}" flows)
+made_gpu_base=""
+for name in "${wanted[@]}"; do
+  case $name in
+    gpu-base) gpu_base; made_gpu_base=1 ;;
+    flows | minio) build "$name" "deploy/images/$name.Dockerfile" ;;
+    train | evaluate | render)
+      [ -n "$made_gpu_base" ] || gpu_base
+      made_gpu_base=1
+      build "$name" "services/$name/Dockerfile" --build-arg "GPU_BASE=$REGISTRY/zoosplat-gpu-base:$TAG"
+      ;;
+    ingest | center_rotation | crop | pack) build "$name" "services/$name/Dockerfile" ;;
+    *) echo "images: there is no image $name; there are ${STAGES[*]} gpu-base flows minio" >&2; exit 2 ;;
+  esac
+done
+"${engine[@]}" images --format '{{.Repository}}:{{.Tag}} {{.Size}}' | grep "^$REGISTRY/zoosplat-.*:$TAG " | sort -u

@@ -1,0 +1,53 @@
+# torch, gsplat and what else train, evaluate and render need, once for the three. The kernels are compiled here, with
+# NVIDIA's compiler from PyPI, so that no pod compiles at first use and none holds a compiler.
+ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
+
+FROM ${BASE_IMAGE} AS builder
+ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt UV_LINK_MODE=copy
+WORKDIR /src
+COPY pyproject.toml constraints.txt ./
+RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q "$(grep '^uv==' constraints.txt)" \
+    && /tmp/tools/bin/uv venv -q --python "$(command -v python3)" /opt/venv
+# Dependencies alone: the code comes with each stage, so that this image and its gigabytes are shared.
+RUN /tmp/tools/bin/uv pip install -q --python /opt/venv -c constraints.txt \
+        -r pyproject.toml --extra train --extra evaluate --extra render
+
+# Architectures, such as "9.0" or "8.0 8.6 8.9 9.0 12.0"; none: no kernels, the images rasterise on the CPU alone.
+ARG GSPLAT_ARCHS="8.0 8.6 8.9 9.0 12.0"
+ARG MAX_JOBS=2
+RUN if [ -n "$GSPLAT_ARCHS" ]; then \
+        if ! command -v g++ || ! [ -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; then \
+            apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ $([ -d /usr/local/include/python3* ] || echo python3-dev); \
+        fi \
+        && site=$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+        && cuda=$(/opt/venv/bin/python -c 'import torch; print(torch.version.cuda)') \
+        && cp -a /opt/venv /tmp/compile && sed -i 's|/opt/venv|/tmp/compile|g' /tmp/compile/bin/activate \
+        && /tmp/tools/bin/uv pip install -q --python /tmp/compile/bin/python ninja setuptools "nvidia-cuda-nvcc==$cuda.*" \
+            "nvidia-cuda-crt==$cuda.*" "nvidia-nvvm==$cuda.*" nvidia-cuda-cccl \
+        && export CUDA_HOME="/tmp/compile/${site#/opt/venv/}/nvidia/cu${cuda%%.*}" \
+        && ln -sfn lib "$CUDA_HOME/lib64" && ln -sf "libcudart.so.${cuda%%.*}" "$CUDA_HOME/lib/libcudart.so" \
+        && TORCH_CUDA_ARCH_LIST="$GSPLAT_ARCHS" MAX_JOBS="$MAX_JOBS" TORCH_EXTENSIONS_DIR=/tmp/kernels \
+            PATH="/tmp/compile/bin:$PATH" /tmp/compile/bin/python -c 'import gsplat.cuda._backend as b; assert b._C' \
+        # Where gsplat looks for kernels before it looks for a toolkit, which is not there later.
+        && cp /tmp/kernels/*/gsplat_cuda.so "$site/gsplat/" \
+        && echo 'from gsplat.gsplat_cuda import *' > "$site/gsplat/csrc.py" \
+        && rm -rf /tmp/compile; \
+    fi
+# Some packages hold templates that are not Python: what cannot be compiled is no failure.
+RUN /tmp/tools/bin/uv pip uninstall -q --python /opt/venv ninja \
+    && find /opt/venv -type d \( -name tests -o -name test \) -prune -exec rm -rf {} + \
+    && find /opt/venv -name '*.a' -delete \
+    && { /opt/venv/bin/python -m compileall -q -j 2 /opt/venv/lib > /dev/null || true; }
+
+FROM ${BASE_IMAGE}
+COPY --from=builder /opt/venv /opt/venv
+RUN echo 'zoosplat:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo 'zoosplat:x:10001:' >> /etc/group
+# The NVIDIA container runtime gives what these name.
+ENV PATH=/opt/venv/bin:$PATH HOME=/tmp OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10001
+WORKDIR /app
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="zoosplat-gpu-base" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.revision="${REVISION}"

@@ -1,0 +1,155 @@
+"""The runner of containers: its engine's command line, its refusals, and that nothing outlives a pipeline."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from zoosplat import stores
+from zoosplat.errors import UserError
+from zoosplat_flows.runners import containers
+from zoosplat_flows.runners.local import Interrupted
+
+if TYPE_CHECKING:
+    from tests.conftest import S3, Recording
+
+SECRET = "a-word-that-nobody-may-read"
+
+# An engine that keeps its containers as files: `run` lives while its container's file is there.
+ENGINE = """#!/bin/sh
+cd "$(dirname "$0")"
+case $1 in
+  image) [ "$2 $3" = "inspect localhost/zoosplat-crop:dev" ] ;;
+  container) [ -e "box-$3" ] ;;
+  rm) rm -f "box-$3" ;;
+  run)
+    for word in "$@"; do
+      case $word in --name=*) name=${word#--name=} ;; esac
+      echo "$word" >> words
+    done
+    if [ -e fails ]; then cat fails >&2; exit "$(cat status)"; fi
+    sleep 0.3
+    touch "box-$name"
+    trap '' TERM
+    echo '{"event": "progress", "stage": "crop", "done": 3, "total": 9, "message": ""}'
+    while [ -e "box-$name" ]; do sleep 0.1; done
+    exit 137 ;;
+esac
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, s3: S3, recording: Recording, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The engine's folder; ZOOSPLAT_CONTAINER_ENGINE names it."""
+    program = tmp_path / "engine"
+    program.write_text(ENGINE)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("ZOOSPLAT_CONTAINER_ENGINE", str(program))
+    for key, value in s3.env.items():
+        monkeypatch.setenv(key, value)
+    stores._s3.cache_clear()
+    stores._boto3_session.cache_clear()
+    return tmp_path
+
+
+@pytest.fixture
+def project(s3: S3, recording: Recording) -> str:
+    import json
+
+    name = s3.bucket()
+    config = recording.config(f"s3://{name}/recording")
+    s3.client.put_object(Bucket=name, Key="p/experiment.yaml", Body=json.dumps(config).encode())
+    return f"s3://{name}/p"
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_values_of_credentials_stay_off_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    words = containers.container_command(["podman"], "n", "center_rotation", ["--project", "s3://b/p"])
+    assert "--env=AWS_SECRET_ACCESS_KEY" in words
+    assert not [word for word in words if SECRET in word or "AWS_SESSION_TOKEN" in word]
+    assert words[-3:] == ["localhost/zoosplat-center-rotation:dev", "--project", "s3://b/p"]
+    assert {"--read-only", "--user=10001:10001", "--cap-drop=ALL", "--rm"} <= set(words)
+
+
+def test_registry_and_gpus_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOOSPLAT_IMAGE_REGISTRY", "registry.example/lab")
+    monkeypatch.setenv("ZOOSPLAT_IMAGE_TAG", "1.2")
+    monkeypatch.setenv("ZOOSPLAT_CONTAINER_GPUS", "all")
+    assert containers.image_of("train") == "registry.example/lab/zoosplat-train:1.2"
+    assert "--gpus=all" in containers.container_command(["docker"], "n", "train", [])
+    assert "--gpus=all" not in containers.container_command(["docker"], "n", "crop", [])
+
+
+def test_refuses_folders(folder: Path, recording: Recording, project: str, tmp_path: Path) -> None:
+    local = recording.write_project(tmp_path / "local", "s3://bucket/recording")
+    with containers.Containers() as runner, pytest.raises(UserError, match="containers see no folders"):
+        runner.run("crop", local, progress=lambda *_: None)
+
+
+def test_a_missing_image_is_named(folder: Path, project: str) -> None:
+    with containers.Containers() as runner, pytest.raises(UserError, match="no image localhost/zoosplat-pack:dev"):
+        runner.run("pack", project, progress=lambda *_: None)
+
+
+def test_bad_input_and_a_killed_container(folder: Path, project: str) -> None:
+    (folder / "fails").write_text("zoosplat crop: grid_size: too small\n")
+    (folder / "status").write_text("2")
+    with containers.Containers() as runner:
+        with pytest.raises(UserError, match=r"^crop: grid_size: too small$"):
+            runner.run("crop", project, progress=lambda *_: None)
+        (folder / "status").write_text("137")
+        with pytest.raises(RuntimeError, match="out of memory"):
+            runner.run("crop", project, progress=lambda *_: None)
+
+
+def test_leaving_removes_the_container(folder: Path, project: str) -> None:
+    """The stage ignores SIGTERM, as process 1 of a container does; the runner is left in the middle."""
+    failures: list[BaseException] = []
+    heard: list[tuple[int, int]] = []
+    with containers.Containers() as runner:
+
+        def run() -> None:
+            try:
+                runner.run("crop", project, progress=lambda done, total, _: heard.append((done, total)))
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        until(lambda: bool(heard))
+    thread.join(timeout=30)
+    assert heard == [(3, 9)]
+    assert [type(failure) for failure in failures] == [Interrupted]
+    assert not list(folder.glob("box-*"))
+    with pytest.raises(Interrupted):
+        runner.run("crop", project, progress=lambda *_: None)
+
+
+def test_a_killed_pipeline_leaves_no_container(folder: Path, project: str) -> None:
+    program = (
+        "import sys; from zoosplat_flows.runners.containers import Containers\n"
+        "with Containers() as runner: runner.run('crop', sys.argv[1], progress=lambda *_: None)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, project], env=os.environ.copy())
+    until(lambda: bool(list(folder.glob("box-*"))))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until(lambda: not list(folder.glob("box-*")))

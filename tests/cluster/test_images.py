@@ -1,0 +1,218 @@
+"""The images as they are run: what is in them, as whom, and that each stage's does its work from S3 to S3.
+
+`make images` builds them; the tests skip where they, or an engine that runs here, are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from zoosplat import stores
+from zoosplat.errors import UserError
+from zoosplat.pipeline import PIPELINE, STAGES
+from zoosplat_flows.runners import containers
+
+if TYPE_CHECKING:
+    from tests.conftest import S3, Recording
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(os.environ.get("ZOOSPLAT_CI_CLUSTER") != "1", reason="runs with ZOOSPLAT_CI_CLUSTER=1"),
+]
+CPU = [spec.name for spec in PIPELINE if not spec.gpu]
+MEBIBYTE = 2**20
+
+LOOK = r"""
+import importlib.util as u, json, os, pathlib, shutil, sys
+site = pathlib.Path("/opt/venv")
+write = {}
+for place in ("/app/x", "/opt/venv/x", "/x", "/tmp/x"):
+    try:
+        pathlib.Path(place).write_text("x"); write[place] = True
+    except OSError:
+        write[place] = False
+stages = ("ingest", "center_rotation", "crop", "pack", "train", "evaluate", "render")
+print(json.dumps({
+    "uid": os.getuid(), "gid": os.getgid(), "write": write,
+    "modules": [m for m in ("torch", "pytest", "hypothesis", "moto", "ruff", "mypy", "prefect") if u.find_spec(m)],
+    "stages": [s for s in stages if u.find_spec("zoosplat_" + s)],
+    "tools": [t for t in ("gcc", "cc", "g++", "git", "make", "nvcc", "uv", "ninja", "curl") if shutil.which(t)],
+    "tests": [str(p) for p in site.rglob("tests") if p.is_dir()][:5],
+    "caches": [p for p in ("/root/.cache/pip", "/root/.cache/uv", "/tmp/tools", "/src") if os.path.exists(p)],
+    "environment": sorted(os.environ), "home": os.environ["HOME"], "cwd": os.getcwd(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def engine() -> list[str]:
+    try:
+        return containers.engine()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def inspected(engine: list[str], stage: str) -> dict[str, Any]:
+    image = containers.image_of(stage)
+    found = subprocess.run([*engine, "image", "inspect", image], capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        pytest.skip(f"there is no image {image}: make images")
+    answer: dict[str, Any] = json.loads(found.stdout)[0]
+    return answer
+
+
+def in_container(engine: list[str], stage: str, program: str) -> dict[str, Any]:
+    """The JSON that a Python program prints in a stage's container, which runs as the runner runs it."""
+    command = containers.container_command(engine, f"zoosplat-test-{os.getpid()}", stage, ["-c", program])
+    at = command.index(containers.image_of(stage))
+    command.insert(at, "--entrypoint=python")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_contents(stage: str, engine: list[str]) -> None:
+    image = inspected(engine, stage)
+    config = image["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["Entrypoint"] == ["python", "-m", f"zoosplat_{stage}"]
+    assert config["Labels"]["org.opencontainers.image.title"] == f"zoosplat-{stage.replace('_', '-')}"
+    seen = in_container(engine, stage, LOOK)
+    assert (seen["uid"], seen["gid"], seen["home"], seen["cwd"]) == (10001, 10001, "/tmp", "/app")
+    assert seen["write"] == {"/app/x": False, "/opt/venv/x": False, "/x": False, "/tmp/x": True}
+    assert seen["stages"] == [stage]
+    assert seen["modules"] == (["torch"] if STAGES[stage].gpu else [])
+    assert (seen["tools"], seen["tests"], seen["caches"]) == ([], [], [])
+    if not STAGES[stage].gpu:
+        assert image["Size"] < 600 * 10**6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_secrets(stage: str, engine: list[str]) -> None:
+    """Neither the image's settings nor its history name a credential, whatever the builder's environment held."""
+    text = json.dumps(inspected(engine, stage)).lower()
+    for word in ("aws_", "password", "secret", "token", "credential"):
+        assert word not in text
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: S3, recording: Recording) -> str:
+    name = s3.bucket()
+    s3.put_folder(recording.folder, name, "recording")
+    small: dict[str, Any] = {
+        "holdout_views": [2],
+        "ingest__max_frames": 36,
+        "center_rotation__grid_size": 32,
+        "crop__grid_size": 32,
+        "model": {"num_unets": 1, "base_filters": 2, "bottleneck": 16, "min_gaussians": 64, "max_gaussians": 1500},
+        "train": {"epochs": 1, "lr": 1e-3, "device": "cpu", "keep_last": 2},
+        "evaluate": {"gallery_frames": 1, "device": "cpu"},
+        "render": {"orbit_frames": 2, "sequence_frames": 2, "width": 96, "height": 80, "device": "cpu"},
+    }
+    config = recording.config(f"s3://{name}/recording", **small)
+    s3.client.put_object(Bucket=name, Key="p/experiment.yaml", Body=json.dumps(config).encode())
+    return name
+
+
+@pytest.fixture
+def credentials(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in s3.env.items():
+        monkeypatch.setenv(key, value)
+    stores._s3.cache_clear()
+    stores._boto3_session.cache_clear()
+
+
+@pytest.mark.usefixtures("credentials")
+@pytest.mark.parametrize("stage", STAGES)
+def test_runs_from_s3_to_s3(stage: str, engine: list[str], s3: S3, bucket: str) -> None:
+    """In the order of the pipeline: each reads what the others' containers wrote."""
+    inspected(engine, stage)
+    heard: list[tuple[int, int]] = []
+    with containers.Containers() as runner:
+        url = f"s3://{bucket}/p"
+        assert runner.run(stage, url, workers=1, progress=lambda done, total, _: heard.append((done, total))) == "done"
+        assert runner.run(stage, url, workers=1, progress=lambda *_: None) == "skipped"
+    assert heard
+    assert heard[-1][0] == heard[-1][1]
+    assert f"p/_marks/{stage}.json" in s3.objects(bucket)
+
+
+@pytest.mark.usefixtures("credentials")
+@pytest.mark.parametrize("stage", CPU)
+def test_the_same_objects_as_without_a_container(
+    stage: str, engine: list[str], s3: S3, bucket: str, stages: Any, tmp_path: Path
+) -> None:
+    """A container's groups are those of a process of this machine, byte for byte."""
+    inspected(engine, stage)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "experiment.yaml").write_bytes(s3.read(bucket, "p/experiment.yaml"))
+    for name in CPU[: CPU.index(stage) + 1]:
+        outcome = stages(name, str(project), env=s3.env)
+        assert (outcome.status, outcome.err) == (0, "")
+    group = STAGES[stage].writes
+    prefix = f"p/{group}/"
+    there = {k.removeprefix(prefix): s3.read(bucket, k) for k in s3.objects(bucket) if k.startswith(prefix)}
+    here = project / group
+    assert there == {path: (here / path).read_bytes() for path in stores.list_files(str(here))}
+
+
+def test_compose_file() -> None:
+    """Parsed, not run: its Dockerfiles exist, credentials have no defaults, ports are open on this machine alone."""
+    folder = Path(__file__).resolve().parents[2] / "deploy"
+    text = (folder / "compose.yaml").read_text()
+    services = yaml.safe_load(text)["services"]
+    assert set(services) == {"minio", "postgres", "prefect"}
+    assert set(re.findall(r"\$\{(\w+):\?", text)) == {"MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD", "POSTGRES_PASSWORD"}
+    assert set(re.findall(r"\$\{(\w+):-", text)) == {"REGISTRY", "TAG"}
+    example = (folder / "compose.env.example").read_text().splitlines()
+    assert all(line.startswith("#") or line.endswith("=") for line in example)
+    for service in services.values():
+        if "build" in service:
+            assert (folder / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+            assert service["read_only"]
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        assert service["healthcheck"]["test"][0] == "CMD"
+
+
+@pytest.mark.usefixtures("credentials")
+def test_a_killed_pipeline_leaves_no_container(engine: list[str], s3: S3, recording: Recording) -> None:
+    """SIGKILL, which nothing can catch, as soon as its stage's container is there; the next run goes on from there."""
+    inspected(engine, "ingest")
+    name = s3.bucket()
+    s3.put_folder(recording.folder, name, "recording")
+    config = json.dumps(recording.config(f"s3://{name}/recording")).encode()
+    s3.client.put_object(Bucket=name, Key="p/experiment.yaml", Body=config)
+    program = (
+        "import sys; from zoosplat_flows.runners.containers import Containers\n"
+        "with Containers() as runner: runner.run('ingest', sys.argv[1], progress=lambda *_: None)"
+    )
+
+    def running() -> bool:
+        command = [*engine, "ps", "-q", "--filter", "label=zoosplat.stage=ingest"]
+        return bool(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+    pipeline = subprocess.Popen([sys.executable, "-c", program, f"s3://{name}/p"])
+    deadline = time.monotonic() + 60
+    while not running():
+        assert time.monotonic() < deadline
+    pipeline.kill()
+    pipeline.wait()
+    while running():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert "p/_marks/ingest.json" not in s3.objects(name)
+    with containers.Containers() as runner:
+        assert runner.run("ingest", f"s3://{name}/p", workers=1, progress=lambda *_: None) == "done"
