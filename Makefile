@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 export PYTHON
 
-.PHONY: help install demo test lint check minio images bench cluster-tools test-cluster clean
+.PHONY: help install demo demo-containers test lint minio images bench cluster-tools test-cluster clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 16
@@ -31,6 +31,9 @@ minio:           ## build a MinIO server for the tests, once a machine, where Go
 
 images:          ## container images of the stages and of the flows, with podman or docker
 	@deploy/images/build.sh
+
+demo-containers: install minio  ## the demo, each stage in its own container on a MinIO of its own; needs images
+	@deploy/demo_containers.sh
 
 bench: install   ## CPU stages against ffmpeg, rasteriser
 	$(BIN)/python benchmarks/preprocessing.py
