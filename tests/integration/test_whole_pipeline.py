@@ -107,7 +107,8 @@ def check_same(ours: Path, theirs: Path) -> None:
     if ours.suffix in (".png", ".mp4"):
         mine, other = pictures(ours), pictures(theirs)
         assert mine.shape == other.shape
-        assert np.abs(mine.astype(int) - other).mean() < 0.05
+        # A last bit may tip a decision of the video encoder, which shows as noise of a level; a PNG does not hide it.
+        assert np.abs(mine.astype(int) - other).mean() < (0.05 if ours.suffix == ".png" else 1.0)
     elif ours.suffix == ".ply":
         mine, other = (path.read_bytes() for path in (ours, theirs))
         start = other.index(b"end_header\n") + len(b"end_header\n")
