@@ -51,8 +51,12 @@ def carve(
     voxel_size_m: float,
     footprint_px: int,
     fill_color: float,
+    used: Tensor | None = None,  # [V] bool
 ) -> Tensor:
     """Carve the V given views. The mean of two coloured hulls: of what is inside all masks, and inside all but one.
+
+    `used` names those that count, at least one; default: all. On a GPU nothing waits for the device, and all shapes
+    are the same for every frame, so that carving can be part of a CUDA graph.
 
     A voxel covers `footprint_px` x `footprint_px` pixels round its projection; all samples are means over these, so
     that the surface is known to a fraction of a voxel and colours are not aliased. Its occupancy is the part that lies
@@ -68,30 +72,42 @@ def carve(
     n_views, h, w = mask.shape
     shape = points.shape[:3]
     half = footprint_px // 2
+    used = mask.new_ones(n_views, dtype=torch.bool) if used is None else used
+    used = used[:, None]
     x, y, depth = project(points.reshape(-1, 3).T, world_to_camera, intrinsics)
     in_window = (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
     column, row = (x + 0.5).clamp_(0, w - 1).int(), (y + 0.5).clamp_(0, h - 1).int()
     nearest = (row * w + column).long()
 
-    # Only voxels that can be touched by the larger hull matter from here on: a few percent of the grid.
-    near = F.max_pool2d(mask[:, None], footprint_px + 2, stride=1, padding=half + 1)
-    votes = (in_window & (near.flatten(1).gather(1, nearest) > 0.5)).sum(0)
-    kept = torch.nonzero(votes >= max(1, n_views - 1))[:, 0]
-    depth, nearest, in_window = depth[:, kept], nearest[:, kept], in_window[:, kept]
-    samples, covered = _sample(rgb, mask, torch.stack([x[:, kept], y[:, kept]], -1), footprint_px)
-    ordered = torch.where(depth > 0, covered, 0).sort(0).values
+    kept: Tensor | None = None
+    if not points.is_cuda:
+        # Only voxels that can be touched by the larger hull matter from here on: a few percent of the grid.
+        near = F.max_pool2d(mask[:, None], footprint_px + 2, stride=1, padding=half + 1)
+        touched = in_window & (near.flatten(1).gather(1, nearest) > 0.5)
+        kept = torch.nonzero((~used | touched).sum(0) >= n_views - 1)[:, 0]
+        x, y, depth, nearest, in_window = (v[:, kept] for v in (x, y, depth, nearest, in_window))
+    samples, covered = _sample(rgb, mask, x, y, footprint_px)
+    in_front = used & (depth > 0)
 
-    volume = points.new_zeros(4, kept.shape[0])
-    for occupancy in (ordered[0], ordered[min(1, n_views - 1)]):
+    # The least and the second least of the views that count.
+    least = second = points.new_full(covered.shape[1:], torch.inf)
+    for inside in torch.where(used, torch.where(depth > 0, covered, 0), torch.inf):
+        least, second = torch.minimum(least, inside), torch.minimum(second, torch.maximum(least, inside))
+    second = torch.where(second.isinf(), least, second)
+
+    volume = points.new_zeros(4, len(least))
+    for occupancy in (least, second):
         buffer = points.new_full((n_views, h * w), torch.inf)
         solid = in_window & (occupancy >= 0.5)
         buffer.scatter_reduce_(1, nearest, torch.where(solid, depth, torch.inf), "amin")
         front = -F.max_pool2d(-buffer.view(n_views, 1, h, w), footprint_px, stride=1, padding=half)
         seen = depth <= front.flatten(1).gather(1, nearest) + voxel_size_m
-        weight = torch.where(seen, 1.0, HIDDEN_WEIGHT) * (depth > 0)
+        weight = torch.where(seen, 1.0, HIDDEN_WEIGHT) * in_front
         color = (weight[..., None] * samples).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)[..., None]
         volume[0] += 0.5 * occupancy
         volume[1:] += 0.5 * torch.where(occupancy > 0, color.T, fill_color)
+    if kept is None:
+        return volume.view(4, *shape)
 
     whole = points.new_full((4, shape.numel()), fill_color)
     whole[0] = 0
@@ -99,13 +115,13 @@ def carve(
     return whole.view(4, *shape)
 
 
-def _sample(rgb: Tensor, mask: Tensor, pixels: Tensor, footprint_px: int) -> tuple[Tensor, Tensor]:
-    """Picture x mask [V, N, 3] and mask [V, N] at [V, N, 2] pixels: bilinear, means over footprints, 0 outside."""
+def _sample(rgb: Tensor, mask: Tensor, x: Tensor, y: Tensor, footprint_px: int) -> tuple[Tensor, Tensor]:
+    """Picture x mask [V, N, 3] and mask [V, N] at [V, N] pixels: bilinear, means over footprints, 0 outside."""
     h, w = mask.shape[1:]
     layers = torch.cat([rgb * mask[..., None], mask[..., None]], -1).permute(0, 3, 1, 2)
     layers = F.avg_pool2d(layers, footprint_px, stride=1, padding=footprint_px // 2)
     # align_corners: -1 and 1 are the centres of the first and last pixel.
-    place = 2 * pixels / pixels.new_tensor([max(w - 1, 1), max(h - 1, 1)]) - 1
+    place = torch.stack([x * (2 / max(w - 1, 1)) - 1, y * (2 / max(h - 1, 1)) - 1], -1)
     found = F.grid_sample(layers, place[:, :, None], mode="bilinear", padding_mode="zeros", align_corners=True)
     found = found[..., 0].mT
     return found[..., :3], found[..., 3]

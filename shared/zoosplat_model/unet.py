@@ -3,8 +3,8 @@
 Where it differs from the published network, for speed:
 - The first halving folds 2 x 2 x 2 voxels into channels, and the last doubling unfolds them: convolutions of a few
   channels at full resolution take most of the time and hardly use the hardware. No voxel is lost.
-- Channels are normalised by the mean and variance of their own volume, written as plain reductions: BatchNorm3d at
-  batch size 1 does the same with one GPU block a channel, and keeps running statistics that do not fit afterwards.
+- Channels are normalised by the mean and variance of their own volume: BatchNorm3d at batch size 1 does the same with
+  one GPU block a channel, and keeps running statistics that do not fit afterwards.
 And for better pictures:
 - The perceptron at the bottom is left out unless asked for. It ties what it learns to places in the volume: on a
   recording of 100 training frames it knew by heart where the animal's parts were, and cut the feet off rearing ones.
@@ -19,6 +19,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoosplat_model.volumes import halve, normalize
 
 VOLUME_CHANNELS = 4
 FEATURE_CHANNELS = 8
@@ -48,11 +50,8 @@ class _Block(nn.Module):
         self.shift = nn.Parameter(torch.zeros(2, n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, convolution in enumerate((self.first, self.second)):
-            x = convolve(x, convolution.weight)
-            variance, mean = torch.var_mean(x, dim=(2, 3, 4), keepdim=True, correction=0)
-            gain = self.gain[i].view(1, -1, 1, 1, 1) * torch.rsqrt(variance + 1e-5)
-            x = F.leaky_relu(torch.addcmul(self.shift[i].view(1, -1, 1, 1, 1) - mean * gain, x, gain), 0.01)
+        for convolution, gain, shift in zip((self.first, self.second), self.gain, self.shift, strict=True):
+            x = normalize(convolve(x, convolution.weight.to(x.dtype)), gain, shift)
         return x
 
 
@@ -68,6 +67,15 @@ def unfold(x: Tensor) -> Tensor:
     b, c, n1, n2, n3 = x.shape
     x = x.reshape(b, c // 8, 2, 2, 2, n1, n2, n3).permute(0, 1, 5, 2, 6, 3, 7, 4)
     return x.reshape(b, c // 8, 2 * n1, 2 * n2, 2 * n3)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Every voxel 2 x 2 x 2 times: [B, c, n1, n2, n3] -> [B, c, 2 n1, 2 n2, 2 n3]."""
+    if not x.is_cuda:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    b, c, n1, n2, n3 = x.shape
+    x = x.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None].expand(b, n1, 2, n2, 2, n3, 2, c)
+    return x.reshape(b, 2 * n1, 2 * n2, 2 * n3, c).permute(0, 4, 1, 2, 3)
 
 
 class UNet(nn.Module):
@@ -99,11 +107,11 @@ class UNet(nn.Module):
         skips = []
         for block in self.down[1:]:
             skips.append(x)
-            x = block(F.max_pool3d(x, 2))
+            x = block(halve(x))
         if self.bottom is not None:
             x = x + self.bottom(x.flatten(1)).view(x.shape)
         for block, skip in zip(reversed(self.up), reversed(skips), strict=True):
-            x = block(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), skip], 1))
+            x = block(torch.cat([doubled(x), skip], 1))
         return unfold(self.last(x))
 
 
