@@ -36,7 +36,13 @@ def rotation_about_z(angle: Tensor) -> Tensor:
 def project(points: Tensor, world_to_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Project [3, N] world points into V views: x, y (pixels) and depth, [V, N] each; no x, y at depth <= 0."""
     matrices = intrinsics @ world_to_camera[:, :3]
-    in_image = (matrices[:, :, :3].reshape(-1, 3) @ points).view(len(matrices), 3, -1) + matrices[:, :, 3:]
+    rows = matrices.reshape(-1, 4)
+    if points.is_cuda:  # cuBLAS takes a millisecond for such a product
+        in_image = rows[:, 0, None] * points[0] + rows[:, 3, None]
+        in_image = torch.addcmul(torch.addcmul(in_image, rows[:, 1, None], points[1]), rows[:, 2, None], points[2])
+    else:
+        in_image = rows[:, :3] @ points + rows[:, 3:]
+    in_image = in_image.view(len(matrices), 3, -1)
     depth = in_image[:, 2]
     inverse = depth.clamp_min(1e-9).reciprocal()
     return in_image[:, 0] * inverse, in_image[:, 1] * inverse, depth
@@ -52,6 +58,7 @@ def carve(
     footprint_px: int,
     fill_color: float,
     used: Tensor | None = None,  # [V] bool
+    extras: bool = False,
 ) -> Tensor:
     """Carve the V given views. The mean of two coloured hulls: of what is inside all masks, and inside all but one.
 
@@ -95,7 +102,7 @@ def carve(
         least, second = torch.minimum(least, inside), torch.minimum(second, torch.maximum(least, inside))
     second = torch.where(second.isinf(), least, second)
 
-    volume = points.new_zeros(4, len(least))
+    volume = points.new_zeros(8 if extras else 4, len(least))
     for occupancy in (least, second):
         buffer = points.new_full((n_views, h * w), torch.inf)
         solid = in_window & (occupancy >= 0.5)
@@ -105,14 +112,24 @@ def carve(
         weight = torch.where(seen, 1.0, HIDDEN_WEIGHT) * in_front
         color = (weight[..., None] * samples).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)[..., None]
         volume[0] += 0.5 * occupancy
-        volume[1:] += 0.5 * torch.where(occupancy > 0, color.T, fill_color)
+        volume[1:4] += 0.5 * torch.where(occupancy > 0, color.T, fill_color)
+        if extras:
+            share = weight / weight.sum(0).clamp_min(1e-6)
+            own = samples / covered.clamp_min(1e-3)[..., None]
+            off = (own - color).square().sum(-1)
+            shown = (share * covered * off).sum(0) / (share * covered).sum(0).clamp_min(1e-6)
+            volume[6] += 0.5 * torch.where(occupancy > 0, shown.sqrt(), 0)
+            volume[7] += 0.5 * torch.where(occupancy > 0, (seen & in_front).float().mean(0), 0)
+    if extras:
+        volume[4], volume[5] = least, second
     if kept is None:
-        return volume.view(4, *shape)
+        return volume.view(-1, *shape)
 
-    whole = points.new_full((4, shape.numel()), fill_color)
+    whole = points.new_full((len(volume), shape.numel()), fill_color)
     whole[0] = 0
+    whole[4:] = 0
     whole[:, kept] = volume
-    return whole.view(4, *shape)
+    return whole.view(-1, *shape)
 
 
 def _sample(rgb: Tensor, mask: Tensor, x: Tensor, y: Tensor, footprint_px: int) -> tuple[Tensor, Tensor]:

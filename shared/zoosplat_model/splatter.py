@@ -28,6 +28,7 @@ OPACITY_SLOPE, OPACITY_MIDDLE = 16.0, 0.75  # opacity 0.98 where all views agree
 FIRST_SCALE = 0.3  # voxels: from 0.25 to 0.5, the smaller the better the first silhouettes; smaller ones have holes
 REACH = 2.0  # voxels that a Gaussian can move away from its voxel
 LOW_PASS = 0.3  # pixels^2: what the rasteriser adds to a splat's variance
+EXTRAS = False
 HEAD_PARTS = 128  # of the head's products on a GPU
 WIDEST = 4.0  # voxels, of a Gaussian's standard deviation
 
@@ -138,7 +139,7 @@ class PoseSplatter(nn.Module):
         self.voxel_size_m, self.footprint_px, self.fill_color = voxel_size_m, footprint_px, fill_color
         self.observed, self.mode, self.precision = list(observed), mode, precision
         self.min_gaussians, self.max_gaussians = min_gaussians, max_gaussians
-        self.refine = UNetStack(num_unets, base_filters, poolings, bottleneck, points.shape[:3])
+        self.refine = UNetStack(num_unets, base_filters, poolings, bottleneck, points.shape[:3], 4 if EXTRAS else 0)
         self.head = nn.Sequential(nn.Linear(FEATURE_CHANNELS, 128), nn.LeakyReLU(0.01), nn.Linear(128, 14))
         last = self.head[2]
         assert isinstance(last, nn.Linear)
@@ -177,17 +178,20 @@ class PoseSplatter(nn.Module):
     @torch.no_grad()
     def carve(self, frame: Frame, used: Tensor | None = None) -> Tensor:
         """Volume [4, n1, n2, n3] of a frame, from the `used` ([V] bool) of its V observed views (default: all)."""
-        points = self.points @ rotation_about_z(frame.angle).T + frame.center
+        place = torch.cat([rotation_about_z(frame.angle), frame.center[:, None]], 1)
+        place = F.pad(place, (0, 0, 0, 1))
+        place[3, 3:].fill_(1)
         return carve(
             frame.rgb[self.seen],
             frame.mask[self.seen],
-            frame.world_to_camera[self.seen],
+            frame.world_to_camera[self.seen] @ place,
             frame.intrinsics[self.seen],
-            points,
+            self.points,
             self.voxel_size_m,
             self.footprint_px,
             self.fill_color,
             used,
+            EXTRAS,
         )
 
     def forward(
@@ -269,7 +273,8 @@ class PoseSplatter(nn.Module):
         if cameras is not None:
             behind = (1 - alpha)[..., None]
             change = self._color_change(cameras)
-            linear = torch.einsum("vij,vhwj->vhwi", change[:, :, :3], rgb - behind)
+            # Not as a product of matrices: cuBLAS takes 2 ms for its gradient.
+            linear = (change[:, None, None, :, :3] * (rgb - behind)[..., None, :]).sum(-1)
             rgb = rgb + linear + alpha[..., None] * change[:, None, None, :, 3]
         return Rendering(rgb.clamp(0, 1), alpha)
 

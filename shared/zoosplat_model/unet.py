@@ -89,11 +89,13 @@ class UNet(nn.Module):
         shape: of the volume, each a multiple of 2^poolings.
     """
 
-    def __init__(self, n_out: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int]) -> None:
+    def __init__(
+        self, n_out: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int], extras: int = 0
+    ) -> None:
         super().__init__()
         widths = [base_filters << level for level in range(1, poolings + 1)]
         flat = widths[-1] * math.prod(n >> poolings for n in shape)
-        self.down = nn.ModuleList(_Block(a, b) for a, b in pairwise([8 * VOLUME_CHANNELS, *widths]))
+        self.down = nn.ModuleList(_Block(a, b) for a, b in pairwise([8 * (VOLUME_CHANNELS + extras), *widths]))
         self.bottom: nn.Module | None = None
         if bottleneck:
             self.bottom = nn.Sequential(nn.Linear(flat, bottleneck), nn.LeakyReLU(0.01), nn.Linear(bottleneck, flat))
@@ -122,14 +124,16 @@ class UNetStack(nn.Module):
     at zero, the first 4 features are the volume itself at first, exactly, and the others 0.
     """
 
-    def __init__(self, num_unets: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int]) -> None:
+    def __init__(
+        self, num_unets: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int], extras: int = 0
+    ) -> None:
         super().__init__()
         outputs = [VOLUME_CHANNELS] * (num_unets - 1) + [FEATURE_CHANNELS]
-        self.unets = nn.ModuleList(UNet(n, base_filters, poolings, bottleneck, shape) for n in outputs)
+        self.unets = nn.ModuleList(UNet(n, base_filters, poolings, bottleneck, shape, extras) for n in outputs)
 
     def forward(self, volume: Tensor) -> Tensor:
-        x = volume
+        x, more = volume[:, :VOLUME_CHANNELS], volume[:, VOLUME_CHANNELS:]
         for unet in self.unets:
-            change = unet(x)
+            change = unet(torch.cat([x, more], 1) if more.shape[1] else x)
             x = F.pad(x, (0, 0) * 3 + (0, change.shape[1] - x.shape[1])) + change
         return x

@@ -19,6 +19,8 @@ from zoosplat_model.rasterize import Pairs, Rendering
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 
 DROP_VIEW = 0.5  # share of frames that are carved without one of their views
+NOVEL_WEIGHT = 1.0
+DROP_TWO = 0.0
 MIRROR = 0.5  # share of frames that the network sees mirrored
 JITTER_VOXELS, JITTER_RAD = 2.0, 0.3  # of the carved grid, at most
 LAST_RATE = 0.05  # of the learning rate, at the end of the cosine
@@ -46,8 +48,8 @@ def carving_views(observed: Sequence[int], seed: int, epoch: int, t: int) -> lis
     rng = np.random.default_rng([seed, epoch, 1, t])
     if len(observed) < 4 or rng.random() >= DROP_VIEW:
         return list(observed)
-    left_out = int(rng.integers(len(observed)))
-    return [c for i, c in enumerate(observed) if i != left_out]
+    left_out = rng.permutation(len(observed))[: 2 if rng.random() < DROP_TWO else 1]
+    return [c for i, c in enumerate(observed) if i not in left_out]
 
 
 def jitter(frame: Frame, seed: int, epoch: int, voxel_size_m: float) -> Frame:
@@ -102,7 +104,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=gpu)
         self.averaged = PoseSplatter.of(reader, experiment).on(device).requires_grad_(False)
         self.averaged.load_state_dict(self.model.state_dict())
-        self.record = True
+        # gsplat waits for the GPU amid the gradients of surfels, which cannot be recorded.
+        self.record = experiment.model.gaussian_mode == "3d"
         self._recorded: dict[str, _Recorded] = {}
         self._warm: set[str] = set()
         self._needed_pairs = torch.zeros((), dtype=torch.int64, device=device)
@@ -165,9 +168,9 @@ class Trainer:
                 group["lr"] = float(rate) * group["factor"]
         self.optimizer.zero_grad()
         losses = []
-        for frame, gaussians in zip(frames, self.model(frames, used, mirrored), strict=True):
+        for frame, seeing, gaussians in zip(frames, used, self.model(frames, used, mirrored), strict=True):
             rendering = self._render(frame, gaussians)
-            losses.append(self._losses(frame, rendering))
+            losses.append(self._losses(frame, rendering, torch.where(seeing, 1.0, NOVEL_WEIGHT)))
         total = torch.stack([loss.total for loss in losses]).mean()
         torch.autograd.backward(total)
         gradient = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
@@ -220,9 +223,9 @@ class Trainer:
             self._pairs,
         )
 
-    def _losses(self, frame: Frame, rendering: Rendering) -> Losses:
+    def _losses(self, frame: Frame, rendering: Rendering, importance: Tensor | None = None) -> Losses:
         truth, mask = frame.on_white()[self.model.seen], frame.mask[self.model.seen]
-        return frame_losses(*rendering, truth, mask, self.settings.img_lambda, self.settings.ssim_lambda)
+        return frame_losses(*rendering, truth, mask, self.settings.img_lambda, self.settings.ssim_lambda, importance)
 
 
 def _tensors(frame: Frame) -> list[Tensor]:
