@@ -41,7 +41,7 @@ def main() -> None:
                 scene.height,
                 views,
             )
-            for frame, gaussians in zip(frames, model.reconstruct(carved), strict=True)
+            for frame, gaussians in zip(frames, model.reconstruct(carved, frames), strict=True)
         ]
 
     def whole() -> list[Rendering]:

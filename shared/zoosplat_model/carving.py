@@ -104,11 +104,8 @@ def carve(
 
     volume = points.new_zeros(8 if extras else 4, len(least))
     for occupancy in (least, second):
-        buffer = points.new_full((n_views, h * w), torch.inf)
         solid = in_window & (occupancy >= 0.5)
-        buffer.scatter_reduce_(1, nearest, torch.where(solid, depth, torch.inf), "amin")
-        front = -F.max_pool2d(-buffer.view(n_views, 1, h, w), footprint_px, stride=1, padding=half)
-        seen = depth <= front.flatten(1).gather(1, nearest) + voxel_size_m
+        seen = depth <= _front(depth, nearest, solid, h, w, footprint_px) + voxel_size_m
         weight = torch.where(seen, 1.0, HIDDEN_WEIGHT) * in_front
         color = (weight[..., None] * samples).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)[..., None]
         volume[0] += 0.5 * occupancy
@@ -130,6 +127,42 @@ def carve(
     whole[4:] = 0
     whole[:, kept] = volume
     return whole.view(-1, *shape)
+
+
+def _front(depth: Tensor, nearest: Tensor, solid: Tensor, h: int, w: int, footprint_px: int) -> Tensor:
+    """Depth [V, N] of the nearest solid point in the picture round each point; its pixel is `nearest` [V, N]."""
+    buffer = depth.new_full((len(depth), h * w), torch.inf)
+    buffer.scatter_reduce_(1, nearest, torch.where(solid, depth, torch.inf), "amin")
+    front = -F.max_pool2d(-buffer.view(-1, 1, h, w), footprint_px, stride=1, padding=footprint_px // 2)
+    return front.flatten(1).gather(1, nearest)
+
+
+def look_up(
+    rgb: Tensor,  # [V, h, w, 3]
+    mask: Tensor,  # [V, h, w]
+    world_to_camera: Tensor,  # [V, 4, 4]
+    intrinsics: Tensor,  # [V, 3, 3]
+    points: Tensor,  # [N, 3] world, metres
+    solid: Tensor,  # [N] bool
+    voxel_size_m: float,
+    footprint_px: int,
+    used: Tensor | None = None,  # [V] bool
+) -> tuple[Tensor, Tensor]:
+    """Colours [N, 3] of points as the views see them, and whether any does [N] bool.
+
+    Solid points hide what lies more than two voxels behind them in the pictures of a voxel.
+    """
+    h, w = mask.shape[1:]
+    x, y, depth = project(points.T, world_to_camera, intrinsics)
+    in_window = (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
+    nearest = ((y + 0.5).clamp(0, h - 1).int() * w + (x + 0.5).clamp(0, w - 1).int()).long()
+    samples, covered = _sample(rgb, mask, x, y, 1)
+    front = _front(depth, nearest, in_window & solid, h, w, footprint_px)
+    weight = torch.where(depth <= front + 2 * voxel_size_m, 1.0, 0.02) * in_window
+    if used is not None:
+        weight = weight * used[:, None]
+    total = (weight * covered).sum(0)
+    return (weight[..., None] * samples).sum(0) / total.clamp_min(1e-6)[:, None], total > 0.01
 
 
 def _sample(rgb: Tensor, mask: Tensor, x: Tensor, y: Tensor, footprint_px: int) -> tuple[Tensor, Tensor]:

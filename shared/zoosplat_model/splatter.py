@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoosplat.config import Experiment
-from zoosplat_model.carving import carve, grid_points, rotation_about_z
+from zoosplat_model.carving import carve, grid_points, look_up, rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.rasterize import Pairs, Rendering, rasterize
 from zoosplat_model.unet import FEATURE_CHANNELS, UNetStack
@@ -28,7 +28,8 @@ OPACITY_SLOPE, OPACITY_MIDDLE = 16.0, 0.75  # opacity 0.98 where all views agree
 FIRST_SCALE = 0.3  # voxels: from 0.25 to 0.5, the smaller the better the first silhouettes; smaller ones have holes
 REACH = 2.0  # voxels that a Gaussian can move away from its voxel
 LOW_PASS = 0.3  # pixels^2: what the rasteriser adds to a splat's variance
-EXTRAS = False
+EXTRAS = True
+RESAMPLE = True
 HEAD_PARTS = 128  # of the head's products on a GPU
 WIDEST = 4.0  # voxels, of a Gaussian's standard deviation
 
@@ -140,7 +141,7 @@ class PoseSplatter(nn.Module):
         self.observed, self.mode, self.precision = list(observed), mode, precision
         self.min_gaussians, self.max_gaussians = min_gaussians, max_gaussians
         self.refine = UNetStack(num_unets, base_filters, poolings, bottleneck, points.shape[:3], 4 if EXTRAS else 0)
-        self.head = nn.Sequential(nn.Linear(FEATURE_CHANNELS, 128), nn.LeakyReLU(0.01), nn.Linear(128, 14))
+        self.head = nn.Sequential(nn.Linear(FEATURE_CHANNELS, 128), nn.LeakyReLU(0.01), nn.Linear(128, 15))
         last = self.head[2]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
@@ -178,13 +179,10 @@ class PoseSplatter(nn.Module):
     @torch.no_grad()
     def carve(self, frame: Frame, used: Tensor | None = None) -> Tensor:
         """Volume [4, n1, n2, n3] of a frame, from the `used` ([V] bool) of its V observed views (default: all)."""
-        place = torch.cat([rotation_about_z(frame.angle), frame.center[:, None]], 1)
-        place = F.pad(place, (0, 0, 0, 1))
-        place[3, 3:].fill_(1)
         return carve(
             frame.rgb[self.seen],
             frame.mask[self.seen],
-            frame.world_to_camera[self.seen] @ place,
+            frame.world_to_camera[self.seen] @ self._place(frame),
             frame.intrinsics[self.seen],
             self.points,
             self.voxel_size_m,
@@ -206,10 +204,12 @@ class PoseSplatter(nn.Module):
         """
         chosen = [None] * len(frames) if used is None else used
         volumes = torch.stack([self.carve(frame, u) for frame, u in zip(frames, chosen, strict=True)])
-        return self.reconstruct(volumes, mirrored)
+        return self.reconstruct(volumes, frames, used, mirrored)
 
-    def reconstruct(self, volumes: Tensor, mirrored: Tensor | None = None) -> list[Gaussians]:
-        """Gaussians in the animal's frame of each carved volume [B, 4, n1, n2, n3]."""
+    def reconstruct(
+        self, volumes: Tensor, frames: Sequence[Frame], used: Tensor | None = None, mirrored: Tensor | None = None
+    ) -> list[Gaussians]:
+        """`forward` from the frames' carved volumes [B, 8, n1, n2, n3] on."""
         if mirrored is None:
             mirrored = torch.zeros(len(volumes), dtype=torch.bool, device=volumes.device)
         turned = mirrored.view(-1, 1, 1, 1, 1)
@@ -218,9 +218,10 @@ class PoseSplatter(nn.Module):
         with torch.autocast(volumes.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
             features = self.refine(volumes).to(volumes.dtype)
         features = torch.where(turned, features.flip(3), features)
-        return [self.gaussians_of(*of_frame) for of_frame in zip(features, mirrored, strict=True)]
+        chosen = [None] * len(frames) if used is None else used
+        return [self.gaussians_of(*of_frame) for of_frame in zip(features, mirrored, frames, chosen, strict=True)]
 
-    def gaussians_of(self, features: Tensor, mirrored: Tensor) -> Gaussians:
+    def gaussians_of(self, features: Tensor, mirrored: Tensor, frame: Frame, used: Tensor | None) -> Gaussians:
         """Gaussians in the animal's frame from features [8, n1, n2, n3]: occupancy, colour and four more.
 
         Where the network saw the mirror image (`mirrored` [] bool), offsets and orientations are mirrored back.
@@ -228,21 +229,49 @@ class PoseSplatter(nn.Module):
         flat = features.flatten(1)
         chosen, drawn = select(flat[0].detach(), self.min_gaussians, self.max_gaussians)
         kept = flat.index_select(1, chosen).T
-        quats, scales, opacities, colors, offsets = self._head(kept).split([4, 3, 1, 3, 3], 1)
+        quats, scales, opacities, colors, offsets, trust = self._head(kept).split([4, 3, 1, 3, 3, 1], 1)
         one, other = torch.ones_like(self.log_scale), torch.where(mirrored, -1.0, 1.0)
         side = torch.stack([one, other, one, one, other, one, other])  # of x y z, then of w x y z
         log_scales = (self.log_scale + scales).clamp(max=math.log(WIDEST))
         opacities = torch.sigmoid(opacities[:, 0] + OPACITY_SLOPE * (kept[:, 0] - OPACITY_MIDDLE))
+        opacities = torch.where(drawn, opacities, 0)
+        means = self.points.reshape(-1, 3)[chosen] + REACH * self.voxel_size_m * torch.tanh(offsets) * side[:3]
+        base = kept[:, 1:4]
+        if RESAMPLE:
+            looked_up, seen = self._look_up(frame, means.detach(), opacities.detach() > 0.3, used)
+            base = base + torch.sigmoid(trust + 2) * seen[:, None] * (looked_up - base)
         return Gaussians(
-            means=self.points.reshape(-1, 3)[chosen] + REACH * self.voxel_size_m * torch.tanh(offsets) * side[:3],
+            means=means,
             quats=nn.functional.normalize(quats + self.upright, dim=1) * side[3:],
             scales=self.voxel_size_m * torch.exp(log_scales),
-            opacities=torch.where(drawn, opacities, 0),
-            colors=torch.sigmoid(colors + torch.logit(kept[:, 1:4].clamp(0.02, 0.98))),
+            opacities=opacities,
+            colors=torch.sigmoid(colors + torch.logit(base.clamp(0.02, 0.98))),
         )
 
+    @torch.no_grad()
+    def _look_up(self, frame: Frame, means: Tensor, solid: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Colours [M, 3] of Gaussians in the pictures that they are carved from, and whether there are any [M]."""
+        return look_up(
+            frame.rgb[self.seen],
+            frame.mask[self.seen],
+            frame.world_to_camera[self.seen] @ self._place(frame),
+            frame.intrinsics[self.seen],
+            means,
+            solid,
+            self.voxel_size_m,
+            self.footprint_px,
+            used,
+        )
+
+    @staticmethod
+    def _place(frame: Frame) -> Tensor:
+        """[4, 4] from the animal's frame to the world."""
+        place = F.pad(torch.cat([rotation_about_z(frame.angle), frame.center[:, None]], 1), (0, 0, 0, 1))
+        place[3, 3:].fill_(1)
+        return place
+
     def _head(self, features: Tensor) -> Tensor:
-        """[M, 8] to [M, 14]."""
+        """[M, 8] to [M, 15]."""
         if not features.is_cuda:
             return self.head(features)  # type: ignore[no-any-return]
         # In parts: cuBLAS sums the weights' gradients over thousands of rows with a few threads.

@@ -18,7 +18,7 @@ from zoosplat_model.losses import Losses, frame_losses, soft_iou
 from zoosplat_model.rasterize import Pairs, Rendering
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 
-DROP_VIEW = 0.5  # share of frames that are carved without one of their views
+DROP_VIEW = 0.7  # share of frames that are carved without one of their views
 NOVEL_WEIGHT = 1.0
 DROP_TWO = 0.0
 MIRROR = 0.5  # share of frames that the network sees mirrored
