@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 
 import torch
 from train_step import CAMERAS, Scene, median_ms, settings
@@ -17,12 +18,12 @@ from zoosplat_model.rasterize import Rendering
 from zoosplat_model.splatter import PoseSplatter
 
 
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--frames", type=int, default=1, help="frames in a batch")
     args = parser.parse_args()
+    torch.set_grad_enabled(False)
     device = torch.device("cuda")
     torch.backends.cudnn.benchmark = True
     scene = Scene(device)
@@ -47,7 +48,11 @@ def main() -> None:
     def whole() -> list[Rendering]:
         return render(torch.stack([model.carve(frame) for frame in frames]))
 
-    for name, function in (("volume to 6 views", lambda: render(volumes)), ("pictures to 6 views", whole)):
+    cases: dict[str, Callable[[], object]] = {
+        "volume to 6 views": lambda: render(volumes),
+        "pictures to 6 views": whole,
+    }
+    for name, function in cases.items():
         for _ in range(5):
             function()
         milliseconds = median_ms(function, 50) / len(frames)

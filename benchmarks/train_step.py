@@ -13,6 +13,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,13 +93,14 @@ def settings(overrides: list[str]) -> Experiment:
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:
     """Median time between the ends of consecutive calls on the GPU."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    event_of: Any = torch.cuda.Event
+    events = [event_of(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
         function()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return float(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)))
 
 
 def main() -> None:

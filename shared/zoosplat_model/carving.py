@@ -13,6 +13,8 @@ from torch import Tensor
 
 HIDDEN_WEIGHT = 0.25  # in a voxel's colour, of a view in which another voxel is in front of it
 
+BEHIND_WEIGHT = 0.02  # the same, in the colour that is looked up for a Gaussian
+
 
 def grid_points(ell_m: float, grid_size: int, volume_idx: Sequence[tuple[int, int]]) -> Tensor:
     """The cropped grid in the animal's frame, [n1, n2, n3, 3] float32 metres.
@@ -58,7 +60,6 @@ def carve(
     footprint_px: int,
     fill_color: float,
     used: Tensor | None = None,  # [V] bool
-    extras: bool = False,
 ) -> Tensor:
     """Carve the V given views. The mean of two coloured hulls: of what is inside all masks, and inside all but one.
 
@@ -73,8 +74,13 @@ def carve(
     is seen and 0.25 where it is hidden. So, unlike in the paper, a view that has the voxel outside its mask has no
     weight: it shows background.
 
+    Four more channels say what the mean of the two hulls hides: the occupancy of the smaller and of the larger one, how
+    far the views' colours are from each other (the sign of a voxel that no view really sees), and how many see it.
+
     Returns:
-        [4, n1, n2, n3] float32: occupancy 0 to 1, red, green, blue (`fill_color` where empty).
+        [8, n1, n2, n3] float32: occupancy 0 to 1, red, green, blue (`fill_color` where empty); occupancy of the smaller
+        and of the larger hull, root of the mean squared distance of the views' colours from their mean, share of the
+        views that see the voxel (both 0 where empty).
     """
     n_views, h, w = mask.shape
     shape = points.shape[:3]
@@ -102,7 +108,7 @@ def carve(
         least, second = torch.minimum(least, inside), torch.minimum(second, torch.maximum(least, inside))
     second = torch.where(second.isinf(), least, second)
 
-    volume = points.new_zeros(8 if extras else 4, len(least))
+    volume = points.new_zeros(8, len(least))
     for occupancy in (least, second):
         solid = in_window & (occupancy >= 0.5)
         seen = depth <= _front(depth, nearest, solid, h, w, footprint_px) + voxel_size_m
@@ -110,23 +116,18 @@ def carve(
         color = (weight[..., None] * samples).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)[..., None]
         volume[0] += 0.5 * occupancy
         volume[1:4] += 0.5 * torch.where(occupancy > 0, color.T, fill_color)
-        if extras:
-            share = weight / weight.sum(0).clamp_min(1e-6)
-            own = samples / covered.clamp_min(1e-3)[..., None]
-            off = (own - color).square().sum(-1)
-            shown = (share * covered * off).sum(0) / (share * covered).sum(0).clamp_min(1e-6)
-            volume[6] += 0.5 * torch.where(occupancy > 0, shown.sqrt(), 0)
-            volume[7] += 0.5 * torch.where(occupancy > 0, (seen & in_front).float().mean(0), 0)
-    if extras:
-        volume[4], volume[5] = least, second
+        off = (samples / covered.clamp_min(1e-3)[..., None] - color).square().sum(-1)
+        spread = (weight * covered * off).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)
+        volume[6] += 0.5 * torch.where(occupancy > 0, spread.sqrt(), 0)
+        volume[7] += 0.5 * torch.where(occupancy > 0, (seen & in_front).to(depth.dtype).mean(0), 0)
+    volume[4], volume[5] = least, second
     if kept is None:
-        return volume.view(-1, *shape)
+        return volume.view(8, *shape)
 
-    whole = points.new_full((len(volume), shape.numel()), fill_color)
-    whole[0] = 0
-    whole[4:] = 0
+    whole = points.new_zeros(8, shape.numel())
+    whole[1:4] = fill_color
     whole[:, kept] = volume
-    return whole.view(-1, *shape)
+    return whole.view(8, *shape)
 
 
 def _front(depth: Tensor, nearest: Tensor, solid: Tensor, h: int, w: int, footprint_px: int) -> Tensor:
@@ -158,7 +159,7 @@ def look_up(
     nearest = ((y + 0.5).clamp(0, h - 1).int() * w + (x + 0.5).clamp(0, w - 1).int()).long()
     samples, covered = _sample(rgb, mask, x, y, 1)
     front = _front(depth, nearest, in_window & solid, h, w, footprint_px)
-    weight = torch.where(depth <= front + 2 * voxel_size_m, 1.0, 0.02) * in_window
+    weight = torch.where(depth <= front + 2 * voxel_size_m, 1.0, BEHIND_WEIGHT) * in_window
     if used is not None:
         weight = weight * used[:, None]
     total = (weight * covered).sum(0)

@@ -31,7 +31,6 @@ def frame_losses(
     mask: Tensor,  # [V, h, w] 0 or 1
     img_lambda: float,
     ssim_lambda: float,
-    importance: Tensor | None = None,  # [V]
 ) -> Losses:
     """(1 - soft IoU) + img_lambda * sum|error| / mask area + ssim_lambda * (1 - SSIM), means over the views.
 
@@ -40,9 +39,7 @@ def frame_losses(
     """
     area = mask.sum((1, 2))
     weight = (area > 0).to(rgb.dtype)
-    if importance is not None:
-        weight = weight * importance
-    weight = weight / weight.sum().clamp_min(1e-3)
+    weight = weight / weight.sum().clamp_min(1)
     shape = (weight * (1 - soft_iou(alpha, mask))).sum()
     color = (weight * (rgb - truth).abs().sum((1, 2, 3)) / area.clamp_min(1)).sum()
     total = shape + img_lambda * color

@@ -4,6 +4,8 @@ Where it differs from the published network, for speed and better pictures:
 - Its units are voxels, so nothing depends on the size of the animal or the unit of the calibration.
 - It starts as the coloured hull: occupancy drives the opacity, and colours and sizes are changes to the voxel's own.
   A voxel at the limit of selection has an opacity too small to be drawn, so selection causes no jumps.
+- Colours are looked up in the pictures once more where the Gaussians have come to lie, with their own occlusion: a
+  carved voxel's are means over its footprint, too coarse for eyes, and go by the hull's occlusion.
 - Each camera has a small learned colour transformation, because real cameras differ in exposure and colour.
 """
 
@@ -28,8 +30,8 @@ OPACITY_SLOPE, OPACITY_MIDDLE = 16.0, 0.75  # opacity 0.98 where all views agree
 FIRST_SCALE = 0.3  # voxels: from 0.25 to 0.5, the smaller the better the first silhouettes; smaller ones have holes
 REACH = 2.0  # voxels that a Gaussian can move away from its voxel
 LOW_PASS = 0.3  # pixels^2: what the rasteriser adds to a splat's variance
-EXTRAS = True
-RESAMPLE = True
+SOLID = 0.3  # opacity from which on a Gaussian hides what is behind it, when colours are looked up
+FIRST_TRUST = 2.0  # logit of the share of the looked-up colour
 HEAD_PARTS = 128  # of the head's products on a GPU
 WIDEST = 4.0  # voxels, of a Gaussian's standard deviation
 
@@ -140,7 +142,7 @@ class PoseSplatter(nn.Module):
         self.voxel_size_m, self.footprint_px, self.fill_color = voxel_size_m, footprint_px, fill_color
         self.observed, self.mode, self.precision = list(observed), mode, precision
         self.min_gaussians, self.max_gaussians = min_gaussians, max_gaussians
-        self.refine = UNetStack(num_unets, base_filters, poolings, bottleneck, points.shape[:3], 4 if EXTRAS else 0)
+        self.refine = UNetStack(num_unets, base_filters, poolings, bottleneck, points.shape[:3])
         self.head = nn.Sequential(nn.Linear(FEATURE_CHANNELS, 128), nn.LeakyReLU(0.01), nn.Linear(128, 15))
         last = self.head[2]
         assert isinstance(last, nn.Linear)
@@ -173,12 +175,12 @@ class PoseSplatter(nn.Module):
     def on(self, device: torch.device) -> PoseSplatter:
         """Moved to a device, in the layout that is fastest there."""
         if device.type == "cuda":
-            self.refine.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            self.refine.to(memory_format=torch.channels_last_3d)
         return self.to(device)
 
     @torch.no_grad()
     def carve(self, frame: Frame, used: Tensor | None = None) -> Tensor:
-        """Volume [4, n1, n2, n3] of a frame, from the `used` ([V] bool) of its V observed views (default: all)."""
+        """Volume [8, n1, n2, n3] of a frame, from the `used` ([V] bool) of its V observed views (default: all)."""
         return carve(
             frame.rgb[self.seen],
             frame.mask[self.seen],
@@ -189,7 +191,6 @@ class PoseSplatter(nn.Module):
             self.footprint_px,
             self.fill_color,
             used,
-            EXTRAS,
         )
 
     def forward(
@@ -229,7 +230,9 @@ class PoseSplatter(nn.Module):
         flat = features.flatten(1)
         chosen, drawn = select(flat[0].detach(), self.min_gaussians, self.max_gaussians)
         kept = flat.index_select(1, chosen).T
-        quats, scales, opacities, colors, offsets, trust = self._head(kept).split([4, 3, 1, 3, 3, 1], 1)
+        quats, scales, opacities, colors, offsets, trust = torch.split_with_sizes(
+            self._head(kept), [4, 3, 1, 3, 3, 1], 1
+        )
         one, other = torch.ones_like(self.log_scale), torch.where(mirrored, -1.0, 1.0)
         side = torch.stack([one, other, one, one, other, one, other])  # of x y z, then of w x y z
         log_scales = (self.log_scale + scales).clamp(max=math.log(WIDEST))
@@ -237,9 +240,8 @@ class PoseSplatter(nn.Module):
         opacities = torch.where(drawn, opacities, 0)
         means = self.points.reshape(-1, 3)[chosen] + REACH * self.voxel_size_m * torch.tanh(offsets) * side[:3]
         base = kept[:, 1:4]
-        if RESAMPLE:
-            looked_up, seen = self._look_up(frame, means.detach(), opacities.detach() > 0.3, used)
-            base = base + torch.sigmoid(trust + 2) * seen[:, None] * (looked_up - base)
+        looked_up, seen = self._look_up(frame, means.detach(), opacities.detach() > SOLID, used)
+        base = base + torch.sigmoid(FIRST_TRUST + trust) * seen[:, None] * (looked_up - base)
         return Gaussians(
             means=means,
             quats=nn.functional.normalize(quats + self.upright, dim=1) * side[3:],

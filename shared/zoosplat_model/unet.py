@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from zoosplat_model.volumes import halve, normalize
 
-VOLUME_CHANNELS = 4
+VOLUME_CHANNELS = 8  # of a carved volume; the first 4, occupancy and colour, are what is refined
+REFINED_CHANNELS = 4
 FEATURE_CHANNELS = 8
 
 
@@ -82,20 +83,18 @@ class UNet(nn.Module):
     """A 3D U-Net whose last layer starts at zero, so that its output is 0 at first.
 
     Args:
-        n_out: channels of the output; the input has 4.
+        n_out: channels of the output; the input has 8.
         base_filters: channels double with each halving, from this at full resolution, where nothing is computed.
         poolings: halvings of the resolution, the first by folding.
         bottleneck: width of the multilayer perceptron at the bottom, into which the volume there is flattened; 0: none.
         shape: of the volume, each a multiple of 2^poolings.
     """
 
-    def __init__(
-        self, n_out: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int], extras: int = 0
-    ) -> None:
+    def __init__(self, n_out: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int]) -> None:
         super().__init__()
         widths = [base_filters << level for level in range(1, poolings + 1)]
         flat = widths[-1] * math.prod(n >> poolings for n in shape)
-        self.down = nn.ModuleList(_Block(a, b) for a, b in pairwise([8 * (VOLUME_CHANNELS + extras), *widths]))
+        self.down = nn.ModuleList(_Block(a, b) for a, b in pairwise([8 * VOLUME_CHANNELS, *widths]))
         self.bottom: nn.Module | None = None
         if bottleneck:
             self.bottom = nn.Sequential(nn.Linear(flat, bottleneck), nn.LeakyReLU(0.01), nn.Linear(bottleneck, flat))
@@ -104,7 +103,7 @@ class UNet(nn.Module):
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, 4, n1, n2, n3] -> [B, n_out, n1, n2, n3]
+    def forward(self, x: Tensor) -> Tensor:  # [B, 8, n1, n2, n3] -> [B, n_out, n1, n2, n3]
         x = self.down[0](fold(x).contiguous(memory_format=torch.channels_last_3d))
         skips = []
         for block in self.down[1:]:
@@ -118,22 +117,21 @@ class UNet(nn.Module):
 
 
 class UNetStack(nn.Module):
-    """U-Nets in a row: volumes [B, 4, n1, n2, n3] to features [B, 8, n1, n2, n3].
+    """U-Nets in a row: volumes [B, 8, n1, n2, n3] to features [B, 8, n1, n2, n3].
 
-    All but the last are residual. The last adds to its input, in the first 4 of its 8 channels. As every U-Net starts
-    at zero, the first 4 features are the volume itself at first, exactly, and the others 0.
+    All see the volume's last 4 channels and refine its first 4. All but the last are residual. The last adds to its
+    input, in the first 4 of its 8 channels. As every U-Net starts at zero, the first 4 features are the volume's own at
+    first, exactly, and the others 0.
     """
 
-    def __init__(
-        self, num_unets: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int], extras: int = 0
-    ) -> None:
+    def __init__(self, num_unets: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int]) -> None:
         super().__init__()
-        outputs = [VOLUME_CHANNELS] * (num_unets - 1) + [FEATURE_CHANNELS]
-        self.unets = nn.ModuleList(UNet(n, base_filters, poolings, bottleneck, shape, extras) for n in outputs)
+        outputs = [REFINED_CHANNELS] * (num_unets - 1) + [FEATURE_CHANNELS]
+        self.unets = nn.ModuleList(UNet(n, base_filters, poolings, bottleneck, shape) for n in outputs)
 
     def forward(self, volume: Tensor) -> Tensor:
-        x, more = volume[:, :VOLUME_CHANNELS], volume[:, VOLUME_CHANNELS:]
+        x, rest = volume[:, :REFINED_CHANNELS], volume[:, REFINED_CHANNELS:]
         for unet in self.unets:
-            change = unet(torch.cat([x, more], 1) if more.shape[1] else x)
+            change = unet(torch.cat([x, rest], 1))
             x = F.pad(x, (0, 0) * 3 + (0, change.shape[1] - x.shape[1])) + change
         return x

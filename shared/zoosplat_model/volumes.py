@@ -75,7 +75,7 @@ def _kernels_work(device: int) -> bool:
 
 if triton is not None:
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit
     def _moments(sums, squares, counts):  # type: ignore[no-untyped-def]
         """Mean and variance from the blocks' means, sums of squared deviations and counts (Chan 1979)."""
         n = tl.sum(counts, 0)

@@ -20,14 +20,14 @@ def test_kernels_agree_with_plain_functions(channels: int, size: tuple[int, ...]
     gain = (torch.rand(channels, device="cuda") + 0.5).requires_grad_()
     shift = torch.randn(channels, device="cuda").requires_grad_()
     weight = torch.randn_like(x)
-    (normalize(x, gain, shift) * weight).sum().backward()
+    torch.autograd.backward((normalize(x, gain, shift) * weight).sum())
     found = [normalize(x, gain, shift), *(v.grad for v in (x, gain, shift))]
 
     exact = [v.detach().double().requires_grad_() for v in (x, gain, shift)]
     variance, mean = torch.var_mean(exact[0], (2, 3, 4), keepdim=True, correction=0)
     y = (exact[0] - mean) / (variance + 1e-5).sqrt() * exact[1].view(1, -1, 1, 1, 1) + exact[2].view(1, -1, 1, 1, 1)
     y = torch.where(y > 0, y, 0.01 * y)
-    (y * weight).sum().backward()
+    torch.autograd.backward((y * weight).sum())
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     for value, truth in zip(found, [y, *(v.grad for v in exact)], strict=True):
         assert value is not None
@@ -43,11 +43,11 @@ def test_halving_agrees_with_pooling(dtype: torch.dtype) -> None:
     x = torch.randn(2, 16, 6, 8, 4, device="cuda").to(dtype).requires_grad_()
     weight = torch.randn(2, 16, 3, 4, 2, device="cuda").to(dtype)
     found = halve(x)
-    (found * weight).sum().backward()
+    torch.autograd.backward((found * weight).sum())
     assert x.grad is not None
     plain = x.detach().cpu().float().requires_grad_()
     truth = torch.nn.functional.max_pool3d(plain, 2)
-    (truth * weight.cpu().float()).sum().backward()
+    torch.autograd.backward((truth * weight.cpu().float()).sum())
     assert torch.equal(found.cpu().float(), truth)
     assert plain.grad is not None
     # bfloat16 has ties, which either may give to any of the equal voxels.

@@ -19,8 +19,6 @@ from zoosplat_model.rasterize import Pairs, Rendering
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 
 DROP_VIEW = 0.7  # share of frames that are carved without one of their views
-NOVEL_WEIGHT = 1.0
-DROP_TWO = 0.0
 MIRROR = 0.5  # share of frames that the network sees mirrored
 JITTER_VOXELS, JITTER_RAD = 2.0, 0.3  # of the carved grid, at most
 LAST_RATE = 0.05  # of the learning rate, at the end of the cosine
@@ -48,8 +46,8 @@ def carving_views(observed: Sequence[int], seed: int, epoch: int, t: int) -> lis
     rng = np.random.default_rng([seed, epoch, 1, t])
     if len(observed) < 4 or rng.random() >= DROP_VIEW:
         return list(observed)
-    left_out = rng.permutation(len(observed))[: 2 if rng.random() < DROP_TWO else 1]
-    return [c for i, c in enumerate(observed) if i not in left_out]
+    left_out = int(rng.integers(len(observed)))
+    return [c for i, c in enumerate(observed) if i != left_out]
 
 
 def jitter(frame: Frame, seed: int, epoch: int, voxel_size_m: float) -> Frame:
@@ -168,9 +166,8 @@ class Trainer:
                 group["lr"] = float(rate) * group["factor"]
         self.optimizer.zero_grad()
         losses = []
-        for frame, seeing, gaussians in zip(frames, used, self.model(frames, used, mirrored), strict=True):
-            rendering = self._render(frame, gaussians)
-            losses.append(self._losses(frame, rendering, torch.where(seeing, 1.0, NOVEL_WEIGHT)))
+        for frame, gaussians in zip(frames, self.model(frames, used, mirrored), strict=True):
+            losses.append(self._losses(frame, self._render(frame, gaussians)))
         total = torch.stack([loss.total for loss in losses]).mean()
         torch.autograd.backward(total)
         gradient = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
@@ -223,9 +220,9 @@ class Trainer:
             self._pairs,
         )
 
-    def _losses(self, frame: Frame, rendering: Rendering, importance: Tensor | None = None) -> Losses:
+    def _losses(self, frame: Frame, rendering: Rendering) -> Losses:
         truth, mask = frame.on_white()[self.model.seen], frame.mask[self.model.seen]
-        return frame_losses(*rendering, truth, mask, self.settings.img_lambda, self.settings.ssim_lambda, importance)
+        return frame_losses(*rendering, truth, mask, self.settings.img_lambda, self.settings.ssim_lambda)
 
 
 def _tensors(frame: Frame) -> list[Tensor]:
