@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
-from zoosplat import stores
+from zoosplat import locks, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import Unreachable, UserError
 from zoosplat.pipeline import STAGES, StageSpec
@@ -361,7 +361,7 @@ def run_stage(
 
 def _alone(stage: Stage, ctx: Context) -> AbstractContextManager[None]:
     """Keeps other processes from deleting what this one has begun."""
-    return stores.locked(
+    return locks.locked(
         ctx.project.lock_url(stage.name), lambda: ctx.progress(0, 1, "another run is at work on it; waiting")
     )
 
