@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 export PYTHON
 
-.PHONY: help install demo demo-containers test lint minio images bench cluster-tools test-cluster clean
+.PHONY: help install demo demo-containers demo-kubernetes test lint minio images bench cluster-tools test-cluster clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 16
@@ -33,7 +33,10 @@ images:          ## container images of the stages and of the flows, with podman
 	@deploy/images/build.sh
 
 demo-containers: install minio  ## the demo, each stage in its own container on a MinIO of its own; needs images
-	@deploy/demo_containers.sh
+	@$(BIN)/python deploy/demo/in_containers.py
+
+demo-kubernetes: install minio cluster-tools  ## the demo on a Kubernetes of this machine; needs root and images
+	@$(BIN)/python deploy/demo/on_kubernetes.py
 
 bench: install   ## CPU stages against ffmpeg, rasteriser
 	$(BIN)/python benchmarks/preprocessing.py

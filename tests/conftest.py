@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import csv
 import gc
+import io
 import json
 import os
+import re
 import runpy
 import secrets
 import shutil
@@ -262,6 +265,74 @@ def finished(recording: Recording, stages: Stages, tmp_path_factory: pytest.Temp
     return project
 
 
+# -- results of runs that went differently ------------------------------------------------------------------------
+def losses(history: bytes) -> list[list[float]]:
+    """Training and validation loss of every epoch."""
+    rows = csv.DictReader(io.StringIO(history.decode()))
+    return [[float(row["train_loss"]), float(row["valid_loss"])] for row in rows]
+
+
+def pictures(path: Path) -> Any:
+    """The pictures of a PNG or MP4 file, [n, h, w, 3]."""
+    import av
+    import cv2
+    import numpy as np
+
+    if path.suffix == ".png":
+        return np.asarray(cv2.imread(str(path)))[None]
+    with av.open(str(path)) as film:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)])
+
+
+NUMBER = re.compile(r"-?\d+\.\d+(?:e[-+]\d+)?")
+
+
+def check_same_file(ours: Path, theirs: Path) -> None:
+    """The same content within float noise."""
+    import numpy as np
+
+    if ours.suffix in (".png", ".mp4"):
+        mine, other = pictures(ours), pictures(theirs)
+        assert mine.shape == other.shape
+        assert np.abs(mine.astype(int) - other).mean() < 0.05, ours
+    elif ours.suffix == ".ply":
+        end = b"end_header\n"
+        (head, _, body), (head_there, _, body_there) = (path.read_bytes().partition(end) for path in (ours, theirs))
+        assert head == head_there
+        np.testing.assert_allclose(np.frombuffer(body, "<f4"), np.frombuffer(body_there, "<f4"), 1e-3, 1e-5)
+    else:
+        text, expected = ours.read_text(), theirs.read_text()
+        assert NUMBER.sub("x", text) == NUMBER.sub("x", expected), ours
+        found, there = (np.array(NUMBER.findall(each), float) for each in (text, expected))
+        np.testing.assert_allclose(found, there, 1e-3, 1e-4, err_msg=str(ours))
+
+
+def check_same_stage(stage: str, project: Path, reference: Path) -> None:
+    """A stage's result: byte for byte, or, where it was learned, within float noise."""
+    from zoosplat.pipeline import STAGES
+
+    spec = STAGES[stage]
+    ours, theirs = project / spec.writes, reference / spec.writes
+    if stage == "train":
+        mine, other = (losses((folder / "history.csv").read_bytes()) for folder in (ours, theirs))
+        assert [value for row in mine for value in row] == pytest.approx([v for row in other for v in row], rel=1e-4)
+        assert len(mine) == len(other)
+        return
+    names = sorted(p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file())
+    assert sorted(p.relative_to(ours) for p in ours.rglob("*") if p.is_file()) == names
+    for name in names:
+        if spec.gpu:
+            check_same_file(ours / name, theirs / name)
+        else:
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+@pytest.fixture(scope="session")
+def check_same() -> Callable[[str, Path, Path], None]:
+    """`check_same_stage`, for tests, which cannot import this module."""
+    return check_same_stage
+
+
 # -- an S3 server -------------------------------------------------------------------------------------------------
 def _minio() -> str | None:
     built = Path.home() / ".cache" / "zoosplat" / "bin" / "minio"
@@ -271,7 +342,7 @@ def _minio() -> str | None:
 S3_KIND = "minio" if _minio() else "moto"
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3:
     """A running S3 server: MinIO, or moto's server where there is no MinIO (which checks no credentials)."""
 
@@ -279,6 +350,31 @@ class S3:
     endpoint: str
     env: dict[str, str]
     client: Any
+    folder: Path
+    server: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Again, too: same data, same address. Returns when it answers."""
+        port = self.endpoint.rpartition(":")[2]
+        if self.kind == "minio":
+            command = [str(_minio()), "server", str(self.folder), "--address", f"127.0.0.1:{port}", "--quiet"]
+            health = f"{self.endpoint}/minio/health/live"
+        else:
+            command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+            health = self.endpoint
+        env = {
+            "MINIO_ROOT_USER": self.env["AWS_ACCESS_KEY_ID"],
+            "MINIO_ROOT_PASSWORD": self.env["AWS_SECRET_ACCESS_KEY"],
+            "MINIO_BROWSER": "off",
+        }
+        quiet = subprocess.DEVNULL
+        self.server = subprocess.Popen(command, env={**os.environ, **env}, cwd=self.folder, stdout=quiet, stderr=quiet)
+        _wait_for(lambda: _answers(health), self.server)
+
+    def stop(self, number: int = signal.SIGKILL) -> None:
+        if self.server is not None:
+            self.server.send_signal(number)
+            self.server.wait()
 
     def bucket(self) -> str:
         """A new, empty bucket."""
@@ -307,43 +403,48 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session", params=[S3_KIND])
-def s3(request: pytest.FixtureRequest) -> Iterator[S3]:
-    """A real S3 server on the loopback interface; its kind stands in the tests' names."""
+@contextlib.contextmanager
+def serve_s3(kind: str) -> Iterator[S3]:
     import boto3
 
     port, user, password = free_port(), f"user{secrets.token_hex(4)}", secrets.token_hex(16)
-    endpoint = f"http://127.0.0.1:{port}"
+    credentials = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": user,
+        "AWS_SECRET_ACCESS_KEY": password,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=credentials["AWS_ENDPOINT_URL"],
+        aws_access_key_id=user,
+        aws_secret_access_key=password,
+        region_name="us-east-1",
+    )
     with tempfile.TemporaryDirectory() as folder:
-        if request.param == "minio":
-            command = [str(_minio()), "server", folder, "--address", f"127.0.0.1:{port}", "--quiet"]
-            health = f"{endpoint}/minio/health/live"
-        else:
-            command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-            health = endpoint
-        env = {"MINIO_ROOT_USER": user, "MINIO_ROOT_PASSWORD": password, "MINIO_BROWSER": "off"}
-        quiet = subprocess.DEVNULL
-        server = subprocess.Popen(command, env={**os.environ, **env}, cwd=folder, stdout=quiet, stderr=quiet)
+        server = S3(kind, credentials["AWS_ENDPOINT_URL"], credentials, client, Path(folder))
         try:
-            _wait_for(lambda: _answers(health), server)
-            credentials = {
-                "AWS_ENDPOINT_URL": endpoint,
-                "AWS_ACCESS_KEY_ID": user,
-                "AWS_SECRET_ACCESS_KEY": password,
-                "AWS_DEFAULT_REGION": "us-east-1",
-                "AWS_EC2_METADATA_DISABLED": "true",
-            }
-            client = boto3.client(
-                "s3",
-                endpoint_url=endpoint,
-                aws_access_key_id=user,
-                aws_secret_access_key=password,
-                region_name="us-east-1",
-            )
-            yield S3(request.param, endpoint, credentials, client)
+            server.start()
+            yield server
         finally:
-            server.send_signal(signal.SIGKILL)
-            server.wait()
+            server.stop()
+
+
+@pytest.fixture(scope="session", params=[S3_KIND])
+def s3(request: pytest.FixtureRequest) -> Iterator[S3]:
+    """A real S3 server on the loopback interface; its kind stands in the tests' names."""
+    with serve_s3(request.param) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def own_s3() -> Iterator[S3]:
+    """A MinIO that a module may stop and start."""
+    if S3_KIND != "minio":
+        pytest.skip("no MinIO on this machine; make minio")
+    with serve_s3("minio") as server:
+        yield server
 
 
 def _answers(url: str) -> bool:

@@ -260,7 +260,7 @@ def test_another_version_runs_again(project: Project, monkeypatch: pytest.Monkey
 def test_exit_statuses(project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     url = project.url
     assert stage.main(Counting(failing={2}), ["--project", url, "--workers", "1"]) == 2
-    assert capsys.readouterr().err == "zoosplat ingest: frame 8 is bad\n"
+    assert capsys.readouterr().err == "zoosplat ingest: frame 8 is bad; in shard 2/3, kept frames 8 to 9\n"
     assert stage.main(Counting(), ["--project", url, "--workers", "1"]) == 0
     assert stage.main(Counting(failing={0}), ["--project", url, "--workers", "1"]) == 0  # skipped
     assert capsys.readouterr().err == ""

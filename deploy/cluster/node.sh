@@ -54,7 +54,11 @@ echo '{"cniVersion":"0.4.0","name":"lo","plugins":[{"type":"loopback"}]}' > "$no
 start containerd "$node" containerd --config "$node/containerd.toml"
 ctr() { command ctr --address "$node/containerd.sock" -n k8s.io "$@"; }
 for _ in $(seq 60); do ctr version > /dev/null 2>&1 && break; sleep 0.5; done
-for image in "$RUN/pause.tar" "$@"; do ctr images import "$image" > /dev/null; done
+for image in "$RUN/pause.tar" "$@"; do
+  ctr images import "$image" > /dev/null
+  # Pods run on the unpacked layers; the packed ones, gigabytes for a node with GPU images, are not needed again.
+  ctr content ls | awk '$2 ~ /[MG]i?B$/ {print $1}' | while read -r digest; do ctr content rm "$digest" > /dev/null; done
+done
 if [ -d /sys/fs/cgroup/cpuset ]; then  # cgroup v1
   for controller in /sys/fs/cgroup/*/; do mkdir -p "$controller/$name" 2>/dev/null || true; done
   for file in cpuset.cpus cpuset.mems; do cat "/sys/fs/cgroup/cpuset/$file" > "/sys/fs/cgroup/cpuset/$name/$file"; done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# build.sh [IMAGE...]: build the images (stages, gpu-base, flows, minio; default: stages and flows) with podman or docker.
+# build.sh [IMAGE...]: build the images (stages, gpu-base, flows, worker, minio; default: stages and flows) with podman or docker.
 #   REGISTRY, TAG             names of the images: REGISTRY/zoosplat-STAGE:TAG (localhost, dev)
 #   BASE_IMAGE                what they stand on; default python:3.12-slim-bookworm, or made by base.sh without a registry
 #   GSPLAT_ARCHS              CUDA architectures to compile gsplat for ("8.0 8.6 8.9 9.0 12.0"); "" for CPU only
@@ -72,6 +72,7 @@ made_gpu_base=""
 for name in "${wanted[@]}"; do
   case $name in
     gpu-base) gpu_base; made_gpu_base=1 ;;
+    worker) build worker deploy/images/worker.Dockerfile --build-arg "FLOWS_IMAGE=$REGISTRY/zoosplat-flows:$TAG" ;;
     flows | minio) build "$name" "deploy/images/$name.Dockerfile" ;;
     train | evaluate | render)
       [ -n "$made_gpu_base" ] || gpu_base
@@ -79,7 +80,7 @@ for name in "${wanted[@]}"; do
       build "$name" "services/$name/Dockerfile" --build-arg "GPU_BASE=$REGISTRY/zoosplat-gpu-base:$TAG"
       ;;
     ingest | center_rotation | crop | pack) build "$name" "services/$name/Dockerfile" ;;
-    *) echo "images: there is no image $name; there are ${STAGES[*]} gpu-base flows minio" >&2; exit 2 ;;
+    *) echo "images: there is no image $name; there are ${STAGES[*]} gpu-base flows worker minio" >&2; exit 2 ;;
   esac
 done
 "${engine[@]}" images --format '{{.Repository}}:{{.Tag}} {{.Size}}' | grep "^$REGISTRY/zoosplat-.*:$TAG " | sort -u

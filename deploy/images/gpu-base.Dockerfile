@@ -2,15 +2,25 @@
 # NVIDIA's compiler from PyPI, so that no pod compiles at first use and none holds a compiler.
 ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
 
-FROM ${BASE_IMAGE} AS builder
+# What is to be installed, in a file that changes with nothing else: then the kernels are not compiled again for a new
+# linter or a line of the README.
+FROM ${BASE_IMAGE} AS requirements
 ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt UV_LINK_MODE=copy
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q "$(grep '^uv==' constraints.txt)" \
-    && /tmp/tools/bin/uv venv -q --python "$(command -v python3)" /opt/venv
+    && mkdir /wanted && grep '^uv==' constraints.txt > /wanted/uv.txt \
+    && /tmp/tools/bin/uv pip compile -q --no-header --no-annotate -c constraints.txt pyproject.toml \
+        --extra train --extra evaluate --extra render -o /wanted/requirements.txt \
+    && touch -d @0 /wanted /wanted/*
+
+FROM ${BASE_IMAGE} AS builder
+ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt UV_LINK_MODE=copy
+COPY --from=requirements /wanted /wanted
 # Dependencies alone: the code comes with each stage, so that this image and its gigabytes are shared.
-RUN /tmp/tools/bin/uv pip install -q --python /opt/venv -c constraints.txt \
-        -r pyproject.toml --extra train --extra evaluate --extra render
+RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q -r /wanted/uv.txt \
+    && /tmp/tools/bin/uv venv -q --python "$(command -v python3)" /opt/venv \
+    && /tmp/tools/bin/uv pip install -q --python /opt/venv --no-deps -r /wanted/requirements.txt
 
 # Architectures, such as "9.0" or "8.0 8.6 8.9 9.0 12.0"; none: no kernels, the images rasterise on the CPU alone.
 ARG GSPLAT_ARCHS="8.0 8.6 8.9 9.0 12.0"

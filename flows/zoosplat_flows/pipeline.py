@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import httpx
 from prefect import flow, runtime, task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.runtime import task_run
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from zoosplat import stores
 from zoosplat.config import load_config
-from zoosplat.errors import UserError
+from zoosplat.errors import Unreachable, UserError
 from zoosplat.pipeline import PIPELINE, STAGES, StageSpec
 from zoosplat.project import Project
 from zoosplat_flows.runners.containers import Containers
@@ -39,6 +42,7 @@ from zoosplat_flows.runners.settings import Settings
 RETRIES = 2
 RETRY_DELAY_S = 5.0
 ARTIFACT_EVERY_S = 5.0
+PLACEMENT = "placement"  # key of the table of pods, in Prefect's interface
 
 
 @dataclass(frozen=True)
@@ -111,18 +115,32 @@ def with_followers(names: list[str]) -> set[str]:
 
 
 class _Artifact:
-    """A stage's progress bar in Prefect's interface, moved every few seconds."""
+    """A stage's progress bar in Prefect's interface, moved every few seconds.
+
+    From threads: each call to a server that has stopped takes minutes, which no stage shall wait for.
+    """
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.id: uuid.UUID | None = None
         self.last = 0.0
+        self.thread: threading.Thread | None = None
 
     def __call__(self, percent: float) -> None:
         now = time.monotonic()
-        if self.id is not None and percent < 100 and now - self.last < ARTIFACT_EVERY_S:
+        if percent >= 100 and self.thread is not None:
+            self.thread.join(timeout=ARTIFACT_EVERY_S)
+        early = percent < 100 and now - self.last < ARTIFACT_EVERY_S
+        if self.thread is not None and (early or self.thread.is_alive()):
             return
         self.last = now
+        # With the context, which says whose artifact it is.
+        self.thread = threading.Thread(target=copy_context().run, args=(self._send, percent), daemon=True)
+        self.thread.start()
+        if percent >= 100:
+            self.thread.join(timeout=ARTIFACT_EVERY_S)
+
+    def _send(self, percent: float) -> None:
         # A picture of the progress is not worth a stage.
         with suppress(httpx.HTTPError):
             if self.id is None:
@@ -136,6 +154,8 @@ def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     """Whether another try may help: not when the input is wrong or the pipeline ends."""
     try:
         state.result()
+    except Unreachable:
+        return True
     except (UserError, Interrupted, Exhausted):
         return False
     except Exception:
@@ -150,8 +170,11 @@ def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def run_stage(stage: str, project: str, workers: int | None, force: bool, runner: Runner) -> str:
-    """One stage. Returns `done`, `skipped` or `reused`; raises as the `run` of the runner."""
+def run_stage(stage: str, project: str, workers: int | None, force: bool, runner: Runner) -> State[str]:
+    """One stage. Its result is `done`, `skipped` or `reused`, the last two in the state Cached.
+
+    Raises as the `run` of the runner.
+    """
     attempt = int(task_run.run_count or 1)
     # What a failed try of a forced stage has finished is kept: that try has removed the old mark before anything else.
     force = force and (attempt == 1 or Project.at(project).read_mark(stage) is not None)
@@ -168,15 +191,23 @@ def run_stage(stage: str, project: str, workers: int | None, force: bool, runner
     except Interrupted:
         raise
     except Exception as error:
-        final = isinstance(error, UserError | Exhausted) or attempt > RETRIES
+        wrong = isinstance(error, UserError | Exhausted) and not isinstance(error, Unreachable)
+        final = wrong or attempt > RETRIES
         _tell(Event(stage, "failed" if final else "retrying", message=str(error)))
         raise
     artifact(100.0)
     _tell(Event(stage, state))
-    return state
+    # So that Prefect's interface shows what was computed and what was not.
+    return Completed(name="Completed" if state == "done" else "Cached", data=state)
 
 
-@task(name="report", retries=RETRIES, retry_delay_seconds=RETRY_DELAY_S, retry_condition_fn=_worth_retrying)
+@task(
+    name="report",
+    task_run_name="report",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAY_S,
+    retry_condition_fn=_worth_retrying,
+)
 def report(project: str) -> str:
     """The report page of what is done. Returns its URL."""
     from zoosplat_flows.report import build_report
@@ -232,7 +263,12 @@ def open_runner(
         experiment = with_profile(settings, chosen, experiment)
     project.write_experiment(experiment)
     with Jobs(settings, chosen, api, str(runtime.flow_run.get_id())) as jobs:
-        yield jobs
+        try:
+            yield jobs
+        finally:
+            if jobs.placements:
+                with suppress(httpx.HTTPError):
+                    create_table_artifact(jobs.placements, key=PLACEMENT, description="where each shard and stage ran")
 
 
 def _end_children(flow: Any, flow_run: Any, state: Any) -> None:
@@ -285,7 +321,7 @@ def pipeline(
     chosen = select(from_stage, until_stage)
     forced = with_followers(force or [])
     url = place(project, config)
-    futures: dict[str, PrefectFuture[str]] = {}
+    futures: dict[str, PrefectFuture[Any]] = {}
     with open_runner(runner, profile, Project.at(url), config, chosen) as where:
         for spec in chosen:
             futures[spec.name] = run_stage.with_options(name=spec.name, task_run_name=spec.name).submit(

@@ -34,6 +34,9 @@ PREFECT = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # The command shows progress and failures itself; Prefect's log would print each failure several times over.
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+    # A server that is started again is back in half a minute; for one that is not, the default waits minutes.
+    "PREFECT_CLIENT_MAX_RETRIES": "4",
 }
 WORDS = {
     "done": "[green]done",
@@ -199,7 +202,8 @@ def run(
         typer.echo(STOPPED, err=True)
         raise typer.Exit(130) from None
     except httpx.HTTPError as error:
-        typer.echo(f"zoosplat: the Prefect server cannot be reached ({error}); check PREFECT_API_URL", err=True)
+        what = f"the Prefect server cannot be reached ({error}); check PREFECT_API_URL"
+        typer.echo(f"zoosplat: {what}; finished work is kept, the same command goes on from here", err=True)
         raise typer.Exit(1) from None
     except RuntimeError as error:
         typer.echo(f"zoosplat: {error}\nzoosplat: finished work is kept; the same command tries again", err=True)

@@ -231,11 +231,25 @@ def _entry(table: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
     raise UserError(f"{where} has no {' or '.join(wanted)}")
 
 
+def _refuse_other_files(stored: Any, file: str) -> None:
+    """HDF5 can say that its content lies in other files, which would be those of this machine."""
+    import h5py
+
+    def elsewhere(name: str, thing: Any) -> str | None:
+        linked = isinstance(thing, h5py.ExternalLink)
+        return name if linked or (isinstance(thing, h5py.Dataset) and (thing.external or thing.is_virtual)) else None
+
+    name = stored.visititems_links(elsewhere) or stored.visititems(elsewhere)
+    if name is not None:
+        raise UserError(f"{file}: {name} lies in another file; save the calibration as one file")
+
+
 def _read_hdf5(data: bytes, file: str) -> list[_Camera]:
     import h5py
 
     try:
         with h5py.File(io.BytesIO(data), "r") as stored:
+            _refuse_other_files(stored, file)
             group = _entry(stored, ["camera_parameters"], file)
             values = {key: group[key][()] for key in group}
             names = [n.decode() if isinstance(n, bytes) else str(n) for n in group.attrs.get("names", [])]
@@ -327,6 +341,7 @@ def _load_mat_v73(data: bytes, file: str) -> dict[str, Any]:
 
     try:
         with h5py.File(io.BytesIO(data), "r") as stored:
+            _refuse_other_files(stored, file)
             return {key: value(stored[key]) for key in MAT_KEYS if key in stored}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file}: not a readable MATLAB 7.3 file ({error}); save it with -v7") from error

@@ -104,7 +104,7 @@ def _rule(kind: str, value: Any, context: dict[str, Any], message: str) -> str:
     elif kind == "literal_error":
         text = f"must be {context['expected']}"
         choices = re.findall(r"'([^']*)'", context["expected"])
-        near = next(iter(difflib.get_close_matches(str(value).lower(), choices, 1)), None)
+        near = next(iter(difflib.get_close_matches(_short(value).strip("'").lower(), choices, 1)), None)
     else:
         text = {
             "string_type": "must be text (in quotes, if it looks like a number, a date or yes and no)",

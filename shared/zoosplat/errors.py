@@ -8,3 +8,7 @@ class UserError(Exception):
 
     Every entry point prints it without a traceback and exits with status 2.
     """
+
+
+class Unreachable(UserError):
+    """A storage server that does not answer, which may pass: a stage exits with status 1, so that it is tried again."""

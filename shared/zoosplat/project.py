@@ -83,6 +83,9 @@ class Project:
     def shard_mark_url(self, stage: str, index: int, count: int) -> str:
         return self.path("_marks", stage, f"shard-{index:05d}-of-{count:05d}.json")
 
+    def lock_url(self, stage: str) -> str:
+        return self.path("_marks", f"{stage}.lock")
+
     def read_mark(self, stage: str) -> Mark | None:
         """A stage's success mark: the last thing it writes."""
         return stores.read_json(self.mark_url(stage))
@@ -117,7 +120,7 @@ class Project:
                     raise UserError(
                         f"{self.output_url(stage)} was made from another {STAGES[name].writes}; run stage {stage} again"
                     )
-        return str(mark.get("location") or self.output_url(stage))
+        return stores.normalize(str(mark.get("location") or self.output_url(stage)))
 
     def open_input(self, stage: str, experiment: Experiment | None = None) -> zarr.Group:
         """A finished stage's zarr group, for reading. Raises UserError as `input_url`."""

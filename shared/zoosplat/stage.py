@@ -19,14 +19,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
-from zoosplat import stores
+from zoosplat import locks, stores
 from zoosplat.config import Experiment
-from zoosplat.errors import UserError
+from zoosplat.errors import Unreachable, UserError
 from zoosplat.pipeline import STAGES, StageSpec
 from zoosplat.project import Mark, Project, digest_of, settings_of
 
@@ -240,8 +240,14 @@ def run_shard(stage: Stage, ctx: Context, digest: str, index: int, plan: Plan) -
     shard = plan.shard(index)
     if shard_is_done(stage, ctx, digest, shard):
         return
-    with _measured() as measured:
-        result = stage.run_shard(ctx, shard, plan)
+    try:
+        with _measured() as measured:
+            result = stage.run_shard(ctx, shard, plan)
+    except Exception as error:
+        if shard.count > 1:
+            # As the argument of --shard.
+            error.add_note(f"in shard {index}/{shard.count}, kept frames {shard.start} to {shard.stop - 1}")
+        raise
     stores.write_json(
         ctx.project.shard_mark_url(stage.name, shard.index, shard.count),
         {
@@ -300,6 +306,7 @@ _queue: Any = None  # of a worker process: where its progress goes
 def _start_worker(queue: Any) -> None:
     global _queue
     _queue = queue
+    stores.expect_answers()
     parent = multiprocessing.parent_process()
     assert parent is not None
     # A parent that is killed leaves its workers waiting for ever, or writing beside those of the next run.
@@ -326,6 +333,8 @@ def run_stage(
 ) -> bool:
     """Run a whole stage here: skip it if done, else prepare, run the missing shards in processes, finish.
 
+    Where another process is at it, this waits, and skips what that has done.
+
     Returns:
         Whether anything was computed.
 
@@ -336,15 +345,25 @@ def run_stage(
     digest = stage_digest(stage, ctx)
     if not force and (is_done(stage, ctx, digest) or _reused(stage, ctx, digest)):
         return False
-    plan = prepare(stage, ctx, digest, force=force)
-    todo = [i for i in range(plan.n_shards) if not shard_is_done(stage, ctx, digest, plan.shard(i))]
-    if workers == 1 or len(todo) <= 1:
-        for i in todo:
-            run_shard(stage, ctx, digest, i, plan)
-    else:
-        _run_in_processes(stage, ctx, digest, plan, todo, min(workers, len(todo)))
-    finish(stage, ctx, digest, plan)
+    with _alone(stage, ctx):
+        if not force and is_done(stage, ctx, digest):
+            return False
+        plan = prepare(stage, ctx, digest, force=force)
+        todo = [i for i in range(plan.n_shards) if not shard_is_done(stage, ctx, digest, plan.shard(i))]
+        if workers == 1 or len(todo) <= 1:
+            for i in todo:
+                run_shard(stage, ctx, digest, i, plan)
+        else:
+            _run_in_processes(stage, ctx, digest, plan, todo, min(workers, len(todo)))
+        finish(stage, ctx, digest, plan)
     return True
+
+
+def _alone(stage: Stage, ctx: Context) -> AbstractContextManager[None]:
+    """Keeps other processes from deleting what this one has begun."""
+    return locks.locked(
+        ctx.project.lock_url(stage.name), lambda: ctx.progress(0, 1, "another run is at work on it; waiting")
+    )
 
 
 def _run_in_processes(stage: Stage, ctx: Context, digest: str, plan: Plan, todo: list[int], workers: int) -> None:
@@ -423,7 +442,8 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
     """Entry point of a service: `python -m zoosplat_<stage> --project URL`.
 
     Returns:
-        Exit status: 0 done or skipped, 2 bad input or configuration (one line on stderr), 1 anything else.
+        Exit status: 0 done or skipped, 2 bad input or configuration (one line on stderr), 1 anything else, which may
+        pass: where the storage does not answer, with one line too.
     """
     parser = argparse.ArgumentParser(prog=f"python -m zoosplat_{stage.name}", description=stage.__doc__)
     parser.add_argument("--project", required=True, metavar="URL", help="folder or s3://bucket/prefix")
@@ -445,7 +465,8 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
             if not args.force and (is_done(stage, ctx, digest) or _reused(stage, ctx, digest)):
                 return 0
             if args.prepare:
-                plan = prepare(stage, ctx, digest, force=args.force)
+                with _alone(stage, ctx):
+                    plan = prepare(stage, ctx, digest, force=args.force)
                 print(json.dumps({"event": "plan", "stage": stage.name, "shards": plan.n_shards}), flush=True)
                 return 0
             plan = read_plan(stage, ctx, digest)
@@ -461,8 +482,9 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
         known = error if isinstance(error, UserError) else stores.as_user_error(error, args.project)
         if known is None:
             raise
-        print(f"zoosplat {stage.name}: {'; '.join(str(known).splitlines())}", file=sys.stderr, flush=True)
-        return 2
+        lines = [*str(known).splitlines(), *getattr(known, "__notes__", ())]
+        print(f"zoosplat {stage.name}: {'; '.join(lines)}", file=sys.stderr, flush=True)
+        return 1 if isinstance(known, Unreachable) else 2
 
 
 def run(stage: Stage) -> None:

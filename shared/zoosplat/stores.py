@@ -6,11 +6,13 @@ A URL is a local path, `file://...` or `s3://bucket/prefix`. S3 follows the stan
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -21,30 +23,37 @@ from typing import IO, Any, ParamSpec, TypeVar, cast
 import zarr
 from zarr.abc.store import Store
 
-from zoosplat.errors import UserError
+from zoosplat.errors import Unreachable, UserError
 
-# Together less than half a minute, after which a server that does not answer is reported.
+# Together less than half a minute, after which a server that has never answered is reported.
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 8
 ATTEMPTS = 3
 REQUEST_TIMEOUT_S = 60  # of a whole put or get of an array's block
+OUTAGE_S = 30  # a server that has answered before is waited for: it is restarted, or a node moves
+PAUSE_S = 1
+DELETED_AT_ONCE = 1000  # S3's limit
+S3_ONLY = "ZOOSPLAT_S3_ONLY"
 
 
 def normalize(url: str) -> str:
     """Absolute local path or `s3://bucket/prefix`, without a trailing slash.
 
     Raises:
-        UserError: another scheme, an S3 URL without a bucket, or `..` in an S3 URL.
+        UserError: another scheme, an S3 URL without a bucket, `..` or control characters in an S3 URL, or a local path
+            where ZOOSPLAT_S3_ONLY is set, as it is in containers: they hold nothing of the user's.
     """
     if url.startswith("s3://"):
         parts = url[5:].rstrip("/").split("/")
-        if not parts[0] or ".." in parts:
-            raise UserError(f"{url}: an S3 URL is s3://bucket/prefix, without '..'")
+        if not parts[0] or ".." in parts or not url.isprintable():
+            raise UserError(f"{url!a}: an S3 URL is s3://bucket/prefix, without '..' and control characters")
         return "s3://" + "/".join(parts)
     if url.startswith("file://"):
         url = url[7:]
     elif "://" in url:
         raise UserError(f"{url}: unknown kind of URL; use a folder or s3://bucket/prefix")
+    if os.environ.get(S3_ONLY):
+        raise UserError(f"{url}: stages in containers read and write S3 alone; use s3://bucket/prefix")
     return os.path.abspath(os.path.expanduser(url))
 
 
@@ -56,17 +65,48 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(p.strip("/") for p in parts)])
 
 
+_reached_before = False
+
+
+def expect_answers() -> None:
+    """Wait for the S3 server from the first request on: the process that has started this one has reached it."""
+    global _reached_before
+    _reached_before = True
+
+
 @lru_cache(maxsize=1)
 def _s3() -> Any:
     import s3fs
     from aiobotocore.session import AioSession  # type: ignore[import-untyped]
     from botocore.handlers import add_expect_header
 
-    s3fs.S3FileSystem.retries = ATTEMPTS
+    class Patient(s3fs.S3FileSystem):  # type: ignore[misc]
+        retries = ATTEMPTS
+        answered = _reached_before
+
+        async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
+            """As s3fs, which gives up at once where nothing listens; a wrong endpoint is still reported at once."""
+            waited: float = 0
+            while True:
+                try:
+                    answer = await super()._call_s3(method, *args, **kwargs)
+                except Exception as error:
+                    if not _is_unreachable(error):
+                        self.answered = True
+                        raise
+                    if not self.answered or waited >= OUTAGE_S:
+                        raise
+                    began = time.monotonic()
+                    await asyncio.sleep(PAUSE_S)
+                    waited += time.monotonic() - began
+                else:
+                    self.answered = True
+                    return answer
+
     session = AioSession()
     # Without it a put does not wait for leave to send, for which there is no timeout: a stuck server would hold it.
     session.unregister("before-call.s3", add_expect_header)
-    return s3fs.S3FileSystem(
+    return Patient(
         session=session,
         use_listings_cache=False,
         config_kwargs={
@@ -183,14 +223,26 @@ def list_files(url: str) -> Iterator[str]:
 def delete(url: str) -> None:
     """Remove a file or everything below a URL; nothing there is fine."""
     if is_s3(url):
-        if _s3().exists(url):
-            _s3().rm(url, recursive=True)
+        _delete_objects(url)
         return
     path = Path(url)
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _delete_objects(url: str) -> None:
+    """Not s3fs's rm, which takes `*`, `?` and `[` of a URL for patterns and is silent about what it may not delete."""
+    from fsspec.asyn import sync
+
+    bucket = url[5:].partition("/")[0]
+    keys = [name[len(bucket) + 1 :] for name in _s3().find(url)]
+    for i in range(0, len(keys), DELETED_AT_ONCE):
+        objects = {"Objects": [{"Key": key} for key in keys[i : i + DELETED_AT_ONCE]], "Quiet": True}
+        answer = sync(_s3().loop, _s3()._call_s3, "delete_objects", Bucket=bucket, Delete=objects)
+        for failed in answer.get("Errors", []):
+            raise OSError(f"{failed['Key']} cannot be deleted: {failed['Code']}: {failed.get('Message', '')}")
 
 
 def remove_partials(url: str) -> None:
@@ -201,6 +253,29 @@ def remove_partials(url: str) -> None:
             path.unlink(missing_ok=True)
 
 
+def etag(url: str) -> str:
+    """Of an object on S3. Raises FileNotFoundError."""
+    return str(_s3().info(url)["ETag"])
+
+
+def put_if(url: str, data: bytes, etag: str | None) -> str | None:
+    """Write an object on S3 in place of the one with that ETag, None: where there is none.
+
+    Returns:
+        Its ETag; None where another has been there first.
+    """
+    condition = {"mode": "create"} if etag is None else {"IfMatch": etag}
+    try:
+        return str(_s3().pipe_file(url, data, **condition)["ETag"])
+    except OSError as error:
+        known: Any = error.__cause__
+        code = getattr(known, "response", {}).get("Error", {}).get("Code")
+        if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
+            return None
+        raise
+
+
+# -- arrays -------------------------------------------------------------------------------------------------------
 def _zarr_store(url: str, *, read_only: bool) -> Store:
     if not is_s3(url):
         return zarr.storage.LocalStore(url, read_only=read_only)
@@ -221,7 +296,11 @@ def _zarr_store(url: str, *, read_only: bool) -> Store:
             "connect_timeout": f"{CONNECT_TIMEOUT_S}s",
             "timeout": f"{REQUEST_TIMEOUT_S}s",
         },
-        retry_config={"max_retries": ATTEMPTS - 1, "retry_timeout": timedelta(seconds=READ_TIMEOUT_S * ATTEMPTS)},
+        retry_config={
+            "max_retries": 2 * OUTAGE_S,
+            "retry_timeout": timedelta(seconds=OUTAGE_S),
+            "backoff": {"max_backoff": timedelta(seconds=PAUSE_S)},
+        },
     )
     return zarr.storage.ObjectStore(store, read_only=read_only)
 
@@ -271,13 +350,26 @@ _UNREACHABLE = (
     "ConnectionRefusedError",
     "ReadTimeout",
     "HTTP error",
+    "ServerDisconnectedError",
+    "ServiceUnavailable",
+    "ServerNotInitialized",
+    "not initialized yet",
 )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    return any(word in f"{type(seen).__name__}: {seen}" for seen in _chain(error) for word in _UNREACHABLE)
 
 
 def as_user_error(error: BaseException, url: str) -> UserError | None:
     """What a storage failure means to the user, in one line; None where it is not a storage failure."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _chain(error):
         text = f"{type(seen).__name__}: {seen}"
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
             return UserError(f"{url}: no space left; free some and run again, finished work is kept")
@@ -291,6 +383,5 @@ def as_user_error(error: BaseException, url: str) -> UserError | None:
             return UserError(f"{url}: access refused by the S3 server; check the credentials (AWS_ACCESS_KEY_ID, ...)")
         if any(word in text for word in _UNREACHABLE):
             where = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint")
-            return UserError(f"{url}: {where} cannot be reached; start the server or correct AWS_ENDPOINT_URL")
-        seen = seen.__cause__ or seen.__context__
+            return Unreachable(f"{url}: {where} cannot be reached; start the server or correct AWS_ENDPOINT_URL")
     return None

@@ -24,6 +24,8 @@ F32 = npt.NDArray[np.float32]
 
 # (Kr to R, Ku to G, Kv to G, Kb to B) for full-range chroma in -0.5 .. 0.5: ITU-R BT.601 and BT.709.
 _MATRIX = {601: (1.402, -0.344136, -0.714136, 1.772), 709: (1.5748, -0.187324, -0.468124, 1.8556)}
+# Playlists (HLS, concat, SDP) name further files, of this machine or another: nothing but the file itself is opened.
+ALONE = {"protocol_whitelist": "none"}
 _BT709 = 1  # AVCOL_SPC_BT709
 
 
@@ -64,7 +66,7 @@ def probe(url: str, label: str) -> VideoInfo:
     if n_bytes == 0:
         raise UserError(f"{label}: the file is empty: {url}; copy or export it again")
     try:
-        with stores.open_read(url) as file, av.open(file, "r") as container:
+        with stores.open_read(url) as file, av.open(file, "r", options=ALONE) as container:
             if not container.streams.video:
                 raise UserError(f"{label}: no video stream in {url}")
             stream = container.streams.video[0]
@@ -136,7 +138,7 @@ def _numbered(info: VideoInfo, start: int) -> Iterator[tuple[int, av.VideoFrame]
     at, before = -1, None
     seeking = start > 0 and info.step is not None
     try:
-        with stores.open_read(info.url) as file, av.open(file, "r") as container:
+        with stores.open_read(info.url) as file, av.open(file, "r", options=ALONE) as container:
             stream = container.streams.video[0]
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1  # cameras are decoded in parallel instead

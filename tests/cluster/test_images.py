@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import yaml
 
 from zoosplat import stores
 from zoosplat.errors import UserError
@@ -167,24 +165,6 @@ def test_the_same_objects_as_without_a_container(
     there = {k.removeprefix(prefix): s3.read(bucket, k) for k in s3.objects(bucket) if k.startswith(prefix)}
     here = project / group
     assert there == {path: (here / path).read_bytes() for path in stores.list_files(str(here))}
-
-
-def test_compose_file() -> None:
-    """Parsed, not run: its Dockerfiles exist, credentials have no defaults, ports are open on this machine alone."""
-    folder = Path(__file__).resolve().parents[2] / "deploy"
-    text = (folder / "compose.yaml").read_text()
-    services = yaml.safe_load(text)["services"]
-    assert set(services) == {"minio", "postgres", "prefect"}
-    assert set(re.findall(r"\$\{(\w+):\?", text)) == {"MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD", "POSTGRES_PASSWORD"}
-    assert set(re.findall(r"\$\{(\w+):-", text)) == {"REGISTRY", "TAG"}
-    example = (folder / "compose.env.example").read_text().splitlines()
-    assert all(line.startswith("#") or line.endswith("=") for line in example)
-    for service in services.values():
-        if "build" in service:
-            assert (folder / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
-            assert service["read_only"]
-        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
-        assert service["healthcheck"]["test"][0] == "CMD"
 
 
 @pytest.mark.usefixtures("credentials")

@@ -171,6 +171,7 @@ POD: dict[str, Any] = {
             "env": [
                 {"name": "HOME", "value": "/tmp"},
                 {"name": "OMP_WAIT_POLICY", "value": "passive"},
+                {"name": "ZOOSPLAT_S3_ONLY", "value": "1"},
                 {"name": "AWS_DEFAULT_REGION", "value": "eu-central-1"},
                 {"name": "AWS_ENDPOINT_URL", "value": "http://127.0.0.1:9000"},
                 {

@@ -68,7 +68,8 @@ def image_of(stage: str) -> str:
 def container_command(command: list[str], name: str, stage: str, arguments: list[str]) -> list[str]:
     """The engine's words for a stage: nothing of this machine but its network, the S3 variables, and GPUs if asked for.
 
-    ZOOSPLAT_CONTAINER_GPUS, such as `all`, gives GPUs to the stages that use them.
+    ZOOSPLAT_CONTAINER_GPUS, such as `all`, gives GPUs to the stages that use them. ZOOSPLAT_WORKER is a label, by which
+    a worker in a container, with which its watchers die, finds what an earlier one has left.
     """
     gpus = os.environ.get("ZOOSPLAT_CONTAINER_GPUS") if STAGES[stage].gpu else None
     return [
@@ -77,6 +78,7 @@ def container_command(command: list[str], name: str, stage: str, arguments: list
         "--rm",
         f"--name={name}",
         "--label=zoosplat.stage=" + stage,
+        "--label=zoosplat.worker=" + os.environ.get("ZOOSPLAT_WORKER", ""),
         "--read-only",
         "--tmpfs=/tmp",
         "--user=10001:10001",
@@ -86,6 +88,7 @@ def container_command(command: list[str], name: str, stage: str, arguments: list
         "--ulimit=nofile=20000:20000",
         "--ulimit=nproc=20000:20000",
         *([f"--gpus={gpus}"] if gpus else []),
+        f"--env={stores.S3_ONLY}=1",
         *(f"--env={name}" for name in PASSED_ON if name in os.environ),
         image_of(stage),
         *arguments,

@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -48,6 +49,9 @@ MAX_FAILED = 10  # indexes, after which the others are not begun
 SHOWN_FAILED = 3
 TIMES_GONE = 5
 BAD_INPUT = 2  # exit status of a stage
+POD_FILES = Path(
+    "/etc/podinfo"
+)  # name and uid of the pod that the flow runs in; see the chart's base-job-template.yaml
 JOB_LABEL = "batch.kubernetes.io/job-name"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 # What a kubelet reports before a container of ours has run, and what to mend.
@@ -153,6 +157,18 @@ def status_of(error: BaseException) -> int | None:
 
 
 # -- manifests ----------------------------------------------------------------------------------------------------
+def own_pod() -> Object | None:
+    """An owner reference to the pod that this process runs in; None outside a pod of the chart's template.
+
+    The cluster deletes a Job with its last owner: so Jobs end although the flow was killed, with whatever watched it.
+    """
+    try:
+        name, uid = ((POD_FILES / key).read_text().strip() for key in ("name", "uid"))
+    except OSError:
+        return None
+    return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}
+
+
 def request_digest(project: Project, experiment: Experiment, stage: str, settings: Settings, force: bool) -> str:
     """What the names of a stage's Jobs follow from: project, stage, its settings, its inputs, images, force."""
     spec = STAGES[stage]
@@ -177,6 +193,7 @@ def job_manifest(
     shards: int | None = None,
     parallelism: int = 1,
     profile: Profile | None = None,
+    owner: Object | None = None,
 ) -> Object:
     """The whole Job of one step of a stage.
 
@@ -191,6 +208,7 @@ def job_manifest(
         shards: makes it an Indexed Job of so many.
         parallelism: pods at a time.
         profile: places it on a GPU node and gives it its resources; None: those of CPU stages.
+        owner: `own_pod`; None: the Job lasts until it is deleted.
     """
     name = f"zoosplat-{stage.replace('_', '-')}-{step}-{digest_of([digest, step, shards])[:12]}"
     labels = {
@@ -203,6 +221,7 @@ def job_manifest(
     env: list[Object] = [
         {"name": "HOME", "value": "/tmp"},
         {"name": "OMP_WAIT_POLICY", "value": "passive"},
+        {"name": stores.S3_ONLY, "value": "1"},
         {"name": "AWS_DEFAULT_REGION", "value": settings.s3.region},
     ]
     if settings.s3.endpoint:
@@ -222,7 +241,8 @@ def job_manifest(
         "name": "stage",
         "image": f"{settings.images.registry}/zoosplat-{stage.replace('_', '-')}:{settings.images.tag}",
         "imagePullPolicy": settings.images.pullPolicy,
-        "args": ["--project", project_url, *arguments],
+        # Kubernetes puts variables, credentials too, in place of $(NAME).
+        "args": ["--project", project_url.replace("$", "$$"), *arguments],
         "env": env,
         "resources": resources,
         "securityContext": {
@@ -275,7 +295,9 @@ def job_manifest(
             "backoffLimitPerIndex": settings.cpu.backoffLimitPerIndex,
             "maxFailedIndexes": min(MAX_FAILED, shards),
         }
-    metadata = {"name": name, "labels": labels, "annotations": {f"{LABELS}/project": project_url}}
+    metadata: Object = {"name": name, "labels": labels, "annotations": {f"{LABELS}/project": project_url}}
+    if owner is not None:
+        metadata["ownerReferences"] = [owner]
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
@@ -494,6 +516,20 @@ def failure(job: Object, pods: list[Object], memory_key: str) -> Exception:
     return Exhausted(f"{stage}: shards failed for good: {listed} of {spec['completions']}; the others are kept\n{text}")
 
 
+def placement(pod: Object) -> Object:
+    """Where and when a pod has run: stage, step, shard, node, started, finished, exit_code; empty what is not known."""
+    labels, end = pod["metadata"]["labels"], _ended(pod)
+    return {
+        "stage": labels[f"{LABELS}/stage"],
+        "step": labels[f"{LABELS}/step"],
+        "shard": labels.get(INDEX_LABEL, ""),
+        "node": pod["spec"].get("nodeName", ""),
+        "started": end.get("startedAt", ""),
+        "finished": end.get("finishedAt", ""),
+        "exit_code": end.get("exitCode", ""),
+    }
+
+
 # -- the runner ---------------------------------------------------------------------------------------------------
 def job_condition(job: Object) -> str | None:
     """`Complete` or `Failed` for a Job that has ended."""
@@ -511,10 +547,15 @@ class Jobs:
         profile: where GPU stages run; None where none will.
         api: the cluster.
         run: id of the flow run, a label of its Jobs.
+
+    Attributes:
+        placements: `placement` of the pods of all Jobs that have ended.
     """
 
     def __init__(self, settings: Settings, profile: str | None, api: Api, run: str) -> None:
         self.settings, self.profile, self.api, self._run = settings, profile, api, run
+        self._owner = own_pod()
+        self.placements: list[Object] = []
         self._names: set[str] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -566,7 +607,7 @@ class Jobs:
 
         def step(name: str, arguments: list[str], **options: Any) -> None:
             manifest = job_manifest(
-                self.settings, project.url, stage, name, digest, arguments, run=self._run, **options
+                self.settings, project.url, stage, name, digest, arguments, run=self._run, owner=self._owner, **options
             )
             self._finish_job(manifest, progress, lambda: _renewed(project, stage, before))
 
@@ -640,9 +681,11 @@ class Jobs:
                         raise Interrupted(name)
                     return False
                 end = job_condition(job)
+                pods = self.api.pods(**{JOB_LABEL: name})
+                if end is not None:
+                    self.placements += map(placement, pods)
                 if end == "Complete":
                     return True
-                pods = self.api.pods(**{JOB_LABEL: name})
                 if end == "Failed":
                     raise failure(job, pods, self._memory_key(job))
                 self._report(job, pods, progress)

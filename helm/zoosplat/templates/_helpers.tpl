@@ -31,6 +31,7 @@ capabilities: {drop: [ALL]}
 - {name: PREFECT_SERVER_ANALYTICS_ENABLED, value: "false"}
 - {name: DO_NOT_TRACK, value: "1"}
 - {name: ZOOSPLAT_SETTINGS, value: /etc/zoosplat/settings.yaml}
+- {name: ZOOSPLAT_S3_ONLY, value: "1"}
 - {name: AWS_DEFAULT_REGION, value: {{ .Values.runner.s3.region | quote }}}
 {{- with .Values.runner.s3.endpoint }}
 - {name: AWS_ENDPOINT_URL, value: {{ . | quote }}}

@@ -1,0 +1,37 @@
+"""The demo on what deploy/compose.yaml has started: its recording goes to MinIO, the worker runs it in containers.
+
+AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are those of deploy/.env; they may make buckets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from servers import Servers, prefect, show_results
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    os.environ |= {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9000",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "PREFECT_API_URL": "http://127.0.0.1:4200/api",
+    }
+    import boto3
+
+    client = boto3.client("s3")
+    with Servers() as files:  # it starts none
+        with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket=files.bucket)
+        config = files.demo_recording()
+        project = f"s3://{files.bucket}/project"
+        parameters = ["-p", f"config={config}", "-p", f"project={project}"]
+        files.run(prefect(), "deployment", "run", "pipeline/containers", *parameters, "--watch", quiet=False)
+        show_results(project, ROOT / "demo-containers")
+
+
+if __name__ == "__main__":
+    main()

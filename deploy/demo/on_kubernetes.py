@@ -1,0 +1,190 @@
+"""`make demo-kubernetes`: the demo on a Kubernetes of this machine with two CPU nodes and two GPU nodes.
+
+The nodes are real (a containerd and a kubelet each), their GPUs are not: the stages rasterise on the CPU. Needs root,
+the images, and what `make cluster-tools` builds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from servers import BIN, Servers, prefect, show_results
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU_IMAGES = ("ingest", "center-rotation", "crop", "pack", "flows")
+GPU_IMAGES = ("train", "evaluate", "render")
+NAMESPACE = "zoosplat"
+FOLDER = Path.home() / ".cache" / "zoosplat" / "cluster"
+
+
+class Cluster:
+    """A Kubernetes with the chart installed and a worker for its flows; leaving the `with` block removes it.
+
+    Args:
+        servers: with MinIO and Prefect started; their environment gets KUBECONFIG.
+        folder: of the cluster's files; its path must be short, for sockets.
+        port: of the API server; etcd has the two after it.
+        prefix: of the names of nodes.
+        kubelet_port: of the first node.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        folder: Path = FOLDER,
+        port: int = 6443,
+        prefix: str = "",
+        kubelet_port: int = 10351,
+    ) -> None:
+        self.servers, self.port, self.prefix, self.kubelet_port = servers, port, prefix, kubelet_port
+        servers.env |= {
+            "ZOOSPLAT_CLUSTER": str(folder),
+            "ZOOSPLAT_CLUSTER_PORT": str(port),
+            "KUBECONFIG": str(folder / "kubeconfig"),
+        }
+
+    def __enter__(self) -> Cluster:
+        self.script("down.sh")  # what a run that was killed has left
+        try:
+            self.script("up.sh")
+            self._nodes()
+            self._install()
+        except BaseException:
+            self.script("down.sh")
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.servers.stop("worker")
+        self.script("down.sh")
+
+    def script(self, name: str, *arguments: str) -> None:
+        self.servers.run(str(ROOT / "deploy" / "cluster" / name), *arguments)
+
+    def kubectl(self, *arguments: str) -> str:
+        return self.servers.run(str(BIN / "kubectl"), "-n", NAMESPACE, *arguments)
+
+    def get(self, *arguments: str) -> Any:
+        return json.loads(self.kubectl("get", "-o", "json", *arguments))
+
+    def helm(self, *arguments: str) -> None:
+        self.servers.run(str(BIN / "helm"), "-n", NAMESPACE, *arguments)
+
+    def node(self, kind: str) -> str:
+        return self.prefix + kind
+
+    def _nodes(self) -> None:
+        store = Path.home() / ".cache" / "zoosplat" / "containers"
+        podman = ["podman", "--storage-driver=overlay", "--root", str(store / "root"), "--runroot", str(store / "run")]
+        with tempfile.TemporaryDirectory(dir=store.parent) as folder:
+            archives = {}
+            for kind, names in (("cpu", CPU_IMAGES), ("gpu", GPU_IMAGES)):
+                archives[kind] = f"{folder}/{kind}.tar"
+                images = [f"localhost/zoosplat-{name}:dev" for name in names]
+                self.servers.run(*podman, "save", "-q", "--multi-image-archive", "-o", archives[kind], *images)
+            gpu = ["--gpus", "1", "--taint", "nvidia.com/gpu=present:NoSchedule"]
+            for i, (name, labels, options) in enumerate(
+                (
+                    ("cpu-1", "pool=cpu", []),
+                    ("cpu-2", "pool=cpu", []),
+                    ("gpu-12gb", "zoosplat.io/gpu-memory=12gb", gpu),
+                    ("gpu-24gb", "zoosplat.io/gpu-memory=24gb", gpu),
+                )
+            ):
+                where = [self.node(name), str(self.kubelet_port + i), "--labels", labels]
+                self.script("node.sh", *where, *options, archives[name[:3]])
+                print(f"demo: node {self.node(name)} is ready", flush=True)
+
+    def _install(self) -> None:
+        servers = self.servers
+        self.kubectl("create", "namespace", NAMESPACE)
+        secret = servers.folder / "secret"  # on a command line everyone on the machine could read it
+        secret.touch(mode=0o600)
+        secret.write_text(
+            "".join(f"{key}={servers.env[key]}\n" for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+        )
+        self.kubectl("create", "secret", "generic", "zoosplat-s3", f"--from-env-file={secret}")
+        # The chart's Job registers the deployments in pools that must be there; one pool's template is the chart's.
+        servers.run(prefect(), "work-pool", "create", "zoosplat", "--type", "process")
+        servers.run(prefect(), "work-pool", "create", "kubernetes", "--type", "kubernetes")
+        values = [
+            f"runner.s3.endpoint={servers.env['AWS_ENDPOINT_URL']}",
+            f"flow.apiUrl={servers.env['PREFECT_API_URL']}",
+            f"flow.env.KUBERNETES_SERVICE_PORT={self.port}",
+        ]
+        file = ROOT / "deploy" / "demo" / "values.yaml"
+        chart = ROOT / "helm" / "zoosplat"
+        self.helm("install", "zoosplat", str(chart), "-f", str(file), "--set-string", ",".join(values), "--timeout=5m")
+        template = servers.folder / "base-job-template.json"
+        template.write_text(self.get("configmap", "zoosplat-job-template")["data"]["baseJobTemplate.json"])
+        servers.run(prefect(), "work-pool", "update", "kubernetes", "--base-job-template", str(template))
+        servers.worker("kubernetes", "kubernetes")
+
+    def pipeline(self, *parameters: str, name: str = "kubernetes", quiet: bool = False) -> str:
+        """Run a deployment and wait for its end; what it has printed. Raises SystemExit where it fails."""
+        given = [word for value in parameters for word in ("-p", value)]
+        return self.servers.run(prefect(), "deployment", "run", f"pipeline/{name}", *given, "--watch", quiet=quiet)
+
+
+def placements() -> list[dict[str, Any]]:
+    """Where shards and stages of all flow runs have run: the tables that the flow leaves in Prefect."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    from zoosplat_flows.pipeline import PLACEMENT
+
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[PLACEMENT])))
+    return [row for artifact in found for row in json.loads(str(artifact.data))]
+
+
+def same_objects(bucket: str, one: str, other: str) -> int:
+    """How many objects of the CPU stages two projects have, byte for byte the same. SystemExit where one differs."""
+    import boto3
+
+    pages = boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    tags = {o["Key"]: o["ETag"] for page in pages for o in page.get("Contents", [])}
+    groups = [
+        {key.removeprefix(project): tag for key, tag in tags.items() if key.startswith(project) and ".zarr/" in key}
+        for project in (f"{one}/", f"{other}/")
+    ]
+    different = [key for key in groups[0].keys() | groups[1].keys() if groups[0].get(key) != groups[1].get(key)]
+    if different or not groups[0]:
+        raise SystemExit(f"demo: the results differ from those of a local run: {', '.join(sorted(different)[:5])}")
+    return len(groups[0])
+
+
+def main() -> None:
+    if os.geteuid() != 0:
+        raise SystemExit("demo: nodes of this machine need root")
+    with Servers() as servers:
+        print("demo: starting MinIO, PostgreSQL, Prefect and Kubernetes", flush=True)
+        servers.minio()
+        servers.prefect()
+        config = servers.demo_recording()
+        with Cluster(servers) as cluster:
+            project = f"s3://{servers.bucket}/cluster"
+            cluster.pipeline(f"config={config}", f"project={project}", "profile=24gb")
+            # One stage by its own deployment, on the other kind of node.
+            cluster.pipeline(f"project={project}", "profile=12gb", 'force=["render"]', name="render", quiet=True)
+            rows = placements()
+        local = [config, "--project", f"s3://{servers.bucket}/local", "--until", "pack"]
+        servers.run(str(Path(prefect()).parent / "zoosplat"), "run", *local)
+        n = same_objects(servers.bucket, "cluster", "local")
+        print(f"demo: {n} objects of the stages that need no GPU are, byte for byte, those of a local run")
+        show_results(project, ROOT / "demo-kubernetes")
+        print(f"{'stage':<16}{'step':<9}{'shard':<6}{'node':<10}started")
+        for row in sorted(rows, key=lambda row: row["started"]):
+            print(f"{row['stage']:<16}{row['step']:<9}{row['shard']:<6}{row['node']:<10}{row['started']}")
+        nodes = Counter(row["node"] for row in rows)
+        print(", ".join(f"{node}: {count} pods" for node, count in sorted(nodes.items())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""MinIO, PostgreSQL, Prefect's server and a worker for one demonstration or test, stopped again at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+BIN = Path.home() / ".cache" / "zoosplat" / "bin"
+READY_S = 180.0
+# Of a PostgreSQL from a distribution's package, newest first.
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: -float(p.parent.name))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def program(name: str, *folders: Path, hint: str) -> str:
+    """The path of a program. Raises SystemExit with what to do where it is missing."""
+    for folder in folders:
+        if (folder / name).is_file():
+            return str(folder / name)
+    found = shutil.which(name)
+    if found is None:
+        sys.exit(f"demo: there is no {name}; {hint}")
+    return found
+
+
+class Servers:
+    """Starts servers on loopback; leaving the `with` block stops them, the last one first, and removes their data.
+
+    Attributes:
+        folder: their data and logs.
+        env: what their clients need: credentials of S3, and Prefect's API.
+        bucket: an empty bucket of the S3 server.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="zoosplat-demo-"))
+        self.folder.chmod(0o755)  # PostgreSQL is another user
+        self.bucket = "demo"
+        self.env: dict[str, str] = {
+            "PREFECT_HOME": str(self.folder / "prefect"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
+        }
+        self._running: list[tuple[str, subprocess.Popen[bytes], int]] = []
+        self._commands: dict[str, tuple[list[str], dict[str, str], int]] = {}
+
+    def __enter__(self) -> Servers:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through __exit__
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        while self._running:
+            self.stop(self._running[-1][0])
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- processes
+    def start(
+        self, name: str, command: list[str], env: dict[str, str] | None = None, end: int = signal.SIGTERM
+    ) -> None:
+        """Start a process in a group of its own. Output goes to `folder`/NAME.log; `end` is the signal that ends it."""
+        self._commands[name] = (command, env or {}, end)
+        with open(self.folder / f"{name}.log", "ab") as log:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **self.env, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._running.append((name, process, end))
+
+    def stop(self, name: str, *, kill: bool = False) -> None:
+        """End a process and all that it has started; `kill`: without asking it first."""
+        for entry in [entry for entry in self._running if entry[0] == name]:
+            self._running.remove(entry)
+            _, process, end = entry
+            if not kill:
+                process.send_signal(end)
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    print(f"demo: {name} does not end by itself", file=sys.stderr)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def again(self, name: str) -> None:
+        """Start what was stopped."""
+        command, env, end = self._commands[name]
+        self.start(name, command, env, end)
+
+    def wait(self, name: str, ready: Callable[[], bool]) -> None:
+        """Wait until something is ready. Raises SystemExit with the end of its log where that does not happen."""
+        deadline = time.monotonic() + READY_S
+        while not ready():
+            process = next((p for n, p, _ in self._running if n == name), None)
+            if time.monotonic() > deadline or (process is not None and process.poll() is not None):
+                log = (self.folder / f"{name}.log").read_text(errors="replace") if process else ""
+                sys.exit(f"demo: {name} did not start\n{log[-2000:]}")
+            time.sleep(0.2)
+
+    def answers(self, url: str) -> Callable[[], bool]:
+        def ready() -> bool:
+            try:
+                with urllib.request.urlopen(url, timeout=2):
+                    return True
+            except (OSError, urllib.error.HTTPError):
+                return False
+
+        return ready
+
+    def run(self, *command: str, quiet: bool = True) -> str:
+        """Run a command of the environment. Raises SystemExit with what it has printed where it fails."""
+        done = subprocess.run(
+            command,
+            env={**os.environ, **self.env},
+            stdout=subprocess.PIPE if quiet else None,
+            stderr=subprocess.STDOUT if quiet else None,
+            text=True,
+        )
+        if done.returncode != 0:
+            sys.exit(f"demo: {' '.join(command)}\n{done.stdout or ''}")
+        return done.stdout or ""
+
+    # -- servers
+    def minio(self) -> None:
+        """An S3 server with an empty bucket."""
+        import boto3
+
+        port, user, password = free_port(), "demo", secrets.token_hex(16)
+        path = program("minio", BIN, hint="make minio")
+        secret = {"MINIO_ROOT_USER": user, "MINIO_ROOT_PASSWORD": password, "MINIO_BROWSER": "off"}
+        command = [path, "server", str(self.folder / "objects"), "--address", f"127.0.0.1:{port}", "--quiet"]
+        self.start("minio", command, secret)
+        endpoint = f"http://127.0.0.1:{port}"
+        self.wait("minio", self.answers(f"{endpoint}/minio/health/live"))
+        self.env |= {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": user,
+            "AWS_SECRET_ACCESS_KEY": password,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        os.environ |= {key: value for key, value in self.env.items() if key.startswith("AWS_")}
+        boto3.client("s3").create_bucket(Bucket=self.bucket)
+
+    def prefect(self) -> None:
+        """Prefect's server on a PostgreSQL of its own."""
+        hint = "install PostgreSQL (Debian: apt-get install postgresql)"
+        initdb = program("initdb", *POSTGRES, hint=hint)
+        postgres = str(Path(initdb).resolve().parent / "postgres")
+        data, port, password = self.folder / "database", free_port(), secrets.token_hex(16)
+        secret = self.folder / "database-password"
+        secret.write_text(password)
+        secret.chmod(0o600)
+        data.mkdir()
+        # It refuses to run as root.
+        become = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"] if os.geteuid() == 0 else []
+        if become:
+            shutil.chown(data, "nobody", "nogroup")
+            shutil.chown(secret, "nobody", "nogroup")
+        options = ["--username=prefect", f"--pwfile={secret}", "--auth=scram-sha-256", "--encoding=UTF8", "--no-sync"]
+        self.run(*become, initdb, "-D", str(data), *options)
+        # What is demonstrated does not outlive the machine, so nothing waits for the disk.
+        fast = ["-c", "fsync=off", "-c", "full_page_writes=off"]
+        where = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-p", str(port)]
+        self.start("postgres", [*become, postgres, "-D", str(data), *where, *fast], end=signal.SIGINT)
+        self.wait("postgres", lambda: _listens(port))
+        url = f"postgresql+asyncpg://prefect:{password}@127.0.0.1:{port}/postgres"
+        api = free_port()
+        command = [prefect(), "server", "start", "--host", "127.0.0.1", "--port", str(api)]
+        self.start("prefect", command, {"PREFECT_SERVER_DATABASE_CONNECTION_URL": url})
+        self.env["PREFECT_API_URL"] = f"http://127.0.0.1:{api}/api"
+        self.wait("prefect", self.answers(f"http://127.0.0.1:{api}/api/health"))
+
+    def worker(self, pool: str, kind: str, env: dict[str, str] | None = None) -> None:
+        """A worker of a work pool that is there."""
+        command = [prefect(), "worker", "start", "--pool", pool, "--type", kind, "--install-policy", "never"]
+        self.start("worker", command, {"PREFECT_WORKER_QUERY_SECONDS": "2", **(env or {})}, end=signal.SIGINT)
+
+    # -- the recording
+    def demo_recording(self, frames: int = 120) -> str:
+        """The demo's recording and its configuration on S3; the URL of the configuration."""
+        import importlib.resources
+
+        from zoosplat import stores
+        from zoosplat.synthetic import make_recording
+
+        folder = self.folder / "recording"
+        make_recording(folder, n_frames=frames)
+        for path in (p for p in folder.rglob("*") if p.is_file()):
+            stores.write_bytes(f"s3://{self.bucket}/recording/{path.relative_to(folder)}", path.read_bytes())
+        text = (importlib.resources.files("zoosplat_flows") / "demo.yaml").read_text()
+        url = f"s3://{self.bucket}/demo.yaml"
+        stores.write_bytes(url, text.replace("directory: demo", f"directory: s3://{self.bucket}/recording").encode())
+        return url
+
+
+def prefect() -> str:
+    return program("prefect", Path(sys.executable).parent, hint="make install")
+
+
+def show_results(project: str, folder: Path) -> None:
+    """Print a project's metrics and put its report page into a folder."""
+    from zoosplat import stores
+    from zoosplat.project import Project
+    from zoosplat_flows.running import headline
+
+    for line in headline(Project.at(project)):
+        print(line)
+    page = stores.read_bytes(f"{project}/report/index.html")
+    assert page is not None
+    stores.write_bytes(str(folder / "index.html"), page)
+    print(f"report: {folder / 'index.html'}")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
