@@ -21,6 +21,10 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the config, such as train.lr=5e-5; repeatable."),
 ]
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML, or a JSON file of the published tool.")]
+Profile = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What a GPU allows: cpu, 12gb, 24gb, 48gb or 80gb; --set overrides its keys."),
+]
 Workers = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Processes a stage. [dim]default: a core each[/]")
 ]
@@ -95,6 +99,7 @@ def run(
         typer.Option(metavar="URL", help="Where results go. [dim]default: the project_directory of a JSON config[/]"),
     ] = None,
     overrides: Overrides = None,
+    profile: Profile = None,
     from_stage: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="First stage to run; what is before must be done.")
     ] = None,
@@ -115,13 +120,13 @@ def run(
 
     zoosplat run mouse.yaml --project s3://lab/mouse --set train.epochs=20 --from train
 
+    zoosplat run mouse.yaml --project runs/mouse --profile 24gb
+
     zoosplat run classic/config.json --until crop
     """
-    from zoosplat.config import load_config
     from zoosplat_flows import running
 
-    with storage_errors(config):
-        loaded = load_config(config, overrides or [])
+    loaded = _load(config, overrides, profile)
     url = project or loaded.project
     if url is None:
         raise UserError(f"{config}: say where results go with --project URL")
@@ -129,6 +134,14 @@ def run(
         typer.echo(f"note: {note}", err=True)
     with storage_errors(url):
         running.run(url, loaded.experiment, from_stage, until_stage, force or [], workers)
+
+
+def _load(config: str, overrides: list[str] | None, profile: str | None) -> Any:
+    from zoosplat.config import load_config
+    from zoosplat_flows.plan import profile_overrides
+
+    with storage_errors(config):
+        return load_config(config, [*(profile_overrides(profile) if profile else []), *(overrides or [])])
 
 
 @app.command(rich_help_panel="Run")
@@ -185,6 +198,24 @@ def doctor(
     from zoosplat_flows import doctor as module
 
     raise typer.Exit(0 if module.examine(project) else 1)
+
+
+@app.command(rich_help_panel="Prepare")
+def plan(
+    config: ConfigFile,
+    project: Annotated[
+        str | None, typer.Option(metavar="URL", help="Project whose crop and windows count, not the most they may be.")
+    ] = None,
+    overrides: Overrides = None,
+    profile: Profile = None,
+) -> None:
+    """Predict the GPU memory of a training, and the smallest profile that has it or the key to change."""
+    from zoosplat.project import Project
+    from zoosplat_flows import plan as module
+
+    experiment = _load(config, overrides, profile).experiment
+    with storage_errors(project or config):
+        module.show(experiment, Project.at(project) if project else None)
 
 
 @config_app.command("show")

@@ -16,10 +16,10 @@ from torch import Tensor
 from zoosplat import schema
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
+from zoosplat.memory import AHEAD, CACHE_BYTES
 
 Split = Literal["train", "valid", "test"]
-CACHE_BYTES = 2 << 30  # recordings up to this size stay in memory, the GPU's if there is one, after their first reading
-AHEAD, READERS = 8, 4  # frames that are read while one is worked on, and threads for it
+READERS = 4  # threads that read frames while one is worked on
 
 
 @dataclass(frozen=True)

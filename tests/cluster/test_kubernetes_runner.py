@@ -39,7 +39,7 @@ from zoosplat_flows.runners.kubernetes import (
     with_profile,
 )
 from zoosplat_flows.runners.local import Interrupted
-from zoosplat_flows.runners.settings import Settings, overlay, peak_gpu_bytes, smallest_fitting
+from zoosplat_flows.runners.settings import Settings, overlay
 
 TEXT = """
 namespace: zoosplat
@@ -130,19 +130,6 @@ def test_a_profile_changes_the_experiment_and_bad_keys_name_the_profile(tmp_path
         overlay(_experiment(), "12gb", {"modle.poolings": 3})
     with pytest.raises(UserError, match=r"^profiles.12gb.config: unknown key model.max_gausians"):
         overlay(_experiment(), "12gb", {"model.max_gausians": 3})
-
-
-def test_peak_memory_by_hand_and_the_smallest_profile_that_holds_it() -> None:
-    small = _experiment(crop__grid_size=32, data__image_width=100, data__image_height=80, model__bottleneck=16)
-    # 32^3 = 32768 voxels; 2 * 3 U-Nets * 16 * (8 * 16 channels) * 2^3 voxels at the bottom = 98304 parameters.
-    expected = 16 * 98304 + 6 * 3 * 52 * 32768 + 64 * 2 * 8000 + 2**30
-    assert peak_gpu_bytes(small) == expected
-    assert smallest_fitting(small, ["12gb", "24gb"]) == "12gb"
-    # At 256^3 and U-Nets of 512: 3 * 2 * 512 * 128 * 4096 parameters are 24 GiB alone.
-    large = _experiment(crop__grid_size=256, model__bottleneck=512)
-    assert 24 * 2**30 < peak_gpu_bytes(large) < 72 * 2**30
-    assert smallest_fitting(large, ["12gb", "24gb", "80gb"]) == "80gb"
-    assert smallest_fitting(large, ["12gb"]) is None
 
 
 # -- manifests ----------------------------------------------------------------------------------------------------

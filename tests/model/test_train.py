@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 from zoosplat import schema, stores
 from zoosplat.errors import UserError
 from zoosplat.project import Project
-from zoosplat.stage import run_stage
+from zoosplat.stage import Stage, main, run_stage
+from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.splatter import Gaussians
+from zoosplat_render.stage import STAGE as RENDER
 from zoosplat_train import ops, plots, stage
 from zoosplat_train.stage import STAGE
 
@@ -170,6 +174,53 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(tiny: Project, mo
     assert kept.step == 4
     assert all(torch.isfinite(t).all() for t in kept.model.values())
     assert tiny.read_mark("train") is None
+
+
+def test_out_of_gpu_memory_is_a_line_and_keeps_the_last_checkpoint(
+    tiny: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(tiny, epochs=6)
+    original = ops.Trainer.step
+    calls = []
+
+    def step(self: ops.Trainer, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 6:
+            # As when a CUDA graph is recorded: a second error hides the first.
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            except torch.OutOfMemoryError:
+                raise RuntimeError("capture failed")  # noqa: B904
+        return original(self, *args)
+
+    monkeypatch.setattr(ops.Trainer, "step", step)
+    assert main(STAGE, ["--project", tiny.url, "--workers", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"zoosplat train: out of GPU memory: training is predicted to need 1\.\d GiB \(CUDA 1\.0, ", line)
+    assert re.search(
+        r"; (set \S+ to \d+|raise ingest\.image_downsample.*) or use a larger GPU; checkpoints are kept$", line
+    )
+    assert latest(tiny).step == 4
+    monkeypatch.setattr(ops.Trainer, "step", original)
+    run_stage(STAGE, tiny)
+    assert latest(tiny).progress.epoch == 6
+
+
+@pytest.mark.parametrize(("other", "key"), [(EVALUATE, "evaluate.device"), (RENDER, "render.width")])
+def test_out_of_gpu_memory_after_training(
+    tiny: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other: Stage, key: str
+) -> None:
+    configure(tiny, epochs=1)
+    run_stage(STAGE, tiny)
+
+    def gaussians(self: Predictor, t: int) -> Gaussians:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Predictor, "gaussians", gaussians)
+    assert main(other, ["--project", tiny.url, "--workers", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"zoosplat {other.name}: out of GPU memory: ")
+    assert key in line
 
 
 def test_time_limit_counts_what_earlier_runs_spent(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from zoosplat import stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
+from zoosplat.memory import GIB, USABLE, advice, gpu_gib, peak_gpu_bytes, smallest_fitting
 from zoosplat.pipeline import STAGES
 from zoosplat.project import Mark, Project, digest_of, settings_of
 from zoosplat_flows.runners.local import Interrupted, Progress
@@ -28,11 +29,8 @@ from zoosplat_flows.runners.settings import (
     Profile,
     Settings,
     Toleration,
-    gpu_gib,
     overlay,
-    peak_gpu_bytes,
     quantity,
-    smallest_fitting,
 )
 
 Object = dict[str, Any]
@@ -346,7 +344,7 @@ def choose_profile(settings: Settings, nodes: list[Object] | None, wanted: str |
     Args:
         settings: of the runner.
         nodes: of the cluster; None: not known, then every profile of the settings counts as offered.
-        wanted: a name; None or `auto`: the smallest offered one whose GPU holds `settings.peak_gpu_bytes`.
+        wanted: a name; None or `auto`: the smallest offered one whose GPU holds `memory.peak_gpu_bytes`.
         experiment: what is to be trained.
 
     Raises:
@@ -364,10 +362,11 @@ def choose_profile(settings: Settings, nodes: list[Object] | None, wanted: str |
         return wanted
     fitting = smallest_fitting(experiment, present)
     if fitting is None:
-        needs = f"{peak_gpu_bytes(experiment) / 2**30:.0f} GiB"
+        needs = f"{peak_gpu_bytes(experiment) / GIB:.0f} GiB"
+        largest = USABLE * GIB * max(map(gpu_gib, present), default=0)
         raise UserError(
             f"profile auto: training needs about {needs} of GPU memory; the nodes of this cluster offer {have}; "
-            "lower crop.grid_size, model.bottleneck or train.batch_frames, or name a profile"
+            f"{advice(experiment, largest)}, or name a profile"
         )
     return fitting
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,10 +11,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from zoosplat.config import Experiment
 from zoosplat.config_text import dump, parse_yaml
 from zoosplat.errors import UserError
+from zoosplat.memory import gpu_gib
 
 SETTINGS_VARIABLE = "ZOOSPLAT_SETTINGS"
 SETTINGS_FILE = "/etc/zoosplat/settings.yaml"
-USABLE = 0.9  # of a GPU's memory: the rest goes to the driver and to fragmentation
 
 
 def quantity(text: str) -> float:
@@ -153,11 +152,6 @@ def _lines(path: str, error: ValidationError) -> list[str]:
     return lines
 
 
-def gpu_gib(profile: str) -> int:
-    """Memory of one GPU of a profile: `24gb` -> 24."""
-    return int(profile.removesuffix("gb"))
-
-
 def overlay(experiment: Experiment, profile: str, changes: dict[str, Any]) -> Experiment:
     """An experiment with a profile's dotted keys set. Raises UserError naming the profile and the key."""
     raw = experiment.model_dump(mode="json")
@@ -174,35 +168,3 @@ def overlay(experiment: Experiment, profile: str, changes: dict[str, Any]) -> Ex
     except UserError as error:
         where = f"profiles.{profile}.config"
         raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
-
-
-def peak_gpu_bytes(experiment: Experiment) -> int:
-    """Estimated peak of GPU memory, that of training, from the configuration alone; not measured.
-
-    V voxels of the crop (of the whole grid where the crop is not fixed), U U-Nets of b base filters and p poolings with
-    a bottleneck of m, B frames a step, C observed views of P working pixels (1.2 million before reduction where the
-    config does not say). The sum of:
-
-    - parameters, almost all in the bottlenecks: 2 U m b 2^p V / 8^p, of 16 bytes (value, gradient, Adam's two moments);
-    - activations kept for the backward pass: B U (5 b + 12) V, of 4 bytes. At level k there are b 2^k channels of
-      V / 8^k voxels in 15 tensors (two blocks of two convolutions, each with its result normalised and activated, and a
-      joined input); the sum over levels is 30 b V / 8 * 4 / 3 = 5 b V. Folded inputs and outputs add 12 V. Half as much
-      again for the gradients in flight;
-    - images, masks, renderings and their gradients: 64 B C P bytes;
-    - 1 GiB for the CUDA context and its kernels.
-    """
-    model, n = experiment.model, experiment.crop.grid_size
-    voxels: int = math.prod(stop - start for start, stop in experiment.crop.volume_idx or ((0, n),) * 3)
-    batch, unets, filters = experiment.train.batch_frames, model.num_unets, model.base_filters
-    parameters: int = 2 * unets * model.bottleneck * (filters << model.poolings) * (voxels >> 3 * model.poolings)
-    activations = batch * unets * (5 * filters + 12) * voxels
-    size = (experiment.data.image_width or 1280) * (experiment.data.image_height or 960)
-    pixels = size // experiment.ingest.image_downsample**2
-    views = len(experiment.observed_views(len(experiment.data.videos)))
-    return 16 * parameters + 6 * activations + 64 * batch * views * pixels + (1 << 30)
-
-
-def smallest_fitting(experiment: Experiment, profiles: list[str]) -> str | None:
-    """The first of `profiles`, smallest first, whose GPU holds `peak_gpu_bytes`; None if none does."""
-    peak = peak_gpu_bytes(experiment)
-    return next((name for name in profiles if peak <= USABLE * (gpu_gib(name) << 30)), None)

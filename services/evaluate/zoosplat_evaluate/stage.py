@@ -13,6 +13,7 @@ from zoosplat.errors import UserError
 from zoosplat.stage import Context, Plan, Result, Shard, Stage
 from zoosplat_evaluate import ops
 from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.metrics import METRICS, SSIM_RADIUS, frame_metrics
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.rasterize import Rendering
@@ -54,8 +55,11 @@ class Evaluate(Stage):
             raise UserError(f"evaluate.split = {split}: no frame of it has a visual hull; choose another split")
         return Plan((0, len(frames)), {"frames": frames})
 
-    @torch.no_grad()
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+        with torch.no_grad(), out_of_memory(ctx.project, ctx.experiment, self.name):
+            return self._run(ctx, shard, plan)
+
+    def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
         settings = ctx.experiment.evaluate
         predictor = Predictor.open(ctx.project, ctx.experiment, settings.device)
         reader, frames = predictor.reader, plan.values["frames"]

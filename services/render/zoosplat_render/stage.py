@@ -14,6 +14,7 @@ from zoosplat.errors import UserError
 from zoosplat.stage import Context, Plan, Result, Shard, Stage
 from zoosplat_model.carving import rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.splatter import Gaussians
 from zoosplat_render import ops
@@ -49,8 +50,11 @@ class Render(Stage):
         steps = 2 + ctx.experiment.render.orbit_frames + len(sequence)
         return Plan((0, steps), {"frame": frame, "sequence": sequence})
 
-    @torch.no_grad()
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+        with torch.no_grad(), out_of_memory(ctx.project, ctx.experiment, self.name):
+            return self._run(ctx, shard, plan)
+
+    def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
         settings = ctx.experiment.render
         predictor = Predictor.open(ctx.project, ctx.experiment, settings.device)
         artist = _Artist(ctx, predictor, total=shard.stop)

@@ -15,17 +15,18 @@ import torch
 
 from zoosplat import stores
 from zoosplat.errors import UserError
+from zoosplat.memory import VALID_FRAMES
 from zoosplat.stage import Context, Plan, Result, Shard, Stage
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
 from zoosplat_model.frames import FrameReader
+from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.predictor import open_reader, pick_device
 from zoosplat_train import ops, plots
 
 SHARE = 0.02  # of the time, that plots and checkpoints each may take; then they wait for a later epoch
 SAVE_SECONDS = 60.0  # between checkpoints at most, also within an epoch
 LOOK_STEPS = 10  # steps between readings of the loss: each waits for the GPU
-VALID_FRAMES = 24  # frames in a validation at most, evenly spread over the split
 
 
 class Train(Stage):
@@ -51,7 +52,8 @@ class Train(Stage):
         else:
             torch.backends.cudnn.benchmark = True
         reader = open_reader(ctx.project, ctx.experiment, device)
-        return _Training(ctx, reader, device).run()
+        with out_of_memory(ctx.project, ctx.experiment, self.name):
+            return _Training(ctx, reader, device).run()
 
 
 @dataclass

@@ -1,0 +1,174 @@
+"""How much GPU memory a training needs, from its configuration alone, and which key to change where that is too much.
+
+The coefficients are bytes of the tensors that live at once in `zoosplat_train.ops.Trainer`, counted over a step: what
+autograd keeps of the U-Nets (bfloat16), the volumes, samples and pictures of carving, drawing and losses (float32).
+What surrounds them, CONTEXT and UNUSED, is from benchmarks/memory.py, which compares the prediction with a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from zoosplat.config import CROP_MULTIPLE, Experiment
+from zoosplat.project import Project
+from zoosplat.schema import read
+
+GIB = 1 << 30
+CACHE_BYTES = 2 * GIB  # recordings up to this size stay in memory, the GPU's if there is one, after their first reading
+VALID_FRAMES = 24  # frames in a validation at most, evenly spread over the split
+AHEAD = 8  # frames that are read while one is worked on
+CONTEXT = 1.0 * GIB  # of CUDA, cuDNN and the kernels, outside PyTorch's own memory; measured on an H200
+UNUSED = 1.15  # memory that PyTorch holds over what its tensors take: blocks that fit nothing
+TILES = 3  # of 8 x 8 pixels that a Gaussian covers in a view, in the recordings measured
+PLAIN = 2.6  # what normalisation without Triton keeps, over that with it
+USABLE = 0.95  # of a GPU's memory: the rest is the driver's and the desktop's
+PROFILES = ("12gb", "24gb", "48gb", "80gb")  # kinds of GPUs, by their memory
+
+
+class Sizes(NamedTuple):
+    """What decides besides the configuration's own numbers.
+
+    Attributes:
+        voxels: of the cropped grid.
+        pixels: of a view's window.
+        views: that are observed.
+        cameras: all of them, held-out ones too.
+        frames: kept frames, a third of which is trained on; None: not known, then as many as stay on the GPU.
+    """
+
+    voxels: int
+    pixels: int
+    views: int
+    cameras: int
+    frames: int | None
+
+
+def sizes_of(experiment: Experiment) -> Sizes:
+    """The most that a configuration can come to: whole frames and the whole grid, where it does not say more.
+
+    Frames whose size is not known count as 1280 x 960.
+    """
+    n, cameras = experiment.crop.grid_size, len(experiment.data.videos)
+    voxels: int = math.prod(stop - start for start, stop in experiment.crop.volume_idx or ((0, n),) * 3)
+    size = (experiment.data.image_width or 1280) * (experiment.data.image_height or 960)
+    pixels = size // experiment.ingest.image_downsample**2
+    return Sizes(voxels, pixels, len(experiment.observed_views(cameras)), cameras, experiment.ingest.max_frames)
+
+
+def measured_sizes(project: Project, experiment: Experiment) -> Sizes:
+    """Those of a project whose stages crop and pack are done. Raises UserError where they are not."""
+    frames, cameras, height, width = (int(n) for n in project.open_input("pack", experiment)["mask"].shape)  # type: ignore[union-attr]
+    crop = read(project.open_input("crop", experiment), "volume_idx")
+    voxels: int = math.prod(int(stop - start) for start, stop in crop)
+    return Sizes(voxels, height * width, len(experiment.observed_views(cameras)), cameras, frames)
+
+
+def parameters(experiment: Experiment, voxels: int) -> int:
+    """Weights of the U-Nets; the head has a few hundred."""
+    model = experiment.model
+    widths = [model.base_filters << level for level in range(1, model.poolings + 1)]
+    blocks = [*pairwise([64, *widths]), *((deep + here, here) for here, deep in pairwise(widths))]
+    convolutions: int = sum(27 * (a * b + b * b) + 4 * b for a, b in blocks)
+    bottom = 2 * model.bottleneck * widths[-1] * (voxels >> 3 * model.poolings)
+    return model.num_unets * (convolutions + bottom + 33 * widths[0])
+
+
+def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, float]:
+    """Parts of the peak of a training's GPU memory, bytes, largest last; their sum is the peak.
+
+    Evaluation and rendering need less.
+
+    Args:
+        sizes: those of the recording; default: the most that the configuration can come to.
+    """
+    size = sizes or sizes_of(experiment)
+    model, batch = experiment.model, experiment.train.batch_frames
+    weights = parameters(experiment, size.voxels)
+    # Kept for the gradients, an element of a level's width each: 4 results of a block going down, 3 more where it is
+    # joined with the deeper one, going up. A level deeper has an eighth of the voxels and twice the channels.
+    levels = range(1, model.poolings + 1)
+    kept = sum(4 / 4**k for k in levels) + sum(7.1 / 4**k for k in levels[:-1])
+    if model.base_filters & (
+        model.base_filters - 1
+    ):  # Triton's kernels want powers of 2; the plain functions keep more
+        kept *= PLAIN
+    element = 4 if model.precision == "fp32" else 2
+    cast = 0 if model.precision == "fp32" else 2 * weights
+    unets = batch * size.voxels * model.num_unets * element * (8 + kept * model.base_filters) + cast
+    volumes = batch * size.voxels * (128 + 16 * element)
+    carving = size.voxels * (93 * size.views + 56 + 32 * (batch - 1)) + 16 * size.views * size.pixels
+    # Frames drawn before the last one wait for their gradients.
+    pixels, gaussians = size.views * size.pixels, model.max_gaussians
+    similarity = 190 if experiment.train.ssim_lambda > 0 else 0
+    waiting = (batch - 1) * ((53 + similarity) * pixels + 1300 * gaussians)
+    pictures = (130 + similarity) * pixels + 1400 * gaussians
+    lists = 53 * pixels + 3 * TILES * size.views * gaussians * 127
+    drawing = waiting + max(pictures, lists)
+    phases = {
+        "carving": {"carving": float(carving)},
+        "network": {"U-Nets": unets, "volumes": float(volumes)},
+        "drawing": {"U-Nets": unets, "pictures and Gaussians": float(drawing)},
+        "optimiser": {"gradients": 8.0 * weights},
+    }
+    peak = max(phases.values(), key=lambda parts: sum(parts.values()))
+    frame = size.cameras * size.pixels  # 4 bytes a pixel as it is stored, 16 as it is used
+    most = CACHE_BYTES // (4 * frame)
+    frames = most if size.frames is None else size.frames
+    recording = 4 * frame * (min(frames, frames // 3 + VALID_FRAMES) if frames <= most else AHEAD)
+    parts = {
+        "CUDA": CONTEXT,
+        "weights, averages, optimiser": 20.0 * weights + 24 * size.voxels,
+        "recording": float(recording),
+        "frames of a step": 16.0 * frame * 3 * batch,
+        **{name: UNUSED * value for name, value in peak.items()},
+    }
+    return dict(sorted(parts.items(), key=lambda part: part[1]))
+
+
+def peak_gpu_bytes(experiment: Experiment, sizes: Sizes | None = None) -> int:
+    """Peak of a training's GPU memory: see `training`."""
+    return int(sum(training(experiment, sizes).values()))
+
+
+def gpu_gib(profile: str) -> int:
+    """Memory of one GPU of a profile: `24gb` -> 24."""
+    return int(profile.removesuffix("gb"))
+
+
+def smallest_fitting(experiment: Experiment, profiles: Sequence[str], sizes: Sizes | None = None) -> str | None:
+    """The first of `profiles`, smallest first, whose GPU holds `peak_gpu_bytes`; None if none does."""
+    peak = peak_gpu_bytes(experiment, sizes)
+    return next((name for name in profiles if peak <= USABLE * gpu_gib(name) * GIB), None)
+
+
+def advice(experiment: Experiment, room: float, sizes: Sizes | None = None) -> str:
+    """The key to lower so that a training fits into `room` bytes, and to what; those that cost least quality first."""
+    size, model = sizes or sizes_of(experiment), experiment.model
+    grid = experiment.crop.grid_size
+
+    def at(edge: int) -> Sizes:
+        return size._replace(voxels=int(size.voxels * (edge / grid) ** 3))
+
+    grids = range(grid // CROP_MULTIPLE * CROP_MULTIPLE, 0, -CROP_MULTIPLE)
+    halves = {
+        "train.batch_frames": experiment.train.batch_frames,
+        "model.bottleneck": model.bottleneck,
+        "model.base_filters": model.base_filters,
+        "model.max_gaussians": model.max_gaussians,
+    }
+    tries = [(key, value >> k, size) for key, value in halves.items() for k in range(1, 31) if value >> k or k == 1]
+    tries += [("crop.grid_size", edge, at(edge)) for edge in grids if edge < grid]
+    for key, value, then in tries:
+        least = {"model.bottleneck": 0, "model.max_gaussians": model.min_gaussians}.get(key, 1)
+        if value >= least:
+            changed = experiment.model_dump(mode="json")
+            section, leaf = key.split(".")
+            changed[section][leaf] = value
+            if key == "crop.grid_size":
+                changed["crop"]["volume_idx"] = None
+            if peak_gpu_bytes(Experiment.model_validate(changed), then) <= room:
+                return f"set {key} to {value}"
+    return "raise ingest.image_downsample and lower crop.grid_size, model.base_filters and train.batch_frames"

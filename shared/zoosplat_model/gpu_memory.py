@@ -1,0 +1,54 @@
+"""Out of GPU memory as one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from zoosplat.config import Experiment
+from zoosplat.errors import UserError
+from zoosplat.memory import CONTEXT, GIB, advice, measured_sizes, training
+from zoosplat.project import Project
+
+
+@contextmanager
+def out_of_memory(project: Project, experiment: Experiment, stage: str) -> Iterator[None]:
+    """Turn a lack of GPU memory in a stage into a UserError: what is predicted, what there is, which key to change."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_memory(error):
+            raise
+        raise UserError(_explain(project, experiment, stage)) from error
+
+
+def _is_memory(error: BaseException) -> bool:
+    # A failure while a CUDA graph is recorded is followed by others; cuBLAS and cuDNN have words of their own.
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        if isinstance(seen, torch.OutOfMemoryError) or "CUDA error: out of memory" in text or "ALLOC_FAILED" in text:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _explain(project: Project, experiment: Experiment, stage: str) -> str:
+    sizes = measured_sizes(project, experiment)
+    parts = training(experiment, sizes)
+    largest = [f"{name} {size / GIB:.1f}" for name, size in list(parts.items())[:-4:-1]]
+    words = f"training is predicted to need {sum(parts.values()) / GIB:.1f} GiB ({', '.join(largest)})"
+    room = 0.0
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        allowed = torch.cuda.get_per_process_memory_fraction() * total
+        room = min(allowed, free + torch.cuda.memory_reserved()) + CONTEXT
+        words += f", {room / GIB:.1f} GiB of the GPU's {total / GIB:.1f} can be used"
+    if stage == "train":
+        return (
+            f"out of GPU memory: {words}; {advice(experiment, room, sizes)} or use a larger GPU; checkpoints are kept"
+        )
+    less = "lower render.width and render.height" if stage == "render" else "let nothing else use the GPU"
+    return f"out of GPU memory: {words}, and {stage} less; {less}, or set {stage}.device to cpu; the model is kept"

@@ -1,0 +1,125 @@
+"""Predicted GPU memory: against a real model's sizes, measurements on a GPU, and the profiles that are made for it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from zoosplat.config import Experiment, read_config
+from zoosplat.memory import GIB, PROFILES, Sizes, advice, parameters, peak_gpu_bytes, smallest_fitting, training
+from zoosplat_flows.cli import app
+from zoosplat_flows.plan import profile_overrides
+from zoosplat_model.unet import UNetStack
+
+ROOT = Path(__file__).parents[1]
+MOUSE = str(ROOT / "configs" / "mouse_6cam.yaml")
+FULL = 1152 * 1024
+
+
+def experiment(**changes: Any) -> Experiment:
+    return read_config(MOUSE, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+
+
+@pytest.mark.parametrize(
+    ("filters", "poolings", "unets", "bottleneck"), [(8, 4, 3, 0), (4, 2, 2, 16), (6, 1, 1, 0), (8, 3, 1, 8)]
+)
+def test_weights_are_those_of_the_network(filters: int, poolings: int, unets: int, bottleneck: int) -> None:
+    with torch.device("meta"):
+        stack = UNetStack(unets, filters, poolings, bottleneck, (32, 32, 16))
+    changes = {"base_filters": filters, "poolings": poolings, "num_unets": unets, "bottleneck": bottleneck}
+    asked = experiment(**{f"model__{key}": value for key, value in changes.items()})
+    there = sum(p.numel() for p in stack.parameters())
+    assert parameters(asked, 32 * 32 * 16) == pytest.approx(there, rel=0.04)
+
+
+# GiB of one H200 by benchmarks/memory.py: crop, pixels of a window, keys; what PyTorch held and CUDA took.
+MEASURED: list[tuple[tuple[int, int, int], int, dict[str, Any], float]] = [
+    ((96, 80, 64), FULL // 16, {}, 1.40),
+    ((96, 80, 64), FULL // 16, {"model__base_filters": 32}, 3.16),
+    ((96, 80, 64), FULL // 16, {"model__num_unets": 1, "model__base_filters": 16}, 1.38),
+    ((192, 160, 128), FULL // 16, {}, 3.12),
+    ((96, 80, 64), FULL, {"model__base_filters": 16}, 2.90),
+    ((96, 80, 64), FULL // 4, {"model__max_gaussians": 128000}, 1.97),
+    ((96, 80, 64), FULL // 4, {"train__batch_frames": 8, "model__base_filters": 16}, 3.99),
+    ((144, 128, 96), FULL // 4, {"model__precision": "fp32", "model__base_filters": 16}, 3.26),
+    ((96, 80, 64), FULL // 16, {"model__gaussian_mode": "2d", "model__base_filters": 16}, 1.62),
+    ((144, 128, 96), FULL // 4, {"model__base_filters": 16, "model__max_gaussians": 32000}, 2.74),
+    ((176, 144, 112), FULL // 4, {"model__base_filters": 32, "model__max_gaussians": 64000}, 5.66),
+    ((224, 192, 160), FULL // 4, {"model__base_filters": 32, "model__max_gaussians": 64000}, 9.53),
+    ((224, 192, 160), FULL, {"model__base_filters": 64, "model__max_gaussians": 128000}, 19.41),
+]
+
+
+@pytest.mark.parametrize(("grid", "pixels", "changes", "measured"), MEASURED)
+def test_prediction_is_within_15_percent_of_an_h200(
+    grid: tuple[int, int, int], pixels: int, changes: dict[str, Any], measured: float
+) -> None:
+    sizes = Sizes(math.prod(grid), pixels, views=4, cameras=6, frames=0)
+    assert peak_gpu_bytes(experiment(**changes), sizes) / GIB == pytest.approx(measured, rel=0.15)
+
+
+def test_peak_is_the_sum_of_its_parts_and_grows_with_every_key() -> None:
+    small = experiment()
+    assert peak_gpu_bytes(small) == int(sum(training(small).values()))
+    for key, value in (
+        ("crop__grid_size", 224),
+        ("train__batch_frames", 4),
+        ("model__base_filters", 16),
+        ("model__num_unets", 4),
+        ("model__bottleneck", 64),
+        ("ingest__max_frames", 200),
+    ):
+        smaller = experiment(ingest__max_frames=20) if key == "ingest__max_frames" else small
+        assert peak_gpu_bytes(experiment(**{key: value})) > peak_gpu_bytes(smaller), key
+
+
+def test_the_smallest_profile_and_advice_that_makes_it_fit() -> None:
+    assert smallest_fitting(experiment(), PROFILES) == "12gb"
+    large = experiment(crop__grid_size=256, model__bottleneck=512)
+    assert 24 * GIB < peak_gpu_bytes(large) < 80 * GIB
+    assert smallest_fitting(large, PROFILES) == "80gb"
+    assert smallest_fitting(large, ["12gb"]) is None
+    for asked, room in ((large, 11 * GIB), (experiment(train__batch_frames=32), 8 * GIB), (experiment(), 2.7 * GIB)):
+        words, key, _, value = (text := advice(asked, room)).split()[:4]
+        assert words == "set", text
+        changed = asked.model_dump(mode="json")
+        section, leaf = key.split(".")
+        changed[section][leaf] = int(value)
+        assert peak_gpu_bytes(Experiment.model_validate(changed)) <= room, text
+    assert "image_downsample" in advice(experiment(), 0.5 * GIB)
+
+
+@pytest.mark.parametrize("name", ["cpu", *PROFILES])
+def test_profiles_fit_what_they_are_named_for(name: str) -> None:
+    asked = read_config(MOUSE, profile_overrides(name))
+    if name != "cpu":
+        assert smallest_fitting(asked, [name]) == name
+        assert asked.model.base_filters & (asked.model.base_filters - 1) == 0
+    assert peak_gpu_bytes(asked) >= 1 * GIB
+
+
+def test_the_chart_sets_what_the_profiles_say() -> None:
+    values = yaml.safe_load((ROOT / "helm" / "zoosplat" / "values.yaml").read_text())["profiles"]
+    files = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / "configs" / "profiles").glob("*gb.yaml")}
+    assert {name: profile["config"] for name, profile in values.items()} == files
+    assert set(files) == set(PROFILES)
+
+
+def test_plan_prints_parts_the_profile_and_the_key() -> None:
+    def plan(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["plan", MOUSE, *arguments])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert "smallest profile that fits: 12gb" in plan()
+    assert "peak of training" in plan("--profile", "80gb")
+    assert "no profile fits; for 80gb, set " in plan("--set", "crop.grid_size=1024")
+    done = CliRunner().invoke(app, ["plan", MOUSE, "--profile", "huge"])
+    assert done.exit_code == 2
+    assert "choose one of cpu, 12gb" in done.output
