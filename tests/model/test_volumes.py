@@ -19,15 +19,15 @@ def test_kernels_agree_with_plain_functions(channels: int, size: tuple[int, ...]
     x = (torch.randn(2, channels, *size, device="cuda") + 30).to(dtype).requires_grad_()
     gain = (torch.rand(channels, device="cuda") + 0.5).requires_grad_()
     shift = torch.randn(channels, device="cuda").requires_grad_()
-    weight = torch.randn_like(x)
-    torch.autograd.backward((normalize(x, gain, shift) * weight).sum())
-    found = [normalize(x, gain, shift), *(v.grad for v in (x, gain, shift))]
-
     exact = [v.detach().double().requires_grad_() for v in (x, gain, shift)]
     variance, mean = torch.var_mean(exact[0], (2, 3, 4), keepdim=True, correction=0)
     y = (exact[0] - mean) / (variance + 1e-5).sqrt() * exact[1].view(1, -1, 1, 1, 1) + exact[2].view(1, -1, 1, 1, 1)
+    # Not where the leaky ReLU bends: there rounding decides which slope a gradient goes through.
+    weight = torch.randn_like(x) * (y.detach().abs() > 1e-4)
     y = torch.where(y > 0, y, 0.01 * y)
     torch.autograd.backward((y * weight).sum())
+    torch.autograd.backward((normalize(x, gain, shift) * weight).sum())
+    found = [normalize(x, gain, shift), *(v.grad for v in (x, gain, shift))]
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     for value, truth in zip(found, [y, *(v.grad for v in exact)], strict=True):
         assert value is not None

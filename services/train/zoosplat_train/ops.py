@@ -106,6 +106,7 @@ class Trainer:
         self.record = experiment.model.gaussian_mode == "3d"
         self._recorded: dict[str, _Recorded] = {}
         self._warm: set[str] = set()
+        self._pool: Any = None
         self._needed_pairs = torch.zeros((), dtype=torch.int64, device=device)
         self._pairs = Pairs(0, self._needed_pairs)
 
@@ -148,7 +149,8 @@ class Trainer:
             if not self._recorded:
                 most = ROOM * int(self._needed_pairs)
                 self._pairs = Pairs(-(-most // 4096) * 4096, self._needed_pairs)
-            self._recorded[name] = _Recorded(function, inputs, device)
+                self._pool = torch.cuda.graph_pool_handle()
+            self._recorded[name] = _Recorded(function, inputs, device, self._pool)
         return self._recorded[name](inputs)
 
     def check_room(self) -> None:
@@ -237,13 +239,22 @@ def _frame(values: Sequence[Tensor]) -> Frame:
 
 
 class _Recorded:
-    """A function of tensors as a CUDA graph. Recording it does not run it."""
+    """A function of tensors as a CUDA graph. Recording it does not run it.
 
-    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], device: torch.device) -> None:
+    Graphs of one `pool` share their memory: each result has to be used up before another of them runs.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        device: torch.device,
+        pool: Any,
+    ) -> None:
         self.inputs = [value.to(device, copy=True) for value in inputs]
         self.graph = torch.cuda.CUDAGraph()
         # Other threads read frames meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:

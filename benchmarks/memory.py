@@ -1,0 +1,97 @@
+"""GPU memory and time of training steps of many configurations, beside the prediction of `zoosplat plan`.
+
+    python benchmarks/memory.py [12gb 24gb step ...]
+
+The frames are those of train_step.py: an animal made up of numbers, four of six views observed. Each configuration
+takes a dozen steps of which PyTorch may hold no more than its cap, then prints a line; without arguments, all do.
+`allocated` is what tensors take at most, `used` also counts what PyTorch holds besides, and CUDA.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from importlib import resources
+
+import torch
+import yaml
+from train_step import OBSERVED, Scene, median_ms, settings
+
+from zoosplat.config import Experiment
+from zoosplat.memory import GIB, Sizes, peak_gpu_bytes
+from zoosplat_train.ops import Trainer
+
+CAPS = {"12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB
+WIDTH, HEIGHT = 1152, 1024
+OTHERS = {
+    "step": ["ingest.image_downsample=4"],
+    "filters": ["ingest.image_downsample=4", "model.base_filters=32"],
+    "one": ["ingest.image_downsample=4", "model.num_unets=1", "model.base_filters=16"],
+    "grid": ["ingest.image_downsample=4", "crop.grid_size=224", "model.base_filters=8"],
+    "pixels": ["ingest.image_downsample=1", "model.base_filters=16"],
+    "gaussians": ["ingest.image_downsample=2", "model.max_gaussians=128000"],
+    "batch": ["ingest.image_downsample=2", "train.batch_frames=8", "model.base_filters=16"],
+    "fp32": ["ingest.image_downsample=2", "model.precision=fp32", "model.base_filters=16", "crop.grid_size=160"],
+    "2d": ["ingest.image_downsample=4", "model.gaussian_mode=2d", "model.base_filters=16"],
+}
+
+
+def measure(name: str, experiment: Experiment, cap_gib: int, context: int, device: torch.device) -> None:
+    reduced = experiment.ingest.image_downsample
+    width, height = WIDTH // reduced, HEIGHT // reduced
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * GIB / total))
+    torch.cuda.reset_peak_memory_stats()
+    scene = Scene(device, width, height, experiment.crop.grid_size)
+    voxels: int = math.prod(stop - start for start, stop in scene.volume_idx)
+    sizes = Sizes(voxels, width * height, len(OBSERVED), scene.n_cameras, 0)
+    predicted = peak_gpu_bytes(experiment, sizes) / GIB
+    result = f"{'out of memory':>38}"
+    try:
+        batch = experiment.train.batch_frames
+        frames = [scene.frame(t) for t in range(2)] * batch
+        trainer = Trainer(scene, experiment, device)  # type: ignore[arg-type]
+        state = {"i": 0}
+
+        def step() -> None:
+            i = state["i"] = state["i"] + 1
+            trainer.step(frames[:batch], [OBSERVED] * batch, [False] * batch, 1e-4, i)
+
+        step()
+        first = torch.cuda.max_memory_allocated() / GIB
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        step()
+        milliseconds = median_ms(step, 9)
+        allocated, held = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+        used = held + context / GIB
+        result = f"{first:8.2f} {allocated:9.2f} {used:8.2f} {milliseconds:8.1f} {predicted / used:8.2f}"
+    except torch.OutOfMemoryError:
+        pass
+    print(f"{name:10} {cap_gib:4} {voxels / 1e6:6.2f} {predicted:9.2f} {result}", flush=True)
+
+
+def main() -> None:
+    device = torch.device("cuda")
+    torch.backends.cudnn.benchmark = True
+    torch.zeros(1, device=device)
+    folder = resources.files("zoosplat_flows") / "profiles"
+    known = {
+        name: [f"{k}={v}" for k, v in yaml.safe_load((folder / f"{name}.yaml").read_text()).items()] for name in CAPS
+    }
+    known |= OTHERS
+    print("name        cap Mvoxel predicted first    allocated     used  ms/step  predicted/used")
+    measure("warm up", settings(OTHERS["step"]), 76, 0, device)  # loads kernels and libraries
+    for name in sys.argv[1:] or known:
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        context = total - free - torch.cuda.memory_reserved()
+        measure(name, settings(known[name]), CAPS.get(name, 76), context, device)
+    print(f"CUDA itself {context / GIB:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
