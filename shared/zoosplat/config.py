@@ -176,6 +176,9 @@ class Model(_Section):
         default=0, description="width of a perceptron over the whole volume at the bottom of a U-Net; 0: none"
     )
     gaussian_mode: Literal["3d", "2d"] = Field(default="3d", description="3D Gaussians, or flat ones (surfels)")
+    precision: Literal["auto", "fp32"] = Field(
+        default="auto", description="of the U-Nets; auto: bfloat16 on a GPU, float32 elsewhere"
+    )
     min_gaussians: Count = Field(default=1024, description="Gaussians a frame, at least")
     max_gaussians: Count = Field(default=16000, description="Gaussians a frame, at most")
 

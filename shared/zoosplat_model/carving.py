@@ -13,6 +13,8 @@ from torch import Tensor
 
 HIDDEN_WEIGHT = 0.25  # in a voxel's colour, of a view in which another voxel is in front of it
 
+BEHIND_WEIGHT = 0.02  # the same, in the colour that is looked up for a Gaussian
+
 
 def grid_points(ell_m: float, grid_size: int, volume_idx: Sequence[tuple[int, int]]) -> Tensor:
     """The cropped grid in the animal's frame, [n1, n2, n3, 3] float32 metres.
@@ -36,7 +38,13 @@ def rotation_about_z(angle: Tensor) -> Tensor:
 def project(points: Tensor, world_to_camera: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Project [3, N] world points into V views: x, y (pixels) and depth, [V, N] each; no x, y at depth <= 0."""
     matrices = intrinsics @ world_to_camera[:, :3]
-    in_image = (matrices[:, :, :3].reshape(-1, 3) @ points).view(len(matrices), 3, -1) + matrices[:, :, 3:]
+    rows = matrices.reshape(-1, 4)
+    if points.is_cuda:  # cuBLAS takes a millisecond for such a product
+        in_image = rows[:, 0, None] * points[0] + rows[:, 3, None]
+        in_image = torch.addcmul(torch.addcmul(in_image, rows[:, 1, None], points[1]), rows[:, 2, None], points[2])
+    else:
+        in_image = rows[:, :3] @ points + rows[:, 3:]
+    in_image = in_image.view(len(matrices), 3, -1)
     depth = in_image[:, 2]
     inverse = depth.clamp_min(1e-9).reciprocal()
     return in_image[:, 0] * inverse, in_image[:, 1] * inverse, depth
@@ -51,8 +59,12 @@ def carve(
     voxel_size_m: float,
     footprint_px: int,
     fill_color: float,
+    used: Tensor | None = None,  # [V] bool
 ) -> Tensor:
     """Carve the V given views. The mean of two coloured hulls: of what is inside all masks, and inside all but one.
+
+    `used` names those that count, at least one; default: all. On a GPU nothing waits for the device, and all shapes
+    are the same for every frame, so that carving can be part of a CUDA graph.
 
     A voxel covers `footprint_px` x `footprint_px` pixels round its projection; all samples are means over these, so
     that the surface is known to a fraction of a voxel and colours are not aliased. Its occupancy is the part that lies
@@ -62,50 +74,105 @@ def carve(
     is seen and 0.25 where it is hidden. So, unlike in the paper, a view that has the voxel outside its mask has no
     weight: it shows background.
 
+    Four more channels say what the mean of the two hulls hides: the occupancy of the smaller and of the larger one, how
+    far the views' colours are from each other (the sign of a voxel that no view really sees), and how many see it.
+
     Returns:
-        [4, n1, n2, n3] float32: occupancy 0 to 1, red, green, blue (`fill_color` where empty).
+        [8, n1, n2, n3] float32: occupancy 0 to 1, red, green, blue (`fill_color` where empty); occupancy of the smaller
+        and of the larger hull, root of the mean squared distance of the views' colours from their mean, share of the
+        views that see the voxel (both 0 where empty).
     """
     n_views, h, w = mask.shape
     shape = points.shape[:3]
     half = footprint_px // 2
+    used = mask.new_ones(n_views, dtype=torch.bool) if used is None else used
+    used = used[:, None]
     x, y, depth = project(points.reshape(-1, 3).T, world_to_camera, intrinsics)
     in_window = (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
     column, row = (x + 0.5).clamp_(0, w - 1).int(), (y + 0.5).clamp_(0, h - 1).int()
     nearest = (row * w + column).long()
 
-    # Only voxels that can be touched by the larger hull matter from here on: a few percent of the grid.
-    near = F.max_pool2d(mask[:, None], footprint_px + 2, stride=1, padding=half + 1)
-    votes = (in_window & (near.flatten(1).gather(1, nearest) > 0.5)).sum(0)
-    kept = torch.nonzero(votes >= max(1, n_views - 1))[:, 0]
-    depth, nearest, in_window = depth[:, kept], nearest[:, kept], in_window[:, kept]
-    samples, covered = _sample(rgb, mask, torch.stack([x[:, kept], y[:, kept]], -1), footprint_px)
-    ordered = torch.where(depth > 0, covered, 0).sort(0).values
+    kept: Tensor | None = None
+    if not points.is_cuda:
+        # Only voxels that can be touched by the larger hull matter from here on: a few percent of the grid.
+        near = F.max_pool2d(mask[:, None], footprint_px + 2, stride=1, padding=half + 1)
+        touched = in_window & (near.flatten(1).gather(1, nearest) > 0.5)
+        kept = torch.nonzero((~used | touched).sum(0) >= n_views - 1)[:, 0]
+        x, y, depth, nearest, in_window = (v[:, kept] for v in (x, y, depth, nearest, in_window))
+    samples, covered = _sample(rgb, mask, x, y, footprint_px)
+    in_front = used & (depth > 0)
 
-    volume = points.new_zeros(4, kept.shape[0])
-    for occupancy in (ordered[0], ordered[min(1, n_views - 1)]):
-        buffer = points.new_full((n_views, h * w), torch.inf)
+    # The least and the second least of the views that count.
+    least = second = points.new_full(covered.shape[1:], torch.inf)
+    for inside in torch.where(used, torch.where(depth > 0, covered, 0), torch.inf):
+        least, second = torch.minimum(least, inside), torch.minimum(second, torch.maximum(least, inside))
+    second = torch.where(second.isinf(), least, second)
+
+    volume = points.new_zeros(8, len(least))
+    for occupancy in (least, second):
         solid = in_window & (occupancy >= 0.5)
-        buffer.scatter_reduce_(1, nearest, torch.where(solid, depth, torch.inf), "amin")
-        front = -F.max_pool2d(-buffer.view(n_views, 1, h, w), footprint_px, stride=1, padding=half)
-        seen = depth <= front.flatten(1).gather(1, nearest) + voxel_size_m
-        weight = torch.where(seen, 1.0, HIDDEN_WEIGHT) * (depth > 0)
+        seen = depth <= _front(depth, nearest, solid, h, w, footprint_px) + voxel_size_m
+        weight = torch.where(seen, 1.0, HIDDEN_WEIGHT) * in_front
         color = (weight[..., None] * samples).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)[..., None]
         volume[0] += 0.5 * occupancy
-        volume[1:] += 0.5 * torch.where(occupancy > 0, color.T, fill_color)
+        volume[1:4] += 0.5 * torch.where(occupancy > 0, color.T, fill_color)
+        off = (samples / covered.clamp_min(1e-3)[..., None] - color).square().sum(-1)
+        spread = (weight * covered * off).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)
+        volume[6] += 0.5 * torch.where(occupancy > 0, spread.sqrt(), 0)
+        volume[7] += 0.5 * torch.where(occupancy > 0, (seen & in_front).to(depth.dtype).mean(0), 0)
+    volume[4], volume[5] = least, second
+    if kept is None:
+        return volume.view(8, *shape)
 
-    whole = points.new_full((4, shape.numel()), fill_color)
-    whole[0] = 0
+    whole = points.new_zeros(8, shape.numel())
+    whole[1:4] = fill_color
     whole[:, kept] = volume
-    return whole.view(4, *shape)
+    return whole.view(8, *shape)
 
 
-def _sample(rgb: Tensor, mask: Tensor, pixels: Tensor, footprint_px: int) -> tuple[Tensor, Tensor]:
-    """Picture x mask [V, N, 3] and mask [V, N] at [V, N, 2] pixels: bilinear, means over footprints, 0 outside."""
+def _front(depth: Tensor, nearest: Tensor, solid: Tensor, h: int, w: int, footprint_px: int) -> Tensor:
+    """Depth [V, N] of the nearest solid point in the picture round each point; its pixel is `nearest` [V, N]."""
+    buffer = depth.new_full((len(depth), h * w), torch.inf)
+    buffer.scatter_reduce_(1, nearest, torch.where(solid, depth, torch.inf), "amin")
+    front = -F.max_pool2d(-buffer.view(-1, 1, h, w), footprint_px, stride=1, padding=footprint_px // 2)
+    return front.flatten(1).gather(1, nearest)
+
+
+def look_up(
+    rgb: Tensor,  # [V, h, w, 3]
+    mask: Tensor,  # [V, h, w]
+    world_to_camera: Tensor,  # [V, 4, 4]
+    intrinsics: Tensor,  # [V, 3, 3]
+    points: Tensor,  # [N, 3] world, metres
+    solid: Tensor,  # [N] bool
+    voxel_size_m: float,
+    footprint_px: int,
+    used: Tensor | None = None,  # [V] bool
+) -> tuple[Tensor, Tensor]:
+    """Colours [N, 3] of points as the views see them, and whether any does [N] bool.
+
+    Solid points hide what lies more than two voxels behind them in the pictures of a voxel.
+    """
+    h, w = mask.shape[1:]
+    x, y, depth = project(points.T, world_to_camera, intrinsics)
+    in_window = (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
+    nearest = ((y + 0.5).clamp(0, h - 1).int() * w + (x + 0.5).clamp(0, w - 1).int()).long()
+    samples, covered = _sample(rgb, mask, x, y, 1)
+    front = _front(depth, nearest, in_window & solid, h, w, footprint_px)
+    weight = torch.where(depth <= front + 2 * voxel_size_m, 1.0, BEHIND_WEIGHT) * in_window
+    if used is not None:
+        weight = weight * used[:, None]
+    total = (weight * covered).sum(0)
+    return (weight[..., None] * samples).sum(0) / total.clamp_min(1e-6)[:, None], total > 0.01
+
+
+def _sample(rgb: Tensor, mask: Tensor, x: Tensor, y: Tensor, footprint_px: int) -> tuple[Tensor, Tensor]:
+    """Picture x mask [V, N, 3] and mask [V, N] at [V, N] pixels: bilinear, means over footprints, 0 outside."""
     h, w = mask.shape[1:]
     layers = torch.cat([rgb * mask[..., None], mask[..., None]], -1).permute(0, 3, 1, 2)
     layers = F.avg_pool2d(layers, footprint_px, stride=1, padding=footprint_px // 2)
     # align_corners: -1 and 1 are the centres of the first and last pixel.
-    place = 2 * pixels / pixels.new_tensor([max(w - 1, 1), max(h - 1, 1)]) - 1
+    place = torch.stack([x * (2 / max(w - 1, 1)) - 1, y * (2 / max(h - 1, 1)) - 1], -1)
     found = F.grid_sample(layers, place[:, :, None], mode="bilinear", padding_mode="zeros", align_corners=True)
     found = found[..., 0].mT
     return found[..., :3], found[..., 3]

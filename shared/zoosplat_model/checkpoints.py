@@ -1,6 +1,7 @@
 """Checkpoints of a training: written whole under a new name, then pointed to, so that no crash loses the last one.
 
-    model/checkpoints/step-XXXXXXXX.safetensors    weights, Adam's moments, progress as JSON in the header
+    model/checkpoints/step-XXXXXXXX.safetensors    weights, their average over the last steps, Adam's moments, progress
+                                                   (JSON, in the header); of the best one only average and progress
     model/latest.json, model/best.json             which of them; replaced atomically after the file is there
 
 Nothing is pickled. No random state is kept: the order of frames is a function of seed and epoch.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import safetensors
@@ -52,9 +53,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as read: weights, Adam's state by parameter name (`exp_avg`, `exp_avg_sq`, `step`), progress."""
+    """A checkpoint as read: weights, Adam's state by parameter name (`exp_avg`, `exp_avg_sq`, `step`), progress.
+
+    Attributes:
+        model: weights to train on from.
+        average: weights to use.
+    """
 
     model: dict[str, Tensor]
+    average: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     progress: Progress
 
@@ -97,25 +104,30 @@ def save(
     project: Project,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
     progress: Progress,
     *,
     keep_last: int,
+    best: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint, move the pointers, then delete those that are neither best nor among the last `keep_last`.
 
-    The best checkpoint is that of `progress.best_step`: this one, or an earlier one that was saved.
+    The best checkpoint is that of `progress.best_step`: this one, an earlier one that was saved, or one whose averaged
+    weights were kept until now and are given as `best`.
     """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors.update({f"average.{k}": v for k, v in average.items()})
     for name, state in named_state(model, optimizer).items():
         tensors.update({f"optimizer.{k}.{name}": v for k, v in state.items()})
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = {"progress": json.dumps(asdict(progress), sort_keys=True)}
     name = _name(progress.step)
-    stores.write_bytes(stores.join(_folder(project), name), safetensors.torch.save(tensors, header))
+    _write(project, name, tensors, progress)
     if progress.best_step is not None:
+        if best is not None and progress.best_step != progress.step:
+            at_best = replace(progress, step=progress.best_step)
+            _write(project, _name(progress.best_step), {f"average.{k}": v for k, v in best.items()}, at_best)
         # Every time: a kill between two of these writes must not leave `best` at a file that is deleted later.
-        best = {"checkpoint": _name(progress.best_step), "step": progress.best_step, "valid_loss": progress.best}
-        stores.write_json(_pointer_url(project, "best"), best)
+        pointer = {"checkpoint": _name(progress.best_step), "step": progress.best_step, "valid_loss": progress.best}
+        stores.write_json(_pointer_url(project, "best"), pointer)
     latest = {"checkpoint": name, "step": progress.step, "epoch": progress.epoch}
     stores.write_json(_pointer_url(project, "latest"), latest)
 
@@ -127,6 +139,12 @@ def save(
     for other in names:
         if other not in kept:
             stores.delete(stores.join(_folder(project), other))
+
+
+def _write(project: Project, name: str, tensors: dict[str, Tensor], progress: Progress) -> None:
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    header = {"progress": json.dumps(asdict(progress), sort_keys=True)}
+    stores.write_bytes(stores.join(_folder(project), name), safetensors.torch.save(tensors, header))
 
 
 def load(project: Project, pointer: Pointer) -> Checkpoint | None:
@@ -151,13 +169,13 @@ def _parse(data: bytes) -> Checkpoint:
     # The bytes interface of safetensors gives no access to the header: 8 bytes of length, then JSON.
     (length,) = struct.unpack("<Q", data[:8])
     metadata: dict[str, Any] = json.loads(data[8 : 8 + length])["__metadata__"]
-    model: dict[str, Tensor] = {}
+    weights: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
     optimizer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
-        if kind == "model":
-            model[name] = tensor
+        if kind in weights:
+            weights[kind][name] = tensor
         else:
             quantity, _, parameter = name.partition(".")
             optimizer.setdefault(parameter, {})[quantity] = tensor
-    return Checkpoint(model, optimizer, Progress(**json.loads(metadata["progress"])))
+    return Checkpoint(weights["model"], weights["average"], optimizer, Progress(**json.loads(metadata["progress"])))

@@ -18,8 +18,8 @@ from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 
 Split = Literal["train", "valid", "test"]
-CACHE_BYTES = 2 << 30  # recordings up to this size stay in memory after their first reading
-AHEAD = 3  # frames that are read while one is worked on
+CACHE_BYTES = 2 << 30  # recordings up to this size stay in memory, the GPU's if there is one, after their first reading
+AHEAD, READERS = 8, 4  # frames that are read while one is worked on, and threads for it
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,10 @@ class FrameReader:
     def _read(self, t: int) -> tuple[Tensor, Tensor]:
         if self._cache is not None and t in self._cache:
             return self._cache[t]
-        found = (torch.from_numpy(np.asarray(self._rgb[t])), torch.from_numpy(np.asarray(self._mask[t])))
+        rgb, mask = (torch.from_numpy(np.asarray(array[t])).to(self.device) for array in (self._rgb, self._mask))
         if self._cache is not None:
-            self._cache[t] = found
-        return found
+            self._cache[t] = rgb, mask
+        return rgb, mask
 
     def _frame(self, t: int, rgb: Tensor, mask: Tensor) -> Frame:
         intrinsics = self._intrinsics.copy()
@@ -147,8 +147,8 @@ class FrameReader:
         center, angle = self.pose(t)
         return Frame(
             t=t,
-            rgb=rgb.to(self.device).float() / 255,
-            mask=mask.to(self.device).float(),
+            rgb=rgb.float() / 255,
+            mask=mask.float(),
             intrinsics=self._tensor(intrinsics),
             world_to_camera=self.world_to_camera,
             origin=torch.from_numpy(self._origin[t]),
@@ -161,9 +161,9 @@ class FrameReader:
         return self._frame(t, *self._read(t))
 
     def prefetch(self, frames: Iterable[int]) -> Iterator[Frame]:
-        """Frames in the given order; the next ones are read in a thread while one is worked on."""
+        """Frames in the given order; the next ones are read in threads while one is worked on."""
         waiting: deque[tuple[int, Future[tuple[Tensor, Tensor]]]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="frames") as pool:
+        with ThreadPoolExecutor(READERS, thread_name_prefix="frames") as pool:
             for t in frames:
                 waiting.append((t, pool.submit(self._read, t)))
                 if len(waiting) > AHEAD:

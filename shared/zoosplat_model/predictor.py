@@ -57,11 +57,11 @@ class Predictor:
         chosen = pick_device(device)
         project.input_url("train", experiment)
         reader = open_reader(project, experiment, chosen)
-        model = PoseSplatter.of(reader, experiment).to(chosen)
+        model = PoseSplatter.of(reader, experiment).on(chosen)
         checkpoint = checkpoints.load(project, "best")
         if checkpoint is None:
             raise UserError(f"{project.output_url('train')}: no checkpoint; run stage train again with --force")
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(checkpoint.average)
         return cls(reader, model, checkpoint.step)
 
     @torch.no_grad()

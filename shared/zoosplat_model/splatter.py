@@ -4,6 +4,8 @@ Where it differs from the published network, for speed and better pictures:
 - Its units are voxels, so nothing depends on the size of the animal or the unit of the calibration.
 - It starts as the coloured hull: occupancy drives the opacity, and colours and sizes are changes to the voxel's own.
   A voxel at the limit of selection has an opacity too small to be drawn, so selection causes no jumps.
+- Colours are looked up in the pictures once more where the Gaussians have come to lie, with their own occlusion: a
+  carved voxel's are means over its footprint, too coarse for eyes, and go by the hull's occlusion.
 - Each camera has a small learned colour transformation, because real cameras differ in exposure and colour.
 """
 
@@ -14,12 +16,13 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoosplat.config import Experiment
-from zoosplat_model.carving import carve, grid_points, rotation_about_z
+from zoosplat_model.carving import carve, grid_points, look_up, rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
-from zoosplat_model.rasterize import Rendering, rasterize
+from zoosplat_model.rasterize import Pairs, Rendering, rasterize
 from zoosplat_model.unet import FEATURE_CHANNELS, UNetStack
 
 LEAST_OCCUPANCY = 0.25  # of a selected voxel
@@ -27,6 +30,9 @@ OPACITY_SLOPE, OPACITY_MIDDLE = 16.0, 0.75  # opacity 0.98 where all views agree
 FIRST_SCALE = 0.3  # voxels: from 0.25 to 0.5, the smaller the better the first silhouettes; smaller ones have holes
 REACH = 2.0  # voxels that a Gaussian can move away from its voxel
 LOW_PASS = 0.3  # pixels^2: what the rasteriser adds to a splat's variance
+SOLID = 0.3  # opacity from which on a Gaussian hides what is behind it, when colours are looked up
+FIRST_TRUST = 2.0  # logit of the share of the looked-up colour
+HEAD_PARTS = 128  # of the head's products on a GPU
 WIDEST = 4.0  # voxels, of a Gaussian's standard deviation
 
 
@@ -82,18 +88,21 @@ def quaternion_product(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def select(occupancy: Tensor, fewest: int, most: int) -> Tensor:
-    """Indices of the voxels that become Gaussians.
+def select(occupancy: Tensor, fewest: int, most: int) -> tuple[Tensor, Tensor]:
+    """Indices [M] of the voxels that become Gaussians, by falling occupancy, and which of them [M] are drawn.
 
     Those with an occupancy above 0.25; if these are fewer than `fewest` or more than `most`, that many of highest
-    occupancy instead (all, where the volume has fewer). Reads one number back from the device.
+    occupancy instead (all, where the volume has fewer). On a GPU always `most` indices are given, so that nothing waits
+    for the device and shapes never change; elsewhere only those that are drawn.
 
     Args:
         occupancy: [N] any real numbers.
     """
-    count = int((occupancy > LEAST_OCCUPANCY).sum())
-    count = min(max(count, fewest), most, occupancy.numel())
-    return torch.topk(occupancy, count, sorted=False).indices
+    most = min(most, occupancy.numel())
+    if not occupancy.is_cuda:
+        most = min(max(int((occupancy > LEAST_OCCUPANCY).sum()), fewest), most)
+    values, indices = torch.topk(occupancy, most)
+    return indices, (values > LEAST_OCCUPANCY) | (torch.arange(most, device=values.device) < fewest)
 
 
 class PoseSplatter(nn.Module):
@@ -105,6 +114,8 @@ class PoseSplatter(nn.Module):
     """
 
     points: Tensor
+    seen: Tensor  # [V] the observed cameras, for indexing without a copy from the CPU
+    upright: Tensor  # [4] a quaternion
 
     def __init__(
         self,
@@ -120,16 +131,19 @@ class PoseSplatter(nn.Module):
         poolings: int = 4,
         bottleneck: int = 0,
         mode: Literal["3d", "2d"] = "3d",
+        precision: Literal["auto", "fp32"] = "auto",
         min_gaussians: int = 1024,
         max_gaussians: int = 16000,
     ) -> None:
         super().__init__()
         self.register_buffer("points", points, persistent=False)
+        self.register_buffer("seen", torch.tensor(list(observed)), persistent=False)
+        self.register_buffer("upright", torch.tensor([1.0, 0.0, 0.0, 0.0]), persistent=False)
         self.voxel_size_m, self.footprint_px, self.fill_color = voxel_size_m, footprint_px, fill_color
-        self.observed, self.mode = list(observed), mode
+        self.observed, self.mode, self.precision = list(observed), mode, precision
         self.min_gaussians, self.max_gaussians = min_gaussians, max_gaussians
         self.refine = UNetStack(num_unets, base_filters, poolings, bottleneck, points.shape[:3])
-        self.head = nn.Sequential(nn.Linear(FEATURE_CHANNELS, 128), nn.LeakyReLU(0.01), nn.Linear(128, 14))
+        self.head = nn.Sequential(nn.Linear(FEATURE_CHANNELS, 128), nn.LeakyReLU(0.01), nn.Linear(128, 15))
         last = self.head[2]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
@@ -153,52 +167,124 @@ class PoseSplatter(nn.Module):
             poolings=settings.poolings,
             bottleneck=settings.bottleneck,
             mode=settings.gaussian_mode,
+            precision=settings.precision,
             min_gaussians=settings.min_gaussians,
             max_gaussians=settings.max_gaussians,
         )
 
+    def on(self, device: torch.device) -> PoseSplatter:
+        """Moved to a device, in the layout that is fastest there."""
+        if device.type == "cuda":
+            self.refine.to(memory_format=torch.channels_last_3d)
+        return self.to(device)
+
     @torch.no_grad()
-    def carve(self, frame: Frame, views: Sequence[int] | None = None) -> Tensor:
-        """Volume [4, n1, n2, n3] of a frame, from some of its views (default: all observed ones)."""
-        chosen = list(self.observed if views is None else views)
-        points = self.points @ rotation_about_z(frame.angle).T + frame.center
+    def carve(self, frame: Frame, used: Tensor | None = None) -> Tensor:
+        """Volume [8, n1, n2, n3] of a frame, from the `used` ([V] bool) of its V observed views (default: all)."""
         return carve(
-            frame.rgb[chosen],
-            frame.mask[chosen],
-            frame.world_to_camera[chosen],
-            frame.intrinsics[chosen],
-            points,
+            frame.rgb[self.seen],
+            frame.mask[self.seen],
+            frame.world_to_camera[self.seen] @ self._place(frame),
+            frame.intrinsics[self.seen],
+            self.points,
             self.voxel_size_m,
             self.footprint_px,
             self.fill_color,
+            used,
         )
 
-    def forward(self, frames: Sequence[Frame], views: Sequence[Sequence[int]] | None = None) -> list[Gaussians]:
+    def forward(
+        self, frames: Sequence[Frame], used: Tensor | None = None, mirrored: Tensor | None = None
+    ) -> list[Gaussians]:
         """Gaussians of each frame in the animal's frame.
 
         Args:
             frames: any number.
-            views: for each frame, the views to carve from (default: all observed ones).
+            used: [frames, V] bool, which of the V observed views each is carved from (default: all).
+            mirrored: [frames] bool, which of them the network sees mirrored, left for right (default: none).
         """
-        chosen = [None] * len(frames) if views is None else views
-        volumes = torch.stack([self.carve(frame, v) for frame, v in zip(frames, chosen, strict=True)])
-        return [self.gaussians_of(features) for features in self.refine(volumes)]
+        chosen = [None] * len(frames) if used is None else used
+        volumes = torch.stack([self.carve(frame, u) for frame, u in zip(frames, chosen, strict=True)])
+        return self.reconstruct(volumes, frames, used, mirrored)
 
-    def gaussians_of(self, features: Tensor) -> Gaussians:
-        """Gaussians in the animal's frame from features [8, n1, n2, n3]: occupancy, colour and four more."""
-        flat = features.flatten(1).T
-        chosen = select(flat[:, 0].detach(), self.min_gaussians, self.max_gaussians)
-        kept = flat[chosen]
-        quats, scales, opacities, colors, offsets = self.head(kept).split([4, 3, 1, 3, 3], 1)
-        upright = kept.new_tensor([1.0, 0.0, 0.0, 0.0])
-        log_scales = (self.log_scale + scales).clamp(max=math.log(WIDEST))
-        return Gaussians(
-            means=self.points.reshape(-1, 3)[chosen] + REACH * self.voxel_size_m * torch.tanh(offsets),
-            quats=nn.functional.normalize(quats + upright, dim=1),
-            scales=self.voxel_size_m * torch.exp(log_scales),
-            opacities=torch.sigmoid(opacities[:, 0] + OPACITY_SLOPE * (kept[:, 0] - OPACITY_MIDDLE)),
-            colors=torch.sigmoid(colors + torch.logit(kept[:, 1:4].clamp(0.02, 0.98))),
+    def reconstruct(
+        self, volumes: Tensor, frames: Sequence[Frame], used: Tensor | None = None, mirrored: Tensor | None = None
+    ) -> list[Gaussians]:
+        """`forward` from the frames' carved volumes [B, 8, n1, n2, n3] on."""
+        if mirrored is None:
+            mirrored = torch.zeros(len(volumes), dtype=torch.bool, device=volumes.device)
+        turned = mirrored.view(-1, 1, 1, 1, 1)
+        volumes = torch.where(turned, volumes.flip(3), volumes)
+        low = volumes.is_cuda and self.precision == "auto"
+        with torch.autocast(volumes.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
+            features = self.refine(volumes).to(volumes.dtype)
+        features = torch.where(turned, features.flip(3), features)
+        chosen = [None] * len(frames) if used is None else used
+        return [self.gaussians_of(*of_frame) for of_frame in zip(features, mirrored, frames, chosen, strict=True)]
+
+    def gaussians_of(self, features: Tensor, mirrored: Tensor, frame: Frame, used: Tensor | None) -> Gaussians:
+        """Gaussians in the animal's frame from features [8, n1, n2, n3]: occupancy, colour and four more.
+
+        Where the network saw the mirror image (`mirrored` [] bool), offsets and orientations are mirrored back.
+        """
+        flat = features.flatten(1)
+        chosen, drawn = select(flat[0].detach(), self.min_gaussians, self.max_gaussians)
+        kept = flat.index_select(1, chosen).T
+        quats, scales, opacities, colors, offsets, trust = torch.split_with_sizes(
+            self._head(kept), [4, 3, 1, 3, 3, 1], 1
         )
+        one, other = torch.ones_like(self.log_scale), torch.where(mirrored, -1.0, 1.0)
+        side = torch.stack([one, other, one, one, other, one, other])  # of x y z, then of w x y z
+        log_scales = (self.log_scale + scales).clamp(max=math.log(WIDEST))
+        opacities = torch.sigmoid(opacities[:, 0] + OPACITY_SLOPE * (kept[:, 0] - OPACITY_MIDDLE))
+        opacities = torch.where(drawn, opacities, 0)
+        means = self.points.reshape(-1, 3)[chosen] + REACH * self.voxel_size_m * torch.tanh(offsets) * side[:3]
+        base = kept[:, 1:4]
+        looked_up, seen = self._look_up(frame, means.detach(), opacities.detach() > SOLID, used)
+        base = base + torch.sigmoid(FIRST_TRUST + trust) * seen[:, None] * (looked_up - base)
+        return Gaussians(
+            means=means,
+            quats=nn.functional.normalize(quats + self.upright, dim=1) * side[3:],
+            scales=self.voxel_size_m * torch.exp(log_scales),
+            opacities=opacities,
+            colors=torch.sigmoid(colors + torch.logit(base.clamp(0.02, 0.98))),
+        )
+
+    @torch.no_grad()
+    def _look_up(self, frame: Frame, means: Tensor, solid: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Colours [M, 3] of Gaussians in the pictures that they are carved from, and whether there are any [M]."""
+        return look_up(
+            frame.rgb[self.seen],
+            frame.mask[self.seen],
+            frame.world_to_camera[self.seen] @ self._place(frame),
+            frame.intrinsics[self.seen],
+            means,
+            solid,
+            self.voxel_size_m,
+            self.footprint_px,
+            used,
+        )
+
+    @staticmethod
+    def _place(frame: Frame) -> Tensor:
+        """[4, 4] from the animal's frame to the world."""
+        place = F.pad(torch.cat([rotation_about_z(frame.angle), frame.center[:, None]], 1), (0, 0, 0, 1))
+        place[3, 3:].fill_(1)
+        return place
+
+    def _head(self, features: Tensor) -> Tensor:
+        """[M, 8] to [M, 15]."""
+        if not features.is_cuda:
+            return self.head(features)  # type: ignore[no-any-return]
+        # In parts: cuBLAS sums the weights' gradients over thousands of rows with a few threads.
+        m = len(features)
+        x = F.pad(features, (0, 0, 0, -m % HEAD_PARTS)).view(HEAD_PARTS, -1, features.shape[1])
+        for layer in self.head:
+            if isinstance(layer, nn.Linear):
+                x = torch.baddbmm(layer.bias, x, layer.weight.T.expand(HEAD_PARTS, -1, -1))
+            else:
+                x = layer(x)
+        return x.flatten(0, 1)[:m]
 
     def render(
         self,
@@ -208,22 +294,23 @@ class PoseSplatter(nn.Module):
         width: int,
         height: int,
         cameras: Sequence[int | None] | None = None,  # [V]
+        pairs: Pairs | None = None,
     ) -> Rendering:
         """Render on white, with the colours of the given cameras (None and held-out ones: of the average camera)."""
         white = gaussians.means.new_ones(3)
-        mode = self.mode
         rgb, alpha = rasterize(
-            *gaussians, world_to_camera, intrinsics, width, height, background=white, mode=mode, backend="auto"
+            *gaussians, world_to_camera, intrinsics, width, height, background=white, mode=self.mode, pairs=pairs
         )
         if cameras is not None:
             behind = (1 - alpha)[..., None]
             change = self._color_change(cameras)
-            linear = torch.einsum("vij,vhwj->vhwi", change[:, :, :3], rgb - behind)
+            # Not as a product of matrices: cuBLAS takes 2 ms for its gradient.
+            linear = (change[:, None, None, :, :3] * (rgb - behind)[..., None, :]).sum(-1)
             rgb = rgb + linear + alpha[..., None] * change[:, None, None, :, 3]
         return Rendering(rgb.clamp(0, 1), alpha)
 
     def _color_change(self, cameras: Sequence[int | None]) -> Tensor:
         """[V, 3, 4] change of colour of each view; zero on average over the observed cameras."""
-        centered = self.camera_color - self.camera_color[self.observed].mean(0)
+        centered = self.camera_color - self.camera_color[self.seen].mean(0)
         none = torch.zeros_like(centered[0])
         return torch.stack([centered[c] if c in self.observed and c is not None else none for c in cameras])

@@ -3,8 +3,8 @@
 Where it differs from the published network, for speed:
 - The first halving folds 2 x 2 x 2 voxels into channels, and the last doubling unfolds them: convolutions of a few
   channels at full resolution take most of the time and hardly use the hardware. No voxel is lost.
-- Channels are normalised by the mean and variance of their own volume, written as plain reductions: BatchNorm3d at
-  batch size 1 does the same with one GPU block a channel, and keeps running statistics that do not fit afterwards.
+- Channels are normalised by the mean and variance of their own volume: BatchNorm3d at batch size 1 does the same with
+  one GPU block a channel, and keeps running statistics that do not fit afterwards.
 And for better pictures:
 - The perceptron at the bottom is left out unless asked for. It ties what it learns to places in the volume: on a
   recording of 100 training frames it knew by heart where the animal's parts were, and cut the feet off rearing ones.
@@ -20,7 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOLUME_CHANNELS = 4
+from zoosplat_model.volumes import halve, normalize
+
+VOLUME_CHANNELS = 8  # of a carved volume; the first 4, occupancy and colour, are what is refined
+REFINED_CHANNELS = 4
 FEATURE_CHANNELS = 8
 
 
@@ -48,11 +51,8 @@ class _Block(nn.Module):
         self.shift = nn.Parameter(torch.zeros(2, n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, convolution in enumerate((self.first, self.second)):
-            x = convolve(x, convolution.weight)
-            variance, mean = torch.var_mean(x, dim=(2, 3, 4), keepdim=True, correction=0)
-            gain = self.gain[i].view(1, -1, 1, 1, 1) * torch.rsqrt(variance + 1e-5)
-            x = F.leaky_relu(torch.addcmul(self.shift[i].view(1, -1, 1, 1, 1) - mean * gain, x, gain), 0.01)
+        for convolution, gain, shift in zip((self.first, self.second), self.gain, self.shift, strict=True):
+            x = normalize(convolve(x, convolution.weight.to(x.dtype)), gain, shift)
         return x
 
 
@@ -70,11 +70,20 @@ def unfold(x: Tensor) -> Tensor:
     return x.reshape(b, c // 8, 2 * n1, 2 * n2, 2 * n3)
 
 
+def doubled(x: Tensor) -> Tensor:
+    """Every voxel 2 x 2 x 2 times: [B, c, n1, n2, n3] -> [B, c, 2 n1, 2 n2, 2 n3]."""
+    if not x.is_cuda:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    b, c, n1, n2, n3 = x.shape
+    x = x.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None].expand(b, n1, 2, n2, 2, n3, 2, c)
+    return x.reshape(b, 2 * n1, 2 * n2, 2 * n3, c).permute(0, 4, 1, 2, 3)
+
+
 class UNet(nn.Module):
     """A 3D U-Net whose last layer starts at zero, so that its output is 0 at first.
 
     Args:
-        n_out: channels of the output; the input has 4.
+        n_out: channels of the output; the input has 8.
         base_filters: channels double with each halving, from this at full resolution, where nothing is computed.
         poolings: halvings of the resolution, the first by folding.
         bottleneck: width of the multilayer perceptron at the bottom, into which the volume there is flattened; 0: none.
@@ -94,34 +103,35 @@ class UNet(nn.Module):
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, 4, n1, n2, n3] -> [B, n_out, n1, n2, n3]
+    def forward(self, x: Tensor) -> Tensor:  # [B, 8, n1, n2, n3] -> [B, n_out, n1, n2, n3]
         x = self.down[0](fold(x).contiguous(memory_format=torch.channels_last_3d))
         skips = []
         for block in self.down[1:]:
             skips.append(x)
-            x = block(F.max_pool3d(x, 2))
+            x = block(halve(x))
         if self.bottom is not None:
             x = x + self.bottom(x.flatten(1)).view(x.shape)
         for block, skip in zip(reversed(self.up), reversed(skips), strict=True):
-            x = block(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), skip], 1))
+            x = block(torch.cat([doubled(x), skip], 1))
         return unfold(self.last(x))
 
 
 class UNetStack(nn.Module):
-    """U-Nets in a row: volumes [B, 4, n1, n2, n3] to features [B, 8, n1, n2, n3].
+    """U-Nets in a row: volumes [B, 8, n1, n2, n3] to features [B, 8, n1, n2, n3].
 
-    All but the last are residual. The last adds to its input, in the first 4 of its 8 channels. As every U-Net starts
-    at zero, the first 4 features are the volume itself at first, exactly, and the others 0.
+    All see the volume's last 4 channels and refine its first 4. All but the last are residual. The last adds to its
+    input, in the first 4 of its 8 channels. As every U-Net starts at zero, the first 4 features are the volume's own at
+    first, exactly, and the others 0.
     """
 
     def __init__(self, num_unets: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int]) -> None:
         super().__init__()
-        outputs = [VOLUME_CHANNELS] * (num_unets - 1) + [FEATURE_CHANNELS]
+        outputs = [REFINED_CHANNELS] * (num_unets - 1) + [FEATURE_CHANNELS]
         self.unets = nn.ModuleList(UNet(n, base_filters, poolings, bottleneck, shape) for n in outputs)
 
     def forward(self, volume: Tensor) -> Tensor:
-        x = volume
+        x, rest = volume[:, :REFINED_CHANNELS], volume[:, REFINED_CHANNELS:]
         for unet in self.unets:
-            change = unet(x)
+            change = unet(torch.cat([x, rest], 1))
             x = F.pad(x, (0, 0) * 3 + (0, change.shape[1] - x.shape[1])) + change
         return x

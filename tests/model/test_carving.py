@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat_model.carving import carve, grid_points, rotation_about_z
+from zoosplat_model.carving import carve, grid_points, look_up, rotation_about_z
 
 FILL = 0.38
 
@@ -36,7 +36,7 @@ def test_hand_worked_voxels() -> None:
     # The first two are on the axis, one behind the other from either side. The third is at (8, 4) px in the first view,
     # and outside the mask of the second, at (2, 4): x = -0.4 * 10 / 2 + 4.
     points = torch.tensor([[0, 0, 1.0], [0, 0, 2.0], [0.4, 0, 1.0]], dtype=torch.float64).view(3, 1, 1, 3)
-    volume = carve(red_and_blue(9), mask, pose, k, points, 0.3, 1, FILL)[:, :, 0, 0]
+    volume = carve(red_and_blue(9), mask, pose, k, points, 0.3, 1, FILL)[:4, :, 0, 0]
     expected = [
         [1, 0.8, 0, 0.2],  # (1 red + 0.25 blue) / 1.25
         [1, 0.2, 0, 0.8],
@@ -50,7 +50,7 @@ def test_samples_are_exact_to_a_fraction_of_a_pixel() -> None:
     ramp = (torch.arange(9, dtype=torch.float64) / 8).expand(1, 9, 9)[..., None].repeat(1, 1, 1, 3)
     points = torch.tensor([[0.03, 0, 1.0], [0.36, 0.1, 1.0]], dtype=torch.float64).view(2, 1, 1, 3)
     volume = carve(ramp, torch.ones(1, 9, 9, dtype=torch.float64), pose[:1], k[:1], points, 0.3, 1, FILL)
-    np.testing.assert_allclose(volume[1:, :, 0, 0], [[4.3 / 8, 7.6 / 8]] * 3, atol=1e-12)
+    np.testing.assert_allclose(volume[1:4, :, 0, 0], [[4.3 / 8, 7.6 / 8]] * 3, atol=1e-12)
 
 
 @pytest.mark.parametrize(("footprint", "closed"), [(3, True), (1, False)])
@@ -91,21 +91,27 @@ def slow_twin(rgb: Any, mask: Any, pose: Any, k: Any, points: Any, voxel: float,
                     part = (1 - abs(x - column)) * (1 - abs(y - row))
                     samples[v, i] += part * mean_over_footprint(v, column, row)
 
-    total = np.zeros((4, n))
+    total = np.zeros((8, n))
     for rank in (0, 1):
         occupancy = np.sort(samples[..., 3], 0)[rank]
         solid = np.nonzero(occupancy >= 0.5)[0]
         for i in range(n):
-            color, weights = np.zeros(3), 0.0
+            color, weights = np.zeros(3), np.zeros(n_views)
             for v in range(n_views):
                 apart = np.abs(pixel[v, solid] - pixel[v, i]).max(1)
                 hidden = ((apart <= half) & (depth[v, solid] < depth[v, i] - voxel)).any()
-                weight = 0.25 if hidden else 1.0
-                color += weight * samples[v, i, :3]
-                weights += weight * samples[v, i, 3]
-            found = color / weights if occupancy[i] > 0 else np.full(3, fill)
-            total[:, i] += np.array([occupancy[i], *found]) / 2
-    return total.reshape(4, *points.shape[:3])
+                weights[v] = 0.25 if hidden else 1.0
+                color += weights[v] * samples[v, i, :3]
+            total[4 + rank, i] = occupancy[i]
+            if occupancy[i] == 0:
+                total[1:4, i] += fill / 2
+                continue
+            covered = weights * samples[:, i, 3]
+            color /= covered.sum()
+            own = samples[:, i, :3] / np.maximum(samples[:, i, 3:], 1e-3)
+            spread = np.sqrt((covered * ((own - color) ** 2).sum(1)).sum() / covered.sum())
+            total[:, i] += np.array([occupancy[i], *color, 0, 0, spread, (weights == 1).mean()]) / 2
+    return total.reshape(8, *points.shape[:3])
 
 
 @pytest.mark.parametrize("footprint", [1, 3])
@@ -131,6 +137,34 @@ def test_agrees_with_a_slow_twin(footprint: int) -> None:
     assert (expected[0] == 1).any()
     assert ((expected[0] > 0) & (expected[0] < 1)).any()
     np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+def test_views_that_do_not_count_might_as_well_not_be_there() -> None:
+    torch.manual_seed(0)
+    pose, k = opposite_cameras(10.0, 3.0, 9)
+    pose, k = torch.cat([pose, pose[:1]]), torch.cat([k, k[:1]])
+    rgb, mask = torch.rand(3, 9, 9, 3).double(), (torch.rand(3, 9, 9) > 0.3).double()
+    points = torch.rand(4, 4, 4, 3).double() * 0.6 + torch.tensor([-0.3, -0.3, 1.0])
+    found = carve(rgb, mask, pose, k, points, 0.3, 3, FILL, torch.tensor([True, True, False]))
+    expected = carve(rgb[:2], mask[:2], pose[:2], k[:2], points, 0.3, 3, FILL)
+    np.testing.assert_allclose(found[:7], expected[:7], atol=1e-12)
+    np.testing.assert_allclose(found[7] * 3, expected[7] * 2, atol=1e-12)  # the share of all views
+
+
+def test_colours_are_those_of_the_views_that_see_a_point() -> None:
+    pose, k = opposite_cameras(10.0, 3.0, 9)
+    # Red sees the first, blue the second; the third is not hidden by the fourth, which is not solid.
+    points = torch.tensor([[0, 0, 1.0], [0, 0, 2.0], [0.3, 0, 1.4], [0.3, 0, 0.7]], dtype=torch.float64)
+    solid = torch.tensor([True, True, True, False])
+    rgb, mask = red_and_blue(9), torch.ones(2, 9, 9).double()
+    colors, seen = look_up(rgb, mask, pose, k, points, solid, 0.3, 1)
+    assert seen.all()
+    np.testing.assert_allclose(colors[0], [1 / 1.02, 0, 0.02 / 1.02], atol=1e-9)
+    np.testing.assert_allclose(colors[1], [0.02 / 1.02, 0, 1 / 1.02], atol=1e-9)
+    np.testing.assert_allclose(colors[2], [0.5, 0, 0.5], atol=1e-9)
+    only_red = look_up(rgb, mask, pose, k, points, solid, 0.3, 1, torch.tensor([True, False]))[0]
+    np.testing.assert_allclose(only_red[1], [1, 0, 0], atol=1e-9)
+    assert not look_up(rgb, torch.zeros_like(mask), pose, k, points, solid, 0.3, 1)[1].any()
 
 
 def test_grid_is_that_of_the_method() -> None:

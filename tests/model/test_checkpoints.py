@@ -29,7 +29,8 @@ def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 def save(project: Project, step: int, best_step: int | None = None, keep_last: int = 2) -> None:
     model, optimizer = trained(step)
     progress = Progress(step=step, best_step=best_step, best=None if best_step is None else 1.0)
-    checkpoints.save(project, model, optimizer, progress, keep_last=keep_last)
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    checkpoints.save(project, model, optimizer, average, progress, keep_last=keep_last)
 
 
 def files(project: Project) -> list[str]:
@@ -40,7 +41,8 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     project = Project.at(str(tmp_path))
     model, optimizer = trained(5)
     progress = Progress(3, 7, 5, 0.1 + 0.2, {"loss": 1 / 3}, [{"epoch": 1, "loss": 2 / 3}], 0.25, 5)
-    checkpoints.save(project, model, optimizer, progress, keep_last=1)
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    checkpoints.save(project, model, optimizer, average, progress, keep_last=1)
     found = checkpoints.load(project, "latest")
     assert found is not None
     assert found.progress == progress

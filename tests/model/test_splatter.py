@@ -42,10 +42,10 @@ def reader(tiny: Project) -> FrameReader:
 def test_the_stack_starts_as_the_identity(num_unets: int, poolings: int) -> None:
     torch.manual_seed(0)
     stack = UNetStack(num_unets, 4, poolings, 8, (16, 32, 16))
-    volume = torch.randn(2, 4, 16, 32, 16)
+    volume = torch.randn(2, 8, 16, 32, 16)
     features = stack(volume)
     assert features.shape == (2, 8, 16, 32, 16)
-    assert torch.equal(features[:, :4], volume)
+    assert torch.equal(features[:, :4], volume[:, :4])
     assert torch.equal(features[:, 4:], torch.zeros(2, 4, 16, 32, 16))
     # Every U-Net can leave the identity: its last layer has a gradient.
     (features * torch.randn_like(features)).sum().backward()
@@ -81,12 +81,12 @@ def test_selection_keeps_its_limits_and_takes_the_highest(above: int, count: int
     rng = np.random.default_rng(above)
     values = np.concatenate([rng.uniform(0.26, 1, above), rng.uniform(-1, 0.24, 100 - above)])
     rng.shuffle(values)
-    chosen = select(torch.from_numpy(values), 10, 50).numpy()
+    chosen = select(torch.from_numpy(values), 10, 50)[0].numpy()
     assert sorted(chosen) == sorted(np.argsort(-values)[:count])
 
 
 def test_a_volume_smaller_than_the_least_number_gives_all() -> None:
-    assert sorted(select(torch.zeros(6), 1024, 16000).tolist()) == list(range(6))
+    assert sorted(select(torch.zeros(6), 1024, 16000)[0].tolist()) == list(range(6))
 
 
 # -- Gaussians ----------------------------------------------------------------------------------------------------
@@ -260,3 +260,26 @@ def test_views_that_do_not_see_the_animal_are_left_out() -> None:
     assert float(one.total) == pytest.approx(float(one.soft_iou + 0.5 * one.color + 0.3 * one.dissimilarity), abs=1e-5)
     empty = frame_losses(rgb, alpha, truth, torch.zeros(2, 16, 16), 0.5, 0.3)
     assert float(empty.total) == 0
+
+
+def test_a_mirrored_network_gives_mirrored_gaussians(reader: FrameReader, tiny: Project) -> None:
+    torch.manual_seed(0)
+    model = PoseSplatter.of(reader, tiny.read_experiment())
+    last = [p for name, p in model.refine.named_parameters() if "last" in name]
+    for parameter in (*model.head.parameters(), *last):
+        torch.nn.init.normal_(parameter, std=0.02)
+    frame = reader.frame(1)
+    volumes = model.carve(frame)[None]
+    with torch.no_grad():
+        turned = model.reconstruct(volumes, [frame], mirrored=torch.tensor([True]))[0]
+        plain = model.reconstruct(volumes.flip(3), [frame])[0]
+    assert len(plain.means) > 50
+    ends = model.points[0, 0, 0, 1] + model.points[0, -1, 0, 1]
+    # Not in the order of Gaussians: equal occupancies come in any.
+    found, expected = turned.means.clone(), plain.means * torch.tensor([1, -1, 1]) + torch.tensor([0, ends, 0])
+    nearest = torch.cdist(expected.double(), found.double()).min(1)
+    assert nearest.values.max() < 1e-6
+    torch.testing.assert_close(turned.scales[nearest.indices], plain.scales, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(turned.opacities[nearest.indices], plain.opacities, rtol=1e-3, atol=1e-5)
+    mirrored = plain.quats * torch.tensor([1, -1, 1, -1])
+    torch.testing.assert_close(turned.quats[nearest.indices], mirrored, rtol=1e-4, atol=1e-5)

@@ -20,6 +20,11 @@ from zoosplat_train import ops, plots, stage
 from zoosplat_train.stage import STAGE
 
 
+@pytest.fixture(autouse=True)
+def _as_often_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "SHARE", math.inf)  # these epochs are shorter than a plot takes
+
+
 def configure(project: Project, **train: Any) -> None:
     old = project.read_experiment()
     project.write_experiment(old.model_copy(update={"train": old.train.model_copy(update=train)}))

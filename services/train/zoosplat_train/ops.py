@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,18 @@ from torch import Tensor
 from zoosplat.config import Experiment
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.losses import Losses, frame_losses, soft_iou
-from zoosplat_model.rasterize import Rendering
+from zoosplat_model.rasterize import Pairs, Rendering
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 
-DROP_VIEW = 0.5  # share of frames that are carved without one of their views
+DROP_VIEW = 0.7  # share of frames that are carved without one of their views
+MIRROR = 0.5  # share of frames that the network sees mirrored
 JITTER_VOXELS, JITTER_RAD = 2.0, 0.3  # of the carved grid, at most
 LAST_RATE = 0.05  # of the learning rate, at the end of the cosine
+AVERAGING = 8.0  # weights are averaged with a share of this over the number of steps
 HEAD_RATE = 3.0  # the head's learning rate over that of the U-Nets
 MAX_GRADIENT = 1.0  # norm
+ROOM = 3  # for pairs of Gaussians and tiles in a recorded step, over those of the first steps
+N_TENSORS = 6  # of a frame, in a step
 TRAIN_FIGURES = ("train_loss", "train_soft_iou_loss", "train_color_loss", "train_ssim_loss", "train_gradient")
 VALID_FIGURES = ("valid_loss", "valid_iou", "valid_psnr")
 
@@ -56,6 +61,11 @@ def jitter(frame: Frame, seed: int, epoch: int, voxel_size_m: float) -> Frame:
     return replace(frame, center=frame.center + shift, angle=frame.angle + rng.uniform(-1, 1) * JITTER_RAD)
 
 
+def is_mirrored(seed: int, epoch: int, t: int) -> bool:
+    """Whether the network sees the mirror image of frame t in this epoch: animals have two sides."""
+    return bool(np.random.default_rng([seed, epoch, 3, t]).random() < MIRROR)
+
+
 def learning_rate(base: float, done: float) -> float:
     """Cosine from `base` to 5% of it; `done` is the part of the training that is over, 0 to 1."""
     return base * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))))
@@ -70,74 +80,174 @@ def spread(frames: Sequence[int], most: int) -> list[int]:
 class Trainer:
     """The network, its optimiser, and one step of training.
 
+    On a GPU a step is one CUDA graph: launched one by one, its thousands of small kernels keep the GPU waiting.
+
     Attributes:
         model, optimizer: Adam, with a higher rate for the head than for the U-Nets.
+        record: whether a GPU replays recorded steps; else it runs them as a CPU does.
+        averaged: the model with weights averaged over about the last tenth of the steps: what is validated and used.
     """
 
     def __init__(self, reader: FrameReader, experiment: Experiment, device: torch.device) -> None:
         self.reader, self.settings = reader, experiment.train
         torch.manual_seed(experiment.train.seed)
-        self.model = PoseSplatter.of(reader, experiment).to(device)
+        self.model = PoseSplatter.of(reader, experiment).on(device)
         refine = list(self.model.refine.parameters())
         inside = {id(p) for p in refine}
         rest = [p for p in self.model.parameters() if id(p) not in inside]
-        groups = [{"params": refine, "factor": 1.0}, {"params": rest, "factor": HEAD_RATE}]
-        self.optimizer = torch.optim.Adam(groups, lr=experiment.train.lr, fused=True)
+        groups: list[dict[str, Any]] = [{"params": refine, "factor": 1.0}, {"params": rest, "factor": HEAD_RATE}]
+        gpu = device.type == "cuda"
+        for group in groups:  # a recorded step reads its rate from the device
+            group["lr"] = torch.zeros((), device=device) if gpu else 0.0
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=gpu)
+        self.averaged = PoseSplatter.of(reader, experiment).on(device).requires_grad_(False)
+        self.averaged.load_state_dict(self.model.state_dict())
+        # gsplat waits for the GPU amid the gradients of surfels, which cannot be recorded.
+        self.record = experiment.model.gaussian_mode == "3d"
+        self._recorded: dict[str, _Recorded] = {}
+        self._warm: set[str] = set()
+        self._needed_pairs = torch.zeros((), dtype=torch.int64, device=device)
+        self._pairs = Pairs(0, self._needed_pairs)
 
-    def step(self, frames: Sequence[Frame], views: Sequence[Sequence[int]], rate: float) -> Tensor:
+    def step(
+        self,
+        frames: Sequence[Frame],
+        views: Sequence[Sequence[int]],
+        mirrored: Sequence[bool],
+        rate: float,
+        done: int,
+    ) -> Tensor:
         """One step of Adam on the mean loss of the frames, carved from `views`, over all their observed views.
+
+        Args:
+            frames: any number.
+            views: of each frame, the cameras that it is carved from.
+            mirrored: of each frame, whether the network sees its mirror image.
+            rate: learning rate of the U-Nets.
+            done: steps done before.
 
         Returns:
             [5] float64 sums over the frames, named by `TRAIN_FIGURES`, not yet read back from the device.
         """
-        self.model.train()
+        used = torch.tensor([[camera in chosen for camera in self.reader.observed] for chosen in views])
+        inputs = [*(value for frame in frames for value in _tensors(frame)), used]
+        inputs.append(torch.tensor(mirrored))
+        # A power-law average (Karras 2024, arXiv 2312.02696): its length is a constant share of the steps.
+        inputs.append(torch.tensor([rate, min(1.0, AVERAGING / (done + 1))]))
+        return self._run(f"step of {len(frames)}", self._step, inputs)
+
+    def _run(self, name: str, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """The function, recorded at its second call on a GPU; at the first, libraries choose their kernels."""
+        device = self.reader.device
+        if device.type == "cpu" or not self.record:
+            return function(*(value.to(device) for value in inputs))
+        if name not in self._recorded:
+            if name not in self._warm:
+                self._warm.add(name)
+                return function(*(value.to(device) for value in inputs))
+            if not self._recorded:
+                most = ROOM * int(self._needed_pairs)
+                self._pairs = Pairs(-(-most // 4096) * 4096, self._needed_pairs)
+            self._recorded[name] = _Recorded(function, inputs, device)
+        return self._recorded[name](inputs)
+
+    def check_room(self) -> None:
+        """Record anew where the Gaussians have come to cover more tiles than the recorded step has room for."""
+        if self._recorded and int(self._needed_pairs) > self._pairs.most:
+            self._recorded.clear()
+
+    def _step(self, *inputs: Tensor) -> Tensor:
+        *values, used, mirrored, (rate, share) = inputs
+        frames = [_frame(values[i : i + N_TENSORS]) for i in range(0, len(values), N_TENSORS)]
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(rate * group["factor"])
+            else:
+                group["lr"] = float(rate) * group["factor"]
         self.optimizer.zero_grad()
         losses = []
-        for frame, gaussians in zip(frames, self.model(frames, views), strict=True):
-            rendering = self._render(frame, gaussians)
-            losses.append(self._losses(frame, rendering))
+        for frame, gaussians in zip(frames, self.model(frames, used, mirrored), strict=True):
+            losses.append(self._losses(frame, self._render(frame, gaussians)))
         total = torch.stack([loss.total for loss in losses]).mean()
         torch.autograd.backward(total)
         gradient = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
         self.optimizer.step()
+        with torch.no_grad():
+            averages = [p.detach() for p in self.averaged.parameters()]
+            steps = list(torch._foreach_sub([p.detach() for p in self.model.parameters()], averages))
+            torch._foreach_mul_(steps, share)
+            torch._foreach_add_(averages, steps)
         figures = torch.stack([torch.stack([*loss, gradient]) for loss in losses])
         return figures.detach().double().sum(0)
 
     @torch.no_grad()
     def validate(self, frames: Iterable[Frame]) -> dict[str, float]:
         """Means over frames and observed views, named by `VALID_FIGURES`: loss, IoU at alpha > 0.5, PSNR of windows."""
-        self.model.eval()
-        rows = []
-        for frame in frames:
-            rendering = self._render(frame, self.model([frame])[0])
-            observed = self.reader.observed
-            mask = frame.mask[observed]
-            squared = (rendering.rgb - frame.on_white()[observed]).square().mean((1, 2, 3))
-            figures = (
-                self._losses(frame, rendering).total,
-                soft_iou((rendering.alpha > 0.5).to(mask.dtype), mask).mean(),
-                (-10 * torch.log10(squared.clamp_min(1e-10))).mean(),
-            )
-            rows.append(torch.stack(figures))
+        self.averaged.eval()
+        rows = [self._run("validate", self._validate, _tensors(frame)).clone() for frame in frames]
         means = torch.stack(rows).double().mean(0).tolist()
         return dict(zip(VALID_FIGURES, means, strict=True))
 
     @torch.no_grad()
+    def _validate(self, *inputs: Tensor) -> Tensor:
+        frame = _frame(inputs)
+        rendering = self._render(frame, self.averaged([frame])[0])
+        mask = frame.mask[self.model.seen]
+        squared = (rendering.rgb - frame.on_white()[self.model.seen]).square().mean((1, 2, 3))
+        figures = (
+            self._losses(frame, rendering).total,
+            soft_iou((rendering.alpha > 0.5).to(mask.dtype), mask).mean(),
+            (-10 * torch.log10(squared.clamp_min(1e-10))).mean(),
+        )
+        return torch.stack(figures)
+
+    @torch.no_grad()
     def compare(self, frame: Frame) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Truth and rendering of the observed views, [V, h, w, 3] each, 0 to 1."""
-        self.model.eval()
-        rendering = self._render(frame, self.model([frame])[0])
-        return frame.on_white()[self.reader.observed].cpu().numpy(), rendering.rgb.cpu().numpy()
+        rendering = self._render(frame, self.averaged.eval()([frame])[0])
+        return frame.on_white()[self.model.seen].cpu().numpy(), rendering.rgb.cpu().numpy()
 
     def _render(self, frame: Frame, gaussians: Gaussians) -> Rendering:
-        observed = self.reader.observed
+        seen = self.model.seen
         placed = gaussians.to_world(frame.center, frame.angle)
-        cameras, intrinsics = frame.world_to_camera[observed], frame.intrinsics[observed]
-        return self.model.render(placed, cameras, intrinsics, self.reader.width, self.reader.height, observed)
+        return self.model.render(
+            placed,
+            frame.world_to_camera[seen],
+            frame.intrinsics[seen],
+            self.reader.width,
+            self.reader.height,
+            self.reader.observed,
+            self._pairs,
+        )
 
     def _losses(self, frame: Frame, rendering: Rendering) -> Losses:
-        observed = self.reader.observed
-        truth, mask = frame.on_white()[observed], frame.mask[observed]
+        truth, mask = frame.on_white()[self.model.seen], frame.mask[self.model.seen]
         return frame_losses(*rendering, truth, mask, self.settings.img_lambda, self.settings.ssim_lambda)
+
+
+def _tensors(frame: Frame) -> list[Tensor]:
+    """What a step needs of a frame."""
+    return [frame.rgb, frame.mask, frame.intrinsics, frame.world_to_camera, frame.center, frame.angle]
+
+
+def _frame(values: Sequence[Tensor]) -> Frame:
+    """The frame again; time and place in the picture play no part."""
+    rgb, mask, intrinsics, world_to_camera, center, angle = values
+    return Frame(-1, rgb, mask, intrinsics, world_to_camera, torch.empty(0), center, angle)
+
+
+class _Recorded:
+    """A function of tensors as a CUDA graph. Recording it does not run it."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], device: torch.device) -> None:
+        self.inputs = [value.to(device, copy=True) for value in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads read frames meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.output = function(*self.inputs)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        for own, value in zip(self.inputs, inputs, strict=True):
+            own.copy_(value)
+        self.graph.replay()
+        return self.output

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -20,6 +22,7 @@ from zoosplat_model.frames import FrameReader
 from zoosplat_model.predictor import open_reader, pick_device
 from zoosplat_train import ops, plots
 
+SHARE = 0.02  # of the time, that plots and checkpoints each may take; then they wait for a later epoch
 SAVE_SECONDS = 60.0  # between checkpoints at most, also within an epoch
 LOOK_STEPS = 10  # steps between readings of the loss: each waits for the GPU
 VALID_FRAMES = 24  # frames in a validation at most, evenly spread over the split
@@ -47,7 +50,6 @@ class Train(Stage):
             torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
         else:
             torch.backends.cudnn.benchmark = True
-            torch.backends.cuda.matmul.allow_tf32 = True
         reader = open_reader(ctx.project, ctx.experiment, device)
         return _Training(ctx, reader, device).run()
 
@@ -70,10 +72,13 @@ class _Training:
         if found is not None:
             self.progress = found.progress
             self.trainer.model.load_state_dict(found.model)
+            self.trainer.averaged.load_state_dict(found.average)
             checkpoints.restore_state(self.trainer.model, self.trainer.optimizer, found.optimizer)
         self.steps_per_epoch = -(-len(self.frames) // self.settings.batch_frames)
         self.sums = torch.zeros(len(ops.TRAIN_FIGURES), dtype=torch.float64, device=self.device)
         self.sums += torch.tensor([self.progress.sums.get(k, 0.0) for k in ops.TRAIN_FIGURES], device=self.device)
+        self.best: dict[str, torch.Tensor] | None = None  # until it is saved
+        self.spent = {"plot": 0.0, "save": 0.0}
         self.clock = self.saved = time.monotonic()
         self.begun_seconds, self.begun_step = self.progress.seconds, self.progress.step
 
@@ -118,12 +123,14 @@ class _Training:
             views = [ops.carving_views(self.reader.observed, settings.seed, p.epoch, f.t) for f in batch]
             rate = ops.learning_rate(settings.lr, self.done())
             moved = [ops.jitter(f, settings.seed, p.epoch, self.reader.voxel_size_m) for f in batch]
-            self.sums += self.trainer.step(moved, views, rate)
+            mirrored = [ops.is_mirrored(settings.seed, p.epoch, f.t) for f in batch]
+            self.sums += self.trainer.step(moved, views, mirrored, rate, p.step)
             p.position += len(batch)
             p.step += 1
             ended = p.position == len(self.frames)
             if p.step % LOOK_STEPS == 0 or ended:
                 self._look()
+                self.trainer.check_room()
             if not ended and time.monotonic() - self.saved > SAVE_SECONDS:
                 self._save()
             if self.done() >= 1:
@@ -136,7 +143,6 @@ class _Training:
         p.epoch, p.position = p.epoch + 1, 0
         self.sums.zero_()
         over = self.done() >= 1
-        improved = False
         if over or p.epoch % settings.valid_every == 0:
             figures: dict[str, float] = {}
             if self.valid_frames:
@@ -145,14 +151,25 @@ class _Training:
             if not math.isfinite(loss):
                 raise self._diverged()
             if p.best is None or loss < p.best:
-                improved, p.best, p.best_step = True, loss, p.step
+                p.best, p.best_step = loss, p.step
+                self.best = {k: v.clone() for k, v in self.trainer.averaged.state_dict().items()}
             row |= figures
         p.history.append(row)
         self.board.add(row)
-        if over or p.epoch % settings.plot_every == 0:
+        if over or (p.epoch % settings.plot_every == 0 and self._affords("plot")):
             self._plot()
-        if over or improved or p.epoch % settings.save_every == 0 or time.monotonic() - self.saved > SAVE_SECONDS:
+        due = p.epoch % settings.save_every == 0 or self.best is not None
+        if over or time.monotonic() - self.saved > SAVE_SECONDS or (due and self._affords("save")):
             self._save()
+
+    def _affords(self, what: str) -> bool:
+        return self.spent[what] <= SHARE * (time.monotonic() - self.clock)
+
+    @contextmanager
+    def _counted(self, what: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.spent[what] += time.monotonic() - start
 
     def _look(self) -> dict[str, float]:
         """Mean figures of the running epoch. Raises UserError when they are not numbers any more."""
@@ -177,25 +194,29 @@ class _Training:
         )
 
     def _save(self) -> None:
-        p = self.progress
+        p, trainer = self.progress, self.trainer
         self._look()
-        p.seconds = self.seconds()
-        p.sums = dict(zip(ops.TRAIN_FIGURES, self.sums.tolist(), strict=True))
-        checkpoints.save(
-            self.ctx.project, self.trainer.model, self.trainer.optimizer, p, keep_last=self.settings.keep_last
-        )
-        url = self.ctx.project.output_url("train")
-        stores.write_bytes(stores.join(url, "history.csv"), plots.history_csv(p.history))
-        self.board.upload()
-        self.saved = time.monotonic()
+        with self._counted("save"):
+            p.seconds = self.seconds()
+            p.sums = dict(zip(ops.TRAIN_FIGURES, self.sums.tolist(), strict=True))
+            average = trainer.averaged.state_dict()
+            keep = self.settings.keep_last
+            checkpoints.save(
+                self.ctx.project, trainer.model, trainer.optimizer, average, p, keep_last=keep, best=self.best
+            )
+            url = self.ctx.project.output_url("train")
+            stores.write_bytes(stores.join(url, "history.csv"), plots.history_csv(p.history))
+            self.board.upload()
+        self.best, self.saved = None, time.monotonic()
 
     def _plot(self) -> None:
-        url = self.ctx.project.output_url("train")
-        stores.write_bytes(stores.join(url, "loss.png"), plots.loss_curves(self.progress.history))
-        t = (self.valid_frames or self.frames)[len(self.valid_frames or self.frames) // 2]
-        truth, rendered = self.trainer.compare(self.reader.frame(t))
-        names = [self.reader.camera_names[c] for c in self.reader.observed]
-        stores.write_bytes(stores.join(url, "preview.png"), plots.preview(truth, rendered, names, t))
+        with self._counted("plot"):
+            url = self.ctx.project.output_url("train")
+            stores.write_bytes(stores.join(url, "loss.png"), plots.loss_curves(self.progress.history))
+            t = (self.valid_frames or self.frames)[len(self.valid_frames or self.frames) // 2]
+            truth, rendered = self.trainer.compare(self.reader.frame(t))
+            names = [self.reader.camera_names[c] for c in self.reader.observed]
+            stores.write_bytes(stores.join(url, "preview.png"), plots.preview(truth, rendered, names, t))
 
 
 STAGE = Train("train")

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rendering", "rasterize"]
+__all__ = ["Pairs", "Rendering", "rasterize"]
 
 
 class Rendering(NamedTuple):
@@ -19,6 +19,18 @@ class Rendering(NamedTuple):
 
     rgb: Tensor
     alpha: Tensor
+
+
+class Pairs(NamedTuple):
+    """Room for the (Gaussian, tile) pairs of a picture in a CUDA graph of the gsplat backend.
+
+    Attributes:
+        most: pairs at most while a graph is recorded and replayed; the picture is wrong where there are more.
+        needed: [] int64 on the device, raised to how many there were: to be compared with `most` now and then.
+    """
+
+    most: int
+    needed: Tensor
 
 
 def rasterize(
@@ -35,6 +47,7 @@ def rasterize(
     background: Tensor | None = None,
     mode: Literal["3d", "2d"] = "3d",
     backend: Literal["auto", "gsplat", "torch", "reference"] = "auto",
+    pairs: Pairs | None = None,
 ) -> Rendering:
     """Render N Gaussians into C views of `width` x `height` pixels; differentiable in the Gaussians and the background.
 
@@ -52,6 +65,7 @@ def rasterize(
         mode: "3d" ellipsoids (3DGS, Kerbl 2023), "2d" surfels (2DGS, Huang 2024, arXiv 2403.17888), which ignore the
             third scale.
         backend: "auto" is gsplat (arXiv 2409.06765) for CUDA tensors and torch for all others.
+        pairs: the size of gsplat's lists in a CUDA graph; others ignore it.
 
     Raises:
         UserError: the gsplat backend is wanted and gsplat or CUDA is not there.
@@ -82,14 +96,15 @@ def rasterize(
         backend = "gsplat" if means.is_cuda else "torch"
 
     # The rasterisers put the centre of the top-left pixel at (0.5, 0.5). This is the only place that converts.
-    half_pixel = intrinsics.new_tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
-    args = (means, quats, scales, opacities, colors, world_to_camera, intrinsics + half_pixel, width, height)
+    intrinsics = intrinsics.clone()
+    intrinsics[:, :2, 2] += 0.5
+    args = (means, quats, scales, opacities, colors, world_to_camera, intrinsics, width, height)
     # Autocast would round exponents to bfloat16.
     with torch.autocast(means.device.type, enabled=False):
         if backend == "gsplat":
             from .gsplat_cuda import render as render_gsplat
 
-            rgb, alpha = render_gsplat(*args, mode=mode)
+            rgb, alpha = render_gsplat(*args, mode=mode, pairs=pairs)
         elif backend == "torch":
             from .torch_cpu import render as render_torch
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoosplat.errors import UserError
+
+from . import Pairs
+
+TILE_3D = 8  # pixels along an edge: a small animal is then spread over more of the GPU
+TILE_2D = 16  # gsplat cuts surfels off at the borders of their tiles, so this one shows
 
 
 def render(
@@ -22,6 +28,7 @@ def render(
     height: int,
     *,
     mode: Literal["3d", "2d"],
+    pairs: Pairs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Premultiplied colours [C, H, W, D] and alpha [C, H, W]; arguments as in `rasterize`, pixel centres at (.5, .5).
 
@@ -41,11 +48,79 @@ def render(
         raise UserError(f"rasteriser backend gsplat: no compiled kernels and no CUDA toolkit to build them; {instead}")
 
     # gsplat pads the channel counts it was not compiled for with uninitialised memory, whose gradients can be NaN.
-    channels = colors.shape[-1]
+    channels, views = colors.shape[-1], len(world_to_camera)
     padded = F.pad(colors, (0, 0 if channels < 5 else (1 << (channels - 1).bit_length()) - channels))
-    # rasterization_2dgs of 1.5.3 takes colours per view only.
-    padded = padded.expand(len(world_to_camera), -1, -1)
-    args = (means, quats, scales, opacities, padded, world_to_camera, intrinsics, width, height)
-    rasterization = gsplat.rasterization if mode == "3d" else gsplat.rasterization_2dgs
-    rgb, alpha = rasterization(*args, packed=False)[:2]
+    looks = (padded.expand(views, -1, -1), opacities.expand(views, -1))
+    camera = (world_to_camera, intrinsics, width, height)
+    if mode == "3d":
+        radii, centers, depths, conics, _ = gsplat.fully_fused_projection(
+            means, None, quats, scales, *camera, opacities=opacities
+        )
+        starts, ids, inside = _tile_lists(centers, radii, depths, width, height, TILE_3D, pairs)
+        rgb, alpha = gsplat.rasterize_to_pixels(
+            centers, conics, *looks, width, height, TILE_3D, starts, ids, masks=inside
+        )
+    else:
+        radii, centers, depths, transforms, normals = gsplat.fully_fused_projection_2dgs(means, quats, scales, *camera)
+        radii = radii * (opacities > 0)[:, None]
+        starts, ids, inside = _tile_lists(centers, radii, depths, width, height, TILE_2D, pairs)
+        unused = torch.zeros_like(centers)
+        rgb, alpha, *_ = gsplat.rasterize_to_pixels_2dgs(
+            centers, transforms, *looks, normals, unused, width, height, TILE_2D, starts, ids, masks=inside
+        )
     return rgb[..., :channels], alpha[..., 0]
+
+
+@torch.no_grad()
+def _tile_lists(
+    centers: Tensor,  # [C, N, 2] pixels
+    radii: Tensor,  # [C, N, 2] pixels, 0 where nothing is drawn
+    depths: Tensor,  # [C, N]
+    width: int,
+    height: int,
+    tile: int,
+    pairs: Pairs | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gaussians of every tile, near to far, as gsplat's rasteriser takes them.
+
+    gsplat's own `isect_tiles` waits for the device to know how much memory it needs, which no CUDA graph can. Here a
+    graph has the room that `pairs` sets. What is left of it belongs to a row of tiles below the picture.
+
+    Returns:
+        Starts [C, down + 1, across] int32 of the tiles' lists, flat Gaussian indices [pairs] int32, and the tiles to
+        draw [C, down + 1, across] bool.
+    """
+    views, n = depths.shape
+    across, down = -(-width // tile), -(-height // tile) + 1
+    drawn = (radii > 0).all(-1) & centers.isfinite().all(-1)
+    centers = torch.where(drawn[..., None], centers, 0) / tile
+    reach = radii / tile
+    low, high = (centers - reach).floor().clamp_min(0), (centers + reach).ceil().clamp_min(0)
+    low_x, high_x = (edge[..., 0].clamp_max(across).int() for edge in (low, high))
+    low_y, high_y = (edge[..., 1].clamp_max(down - 1).int() for edge in (low, high))
+    columns = (high_x - low_x).flatten()
+    count = torch.where(drawn.flatten(), columns * (high_y - low_y).flatten(), 0)
+    stop = count.cumsum(0)
+    if pairs is not None:
+        pairs.needed.copy_(torch.maximum(pairs.needed, stop[-1]))
+    recorded = pairs is not None and torch.cuda.is_current_stream_capturing()
+    room = pairs.most if pairs is not None and recorded else int(stop[-1])
+
+    place = torch.arange(room, device=radii.device)
+    owner = torch.searchsorted(stop, place, right=True)
+    left_over = owner == views * n
+    owner = owner.clamp_max(views * n - 1)
+    nth = place - (stop - count)[owner]
+    columns = columns[owner]
+    row = nth // columns.clamp_min(1)
+    x, y = low_x.flatten()[owner] + nth - row * columns, low_y.flatten()[owner] + row
+    flat = ((owner // n) * down + y) * across + x
+    flat = torch.where(left_over, views * down * across - 1, flat)
+    # Depths are positive, so that their bits have their order.
+    key = (flat << 32) | depths.flatten()[owner].view(torch.int32)
+    key, order = torch.sort(torch.where(left_over, (flat << 32) | 0x7FFFFFFF, key), stable=True)
+    tiles = torch.arange(views * down * across, device=radii.device) << 32
+    starts = torch.searchsorted(key, tiles).int().view(views, down, across)
+    inside = torch.ones_like(starts, dtype=torch.bool)
+    inside[:, -1] = False
+    return starts, owner[order].int(), inside

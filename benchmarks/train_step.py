@@ -1,0 +1,162 @@
+"""Time of a training step and of the reconstruction of a frame on one GPU, of an animal made up of numbers.
+
+    python benchmarks/train_step.py [--set model.base_filters=16 ...]
+
+One step is one frame, carved from and compared with four views of 288 x 256 pixels, 96 x 80 x 64 voxels of a grid of
+112, 16,000 Gaussians. Before it is timed, the recorded step is compared with the plain one. Prints JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from zoosplat.config import Experiment, _override
+from zoosplat_model.carving import project
+from zoosplat_model.frames import Frame
+from zoosplat_train.ops import TRAIN_FIGURES, Trainer
+
+CAMERAS, OBSERVED = 6, [0, 2, 3, 4]
+AXES_M = (0.062, 0.026, 0.024)  # half axes of the animal, an ellipsoid: more than 16,000 voxels
+
+
+class Scene:
+    """Frames of a chequered ellipsoid; it has of a FrameReader what a Trainer needs."""
+
+    observed, held_out, n_cameras = OBSERVED, [1, 5], CAMERAS
+    ell_m, grid_size, volume_idx = 0.22, 112, ((8, 104), (16, 96), (24, 88))
+    voxel_size_m = ell_m / (grid_size - 1)
+
+    def __init__(self, device: torch.device, width: int = 288, height: int = 256) -> None:
+        self.device, self.width, self.height = device, width, height
+        angle = torch.arange(CAMERAS) * 2 * torch.pi / CAMERAS + 0.3
+        eyes = torch.stack([0.4 * torch.cos(angle), 0.4 * torch.sin(angle), torch.full((CAMERAS,), 0.25)], 1)
+        forward = torch.nn.functional.normalize(-eyes, dim=1)
+        right = torch.nn.functional.normalize(torch.linalg.cross(forward, torch.tensor([[0.0, 0.0, 1.0]])), dim=1)
+        rotation = torch.stack([right, torch.linalg.cross(forward, right), forward], 1)
+        self.world_to_camera = torch.eye(4).repeat(CAMERAS, 1, 1)
+        self.world_to_camera[:, :3, :3] = rotation
+        self.world_to_camera[:, :3, 3] = -(rotation @ eyes[:, :, None])[..., 0]
+        focal = 1.9 * width
+        self.intrinsics = torch.tensor(
+            [[focal, 0.0, (width - 1) / 2], [0.0, focal, (height - 1) / 2], [0.0, 0.0, 1.0]]
+        ).repeat(CAMERAS, 1, 1)
+
+    def footprint_px(self) -> int:
+        return 3
+
+    def frame(self, t: int) -> Frame:
+        rng = np.random.default_rng(t)
+        points = rng.normal(size=(400_000, 3))
+        points /= np.linalg.norm(points, axis=1, keepdims=True)
+        world = torch.tensor(points * AXES_M, dtype=torch.float32)
+        x, y, _ = project(world.T, self.world_to_camera, self.intrinsics)
+        flat = (y.round().long().clamp(0, self.height - 1) * self.width) + x.round().long().clamp(0, self.width - 1)
+        mask = torch.zeros(CAMERAS, self.height * self.width).scatter_(1, flat, 1.0)
+        squares = torch.from_numpy(rng.random((8, 8, 3))).float()
+        rgb = squares.repeat_interleave(32, 0).repeat_interleave(36, 1)[: self.height, : self.width]
+        frame = Frame(
+            t=t,
+            rgb=rgb.expand(CAMERAS, -1, -1, -1).contiguous(),
+            mask=mask.view(CAMERAS, self.height, self.width),
+            intrinsics=self.intrinsics,
+            world_to_camera=self.world_to_camera,
+            origin=torch.zeros(CAMERAS, 2, dtype=torch.int64),
+            center=torch.tensor(rng.uniform(-0.002, 0.002, 3), dtype=torch.float32),
+            angle=torch.tensor(float(rng.uniform(-0.1, 0.1))),
+        )
+        moved = {k: v.to(self.device) for k, v in vars(frame).items() if isinstance(v, torch.Tensor) and k != "origin"}
+        return Frame(**{**vars(frame), **moved})
+
+
+def settings(overrides: list[str]) -> Experiment:
+    raw: dict[str, object] = {
+        "name": "benchmark",
+        "data": {"directory": "none", "calibration": "none.h5", "videos": [f"{i}.mp4" for i in range(CAMERAS)]},
+        "holdout_views": [1, 5],
+        "center_rotation": {"ell": 0.25},
+        "crop": {"ell": 0.22},
+        "train": {"lr": 1e-3},
+    }
+    raw["data"]["masks"] = [f"m{i}.mp4" for i in range(CAMERAS)]  # type: ignore[index]
+    for override in overrides:
+        _override(raw, override)
+    return Experiment.model_validate(raw)
+
+
+def median_ms(function: Callable[[], object], repeats: int) -> float:
+    """Median time between the ends of consecutive calls on the GPU."""
+    event_of: Any = torch.cuda.Event
+    events = [event_of(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    torch.cuda.synchronize()
+    return float(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--repeats", type=int, default=200)
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    torch.backends.cudnn.benchmark = True
+    experiment = settings(args.overrides)
+    scene = Scene(device)
+    frames = [scene.frame(t) for t in range(4)]
+    views = [OBSERVED, OBSERVED[1:], OBSERVED[:2] + OBSERVED[3:], OBSERVED]
+
+    # The same steps, recorded and plain, from the same start; at a higher rate, rounding would soon tell.
+    both = []
+    for plain in (False, True):
+        trainer = Trainer(scene, experiment, device)  # type: ignore[arg-type]
+        trainer.record = trainer.record and not plain
+        found = [trainer.step([frames[i % 4]], [views[i % 4]], [i % 2 == 1], 1e-7, i).clone() for i in range(8)]
+        both.append(torch.stack(found).cpu())
+    worst = ((both[0] - both[1]).abs() / both[1].abs().clamp_min(1e-3))[:, 0]
+    print(
+        json.dumps(
+            {"check": "recorded against plain step", "loss": both[0][:, 0].tolist(), "plain": both[1][:, 0].tolist()}
+        )
+    )
+    if worst.max() > 3e-3:
+        raise SystemExit(f"the recorded step's loss differs from the plain one's: {worst.tolist()}")
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trainer = Trainer(scene, experiment, device)  # type: ignore[arg-type]
+    state = {"i": 0}
+
+    def step() -> None:
+        i = state["i"] = state["i"] + 1
+        trainer.step([frames[i % 4]], [views[i % 4]], [i % 2 == 1], 1e-4, i)
+
+    for _ in range(10):
+        step()
+    milliseconds = median_ms(step, args.repeats)
+    figures = trainer.step([frames[0]], [views[0]], [False], 1e-4, 10).tolist()
+    trainer.check_room()
+    with torch.no_grad():
+        drawn = int((trainer.model([frames[0]])[0].opacities > 1 / 255).sum())
+    line = {
+        "step_ms": round(milliseconds, 3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
+        "gaussians_drawn": drawn,
+        "gpu": torch.cuda.get_device_name(),
+        **dict(zip(TRAIN_FIGURES, figures, strict=True)),
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
