@@ -99,7 +99,7 @@ def measure(endpoint: str, stage: str, url: str, words: list[str], frames: int) 
 
 def synthetic(folder: Path) -> str:
     """A configuration of a synthetic recording: 6 cameras, 1152 x 1024 pixels, read at a quarter."""
-    from benchmarks.preprocessing import SYNTHETIC
+    from preprocessing import SYNTHETIC
 
     from zoosplat.synthetic import make_recording
 
