@@ -85,7 +85,7 @@ class Place:
         return [*self.cluster.get("jobs", "-l", selector)["items"], *self.cluster.get("pods", "-l", selector)["items"]]
 
     def flow_pod(self) -> Object | None:
-        items = self.cluster.get("pods", "-l", "app.kubernetes.io/name=zoosplat-flow")["items"]
+        items = self.cluster.get("pods", "-l", "zoosplat.io/component=flow")["items"]
         return next((pod for pod in items if pod["status"]["phase"] == "Running"), None)
 
     def running(self, stage: str) -> list[Object]:
