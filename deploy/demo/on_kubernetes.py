@@ -76,30 +76,24 @@ class Cluster:
     def helm(self, *arguments: str) -> None:
         self.servers.run(str(BIN / "helm"), "-n", NAMESPACE, *arguments)
 
-    def node(self, kind: str) -> str:
-        return self.prefix + kind
-
     def _nodes(self) -> None:
         store = Path.home() / ".cache" / "zoosplat" / "containers"
         podman = ["podman", "--storage-driver=overlay", "--root", str(store / "root"), "--runroot", str(store / "run")]
-        with tempfile.TemporaryDirectory(dir=store.parent) as folder:
-            archives = {}
-            for kind, names in (("cpu", CPU_IMAGES), ("gpu", GPU_IMAGES)):
-                archives[kind] = f"{folder}/{kind}.tar"
-                images = [f"localhost/zoosplat-{name}:dev" for name in names]
-                self.servers.run(*podman, "save", "-q", "--multi-image-archive", "-o", archives[kind], *images)
-            gpu = ["--gpus", "1", "--taint", "nvidia.com/gpu=present:NoSchedule"]
-            for i, (name, labels, options) in enumerate(
-                (
-                    ("cpu-1", "pool=cpu", []),
-                    ("cpu-2", "pool=cpu", []),
-                    ("gpu-12gb", "zoosplat.io/gpu-memory=12gb", gpu),
-                    ("gpu-24gb", "zoosplat.io/gpu-memory=24gb", gpu),
-                )
-            ):
-                where = [self.node(name), str(self.kubelet_port + i), "--labels", labels]
-                self.script("node.sh", *where, *options, archives[name[:3]])
-                print(f"demo: node {self.node(name)} is ready", flush=True)
+        gpu = ["--gpus", "1", "--taint", "nvidia.com/gpu=present:NoSchedule"]
+        kinds: list[tuple[tuple[str, ...], list[str], dict[str, str]]] = [
+            (CPU_IMAGES, [], {"cpu-1": "pool=cpu", "cpu-2": "pool=cpu"}),
+            (GPU_IMAGES, gpu, {f"gpu-{size}": f"zoosplat.io/gpu-memory={size}" for size in ("12gb", "24gb")}),
+        ]
+        port = self.kubelet_port
+        for images, options, nodes in kinds:
+            with tempfile.TemporaryDirectory(dir=store.parent) as folder:
+                archive = f"{folder}/images.tar"
+                names = [f"localhost/zoosplat-{image}:dev" for image in images]
+                self.servers.run(*podman, "save", "-q", "--multi-image-archive", "-o", archive, *names)
+                for name, labels in nodes.items():
+                    self.script("node.sh", self.prefix + name, str(port), "--labels", labels, *options, archive)
+                    port += 1
+                    print(f"demo: node {self.prefix + name} is ready", flush=True)
 
     def _install(self) -> None:
         servers = self.servers
@@ -132,14 +126,14 @@ class Cluster:
         return self.servers.run(prefect(), "deployment", "run", f"pipeline/{name}", *given, "--watch", quiet=quiet)
 
 
-def placements() -> list[dict[str, Any]]:
+def placements(api: str) -> list[dict[str, Any]]:
     """Where shards and stages of all flow runs have run: the tables that the flow leaves in Prefect."""
-    from prefect import get_client
+    from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
     from zoosplat_flows.pipeline import PLACEMENT
 
-    with get_client(sync_client=True) as client:
+    with SyncPrefectClient(api) as client:
         found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[PLACEMENT])))
     return [row for artifact in found for row in json.loads(str(artifact.data))]
 
@@ -173,7 +167,7 @@ def main() -> None:
             cluster.pipeline(f"config={config}", f"project={project}", "profile=24gb")
             # One stage by its own deployment, on the other kind of node.
             cluster.pipeline(f"project={project}", "profile=12gb", 'force=["render"]', name="render", quiet=True)
-            rows = placements()
+            rows = placements(servers.env["PREFECT_API_URL"])
         local = [config, "--project", f"s3://{servers.bucket}/local", "--until", "pack"]
         servers.run(str(Path(prefect()).parent / "zoosplat"), "run", *local)
         n = same_objects(servers.bucket, "cluster", "local")

@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def show(event):
     if event.state != "running":
         print(event.stage, event.state, event.message.replace("\\n", " | "), flush=True)
 with listening(show):
-    pipeline(project=sys.argv[1], until_stage=sys.argv[2], runner="containers", workers=2)
+    pipeline(project=sys.argv[1], until_stage=sys.argv[2], force=sys.argv[3:], runner="containers", workers=2)
 """
 
 
@@ -159,8 +159,10 @@ class Pipelines:
         command = [program, "run", str(config), "--project", project, "--workers", "2", *arguments]
         return Run(self.folder / "logs", command, {**self.env, **(env or {})})
 
-    def start_in_containers(self, project: str, until_stage: str, env: dict[str, str]) -> Run:
-        command = [sys.executable, "-c", IN_CONTAINERS, project, until_stage]
+    def start_in_containers(
+        self, project: str, until_stage: str, env: dict[str, str], force: Sequence[str] = ()
+    ) -> Run:
+        command = [sys.executable, "-c", IN_CONTAINERS, project, until_stage, *force]
         return Run(self.folder / "logs", command, {**self.env, **env, "PREFECT_LOGGING_LEVEL": "CRITICAL"})
 
 
@@ -254,11 +256,14 @@ def test_containers_are_killed_twenty_times(
     config = pipelines.recording.config(f"s3://{bucket}/recording", **SMALL)
     own_s3.client.put_object(Bucket=bucket, Key="killed/experiment.yaml", Body=json.dumps(config).encode())
     rng = random.Random(20)
-    left, killed, statuses = Counter(KILLS), Counter[str](), []
+    left, killed = Counter(KILLS), Counter[str]()
+    statuses: list[int] = []
     due: dict[str, float | None] = {}
     project = f"s3://{bucket}/killed"
     while True:
-        run = pipelines.start_in_containers(project, "render", own_s3.env)
+        # A stage that was too quick to be killed often enough is made again.
+        again = [stage for stage in NAMES if left[stage]][:1] if statuses and statuses[-1] == 0 else []
+        run = pipelines.start_in_containers(project, "render", own_s3.env, again)
         while run.running():
             planned = {
                 stage for stage in NAMES if left[stage] and f"killed/_marks/{stage}/plan.json" in own_s3.objects(bucket)
@@ -268,7 +273,7 @@ def test_containers_are_killed_twenty_times(
                     due[name] = None if rng.random() < 0.5 else time.monotonic() + rng.uniform(0, 4)
                 moment = due[name]
                 if moment is None and stage in planned:
-                    due[name] = moment = time.monotonic() + rng.uniform(0, 0.5)
+                    due[name] = moment = time.monotonic() + rng.uniform(0, 0.3)
                 if not left[stage] or moment is None or time.monotonic() < moment:
                     continue
                 if subprocess.run([*podman, "kill", "-s", "KILL", name], capture_output=True).returncode == 0:
@@ -277,9 +282,9 @@ def test_containers_are_killed_twenty_times(
             time.sleep(0.1)
         statuses.append(run.ended())
         assert "was killed" in run.out or statuses[-1] == 0, run.out + run.err
-        if statuses[-1] == 0:
+        if statuses[-1] == 0 and not left.total():
             break
-        assert len(statuses) < 10, run.out + run.err
+        assert len(statuses) < 15, run.out + run.err
     assert killed == KILLS
     assert killed.total() == 20
     assert statuses[0] != 0, "a stage that is killed three times ends its pipeline"

@@ -34,6 +34,7 @@ from zoosplat_flows.runners.kubernetes import (
     indexes,
     job_manifest,
     offers,
+    own_pod,
     request_digest,
     why_unschedulable,
     with_profile,
@@ -205,6 +206,7 @@ def test_the_whole_manifest_of_an_indexed_job(tmp_path: Path) -> None:
     labels = {
         "app.kubernetes.io/managed-by": "zoosplat",
         "app.kubernetes.io/name": "zoosplat-stage",
+        "zoosplat.io/component": "stage",
         "zoosplat.io/stage": "center_rotation",
         "zoosplat.io/step": "shards",
         "zoosplat.io/run": "r",
@@ -282,6 +284,20 @@ def test_names_follow_from_what_determines_the_work_and_from_nothing_else(tmp_pa
         for step, run, shards in (("shards", "a", 2), ("shards", "b", 2), ("shards", "a", 3), ("prepare", "a", None))
     }
     assert len(names) == 3
+
+
+def test_jobs_belong_to_the_pod_of_their_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes, "POD_FILES", tmp_path / "podinfo")
+    assert own_pod() is None
+    (tmp_path / "podinfo").mkdir()
+    (tmp_path / "podinfo" / "name").write_text("flow-1")
+    (tmp_path / "podinfo" / "uid").write_text("0a-1b")
+    owner = own_pod()
+    assert owner == {"apiVersion": "v1", "kind": "Pod", "name": "flow-1", "uid": "0a-1b"}
+    loaded = _settings(tmp_path)
+    jobs = [job_manifest(loaded, "s3://b/p", "crop", "finish", "d", [], run="r", owner=o) for o in (None, owner)]
+    assert jobs[1]["metadata"].pop("ownerReferences") == [owner]
+    assert jobs[0] == jobs[1]
 
 
 # -- nodes and words ----------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class Place:
         return [*self.cluster.get("jobs", "-l", selector)["items"], *self.cluster.get("pods", "-l", selector)["items"]]
 
     def flow_pod(self) -> Object | None:
-        items = self.cluster.get("pods", "-l", "app.kubernetes.io/name=zoosplat-flow")["items"]
+        items = self.cluster.get("pods", "-l", "zoosplat.io/component=flow")["items"]
         return next((pod for pod in items if pod["status"]["phase"] == "Running"), None)
 
     def running(self, stage: str) -> list[Object]:
@@ -143,7 +143,7 @@ def test_a_pipeline_runs_on_the_nodes_of_its_stages_and_an_upgrade_does_not_dist
     )
     until(lambda: place.state(run) in ("Completed", "Failed", "Crashed"), 600)
     assert place.state(run) == "Completed", place.servers.run(prefect(), "flow-run", "logs", run)
-    rows = placements()
+    rows = placements(place.servers.env["PREFECT_API_URL"])
     shards: dict[str, list[Object]] = {}
     for row in rows:
         assert row["exit_code"] == 0
@@ -168,12 +168,12 @@ def test_a_pipeline_runs_on_the_nodes_of_its_stages_and_an_upgrade_does_not_dist
 
 
 def test_a_second_run_shows_its_stages_as_cached(place: Place) -> None:
-    from prefect import get_client
+    from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
     run = place.start(f"project=s3://{place.servers.bucket}/whole")
     until(lambda: place.state(run) in ("Completed", "Failed", "Crashed"), 600)
-    with get_client(sync_client=True) as client:
+    with SyncPrefectClient(place.servers.env["PREFECT_API_URL"]) as client:
         runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])))  # type: ignore[list-item]
     states = {r.name: r.state_name for r in runs}
     assert states == {**{spec.name: "Cached" for spec in PIPELINE}, "report": "Completed"}
@@ -245,9 +245,9 @@ def test_shards_of_a_drained_node_finish_elsewhere(place: Place) -> None:
 
 
 def test_a_lack_of_memory_is_named_with_the_key_to_change(place: Place) -> None:
-    amounts = {"requests": {"cpu": "100m", "memory": "24Mi"}, "limits": {"cpu": "1", "memory": "24Mi"}}
+    amounts = {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "64Mi"}}
     expected = (
-        r"^ingest: prepare was OOMKilled on zt-cpu-[12]: it needs more than its 24Mi of memory; raise runner\.cpu"
+        r"^ingest: prepare was OOMKilled on zt-cpu-[12]: it needs more than its 64Mi of memory; raise runner\.cpu"
     )
     with pytest.raises(UserError, match=expected):
         _ingest(place, _project(place, "oom"), place.settings(resources=amounts))

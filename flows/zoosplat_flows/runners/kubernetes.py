@@ -212,6 +212,7 @@ def job_manifest(
     labels = {
         "app.kubernetes.io/managed-by": MANAGER,
         "app.kubernetes.io/name": "zoosplat-stage",
+        f"{LABELS}/component": "stage",
         f"{LABELS}/stage": stage,
         f"{LABELS}/step": step,
         f"{LABELS}/run": run,
