@@ -447,6 +447,17 @@ def own_s3() -> Iterator[S3]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def another_s3() -> Iterator[None]:
+    """For modules that start an S3 server of their own: this process forgets the one that it is connected to."""
+    from zoosplat import stores
+
+    connected: Any = stores._s3
+    connected.cache_clear()
+    yield
+    connected.cache_clear()
+
+
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2):

@@ -262,7 +262,7 @@ class StandIn(threading.Thread):
 
 @pytest.mark.timeout(900)
 def test_ten_pipelines_at_once(
-    forty_nodes: None, tmp_path: Path, recording: Any, monkeypatch: pytest.MonkeyPatch
+    forty_nodes: None, another_s3: None, tmp_path: Path, recording: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = read_settings(tmp_path)
     for key, value in {**CLUSTER, "ZOOSPLAT_SETTINGS": str(tmp_path / "settings.yaml")}.items():

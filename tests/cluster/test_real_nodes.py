@@ -101,7 +101,7 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(recording: Any) -> Iterator[Place]:
+def place(recording: Any, another_s3: None) -> Iterator[Place]:
     needed = ("podman", "containerd", "runc", "go", "initdb")
     if os.geteuid() != 0 or not all(shutil.which(name) for name in needed):
         pytest.skip(f"real nodes need root, {', '.join(needed)}")
