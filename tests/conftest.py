@@ -447,6 +447,18 @@ def own_s3() -> Iterator[S3]:
         yield server
 
 
+@pytest.fixture
+def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The server, for functions called in this process."""
+    from zoosplat import stores
+
+    for key, value in s3.env.items():
+        monkeypatch.setenv(key, value)
+    for connected in (stores._s3, stores._boto3_session):
+        connected.cache_clear()
+    return s3
+
+
 @pytest.fixture(scope="module")
 def another_s3() -> Iterator[None]:
     """For modules that start an S3 server of their own: this process forgets the one that it is connected to."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from servers import Servers, prefect, show_results
+from servers import Servers, show_results
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,14 +18,10 @@ def main() -> None:
         servers.minio()
         servers.prefect()
         config = servers.demo_recording()
-        servers.run(prefect(), "work-pool", "create", "zoosplat", "--type", "process")
-        file = str(ROOT / "prefect.yaml")
-        servers.run(prefect(), "--no-prompt", "deploy", "--prefect-file", file, "--name", "containers")
+        servers.deploy("containers")
         servers.worker("zoosplat", "process")
         project = f"s3://{servers.bucket}/project"
-        given = [f"config={config}", f"project={project}"]
-        parameters = [word for value in given for word in ("-p", value)]
-        servers.run(prefect(), "deployment", "run", "pipeline/containers", *parameters, "--watch", quiet=False)
+        servers.pipeline("containers", f"config={config}", f"project={project}")
         show_results(project, ROOT / "demo-containers")
 
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from servers import Servers, prefect, show_results
+from servers import Servers, show_results
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,8 +28,7 @@ def main() -> None:
             client.create_bucket(Bucket=files.bucket)
         config = files.demo_recording()
         project = f"s3://{files.bucket}/project"
-        parameters = ["-p", f"config={config}", "-p", f"project={project}"]
-        files.run(prefect(), "deployment", "run", "pipeline/containers", *parameters, "--watch", quiet=False)
+        files.pipeline("containers", f"config={config}", f"project={project}")
         show_results(project, ROOT / "demo-containers")
 
 

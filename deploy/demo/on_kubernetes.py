@@ -120,11 +120,6 @@ class Cluster:
         servers.run(prefect(), "work-pool", "update", "kubernetes", "--base-job-template", str(template))
         servers.worker("kubernetes", "kubernetes")
 
-    def pipeline(self, *parameters: str, name: str = "kubernetes", quiet: bool = False) -> str:
-        """Run a deployment and wait for its end; what it has printed. Raises SystemExit where it fails."""
-        given = [word for value in parameters for word in ("-p", value)]
-        return self.servers.run(prefect(), "deployment", "run", f"pipeline/{name}", *given, "--watch", quiet=quiet)
-
 
 def placements(api: str) -> list[dict[str, Any]]:
     """Where shards and stages of all flow runs have run: the tables that the flow leaves in Prefect."""
@@ -162,11 +157,11 @@ def main() -> None:
         servers.minio()
         servers.prefect()
         config = servers.demo_recording()
-        with Cluster(servers) as cluster:
+        with Cluster(servers):
             project = f"s3://{servers.bucket}/cluster"
-            cluster.pipeline(f"config={config}", f"project={project}", "profile=24gb")
+            servers.pipeline("kubernetes", f"config={config}", f"project={project}", "profile=24gb")
             # One stage by its own deployment, on the other kind of node.
-            cluster.pipeline(f"project={project}", "profile=12gb", 'force=["render"]', name="render", quiet=True)
+            servers.pipeline("render", f"project={project}", "profile=12gb", 'force=["render"]', quiet=True)
             rows = placements(servers.env["PREFECT_API_URL"])
         local = [config, "--project", f"s3://{servers.bucket}/local", "--until", "pack"]
         servers.run(str(Path(prefect()).parent / "zoosplat"), "run", *local)

@@ -62,7 +62,6 @@ class Servers:
             "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
         }
         self._running: list[tuple[str, subprocess.Popen[bytes], int]] = []
-        self._commands: dict[str, tuple[list[str], dict[str, str], int]] = {}
 
     def __enter__(self) -> Servers:
         if threading.current_thread() is threading.main_thread():
@@ -79,7 +78,6 @@ class Servers:
         self, name: str, command: list[str], env: dict[str, str] | None = None, end: int = signal.SIGTERM
     ) -> None:
         """Start a process in a group of its own. Output goes to `folder`/NAME.log; `end` is the signal that ends it."""
-        self._commands[name] = (command, env or {}, end)
         with open(self.folder / f"{name}.log", "ab") as log:
             process = subprocess.Popen(
                 command,
@@ -91,25 +89,19 @@ class Servers:
             )
         self._running.append((name, process, end))
 
-    def stop(self, name: str, *, kill: bool = False) -> None:
-        """End a process and all that it has started; `kill`: without asking it first."""
+    def stop(self, name: str) -> None:
+        """End a process and all that it has started."""
         for entry in [entry for entry in self._running if entry[0] == name]:
             self._running.remove(entry)
             _, process, end = entry
-            if not kill:
-                process.send_signal(end)
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    print(f"demo: {name} does not end by itself", file=sys.stderr)
+            process.send_signal(end)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                print(f"demo: {name} does not end by itself", file=sys.stderr)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-    def again(self, name: str) -> None:
-        """Start what was stopped."""
-        command, env, end = self._commands[name]
-        self.start(name, command, env, end)
 
     def wait(self, name: str, ready: Callable[[], bool]) -> None:
         """Wait until something is ready. Raises SystemExit with the end of its log where that does not happen."""
@@ -199,6 +191,23 @@ class Servers:
         """A worker of a work pool that is there."""
         command = [prefect(), "worker", "start", "--pool", pool, "--type", kind, "--install-policy", "never"]
         self.start("worker", command, {"PREFECT_WORKER_QUERY_SECONDS": "2", **(env or {})}, end=signal.SIGINT)
+
+    # -- flows
+    def deploy(self, name: str) -> None:
+        """Register one deployment of prefect.yaml that a process worker runs, with its pool."""
+        self.run(prefect(), "work-pool", "create", "zoosplat", "--type", "process")
+        file = str(Path(__file__).resolve().parents[2] / "prefect.yaml")
+        self.run(prefect(), "--no-prompt", "deploy", "--prefect-file", file, "--name", name)
+
+    def pipeline(self, name: str, *parameters: str, watch: bool = True, quiet: bool = False) -> str:
+        """Start a deployment with KEY=VALUE parameters; with `watch` wait for its end and raise SystemExit if it fails.
+
+        Returns:
+            What the command has printed; empty unless `quiet`.
+        """
+        given = [word for value in parameters for word in ("-p", value)]
+        watching = ["--watch"] if watch else []
+        return self.run(prefect(), "deployment", "run", f"pipeline/{name}", *given, *watching, quiet=quiet)
 
     # -- the recording
     def demo_recording(self, frames: int = 120) -> str:

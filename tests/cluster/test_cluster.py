@@ -287,9 +287,7 @@ def test_ten_pipelines_at_once(
                 data = stores.read_bytes(f"{done}/{name}")
                 assert data is not None
                 stores.write_bytes(f"s3://{servers.bucket}/p{i}/{name}", data)
-        servers.run(prefect(), "work-pool", "create", "zoosplat", "--type", "process")
-        file = str(ROOT / "prefect.yaml")
-        servers.run(prefect(), "--no-prompt", "deploy", "--prefect-file", file, "--name", "local")
+        servers.deploy("local")
         servers.worker("zoosplat", "process")
         stand_in = StandIn(done)
         stand_in.start()
@@ -307,8 +305,7 @@ def test_ten_pipelines_at_once(
 
         for i in range(10):
             given = [f"project=s3://{servers.bucket}/p{i}", "runner=kubernetes", f"profile={PROFILES[i % 4]}"]
-            words = [word for value in given for word in ("-p", value)]
-            servers.run(prefect(), "deployment", "run", "pipeline/local", *words)
+            servers.pipeline("local", *given, watch=False, quiet=True)
         # Not answering in time is an error of `states`. One more is the run that was made in earnest.
         until(lambda: sum(states()[kind] for kind in ("COMPLETED", "FAILED", "CRASHED")) == 11, 600)
         stand_in.ended.set()

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from servers import free_port
 
 from zoosplat.errors import UserError
 from zoosplat.pipeline import PIPELINE
@@ -58,12 +58,6 @@ def show(event):
 with listening(show):
     pipeline(project=sys.argv[1], until_stage=sys.argv[2], force=sys.argv[3:], runner="containers", workers=2)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(true: Callable[[], Any], seconds: float = 120, pause: float = 0.05) -> None:
@@ -159,6 +153,11 @@ class Pipelines:
         command = [program, "run", str(config), "--project", project, "--workers", "2", *arguments]
         return Run(self.folder / "logs", command, {**self.env, **(env or {})})
 
+    def put_project(self, s3: S3, bucket: str, name: str) -> None:
+        """A new project on S3, whose recording is there too."""
+        config = self.recording.config(f"s3://{bucket}/recording", **SMALL)
+        s3.client.put_object(Bucket=bucket, Key=f"{name}/experiment.yaml", Body=json.dumps(config).encode())
+
     def start_in_containers(
         self, project: str, until_stage: str, env: dict[str, str], force: Sequence[str] = ()
     ) -> Run:
@@ -253,8 +252,7 @@ def test_containers_are_killed_twenty_times(
     tmp_path: Path,
 ) -> None:
     """At random moments, half of them while the stage is at its work; a pipeline that gives up is started again."""
-    config = pipelines.recording.config(f"s3://{bucket}/recording", **SMALL)
-    own_s3.client.put_object(Bucket=bucket, Key="killed/experiment.yaml", Body=json.dumps(config).encode())
+    pipelines.put_project(own_s3, bucket, "killed")
     rng = random.Random(20)
     left, killed = Counter(KILLS), Counter[str]()
     statuses: list[int] = []
@@ -338,8 +336,7 @@ def test_storage_stays_away(
     pipelines: Pipelines, reference: Path, own_s3: S3, bucket: str, check_same: CheckSame, tmp_path: Path
 ) -> None:
     """A stage alone ends with one line and the status that has it tried again; what it had done is kept."""
-    config = pipelines.recording.config(f"s3://{bucket}/recording", **SMALL)
-    own_s3.client.put_object(Bucket=bucket, Key="away/experiment.yaml", Body=json.dumps(config).encode())
+    pipelines.put_project(own_s3, bucket, "away")
     command = [sys.executable, "-m", "zoosplat_ingest", "--project", f"s3://{bucket}/away", "--workers", "1"]
     stage = Run(tmp_path / "logs", command, own_s3.env)
     first = "away/_marks/ingest/shard-00000-of-00003.json"
@@ -375,8 +372,7 @@ def test_storage_stops_under_a_container(
     check_same: CheckSame,
     tmp_path: Path,
 ) -> None:
-    config = pipelines.recording.config(f"s3://{bucket}/recording", **SMALL)
-    own_s3.client.put_object(Bucket=bucket, Key="boxed/experiment.yaml", Body=json.dumps(config).encode())
+    pipelines.put_project(own_s3, bucket, "boxed")
     run = pipelines.start_in_containers(f"s3://{bucket}/boxed", "ingest", own_s3.env)
     until(lambda: not run.running() or working(own_s3, bucket, "boxed"), pause=0.01)
     own_s3.stop()

@@ -124,15 +124,7 @@ def bucket(s3: S3, recording: Recording) -> str:
     return name
 
 
-@pytest.fixture
-def credentials(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in s3.env.items():
-        monkeypatch.setenv(key, value)
-    stores._s3.cache_clear()
-    stores._boto3_session.cache_clear()
-
-
-@pytest.mark.usefixtures("credentials")
+@pytest.mark.usefixtures("s3_here")
 @pytest.mark.parametrize("stage", STAGES)
 def test_runs_from_s3_to_s3(stage: str, engine: list[str], s3: S3, bucket: str) -> None:
     """In the order of the pipeline: each reads what the others' containers wrote."""
@@ -147,7 +139,7 @@ def test_runs_from_s3_to_s3(stage: str, engine: list[str], s3: S3, bucket: str) 
     assert f"p/_marks/{stage}.json" in s3.objects(bucket)
 
 
-@pytest.mark.usefixtures("credentials")
+@pytest.mark.usefixtures("s3_here")
 @pytest.mark.parametrize("stage", CPU)
 def test_the_same_objects_as_without_a_container(
     stage: str, engine: list[str], s3: S3, bucket: str, stages: Any, tmp_path: Path
@@ -167,7 +159,7 @@ def test_the_same_objects_as_without_a_container(
     assert there == {path: (here / path).read_bytes() for path in stores.list_files(str(here))}
 
 
-@pytest.mark.usefixtures("credentials")
+@pytest.mark.usefixtures("s3_here")
 def test_a_killed_pipeline_leaves_no_container(engine: list[str], s3: S3, recording: Recording) -> None:
     """SIGKILL, which nothing can catch, as soon as its stage's container is there; the next run goes on from there."""
     inspected(engine, "ingest")

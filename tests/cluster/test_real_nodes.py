@@ -71,8 +71,7 @@ class Place:
 
     def start(self, *parameters: str) -> str:
         """Start a pipeline and do not wait; the id of its flow run."""
-        given = [word for value in parameters for word in ("-p", value)]
-        text = self.servers.run(prefect(), "deployment", "run", "pipeline/kubernetes", *given)
+        text = self.servers.pipeline("kubernetes", *parameters, watch=False, quiet=True)
         return next(line.split()[-1] for line in text.splitlines() if "UUID" in line)
 
     def state(self, run: str) -> str:

@@ -44,16 +44,6 @@ def refusal(outcome: Outcome, stage: str) -> str:
     return line
 
 
-@pytest.fixture
-def here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
-    """The server, for functions called in this process."""
-    for key, value in s3.env.items():
-        monkeypatch.setenv(key, value)
-    stores._s3.cache_clear()
-    stores._boto3_session.cache_clear()
-    return s3
-
-
 # -- S3 credentials -----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def bucket(s3: S3, recording: Recording) -> str:
@@ -159,16 +149,16 @@ def test_another_project_is_not_read(
     assert "access refused by the S3 server" in line
 
 
-def test_a_url_is_no_pattern(here: S3) -> None:
+def test_a_url_is_no_pattern(s3_here: S3) -> None:
     """Beginning anew in a project called p[12] leaves p1 and p2 alone."""
-    name = here.bucket()
+    name = s3_here.bucket()
     keys = {f"{project}/masks.zarr/zarr.json" for project in ("p1", "p2", "p[12]", "p?", "p*", "p")}
     for key in keys:
-        here.client.put_object(Bucket=name, Key=key, Body=b"")
+        s3_here.client.put_object(Bucket=name, Key=key, Body=b"")
     for project in ("p[12]", "p?", "p*"):
         stores.delete(f"s3://{name}/{project}/masks.zarr")
         keys.remove(f"{project}/masks.zarr/zarr.json")
-        assert set(here.objects(name)) == keys
+        assert set(s3_here.objects(name)) == keys
 
 
 def test_what_may_not_be_deleted_is_said(s3: S3, bucket: str, scoped: dict[str, str]) -> None:
@@ -278,13 +268,13 @@ def test_kubernetes_replaces_nothing_in_a_url(project: str) -> None:
 
 
 def test_no_shell_reads_a_url(
-    here: S3, recording: Recording, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_here: S3, recording: Recording, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A runner hands it on as one word, whatever it holds; the stage takes it for a name and nothing else."""
-    bucket = here.bucket()
+    bucket = s3_here.bucket()
     url = HOSTILE.format(bucket=bucket)
     config = json.dumps(recording.config(f"s3://{bucket}/recording")).encode()
-    here.client.put_object(Bucket=bucket, Key=f"{url[len(bucket) + 6 :]}/experiment.yaml", Body=config)
+    s3_here.client.put_object(Bucket=bucket, Key=f"{url[len(bucket) + 6 :]}/experiment.yaml", Body=config)
     engine = tmp_path / "engine"
     engine.write_text('#!/bin/sh\n[ "$1" != run ] || for word in "$@"; do echo "$word"; done > "$0.words"\nexit 0\n')
     engine.chmod(engine.stat().st_mode | stat.S_IXUSR)
@@ -293,7 +283,7 @@ def test_no_shell_reads_a_url(
     with containers.Containers() as runner, pytest.raises(RuntimeError, match="ended without its success mark"):
         runner.run("ingest", url, progress=NO_PROGRESS)
     assert (tmp_path / "engine.words").read_text().splitlines()[-2:] == ["--project", url]
-    line = refusal(stages("ingest", url, env=here.env), "ingest")
+    line = refusal(stages("ingest", url, env=s3_here.env), "ingest")
     assert f"s3://{bucket}/recording/masks/0.mp4: no such file" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "engine.words"]
 

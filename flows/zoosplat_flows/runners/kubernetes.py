@@ -47,9 +47,7 @@ MAX_FAILED = 10  # indexes, after which the others are not begun
 SHOWN_FAILED = 3
 TIMES_GONE = 5
 BAD_INPUT = 2  # exit status of a stage
-POD_FILES = Path(
-    "/etc/podinfo"
-)  # name and uid of the pod that the flow runs in; see the chart's base-job-template.yaml
+POD_FILES = Path("/etc/podinfo")  # where the chart's job template puts the name and uid of the flow's pod
 JOB_LABEL = "batch.kubernetes.io/job-name"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 # What a kubelet reports before a container of ours has run, and what to mend.
