@@ -137,7 +137,7 @@ def measure_stages(config: str | None) -> dict[str, Any]:
         for name in sorted(name for name in names if isinstance(name, str) and name != "auto"):
             source = data.url(name)
             assert not stores.is_s3(source)
-            boto3.client("s3").upload_file(source, servers.bucket, f"recording/{name}")
+            boto3.Session().client("s3").upload_file(source, servers.bucket, f"recording/{name}")
         time.sleep(METRICS_S)
         project = Project.at(f"s3://{servers.bucket}/project")
         project.write_experiment(
@@ -167,7 +167,7 @@ def measure_video(servers: Servers, source: str) -> dict[str, float]:
 
     whole, url = servers.folder / "whole.mp4", f"s3://{servers.bucket}/whole.mp4"
     loop_video(Path(source), whole, -(-FRAMES // video.probe(source, source).n_frames))
-    boto3.client("s3").upload_file(str(whole), servers.bucket, whole.name)
+    boto3.Session().client("s3").upload_file(str(whole), servers.bucket, whole.name)
     info = video.probe(url, url)
     time.sleep(METRICS_S)
     before = counts(servers.env["AWS_ENDPOINT_URL"])

@@ -464,10 +464,13 @@ def another_s3() -> Iterator[None]:
     """For modules that start an S3 server of their own: this process forgets the one that it is connected to."""
     from zoosplat import stores
 
-    connected: Any = stores._s3
-    connected.cache_clear()
+    def forget() -> None:
+        for connected in (stores._s3, stores._boto3_session):
+            connected.cache_clear()
+
+    forget()
     yield
-    connected.cache_clear()
+    forget()
 
 
 def _answers(url: str) -> bool:

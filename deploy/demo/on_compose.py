@@ -22,7 +22,7 @@ def main() -> None:
     }
     import boto3
 
-    client = boto3.client("s3")
+    client = boto3.Session().client("s3")
     with Servers() as files:  # it starts none
         with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
             client.create_bucket(Bucket=files.bucket)

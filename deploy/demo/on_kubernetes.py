@@ -137,7 +137,7 @@ def same_objects(bucket: str, one: str, other: str) -> int:
     """How many objects of the CPU stages two projects have, byte for byte the same. SystemExit where one differs."""
     import boto3
 
-    pages = boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    pages = boto3.Session().client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket)
     tags = {o["Key"]: o["ETag"] for page in pages for o in page.get("Contents", [])}
     groups = [
         {key.removeprefix(project): tag for key, tag in tags.items() if key.startswith(project) and ".zarr/" in key}

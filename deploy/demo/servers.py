@@ -156,7 +156,8 @@ class Servers:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
         os.environ |= {key: value for key, value in self.env.items() if key.startswith("AWS_")}
-        boto3.client("s3").create_bucket(Bucket=self.bucket)
+        # A session of its own: boto3 keeps the credentials of its default one.
+        boto3.Session().client("s3").create_bucket(Bucket=self.bucket)
 
     def prefect(self) -> None:
         """Prefect's server on a PostgreSQL of its own."""

@@ -235,6 +235,7 @@ class StandIn(threading.Thread):
         super().__init__(daemon=True)
         self.api = Api(NAMESPACE)
         self.done = done
+        self.others = {pod["metadata"]["name"] for pod in self.api.pods()}  # of earlier tests
         self.seen: dict[str, Object] = {}
         self.ended = threading.Event()
 
@@ -242,6 +243,8 @@ class StandIn(threading.Thread):
         while not self.ended.wait(0.2):
             for pod in self.api.pods():
                 name = pod["metadata"]["name"]
+                if name in self.others:
+                    continue
                 if name not in self.seen:
                     self._do(pod["spec"]["containers"][0]["args"][1], pod["metadata"]["labels"])
                 if pod["spec"].get("nodeName") or name not in self.seen:

@@ -340,8 +340,18 @@ def test_storage_stays_away(
     command = [sys.executable, "-m", "zoosplat_ingest", "--project", f"s3://{bucket}/away", "--workers", "1"]
     stage = Run(tmp_path / "logs", command, own_s3.env)
     first = "away/_marks/ingest/shard-00000-of-00003.json"
-    until(lambda: first in own_s3.objects(bucket), pause=0.01)
+
+    def reached() -> bool:
+        """Looks while the stage stands still, which otherwise may have ended by the time of the answer."""
+        stage.process.send_signal(signal.SIGSTOP)
+        if first in own_s3.objects(bucket):
+            return True
+        stage.process.send_signal(signal.SIGCONT)
+        return False
+
+    until(reached, pause=0.02)
     own_s3.stop()
+    stage.process.send_signal(signal.SIGCONT)
     try:
         status = stage.ended()
     finally:
