@@ -34,6 +34,7 @@ OTHERS = {
     "batch": ["ingest.image_downsample=2", "train.batch_frames=8", "model.base_filters=16"],
     "fp32": ["ingest.image_downsample=2", "model.precision=fp32", "model.base_filters=16", "crop.grid_size=160"],
     "2d": ["ingest.image_downsample=4", "model.gaussian_mode=2d", "model.base_filters=16"],
+    "published": ["ingest.image_downsample=4", "model.network=published"],
 }
 
 

@@ -15,6 +15,7 @@ from zoosplat.config import Experiment, read_config
 from zoosplat.memory import GIB, PROFILES, Sizes, advice, parameters, peak_gpu_bytes, smallest_fitting, training
 from zoosplat_flows.cli import app
 from zoosplat_flows.plan import profile_overrides
+from zoosplat_model.published import PublishedStack
 from zoosplat_model.unet import UNetStack
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,15 @@ def test_weights_are_those_of_the_network(filters: int, poolings: int, unets: in
     asked = experiment(**{f"model__{key}": value for key, value in changes.items()})
     there = sum(p.numel() for p in stack.parameters())
     assert parameters(asked, 32 * 32 * 16) == pytest.approx(there, rel=0.04)
+
+
+def test_weights_of_the_published_network_are_the_52_million_it_is_known_for() -> None:
+    shape = (96, 80, 64)
+    with torch.device("meta"):
+        stack = PublishedStack(3, 8, 4, 512, shape)
+    there = sum(p.numel() for p in stack.parameters())
+    assert there == pytest.approx(52e6, rel=0.01)
+    assert parameters(experiment(model__network="published"), math.prod(shape)) == pytest.approx(there, rel=0.002)
 
 
 # GiB of one H200 by benchmarks/memory.py: crop, pixels of a window, keys; what PyTorch held and CUDA took.

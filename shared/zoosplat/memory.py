@@ -69,11 +69,19 @@ def measured_sizes(project: Project, experiment: Experiment) -> Sizes:
 def parameters(experiment: Experiment, voxels: int) -> int:
     """Weights of the U-Nets; the head has a few hundred."""
     model = experiment.model
-    widths = [model.base_filters << level for level in range(1, model.poolings + 1)]
-    blocks = [*pairwise([64, *widths]), *((deep + here, here) for here, deep in pairwise(widths))]
+    if model.network == "published":
+        widths = [model.base_filters << level for level in range(model.poolings + 1)]
+        blocks = [*pairwise([4, *widths]), *((2 * here, here) for here in widths[:-1])]
+        doublings = sum(8 * here * deep for here, deep in pairwise(widths))
+        width = model.bottleneck or 512
+        bottom = 2 * width * widths[-1] * (voxels >> 3 * model.poolings) + width**2
+    else:
+        widths = [model.base_filters << level for level in range(1, model.poolings + 1)]
+        blocks = [*pairwise([64, *widths]), *((deep + here, here) for here, deep in pairwise(widths))]
+        doublings = 33 * widths[0]  # the last one, which unfolds
+        bottom = 2 * model.bottleneck * widths[-1] * (voxels >> 3 * model.poolings)
     convolutions: int = sum(27 * (a * b + b * b) + 4 * b for a, b in blocks)
-    bottom = 2 * model.bottleneck * widths[-1] * (voxels >> 3 * model.poolings)
-    return model.num_unets * (convolutions + bottom + 33 * widths[0])
+    return model.num_unets * (convolutions + doublings + bottom)
 
 
 def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, float]:
@@ -87,16 +95,21 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
     size = sizes or sizes_of(experiment)
     model, batch = experiment.model, experiment.train.batch_frames
     weights = parameters(experiment, size.voxels)
-    # Kept for the gradients, an element of a level's width each: 4 results of a block going down, 3 more where it is
-    # joined with the deeper one, going up. A level deeper has an eighth of the voxels and twice the channels.
-    levels = range(1, model.poolings + 1)
-    kept = sum(4 / 4**k for k in levels) + sum(7.1 / 4**k for k in levels[:-1])
-    if model.base_filters & (
-        model.base_filters - 1
-    ):  # Triton's kernels want powers of 2; the plain functions keep more
-        kept *= PLAIN
-    element = 4 if model.precision == "fp32" else 2
-    cast = 0 if model.precision == "fp32" else 2 * weights
+    # Kept for the gradients, an element of a level's width each. A level deeper has an eighth of the voxels and twice
+    # the channels.
+    if model.network == "published":
+        # 4 results of a block, 2 inputs of one going up, and 3/8 of what was halved: its maxima and their places.
+        levels = range(model.poolings)
+        kept = 4 / 4**model.poolings + sum(10.4 / 4**k for k in levels)
+        cast, element = 0.0, 4
+    else:
+        # 4 results of a block going down, 3 more where it is joined with the deeper one, going up.
+        levels = range(1, model.poolings + 1)
+        kept = sum(4 / 4**k for k in levels) + sum(7.1 / 4**k for k in levels[:-1])
+        if model.base_filters & (model.base_filters - 1):  # Triton wants powers of 2; the plain functions keep more
+            kept *= PLAIN
+        element = 4 if model.precision == "fp32" else 2
+        cast = 0.0 if model.precision == "fp32" else 2.0 * weights
     unets = batch * size.voxels * model.num_unets * element * (8 + kept * model.base_filters) + cast
     volumes = batch * size.voxels * (128 + 16 * element)
     carving = size.voxels * (93 * size.views + 56 + 32 * (batch - 1)) + 16 * size.views * size.pixels
