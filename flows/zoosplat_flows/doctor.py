@@ -140,7 +140,9 @@ def build_kernels() -> None:
         return
     began = time.monotonic()
     kernels.build([f"{major}.{minor}" for major, minor in sorted(found)], kernels.show)
-    kernels.show(f"gsplat's kernels compiled in {time.monotonic() - began:.0f} s\n")
+    kernels.show(f"gsplat's kernels compiled in {time.monotonic() - began:.0f} s")
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
 
 
 def _video() -> Finding:

@@ -40,7 +40,7 @@ def compiler_packages(cuda: str) -> list[str]:
 def build(archs: Sequence[str], progress: Progress) -> None:
     """Compile the kernels for some compute capabilities ("9.0") and put them into the environment's gsplat.
 
-    Minutes; `progress` is told what is going on, in a line each time.
+    Minutes; `progress` is told what is going on, in a line each time, and in the end an empty one.
 
     Raises:
         UserError: torch, gsplat, a compiler or the permission to write is missing, or the sources do not compile.
@@ -50,12 +50,16 @@ def build(archs: Sequence[str], progress: Progress) -> None:
     if not os.access(gsplat, os.W_OK):
         raise UserError(f"{gsplat}: gsplat's kernels are put there and it cannot be written; use a virtual environment")
     _check_host_compiler()
+    (gsplat / "csrc.py").unlink(missing_ok=True)  # of another GPU: gsplat would be content with it
     with tempfile.TemporaryDirectory(prefix="zoosplat-kernels-") as folder:
         home = _toolkit(cuda)
         if home is None:
             progress(f"fetching NVIDIA's compiler for CUDA {cuda}")
-            home = _fetched(cuda, Path(folder) / "compiler")
-        library = _compiled(gsplat, home, archs, Path(folder), progress)
+        try:
+            home = home or _fetched(cuda, Path(folder) / "compiler")
+            library = _compiled(gsplat, home, archs, Path(folder), progress)
+        finally:
+            progress("")
         shutil.copy(library, gsplat / f".{NAME}.so")
     # csrc.py last: gsplat fails on one that has nothing to import, and must not see half a library.
     (gsplat / f".{NAME}.so").replace(gsplat / f"{NAME}.so")
@@ -183,10 +187,10 @@ def _last_line(text: str) -> str:
 
 
 def show(line: str) -> None:
-    """Print what is going on: over the line before on a terminal."""
+    """Print what is going on: on a terminal over the line before, which an empty one wipes out."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-    else:
+    elif line:
         print(line, file=sys.stderr, flush=True)
 
 

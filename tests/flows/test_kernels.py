@@ -28,6 +28,7 @@ def gsplat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "cuda" / "__init__.py").touch()
     (folder / "cuda" / "_backend.py").write_text(
         "import os, pathlib, subprocess, sysconfig\n"
+        "assert not pathlib.Path(__file__).parents[1].joinpath('csrc.py').exists()\n"
         "place = pathlib.Path(os.environ['TORCH_EXTENSIONS_DIR']) / 'py' / 'gsplat_cuda'\n"
         "place.mkdir(parents=True)\n"
         "(place / 'a.c').write_text('''#include <Python.h>\n"
@@ -50,6 +51,7 @@ def gsplat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_kernels_are_compiled_put_where_gsplat_looks_and_load(gsplat: Path) -> None:
     told: list[str] = []
+    (gsplat / "csrc.py").write_text("archs = 'of another GPU'\n")
     kernels.build(["8.0", "9.0"], told.append)
     assert told[0] == "compiling gsplat's kernels for 8.0, 9.0: 0 of 2 files, 0 s"
     program = "from gsplat import csrc; print(csrc.archs)"
