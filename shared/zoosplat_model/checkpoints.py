@@ -97,10 +97,13 @@ def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Put back what `named_state` gave, on the parameters' devices, where fused Adam has all of it."""
+    """Put back what `named_state` gave, where fused Adam wants it: on the parameters' devices, in their layouts."""
     for name, p in model.named_parameters():
         if name in state:
-            optimizer.state[p] = {key: value.to(p.device) for key, value in state[name].items()}
+            optimizer.state[p] = {
+                key: torch.empty_like(p).copy_(value) if value.shape == p.shape else value.to(p.device)
+                for key, value in state[name].items()
+            }
 
 
 def save(
