@@ -2,7 +2,8 @@
 
 The coefficients are bytes of the tensors that live at once in `zoosplat_train.ops.Trainer`, counted over a step: what
 autograd keeps of the U-Nets (bfloat16), the volumes, samples and pictures of carving, drawing and losses (float32).
-What surrounds them, CONTEXT and UNUSED, is from benchmarks/memory.py, which compares the prediction with a GPU.
+What surrounds them, CONTEXT and UNUSED, is from benchmarks/memory.py and benchmarks/profiles.py, which compare the
+prediction with a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ VALID_FRAMES = 24  # frames in a validation at most, evenly spread over the spli
 AHEAD = 8  # frames that are read while one is worked on
 CONTEXT = 1.0 * GIB  # of CUDA, cuDNN and the kernels, outside PyTorch's own memory; measured on an H200
 UNUSED = 1.15  # memory that PyTorch holds over what its tensors take: blocks that fit nothing
+UNUSED_ONCE = 1.6  # the same in the first validation, whose blocks are new
 TILES = 3  # of 8 x 8 pixels that a Gaussian covers in a view, in the recordings measured
 PLAIN = 2.6  # what normalisation without Triton keeps, over that with it
 USABLE = 0.95  # of a GPU's memory: the rest is the driver's and the desktop's
@@ -131,8 +133,12 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
     most = CACHE_BYTES // (4 * frame)
     frames = most if size.frames is None else size.frames
     recording = 4 * frame * (min(frames, frames // 3 + VALID_FRAMES) if frames <= most else AHEAD)
+    # It runs once unrecorded, beside the memory that the recorded step keeps. Carving takes most of it.
+    alone = size.voxels * (93 * size.views + 56) + 16 * size.views * size.pixels
+    validation = UNUSED_ONCE * alone if model.gaussian_mode == "3d" else 0.0
     parts = {
         "CUDA": CONTEXT,
+        "first validation": validation,
         "weights, averages, optimiser": 20.0 * weights + 24 * size.voxels,
         "recording": float(recording),
         "frames of a step": 16.0 * frame * 3 * batch,
