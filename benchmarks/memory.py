@@ -19,7 +19,7 @@ import yaml
 from train_step import OBSERVED, Scene, median_ms, settings
 
 from zoosplat.config import Experiment
-from zoosplat.memory import GIB, Sizes, peak_gpu_bytes
+from zoosplat.memory import GIB, Sizes, training
 from zoosplat_train.ops import Trainer
 
 CAPS = {"12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB
@@ -34,6 +34,7 @@ OTHERS = {
     "batch": ["ingest.image_downsample=2", "train.batch_frames=8", "model.base_filters=16"],
     "fp32": ["ingest.image_downsample=2", "model.precision=fp32", "model.base_filters=16", "crop.grid_size=160"],
     "2d": ["ingest.image_downsample=4", "model.gaussian_mode=2d", "model.base_filters=16"],
+    "published": ["ingest.image_downsample=4", "model.network=published"],
 }
 
 
@@ -46,7 +47,8 @@ def measure(name: str, experiment: Experiment, cap_gib: int, context: int, devic
     scene = Scene(device, width, height, experiment.crop.grid_size)
     voxels: int = math.prod(stop - start for start, stop in scene.volume_idx)
     sizes = Sizes(voxels, width * height, len(OBSERVED), scene.n_cameras, 0)
-    predicted = peak_gpu_bytes(experiment, sizes) / GIB
+    parts = training(experiment, sizes)
+    predicted = (sum(parts.values()) - parts["first validation"]) / GIB  # only steps are taken here
     result = f"{'out of memory':>38}"
     try:
         batch = experiment.train.batch_frames

@@ -20,7 +20,7 @@ from zoosplat.errors import UserError
 from zoosplat.pipeline import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.stage import run_stage
-from zoosplat_evaluate import ops
+from zoosplat_evaluate import ops, stage
 from zoosplat_evaluate.stage import STAGE
 from zoosplat_model.frames import Frame
 from zoosplat_model.metrics import METRICS
@@ -156,6 +156,13 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(tmp_path: Pa
     assert mark["figures"]["held_out"]["iou"] == pytest.approx((2 + half) / 3, abs=1e-5)
     assert mark["figures"]["observed"]["iou"] == 1
 
+    # The model's colours are right: correcting them changes little, but never for the worse over the split.
+    for row in means.values():
+        assert float(row["l1_corrected"]) <= float(row["l1"]) + 0.02
+    assert mark["figures"]["held_out"]["psnr_corrected"] == pytest.approx(
+        float(means["mean_held_out"]["psnr_corrected"]), abs=1e-3
+    )
+
     gallery = json.loads(stores.read_bytes(project.path("evaluation", "gallery.json")))["pictures"]
     assert [(p["camera"], p["t"], p["kind"]) for p in gallery[:3]] == [
         ("top", 9, "worst"),
@@ -180,6 +187,32 @@ def test_coarser_metrics_without_held_out_views(tmp_path: Path) -> None:
     mark = project.read_mark("evaluate")
     assert mark is not None
     assert set(mark["figures"]) == {"observed"}
+
+
+@pytest.mark.usefixtures("with_ball")
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_cameras_that_differ_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    # The photographs of one camera are darker by a known map: the plain figures suffer, the corrected ones do not; also
+    # where not all frames may be kept for the fit.
+    monkeypatch.setattr(stage, "FIT_BYTES", 0)
+    monkeypatch.setattr(stage, "FIT_LEAST", most)
+    rendered: list[int] = []
+    gaussians = Predictor.gaussians
+    monkeypatch.setattr(Predictor, "gaussians", lambda self, t: rendered.append(t) or gaussians(self, t))  # type: ignore[func-returns-value]
+    project = make_project(tmp_path, experiment(evaluate={"gallery_frames": 0}))
+    images = stores.open_group(project.output_url("pack"), write=True)
+    rgb = schema.array(images, "rgb")
+    values = np.asarray(rgb[...])
+    values[:, 0] = np.rint(0.5 * values[:, 0])
+    rgb[...] = values
+    run_stage(STAGE, project)
+    assert sorted(rendered[:3]) == [8, 9, 10]  # each frame once, then the gallery's
+    rows = rows_of(project, "metrics_test.csv")
+    means = {r["camera"]: {k: float(v) for k, v in r.items() if k != "camera"} for r in rows}
+    assert means["left"]["l1"] > 3 * means["right"]["l1"]
+    assert means["left"]["l1_corrected"] < 0.5 * means["left"]["l1"]  # the rest: white that was darkened too, at edges
+    assert means["left"]["psnr_corrected"] > means["left"]["psnr"] + 3
+    assert means["right"]["l1_corrected"] == pytest.approx(means["right"]["l1"], rel=0.1)
 
 
 @pytest.mark.parametrize(

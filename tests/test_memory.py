@@ -15,6 +15,7 @@ from zoosplat.config import Experiment, read_config
 from zoosplat.memory import GIB, PROFILES, Sizes, advice, parameters, peak_gpu_bytes, smallest_fitting, training
 from zoosplat_flows.cli import app
 from zoosplat_flows.plan import profile_overrides
+from zoosplat_model.published import PublishedStack
 from zoosplat_model.unet import UNetStack
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,16 @@ def test_weights_are_those_of_the_network(filters: int, poolings: int, unets: in
     assert parameters(asked, 32 * 32 * 16) == pytest.approx(there, rel=0.04)
 
 
-# GiB of one H200 by benchmarks/memory.py: crop, pixels of a window, keys; what PyTorch held and CUDA took.
+def test_weights_of_the_published_network_are_the_52_million_it_is_known_for() -> None:
+    shape = (96, 80, 64)
+    with torch.device("meta"):
+        stack = PublishedStack(3, 8, 4, 512, shape)
+    there = sum(p.numel() for p in stack.parameters())
+    assert there == pytest.approx(52e6, rel=0.01)
+    assert parameters(experiment(model__network="published"), math.prod(shape)) == pytest.approx(there, rel=0.002)
+
+
+# GiB of steps on one H200 by benchmarks/memory.py: crop, pixels of a window, keys; what PyTorch held and CUDA took.
 MEASURED: list[tuple[tuple[int, int, int], int, dict[str, Any], float]] = [
     ((96, 80, 64), FULL // 16, {}, 1.40),
     ((96, 80, 64), FULL // 16, {"model__base_filters": 32}, 3.16),
@@ -49,6 +59,7 @@ MEASURED: list[tuple[tuple[int, int, int], int, dict[str, Any], float]] = [
     ((96, 80, 64), FULL // 4, {"train__batch_frames": 8, "model__base_filters": 16}, 3.99),
     ((144, 128, 96), FULL // 4, {"model__precision": "fp32", "model__base_filters": 16}, 3.26),
     ((96, 80, 64), FULL // 16, {"model__gaussian_mode": "2d", "model__base_filters": 16}, 1.62),
+    ((96, 80, 64), FULL // 16, {"model__network": "published"}, 2.95),
     ((144, 128, 96), FULL // 4, {"model__base_filters": 16, "model__max_gaussians": 32000}, 2.74),
     ((176, 144, 112), FULL // 4, {"model__base_filters": 32, "model__max_gaussians": 64000}, 5.66),
     ((224, 192, 160), FULL // 4, {"model__base_filters": 32, "model__max_gaussians": 64000}, 9.53),
@@ -60,8 +71,28 @@ MEASURED: list[tuple[tuple[int, int, int], int, dict[str, Any], float]] = [
 def test_prediction_is_within_15_percent_of_an_h200(
     grid: tuple[int, int, int], pixels: int, changes: dict[str, Any], measured: float
 ) -> None:
-    sizes = Sizes(math.prod(grid), pixels, views=4, cameras=6, frames=0)
-    assert peak_gpu_bytes(experiment(**changes), sizes) / GIB == pytest.approx(measured, rel=0.15)
+    parts = training(experiment(**changes), Sizes(math.prod(grid), pixels, views=4, cameras=6, frames=0))
+    steps = sum(parts.values()) - parts["first validation"]
+    assert steps / GIB == pytest.approx(measured, rel=0.15)
+
+
+# GiB of whole trainings of a recording of 300 frames on one H200, by benchmarks/profiles.py.
+TRAINED = [
+    ("", 0.336e6, 256 * 288, 1.7),
+    ("12gb", 1.16e6, 352 * 480, 3.2),
+    ("24gb", 2.03e6, 352 * 480, 5.9),
+    ("48gb", 4.64e6, 352 * 480, 11.6),
+    ("80gb", 4.67e6, 704 * 960, 18.9),
+]
+
+
+@pytest.mark.parametrize(("profile", "voxels", "pixels", "measured"), TRAINED)
+def test_whole_trainings_are_predicted_within_15_percent(
+    profile: str, voxels: float, pixels: int, measured: float
+) -> None:
+    asked = read_config(MOUSE, profile_overrides(profile)) if profile else experiment()
+    sizes = Sizes(int(voxels), pixels, views=4, cameras=6, frames=300)
+    assert peak_gpu_bytes(asked, sizes) / GIB == pytest.approx(measured, rel=0.15)
 
 
 def test_peak_is_the_sum_of_its_parts_and_grows_with_every_key() -> None:

@@ -25,23 +25,13 @@ RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q -r /wanted/uv.tx
 # Architectures, such as "9.0" or "8.0 8.6 8.9 9.0 12.0"; none: no kernels, the images rasterise on the CPU alone.
 ARG GSPLAT_ARCHS="8.0 8.6 8.9 9.0 12.0"
 ARG MAX_JOBS=2
+COPY shared/zoosplat/errors.py /build/zoosplat/errors.py
+COPY flows/zoosplat_flows/kernels.py /build/kernels.py
 RUN if [ -n "$GSPLAT_ARCHS" ]; then \
         if ! command -v g++ || ! [ -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; then \
             apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ $([ -d /usr/local/include/python3* ] || echo python3-dev); \
         fi \
-        && site=$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
-        && cuda=$(/opt/venv/bin/python -c 'import torch; print(torch.version.cuda)') \
-        && cp -a /opt/venv /tmp/compile && sed -i 's|/opt/venv|/tmp/compile|g' /tmp/compile/bin/activate \
-        && /tmp/tools/bin/uv pip install -q --python /tmp/compile/bin/python ninja setuptools "nvidia-cuda-nvcc==$cuda.*" \
-            "nvidia-cuda-crt==$cuda.*" "nvidia-nvvm==$cuda.*" nvidia-cuda-cccl \
-        && export CUDA_HOME="/tmp/compile/${site#/opt/venv/}/nvidia/cu${cuda%%.*}" \
-        && ln -sfn lib "$CUDA_HOME/lib64" && ln -sf "libcudart.so.${cuda%%.*}" "$CUDA_HOME/lib/libcudart.so" \
-        && TORCH_CUDA_ARCH_LIST="$GSPLAT_ARCHS" MAX_JOBS="$MAX_JOBS" TORCH_EXTENSIONS_DIR=/tmp/kernels \
-            PATH="/tmp/compile/bin:$PATH" /tmp/compile/bin/python -c 'import gsplat.cuda._backend as b; assert b._C' \
-        # Where gsplat looks for kernels before it looks for a toolkit, which is not there later.
-        && cp /tmp/kernels/*/gsplat_cuda.so "$site/gsplat/" \
-        && echo 'from gsplat.gsplat_cuda import *' > "$site/gsplat/csrc.py" \
-        && rm -rf /tmp/compile; \
+        && PATH="/tmp/tools/bin:$PATH" PYTHONPATH=/build /opt/venv/bin/python /build/kernels.py $GSPLAT_ARCHS; \
     fi
 # Some packages hold templates that are not Python: what cannot be compiled is no failure.
 RUN /tmp/tools/bin/uv pip uninstall -q --python /opt/venv ninja \

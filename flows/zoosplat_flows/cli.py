@@ -190,12 +190,19 @@ def doctor(
     project: Annotated[
         str | None, typer.Argument(metavar="[URL]", help="A folder or s3:// URL that must be readable and writable.")
     ] = None,
+    build_kernels: Annotated[
+        bool,
+        typer.Option("--build-kernels", help="First compile gsplat's kernels for the GPU, without a CUDA toolkit."),
+    ] = False,
 ) -> None:
     """Check this machine: Python, torch, GPU, rasteriser, video libraries, Prefect, S3.
 
     Exit status 0 unless something that every run needs is broken.
     """
     from zoosplat_flows import doctor as module
+
+    if build_kernels:
+        module.build_kernels()
 
     raise typer.Exit(0 if module.examine(project) else 1)
 

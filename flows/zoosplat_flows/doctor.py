@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,9 +15,23 @@ from rich.console import Console
 from rich.markup import escape
 
 from zoosplat.errors import UserError
+from zoosplat_flows import kernels
 from zoosplat_flows.status import memory
 
 WAIT_S = 60
+# gsplat compiles its kernels when they are first asked for and a toolkit is there: so they are asked for only if they
+# are in its folder or in the cache of torch's extensions.
+PROBE = """
+import pathlib, torch, gsplat
+from torch.utils.cpp_extension import _get_build_directory
+try:
+    import gsplat.csrc
+except ModuleNotFoundError:
+    if not pathlib.Path(_get_build_directory("gsplat_cuda", False), "gsplat_cuda.so").exists():
+        raise SystemExit("they are not compiled")
+gsplat.quat_scale_to_covar_preci(torch.ones(1, 4, device="cuda"), torch.ones(1, 3, device="cuda"))
+torch.cuda.synchronize()
+"""
 
 
 @dataclass(frozen=True)
@@ -94,16 +109,40 @@ def _gsplat() -> Finding:
     missing = _package("gsplat", "train", required=False)
     if missing.state != "ok":
         return missing
-    # In a process of its own: importing the kernels may compile them, for minutes.
-    probe = "import gsplat.cuda._backend as b; raise SystemExit(0 if b._C is not None else 3)"
+    reason = _why_not()
+    if reason is None:
+        return Finding("gsplat", "ok", f"{missing.text}, kernels run")
+    return Finding("gsplat", "problem", f"{missing.text}, no kernels: {reason}; run `zoosplat doctor --build-kernels`")
+
+
+def _why_not() -> str | None:
+    """Why gsplat's kernels do not run on the GPU; None: they do. In a process of its own, that compiles nothing."""
     try:
-        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=WAIT_S)
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=WAIT_S)
     except subprocess.TimeoutExpired:
-        return Finding("gsplat", "ok", f"{missing.text}, kernels not compiled yet: the first training does, in minutes")
-    if done.returncode == 0:
-        return Finding("gsplat", "ok", f"{missing.text}, kernels load")
-    last = (done.stderr.strip().splitlines() or ["no CUDA toolkit found to compile them"])[-1]
-    return Finding("gsplat", "problem", f"{missing.text}, kernels do not load ({last}); set CUDA_HOME")
+        return f"no answer in {WAIT_S} s"
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["they do not load"])[-1]
+
+
+def build_kernels() -> None:
+    """Compile gsplat's kernels for the GPUs that are here, unless they run already.
+
+    Raises UserError where there is no GPU, or they cannot be compiled.
+    """
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        raise UserError(f"torch: {error}; pip install 'zoosplat[train]'") from None
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if not found:
+        raise UserError("no GPU that torch can use: gsplat's kernels are compiled on the machine that has one")
+    if _why_not() is None:
+        return
+    began = time.monotonic()
+    kernels.build([f"{major}.{minor}" for major, minor in sorted(found)], kernels.show)
+    kernels.show(f"gsplat's kernels compiled in {time.monotonic() - began:.0f} s")
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
 
 
 def _video() -> Finding:

@@ -352,6 +352,7 @@ def _read_csv(url: str) -> list[dict[str, str]]:
 def _label(name: str) -> str:
     """A column's name as people write it."""
     known = {"psnr": "PSNR (dB)", "ssim": "SSIM", "l1": "L1", "mae": "MAE"}
+    known |= {f"{key}_corrected": f"{known[key]}, colours corrected" for key in ("l1", "psnr")}
     return known.get(name) or name.replace("_", " ").replace("iou", "IoU").replace("ssim", "SSIM")
 
 

@@ -166,6 +166,9 @@ class Pack(_Section):
 class Model(_Section):
     """The network and its Gaussians."""
 
+    network: Literal["zoosplat", "published"] = Field(
+        default="zoosplat", description="published: that of arXiv 2505.18342, for comparison; slow"
+    )
     volume_fill_color: Annotated[Weight, Field(le=1)] = Field(default=0.38, description="grey of empty voxels, 0 to 1")
     num_unets: Count = Field(default=3, description="3D U-Nets in a row")
     base_filters: Count = Field(default=8, description="channels of the first level of a U-Net")
@@ -173,7 +176,9 @@ class Model(_Section):
         default=4, description="halvings of the resolution in a U-Net, 1 to 4"
     )
     bottleneck: Index = Field(
-        default=0, description="width of a perceptron over the whole volume at the bottom of a U-Net; 0: none"
+        default=0,
+        description="width of a perceptron over the whole volume at the bottom of a U-Net; 0: none, or the "
+        "published network's 512",
     )
     gaussian_mode: Literal["3d", "2d"] = Field(default="3d", description="3D Gaussians, or flat ones (surfels)")
     precision: Literal["auto", "fp32"] = Field(

@@ -2,7 +2,8 @@
 
 The coefficients are bytes of the tensors that live at once in `zoosplat_train.ops.Trainer`, counted over a step: what
 autograd keeps of the U-Nets (bfloat16), the volumes, samples and pictures of carving, drawing and losses (float32).
-What surrounds them, CONTEXT and UNUSED, is from benchmarks/memory.py, which compares the prediction with a GPU.
+What surrounds them, CONTEXT and UNUSED, is from benchmarks/memory.py and benchmarks/profiles.py, which compare the
+prediction with a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ VALID_FRAMES = 24  # frames in a validation at most, evenly spread over the spli
 AHEAD = 8  # frames that are read while one is worked on
 CONTEXT = 1.0 * GIB  # of CUDA, cuDNN and the kernels, outside PyTorch's own memory; measured on an H200
 UNUSED = 1.15  # memory that PyTorch holds over what its tensors take: blocks that fit nothing
+UNUSED_ONCE = 1.6  # the same in the first validation, whose blocks are new
 TILES = 3  # of 8 x 8 pixels that a Gaussian covers in a view, in the recordings measured
 PLAIN = 2.6  # what normalisation without Triton keeps, over that with it
 USABLE = 0.95  # of a GPU's memory: the rest is the driver's and the desktop's
@@ -69,11 +71,19 @@ def measured_sizes(project: Project, experiment: Experiment) -> Sizes:
 def parameters(experiment: Experiment, voxels: int) -> int:
     """Weights of the U-Nets; the head has a few hundred."""
     model = experiment.model
-    widths = [model.base_filters << level for level in range(1, model.poolings + 1)]
-    blocks = [*pairwise([64, *widths]), *((deep + here, here) for here, deep in pairwise(widths))]
+    if model.network == "published":
+        widths = [model.base_filters << level for level in range(model.poolings + 1)]
+        blocks = [*pairwise([4, *widths]), *((2 * here, here) for here in widths[:-1])]
+        doublings = sum(8 * here * deep for here, deep in pairwise(widths))
+        width = model.bottleneck or 512
+        bottom = 2 * width * widths[-1] * (voxels >> 3 * model.poolings) + width**2
+    else:
+        widths = [model.base_filters << level for level in range(1, model.poolings + 1)]
+        blocks = [*pairwise([64, *widths]), *((deep + here, here) for here, deep in pairwise(widths))]
+        doublings = 33 * widths[0]  # the last one, which unfolds
+        bottom = 2 * model.bottleneck * widths[-1] * (voxels >> 3 * model.poolings)
     convolutions: int = sum(27 * (a * b + b * b) + 4 * b for a, b in blocks)
-    bottom = 2 * model.bottleneck * widths[-1] * (voxels >> 3 * model.poolings)
-    return model.num_unets * (convolutions + bottom + 33 * widths[0])
+    return model.num_unets * (convolutions + doublings + bottom)
 
 
 def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, float]:
@@ -87,16 +97,21 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
     size = sizes or sizes_of(experiment)
     model, batch = experiment.model, experiment.train.batch_frames
     weights = parameters(experiment, size.voxels)
-    # Kept for the gradients, an element of a level's width each: 4 results of a block going down, 3 more where it is
-    # joined with the deeper one, going up. A level deeper has an eighth of the voxels and twice the channels.
-    levels = range(1, model.poolings + 1)
-    kept = sum(4 / 4**k for k in levels) + sum(7.1 / 4**k for k in levels[:-1])
-    if model.base_filters & (
-        model.base_filters - 1
-    ):  # Triton's kernels want powers of 2; the plain functions keep more
-        kept *= PLAIN
-    element = 4 if model.precision == "fp32" else 2
-    cast = 0 if model.precision == "fp32" else 2 * weights
+    # Kept for the gradients, an element of a level's width each. A level deeper has an eighth of the voxels and twice
+    # the channels.
+    if model.network == "published":
+        # 4 results of a block, 2 inputs of one going up, and 3/8 of what was halved: its maxima and their places.
+        levels = range(model.poolings)
+        kept = 4 / 4**model.poolings + sum(10.4 / 4**k for k in levels)
+        cast, element = 0.0, 4
+    else:
+        # 4 results of a block going down, 3 more where it is joined with the deeper one, going up.
+        levels = range(1, model.poolings + 1)
+        kept = sum(4 / 4**k for k in levels) + sum(7.1 / 4**k for k in levels[:-1])
+        if model.base_filters & (model.base_filters - 1):  # Triton wants powers of 2; the plain functions keep more
+            kept *= PLAIN
+        element = 4 if model.precision == "fp32" else 2
+        cast = 0.0 if model.precision == "fp32" else 2.0 * weights
     unets = batch * size.voxels * model.num_unets * element * (8 + kept * model.base_filters) + cast
     volumes = batch * size.voxels * (128 + 16 * element)
     carving = size.voxels * (93 * size.views + 56 + 32 * (batch - 1)) + 16 * size.views * size.pixels
@@ -118,8 +133,12 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
     most = CACHE_BYTES // (4 * frame)
     frames = most if size.frames is None else size.frames
     recording = 4 * frame * (min(frames, frames // 3 + VALID_FRAMES) if frames <= most else AHEAD)
+    # It runs once unrecorded, beside the memory that the recorded step keeps. Carving takes most of it.
+    alone = size.voxels * (93 * size.views + 56) + 16 * size.views * size.pixels
+    validation = UNUSED_ONCE * alone if model.gaussian_mode == "3d" else 0.0
     parts = {
         "CUDA": CONTEXT,
+        "first validation": validation,
         "weights, averages, optimiser": 20.0 * weights + 24 * size.voxels,
         "recording": float(recording),
         "frames of a step": 16.0 * frame * 3 * batch,

@@ -65,7 +65,7 @@ PIPELINE: tuple[StageSpec, ...] = (
     ),
     StageSpec(
         "evaluate",
-        1,
+        2,
         ("evaluate", "-evaluate.device"),
         ("train", "pack", "center_rotation", "crop"),
         "evaluation",

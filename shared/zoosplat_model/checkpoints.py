@@ -1,7 +1,8 @@
 """Checkpoints of a training: written whole under a new name, then pointed to, so that no crash loses the last one.
 
-    model/checkpoints/step-XXXXXXXX.safetensors    weights, their average over the last steps, Adam's moments, progress
-                                                   (JSON, in the header); of the best one only average and progress
+    model/checkpoints/step-XXXXXXXX.safetensors    weights, their average over the last steps, Adam's moments; in the
+                                                   header the network's name and the progress (JSON); of the best
+                                                   one only average and header
     model/latest.json, model/best.json             which of them; replaced atomically after the file is there
 
 Nothing is pickled. No random state is kept: the order of frames is a function of seed and epoch.
@@ -56,6 +57,7 @@ class Checkpoint:
     """A checkpoint as read: weights, Adam's state by parameter name (`exp_avg`, `exp_avg_sq`, `step`), progress.
 
     Attributes:
+        network: whose weights they are, as `model.network` says.
         model: weights to train on from.
         average: weights to use.
     """
@@ -64,6 +66,7 @@ class Checkpoint:
     average: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     progress: Progress
+    network: str
 
     @property
     def step(self) -> int:
@@ -94,10 +97,13 @@ def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Put back what `named_state` gave, on the parameters' devices, where fused Adam has all of it."""
+    """Put back what `named_state` gave, where fused Adam wants it: on the parameters' devices, in their layouts."""
     for name, p in model.named_parameters():
         if name in state:
-            optimizer.state[p] = {key: value.to(p.device) for key, value in state[name].items()}
+            optimizer.state[p] = {
+                key: torch.empty_like(p).copy_(value) if value.shape == p.shape else value.to(p.device)
+                for key, value in state[name].items()
+            }
 
 
 def save(
@@ -120,11 +126,12 @@ def save(
     for name, state in named_state(model, optimizer).items():
         tensors.update({f"optimizer.{k}.{name}": v for k, v in state.items()})
     name = _name(progress.step)
-    _write(project, name, tensors, progress)
+    network = str(getattr(model, "network", ""))
+    _write(project, name, tensors, progress, network)
     if progress.best_step is not None:
         if best is not None and progress.best_step != progress.step:
             at_best = replace(progress, step=progress.best_step)
-            _write(project, _name(progress.best_step), {f"average.{k}": v for k, v in best.items()}, at_best)
+            _write(project, _name(progress.best_step), {f"average.{k}": v for k, v in best.items()}, at_best, network)
         # Every time: a kill between two of these writes must not leave `best` at a file that is deleted later.
         pointer = {"checkpoint": _name(progress.best_step), "step": progress.best_step, "valid_loss": progress.best}
         stores.write_json(_pointer_url(project, "best"), pointer)
@@ -141,9 +148,9 @@ def save(
             stores.delete(stores.join(_folder(project), other))
 
 
-def _write(project: Project, name: str, tensors: dict[str, Tensor], progress: Progress) -> None:
+def _write(project: Project, name: str, tensors: dict[str, Tensor], progress: Progress, network: str) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = {"progress": json.dumps(asdict(progress), sort_keys=True)}
+    header = {"progress": json.dumps(asdict(progress), sort_keys=True), "network": network}
     stores.write_bytes(stores.join(_folder(project), name), safetensors.torch.save(tensors, header))
 
 
@@ -178,4 +185,5 @@ def _parse(data: bytes) -> Checkpoint:
         else:
             quantity, _, parameter = name.partition(".")
             optimizer.setdefault(parameter, {})[quantity] = tensor
-    return Checkpoint(weights["model"], weights["average"], optimizer, Progress(**json.loads(metadata["progress"])))
+    progress = Progress(**json.loads(metadata["progress"]))
+    return Checkpoint(weights["model"], weights["average"], optimizer, progress, metadata["network"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-METRICS = ("l1", "mae", "iou", "soft_iou", "psnr", "ssim")
+METRICS = ("l1", "mae", "iou", "soft_iou", "psnr", "ssim", "l1_corrected", "psnr_corrected")
 SSIM_RADIUS = 5  # of the 11 x 11 Gaussian window
 SSIM_SIGMA = 1.5
 PSNR_MAX = 100.0  # dB; of equal pictures, so that means stay finite
@@ -20,6 +20,7 @@ def frame_metrics(
     width: int,
     height: int,
     downsample: int = 1,
+    color: Tensor | None = None,  # [C, 4, 3]
 ) -> Tensor:
     """Metrics of one frame's renderings against its photographs, a row a camera.
 
@@ -37,12 +38,13 @@ def frame_metrics(
         width: of the whole frame, pixels before downsampling.
         height: likewise; both at least 6 after downsampling.
         downsample: integer factor d.
+        color: affine map of each camera's renderings, from `ColorFit`, for the corrected l1 and psnr; default: none.
 
     Returns:
-        [C, 6] float64, columns as `METRICS`: l1 = sum over pixels and channels of |error| / mask area; mae = mean of
+        [C, 8] float64, columns as `METRICS`: l1 = sum over pixels and channels of |error| / mask area; mae = mean of
         |error| over pixels and channels; iou of alpha > 0.5 and the mask; soft_iou = sum(a m) / sum(a + m - a m);
         psnr in dB for peak 1, at most 100; ssim as torchmetrics computes it (11 x 11 Gaussian, data range 1, frame
-        reflected at its border, mean over pixels and channels).
+        reflected at its border, mean over pixels and channels); l1 and psnr of the rendering after `color`.
 
     Raises:
         ValueError: the downsampled frame is smaller than 6 pixels.
@@ -51,23 +53,65 @@ def frame_metrics(
     if min(width, height) <= SSIM_RADIUS:
         raise ValueError(f"a frame of {width} x {height} px is too small for SSIM")
     rows = []
+    corrected = rgb if color is None else recolored(rgb, alpha, color)
     for camera, (x, y) in enumerate(origin.tolist()):
+        pictures = (rgb[camera].clamp(0, 1), true_rgb[camera], corrected[camera].clamp(0, 1))
         layers = torch.cat(
-            [rgb[camera].clamp(0, 1), true_rgb[camera], alpha[camera, ..., None], mask[camera, ..., None]], dim=-1
-        ).double()  # [h, w, 8]
+            [*pictures, alpha[camera, ..., None], mask[camera, ..., None]], dim=-1
+        ).double()  # [h, w, 11]
         layers, x, y = _coarsen(layers, x, y, width, height, downsample)
-        rows.append(_metrics(layers[..., :3], layers[..., 3:6], layers[..., 6], layers[..., 7], x, y, width, height))
+        pictures = layers[..., :3], layers[..., 3:6], layers[..., 6:9]
+        rows.append(_metrics(*pictures, layers[..., 9], layers[..., 10], x, y, width, height))
     return torch.stack(rows)
 
 
+class ColorFit:
+    """The affine map of each camera's colours that brings renderings closest to the photographs, by least squares.
+
+    One map [4, 3] a camera for all frames: colour and 1 to colour, of what is opaque; white behind it stays white.
+    Fitted on the pixels of the masks. A colour that never varies keeps to the identity.
+    """
+
+    def __init__(self, n_cameras: int) -> None:
+        identity = torch.eye(4, 3, dtype=torch.float64)
+        self.products = 1e-3 * torch.eye(4, dtype=torch.float64).repeat(n_cameras, 1, 1)
+        self.targets = 1e-3 * identity.repeat(n_cameras, 1, 1)
+
+    def add(
+        self,
+        rgb: Tensor,  # [C, h, w, 3] on white
+        alpha: Tensor,  # [C, h, w]
+        true_rgb: Tensor,  # [C, h, w, 3]
+        mask: Tensor,  # [C, h, w]
+    ) -> None:
+        """Count a frame's renderings."""
+        behind = 1 - alpha[..., None].double()
+        known = torch.cat([rgb - behind, alpha[..., None].double()], -1) * (mask > 0)[..., None]
+        known, wanted = known.flatten(1, 2), (true_rgb - behind).flatten(1, 2)
+        self.products += (known.mT @ known).cpu()
+        self.targets += (known.mT @ wanted).cpu()
+
+    def solve(self) -> Tensor:
+        """[C, 4, 3] float64."""
+        color: Tensor = torch.linalg.solve(self.products, self.targets)
+        return color
+
+
+def recolored(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
+    """Renderings on white [C, h, w, 3] after the maps [C, 4, 3] of their colours."""
+    behind = 1 - alpha[..., None].double()
+    known = torch.cat([rgb - behind, 1 - behind], -1).flatten(1, 2)
+    return (known @ color.to(known)).view(rgb.shape) + behind
+
+
 def _coarsen(layers: Tensor, x: int, y: int, width: int, height: int, d: int) -> tuple[Tensor, int, int]:
-    """Average a window [h, w, 8] over the d x d squares of the whole frame that it touches; white around it."""
+    """Average a window [h, w, 11] over the d x d squares of the whole frame that it touches; white around it."""
     if d == 1:
         return layers, x, y
     h, w, n = layers.shape
     x0, y0 = x // d, y // d
     x1, y1 = min(-(-(x + w) // d), width), min(-(-(y + h) // d), height)
-    white = torch.tensor([1.0] * 6 + [0.0] * 2, dtype=layers.dtype, device=layers.device)
+    white = torch.tensor([1.0] * 9 + [0.0] * 2, dtype=layers.dtype, device=layers.device)
     padded = white.repeat((max(y1 * d, y + h) - y0 * d, max(x1 * d, x + w) - x0 * d, 1))
     padded[y - y0 * d : y - y0 * d + h, x - x0 * d : x - x0 * d + w] = layers
     padded = padded[: (y1 - y0) * d, : (x1 - x0) * d]
@@ -75,28 +119,37 @@ def _coarsen(layers: Tensor, x: int, y: int, width: int, height: int, d: int) ->
 
 
 def _metrics(
-    rgb: Tensor, photo: Tensor, alpha: Tensor, soft_mask: Tensor, x: int, y: int, width: int, height: int
+    rgb: Tensor,
+    photo: Tensor,
+    corrected: Tensor,
+    alpha: Tensor,
+    soft_mask: Tensor,
+    x: int,
+    y: int,
+    width: int,
+    height: int,
 ) -> Tensor:
     mask = (soft_mask >= 0.5).to(rgb.dtype)
     truth = photo * mask[..., None] + (1 - mask[..., None])
-    error = rgb - truth
     area = mask.sum()
-    l1_sum = error.abs().sum()
+    l1_sum = (rgb - truth).abs().sum()
     n_values = 3 * width * height
     inside = alpha > 0.5
     union = (inside | (mask > 0)).sum()
     overlap = alpha * mask
     soft_union = (alpha + mask - overlap).sum()
     one = torch.ones_like(area)
-    psnr = -10 * torch.log10(error.square().sum() / n_values)
+    psnrs = [-10 * torch.log10((p - truth).square().sum() / n_values) for p in (rgb, corrected)]
     return torch.stack(
         [
             torch.where(area > 0, l1_sum / area, torch.nan),
             l1_sum / n_values,
             torch.where(union > 0, (inside & (mask > 0)).sum() / union, one),
             torch.where(soft_union > 0, overlap.sum() / soft_union, one),
-            psnr.clamp(max=PSNR_MAX),
+            psnrs[0].clamp(max=PSNR_MAX),
             one - _dissimilarity(rgb, truth, x, y, width, height) / n_values,
+            torch.where(area > 0, (corrected - truth).abs().sum() / area, torch.nan),
+            psnrs[1].clamp(max=PSNR_MAX),
         ]
     )
 

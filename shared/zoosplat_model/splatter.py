@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -114,6 +115,7 @@ class PoseSplatter(nn.Module):
     """
 
     points: Tensor
+    network = "zoosplat"
     seen: Tensor  # [V] the observed cameras, for indexing without a copy from the CPU
     upright: Tensor  # [4] a quaternion
 
@@ -153,8 +155,14 @@ class PoseSplatter(nn.Module):
 
     @classmethod
     def of(cls, reader: FrameReader, experiment: Experiment) -> PoseSplatter:
-        """The network for a recording, untrained, on the CPU."""
+        """The network for a recording that `model.network` names, untrained, on the CPU."""
         settings = experiment.model
+        if settings.network == "published":
+            from zoosplat_model.published import PublishedSplatter  # which is made of this class
+
+            camera = reader.world_to_camera.cpu()
+            centers = -(camera[:, :3, :3].mT @ camera[:, :3, 3:])[..., 0]
+            cls = partial(PublishedSplatter, unit_m=float((centers - centers.mean(0)).norm(dim=1).max()))  # type: ignore[assignment]
         return cls(
             grid_points(reader.ell_m, reader.grid_size, reader.volume_idx),
             reader.voxel_size_m,

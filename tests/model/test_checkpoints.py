@@ -37,6 +37,23 @@ def files(project: Project) -> list[str]:
     return [n.removesuffix(".safetensors") for n in stores.list_files(project.path("model", "checkpoints"))]
 
 
+def test_moments_come_back_in_the_layout_of_the_weights() -> None:
+    # Fused Adam on a GPU refuses others: weights of convolutions are channels-last there, files are not.
+    model = nn.Conv3d(4, 6, 3).to(memory_format=torch.channels_last_3d)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 4, 5, 5, 5)).sum().backward()
+    optimizer.step()
+    there = checkpoints.named_state(model, optimizer)
+    saved = {name: {k: v.clone().contiguous() for k, v in state.items()} for name, state in there.items()}
+    assert saved["weight"]["exp_avg"].stride() != model.weight.stride()
+    other = torch.optim.Adam(model.parameters())
+    checkpoints.restore_state(model, other, saved)
+    for name, state in checkpoints.named_state(model, other).items():
+        for key, value in state.items():
+            assert torch.equal(value, there[name][key])
+            assert value.stride() == there[name][key].stride()
+
+
 def test_everything_comes_back(tmp_path: Path) -> None:
     project = Project.at(str(tmp_path))
     model, optimizer = trained(5)

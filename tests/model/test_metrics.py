@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from zoosplat_model.metrics import METRICS, frame_metrics, ssim_map
+from zoosplat_model.metrics import METRICS, ColorFit, frame_metrics, recolored, ssim_map
 
 
 def whole_frame_metrics(
@@ -39,6 +39,7 @@ def whole_frame_metrics(
                 float(structural_similarity_index_measure(pred, truth, data_range=1.0)),  # type: ignore[arg-type]
             ]
         )
+        rows[-1] += [rows[-1][0], rows[-1][4]]  # nothing to correct
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -101,14 +102,15 @@ def test_a_perfect_rendering() -> None:
     _, _, photo, mask = blob(1, 16, 16, seed=3)
     rgb = photo * mask[..., None] + (1 - mask[..., None].float())
     found = frame_metrics(rgb, mask.float(), photo, mask, torch.tensor([[0, 5]]), 40, 40)[0]
-    assert found.tolist() == [0, 0, 1, 1, 100, 1]
+    assert found.tolist() == [0, 0, 1, 1, 100, 1, 0, 100]
 
 
 def test_an_unseen_animal_has_no_mask_area() -> None:
     white, nothing = torch.ones(1, 8, 8, 3), torch.zeros(1, 8, 8)
-    l1, *rest = frame_metrics(white, nothing, white * 0.3, nothing > 0, torch.tensor([[4, 4]]), 20, 20)[0].tolist()
-    assert math.isnan(l1)
-    assert rest == [0, 1, 1, 100, 1]
+    found = frame_metrics(white, nothing, white * 0.3, nothing > 0, torch.tensor([[4, 4]]), 20, 20)[0].tolist()
+    assert math.isnan(found[0])
+    assert math.isnan(found[6])
+    assert [*found[1:6], found[7]] == [0, 1, 1, 100, 1, 100]
     false_alarm = frame_metrics(white * 0.5, nothing + 0.9, white, nothing > 0, torch.tensor([[4, 4]]), 20, 20)[0]
     assert false_alarm[2:4].tolist() == [0, 0]
 
@@ -128,7 +130,7 @@ def test_mask_cut_at_half_after_averaging() -> None:
     alpha[0, :, 1:3] = 1
     rgb = 1 - alpha[..., None].expand(1, 2, 4, 3)
     found = frame_metrics(rgb, alpha, torch.zeros(1, 2, 4, 3), mask, torch.tensor([[3, 2]]), 16, 16, 2)[0]
-    assert found.tolist() == [0, 0, 1, 1, 100, 1]
+    assert found.tolist() == [0, 0, 1, 1, 100, 1, 0, 100]
 
 
 def test_ssim_map_and_its_gradient_are_those_of_torchmetrics() -> None:
@@ -141,3 +143,41 @@ def test_ssim_map_and_its_gradient_are_those_of_torchmetrics() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     gradients = [torch.autograd.grad(value, pictures)[0] for value in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_a_known_colour_map_is_found_and_leaves_no_error(d: int) -> None:
+    # Photographs are renderings after a map of each camera's own that stays within 0 to 1.
+    g = torch.Generator().manual_seed(1)
+    color = torch.cat([torch.eye(3) * 0.6 + 0.1 * torch.rand(2, 3, 3, generator=g), torch.full((2, 1, 3), 0.05)], 1)
+    fit, frames = ColorFit(2), []
+    for t in range(3):
+        rgb, alpha, _, _ = blob(2, 24, 24, seed=t)
+        mask = alpha > 0
+        photo = recolored(rgb, alpha, color)
+        frames.append((rgb, alpha, photo, mask))
+        fit.add(rgb, alpha, photo, mask)
+    found = fit.solve()
+    torch.testing.assert_close(found, color.double(), rtol=0, atol=1e-4)
+    origin = torch.tensor([[4, 6], [0, 0]])
+    for images in frames:
+        values = frame_metrics(*images, origin, 60, 50, d, found)
+        plain = frame_metrics(*images, origin, 60, 50, d)
+        torch.testing.assert_close(values[:, :6], plain[:, :6])
+        assert (plain[:, 0] > 0.1).all()
+        if d == 1:  # else the soft mask at the edge is cut
+            assert (values[:, 6] < 1e-3).all()
+            assert (values[:, 7] > 75).all()
+        assert (values[:, 6] < plain[:, 0]).all()
+
+
+def test_the_colour_map_by_hand_for_one_colour_alone() -> None:
+    # A grey animal says nothing about the map of other colours: the smallest change from the identity.
+    rgb, alpha = torch.ones(1, 4, 4, 3), torch.zeros(1, 4, 4)
+    rgb[0, 1:3, 1:3], alpha[0, 1:3, 1:3] = 0.5, 1.0
+    fit = ColorFit(2)
+    fit.add(rgb.expand(2, -1, -1, -1), alpha.expand(2, -1, -1), rgb * 0.8, torch.stack([alpha[0] > 0, alpha[0] > 1]))
+    after = recolored(rgb.expand(2, -1, -1, -1), alpha.expand(2, -1, -1), fit.solve())
+    assert after[0, 1, 1].tolist() == pytest.approx([0.4] * 3, abs=1e-3)
+    assert after[0, 0, 0].tolist() == [1, 1, 1]
+    torch.testing.assert_close(after[1], rgb[0].double())  # never seen: as it is

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from zoosplat import media, stores
 from zoosplat.errors import UserError
@@ -14,11 +15,12 @@ from zoosplat.stage import Context, Plan, Result, Shard, Stage
 from zoosplat_evaluate import ops
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gpu_memory import out_of_memory
-from zoosplat_model.metrics import METRICS, SSIM_RADIUS, frame_metrics
+from zoosplat_model.metrics import METRICS, SSIM_RADIUS, ColorFit, frame_metrics
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.rasterize import Rendering
 
 IOU, PSNR = METRICS.index("iou"), METRICS.index("psnr")
+FIT_BYTES, FIT_LEAST = 1 << 30, 8  # of renderings that colours are fitted to, and frames at least
 
 
 def _downsample(ctx: Context, reader: FrameReader) -> int:
@@ -64,19 +66,37 @@ class Evaluate(Stage):
         predictor = Predictor.open(ctx.project, ctx.experiment, settings.device)
         reader, frames = predictor.reader, plan.values["frames"]
         factor = _downsample(ctx, reader)
-        measured = []
-        for done, frame in enumerate(reader.prefetch(frames)):
-            rgb, alpha = _render(predictor, frame)
-            size = reader.full_width, reader.full_height
-            measured.append(frame_metrics(rgb, alpha, frame.rgb, frame.mask, frame.origin, *size, factor).cpu().numpy())
-            ctx.progress(done + 1, len(frames), "")
-        values = np.stack(measured)  # [T, C, M]
+        size = reader.full_width, reader.full_height
+        color, kept = self._fit_color(predictor, frames)
+        measured = {}
+        # Those that were rendered for the fit first, so that their memory is soon free again.
+        for frame in reader.prefetch([*kept, *(t for t in frames if t not in kept)]):
+            rgb, alpha = (layer.to(reader.device) for layer in kept.pop(frame.t, None) or _render(predictor, frame))
+            images = rgb, alpha, frame.rgb, frame.mask, frame.origin
+            measured[frame.t] = frame_metrics(*images, *size, factor, color).cpu().numpy()
+            ctx.progress(len(measured), len(frames), "")
+        values = np.stack([measured[t] for t in frames])  # [T, C, M]
         self._write_tables(ctx, reader, frames, values)
         self._write_gallery(ctx, predictor, frames, values)
         means = ops.camera_means(values)
         groups = {"held_out": reader.held_out, "observed": reader.observed}
         figures = {name: _named(ops.group_means(means, cameras)) for name, cameras in groups.items() if cameras}
         return Result(len(frames), figures=figures)
+
+    def _fit_color(self, predictor: Predictor, frames: list[int]) -> tuple[Tensor, dict[int, Rendering]]:
+        """Affine map of each camera's colours [C, 4, 3], and the renderings that it was fitted to, on the CPU.
+
+        Fitted to frames that are evenly spread over the split, as many as memory may hold, so that none is rendered
+        twice: the twelve numbers of a camera are known from a few.
+        """
+        reader = predictor.reader
+        most = max(FIT_BYTES // (16 * reader.n_cameras * reader.height * reader.width), FIT_LEAST)
+        fit, kept = ColorFit(reader.n_cameras), {}
+        for frame in reader.prefetch(frames[:: -(-len(frames) // most)]):
+            rendering = _render(predictor, frame)
+            fit.add(*rendering, frame.rgb, frame.mask)
+            kept[frame.t] = Rendering(*(layer.cpu() for layer in rendering))
+        return fit.solve(), kept
 
     def _write(self, ctx: Context, name: str, data: bytes) -> None:
         stores.write_bytes(stores.join(ctx.project.output_url(self.name), name), data)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import subprocess
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +40,7 @@ def render(
         raise UserError(f"rasteriser backend gsplat needs CUDA tensors, these are on {means.device}: {instead}")
     if means.dtype.itemsize != 4:
         raise UserError(f"rasteriser backend gsplat needs float32, not {means.dtype}: {instead}")
-    try:
-        import gsplat
-        from gsplat.cuda._backend import _C as kernels
-    except ImportError as error:
-        raise UserError(f"rasteriser backend gsplat: {error}; install zoosplat[gpu] or {instead}") from error
-    if kernels is None:
-        raise UserError(f"rasteriser backend gsplat: no compiled kernels and no CUDA toolkit to build them; {instead}")
+    gsplat = _gsplat()
 
     # gsplat pads the channel counts it was not compiled for with uninitialised memory, whose gradients can be NaN.
     channels, views = colors.shape[-1], len(world_to_camera)
@@ -69,6 +64,24 @@ def render(
             centers, transforms, *looks, normals, unused, width, height, TILE_2D, starts, ids, masks=inside
         )
     return rgb[..., :channels], alpha[..., 0]
+
+
+def _gsplat() -> Any:
+    """gsplat with its kernels. Nothing is drawn on the CPU instead, which takes minutes a frame, unless asked for."""
+    remedy = "run `zoosplat doctor --build-kernels` on this machine, or set train.device, evaluate.device and "
+    remedy += "render.device to cpu"
+    try:
+        import gsplat
+        from gsplat.cuda._backend import _C as kernels
+    except ModuleNotFoundError as error:
+        raise UserError(f"rasteriser backend gsplat: {error}; install zoosplat[gpu]") from error
+    # Where a CUDA toolkit is found, gsplat compiles at its first import.
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"gsplat's kernels cannot be had: {reason}; {remedy}") from error
+    if kernels is None:
+        raise UserError(f"gsplat's kernels are not compiled: {remedy}")
+    return gsplat
 
 
 @torch.no_grad()

@@ -1,0 +1,153 @@
+"""The profiles proved on one GPU: each trains, evaluates and renders a recording under its cap of memory.
+
+    python benchmarks/profiles.py CONFIG [--folder profiles] [--minutes 1] [default 12gb 24gb 48gb 80gb]
+
+`default` is the configuration as it is. All train for the same time, each in a process of its own that PyTorch allows
+no more memory than the cap, and their metrics are taken on pictures of the same size. Prints the table of
+docs/benchmarks.md: the most memory that PyTorch held plus what CUDA took, beside the prediction of `zoosplat plan`.
+What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zoosplat_center_rotation.stage
+import zoosplat_crop.stage
+import zoosplat_evaluate.stage
+import zoosplat_ingest.stage
+import zoosplat_pack.stage
+import zoosplat_render.stage
+import zoosplat_train.stage
+from zoosplat.config import Experiment, read_config
+from zoosplat.memory import GIB, measured_sizes, peak_gpu_bytes
+from zoosplat.project import Project
+from zoosplat.stage import Stage, run_stage
+from zoosplat_flows.plan import profile_overrides
+from zoosplat_model.predictor import Predictor
+
+CAPS = {"default": 11, "12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB
+CPU_STAGES: tuple[Stage, ...] = (
+    zoosplat_ingest.stage.STAGE,
+    zoosplat_center_rotation.stage.STAGE,
+    zoosplat_crop.stage.STAGE,
+    zoosplat_pack.stage.STAGE,
+)
+GPU_STAGES: tuple[Stage, ...] = (
+    zoosplat_train.stage.STAGE,
+    zoosplat_evaluate.stage.STAGE,
+    zoosplat_render.stage.STAGE,
+)
+FRAMES = 40  # whose reconstruction is timed
+HEADER = """
+| | cap | predicted | peak of training | evaluation | rendering | ms a step | frames/s trained | \
+frames/s reconstructed | held-out IoU | PSNR | SSIM | observed IoU | PSNR |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def experiments(config: str, names: list[str], overrides: list[str]) -> dict[str, Experiment]:
+    """The configuration under each profile, measured on pictures that all of them can be averaged to."""
+    sets = {name: [*([] if name == "default" else profile_overrides(name)), *overrides] for name in names}
+    coarsest = math.lcm(*(read_config(config, given).ingest.image_downsample for given in sets.values()))
+    return {
+        name: read_config(config, [*given, f"evaluate.image_downsample={coarsest}"]) for name, given in sets.items()
+    }
+
+
+def measure(name: str, project: Project) -> dict[str, Any]:
+    """Train, evaluate and render under the profile's cap."""
+    experiment = project.read_experiment()
+    row: dict[str, Any] = {"predicted": peak_gpu_bytes(experiment, measured_sizes(project, experiment))}
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, CAPS[name] * GIB / total))
+    for stage in GPU_STAGES:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run_stage(stage, project)
+        free, total = torch.cuda.mem_get_info()
+        context = total - free - torch.cuda.memory_reserved()
+        row[stage.name] = torch.cuda.max_memory_reserved() + context
+    predictor = Predictor.open(project, experiment)
+    reader, views = predictor.reader, list(range(predictor.reader.n_cameras))
+    seconds = []
+    for frame in reader.prefetch(reader.split("test")[:FRAMES]):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        gaussians = predictor.gaussians(frame.t)
+        size = reader.width, reader.height
+        predictor.render(gaussians, frame.world_to_camera, frame.intrinsics, *size, cameras=views)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    row["reconstructed"] = 1 / statistics.median(seconds)
+    for name in ("train", "evaluate"):
+        mark = project.read_mark(name)
+        assert mark is not None
+        row[f"{name} figures"] = mark["figures"]
+    return row
+
+
+def line(name: str, row: dict[str, Any], batch: int) -> str:
+    """A row of the table."""
+    trained, evaluated = row["train figures"], row["evaluate figures"]
+    second = trained["seconds"] / trained["steps"]
+    cells = [f"{row[key] / GIB:.1f} GiB" for key in ("predicted", "train", "evaluate", "render")]
+    cells += [f"{1000 * second:.1f}", f"{batch / second:.0f}", f"{row['reconstructed']:.0f}"]
+    held, observed = evaluated.get("held_out", {}), evaluated["observed"]
+    figures = [held.get("iou"), held.get("psnr"), held.get("ssim"), observed["iou"], observed["psnr"]]
+    forms = ["{:.3f}", "{:.2f}", "{:.4f}", "{:.3f}", "{:.2f}"]
+    cells += ["" if value is None else form.format(value) for form, value in zip(forms, figures, strict=True)]
+    return f"| {name} | {CAPS[name]} GiB | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("config")
+    parser.add_argument("names", nargs="*", metavar="PROFILE", help=f"of {', '.join(CAPS)}; default: all")
+    parser.add_argument("--folder", type=Path, default=Path("profiles"), help="where the projects go")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of training")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--prepare", action="store_true", help="only the stages that need no GPU")
+    parser.add_argument("--measure", metavar="PROFILE", help=argparse.SUPPRESS)  # in a process of its own
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, Project.at(str(args.folder / args.measure)))))
+        return
+
+    names = args.names or list(CAPS)
+    long = [f"train.max_minutes={args.minutes}", "train.epochs=100000", "train.plot_every=1000"]
+    found = experiments(args.config, names, [*long, *args.overrides])
+    prepared: dict[int, str] = {}  # pictures are the same for profiles of one resolution
+    for name, experiment in found.items():
+        project = Project.at(str((args.folder / name).resolve()))
+        before = prepared.setdefault(experiment.ingest.image_downsample, project.url)
+        if before != project.url:
+            experiment = experiment.model_copy(update={"reuse": before})
+        project.write_experiment(experiment)
+        for stage in CPU_STAGES:
+            run_stage(stage, project, workers=len(os.sched_getaffinity(0)))
+        print(f"{name} prepared", file=sys.stderr, flush=True)
+    if args.prepare:
+        return
+    print(HEADER, flush=True)
+    for name, experiment in found.items():
+        command = [sys.executable, __file__, args.config, "--folder", str(args.folder), "--measure", name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            print(f"| {name} | {CAPS[name]} GiB | {(done.stderr.strip().splitlines() or ['failed'])[-1]} |", flush=True)
+            continue
+        print(line(name, json.loads(done.stdout.splitlines()[-1]), experiment.train.batch_frames), flush=True)
+
+
+if __name__ == "__main__":
+    main()

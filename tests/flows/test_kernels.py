@@ -1,0 +1,143 @@
+"""Building gsplat's kernels: what is fetched and where it is put, and a line for each thing that can be missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from zoosplat.errors import UserError
+from zoosplat_flows import doctor, kernels
+from zoosplat_flows.cli import app
+from zoosplat_model.rasterize import gsplat_cuda
+
+
+@pytest.fixture
+def gsplat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A gsplat whose kernels are one line of C, compiled by its import as the real one's are."""
+    folder = tmp_path / "site" / "gsplat"
+    (folder / "cuda" / "csrc").mkdir(parents=True)
+    (folder / "cuda" / "csrc" / "a.cu").touch()
+    (folder / "__init__.py").touch()
+    (folder / "cuda" / "__init__.py").touch()
+    (folder / "cuda" / "_backend.py").write_text(
+        "import os, pathlib, subprocess, sysconfig\n"
+        "assert not pathlib.Path(__file__).parents[1].joinpath('csrc.py').exists()\n"
+        "place = pathlib.Path(os.environ['TORCH_EXTENSIONS_DIR']) / 'py' / 'gsplat_cuda'\n"
+        "place.mkdir(parents=True)\n"
+        "(place / 'a.c').write_text('''#include <Python.h>\n"
+        'static struct PyModuleDef d = {PyModuleDef_HEAD_INIT, "gsplat_cuda", 0, -1, 0};\n'
+        "PyMODINIT_FUNC PyInit_gsplat_cuda(void) {\n"
+        "PyObject* m = PyModule_Create(&d);\n"
+        "PyModule_AddStringConstant(m, \"archs\", \"%s\"); return m; }''' % os.environ['TORCH_CUDA_ARCH_LIST'])\n"
+        "if os.environ.get('SPOILT'): raise SystemExit('a.cu(3): error: no such thing\\ntwo errors')\n"
+        "subprocess.run(['gcc', '-shared', '-fPIC', '-I' + sysconfig.get_path('include'), str(place / 'a.c'), '-o',\n"
+        "                str(place / 'gsplat_cuda.so')], check=True)\n"
+        "_C = True\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(kernels, "_folder_of_gsplat", lambda: folder)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(kernels, "_toolkit", lambda cuda: tmp_path)
+    monkeypatch.setattr(kernels, "LOG", f"{tmp_path.name}.log")
+    return folder
+
+
+def test_kernels_are_compiled_put_where_gsplat_looks_and_load(gsplat: Path) -> None:
+    told: list[str] = []
+    (gsplat / "csrc.py").write_text("archs = 'of another GPU'\n")
+    kernels.build(["8.0", "9.0"], told.append)
+    assert told[0] == "compiling gsplat's kernels for 8.0, 9.0: 0 of 2 files, 0 s"
+    program = "from gsplat import csrc; print(csrc.archs)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "8.0;9.0\n"
+    assert sorted(p.name for p in gsplat.iterdir() if not p.is_dir()) == ["__init__.py", "csrc.py", "gsplat_cuda.so"]
+
+
+def test_kernels_that_do_not_compile_leave_nothing(gsplat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPOILT", "1")
+    with pytest.raises(UserError, match=r"do not compile: a\.cu\(3\): error: no such thing; see .*\.log$"):
+        kernels.build(["9.0"], lambda _: None)
+    assert not (gsplat / "csrc.py").exists()
+
+
+@pytest.mark.usefixtures("gsplat")
+def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def message() -> str:
+        with pytest.raises(UserError) as error:
+            kernels.build(["9.0"], lambda _: None)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    with monkeypatch.context() as m:
+        m.setenv("CXX", "no-such-compiler")
+        assert "apt-get install g++" in message()
+    with monkeypatch.context() as m:
+        m.setattr(torch.version, "cuda", None)
+        assert "built without CUDA" in message()
+    monkeypatch.setattr(kernels, "_toolkit", lambda cuda: None)
+    with monkeypatch.context() as m:
+        m.setattr(torch.version, "cuda", "12.8")
+        assert "not on PyPI: install a torch for CUDA 13 or later, or the CUDA toolkit 12.8" in message()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert "NVIDIA's compiler for CUDA 13.0 cannot be fetched" in message()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert "neither is here: run /bin/false -m ensurepip" in message()
+
+
+def test_the_compiler_is_that_of_torch() -> None:
+    assert kernels.compiler_packages("13.2") == [
+        "nvidia-cuda-nvcc==13.2.*",
+        "nvidia-cuda-crt==13.2.*",
+        "nvidia-nvvm==13.2.*",
+        "nvidia-cuda-cccl==13.*",
+    ]
+
+
+def test_doctor_builds_for_the_cards_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--build-kernels"])
+    if not torch.cuda.is_available():
+        assert done.exit_code == 2
+        assert "no GPU that torch can use" in done.output
+    built: list[list[str]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(12, 0), (9, 0), (9, 0)][i])
+    monkeypatch.setattr(kernels, "build", lambda archs, progress: built.append(archs))
+    monkeypatch.setattr(doctor, "_why_not", lambda: "they are not compiled")
+    doctor.build_kernels()
+    assert built == [["9.0", "12.0"]]
+    finding = doctor._gsplat()
+    assert finding.state == "problem"
+    assert finding.text.endswith("no kernels: they are not compiled; run `zoosplat doctor --build-kernels`")
+    monkeypatch.setattr(doctor, "_why_not", lambda: None)
+    doctor.build_kernels()
+    assert len(built) == 1
+    assert doctor._gsplat().text.endswith("kernels run")
+
+
+def test_training_without_kernels_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Backend:
+        _C = None
+
+    monkeypatch.setitem(sys.modules, "gsplat", Backend())
+    monkeypatch.setitem(sys.modules, "gsplat.cuda", Backend())
+    monkeypatch.setitem(sys.modules, "gsplat.cuda._backend", Backend())
+    with pytest.raises(
+        UserError, match="not compiled: run `zoosplat doctor --build-kernels` on this machine, or set tr"
+    ):
+        gsplat_cuda._gsplat()
+
+    class Failing:
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("Error building extension 'gsplat_cuda'\nmany lines")
+
+    monkeypatch.setitem(sys.modules, "gsplat.cuda._backend", Failing())
+    with pytest.raises(UserError, match="cannot be had: Error building extension 'gsplat_cuda'; run `zoosplat doctor"):
+        gsplat_cuda._gsplat()
