@@ -17,20 +17,21 @@ import csv
 import json
 import multiprocessing
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from train_step import CAMERAS, Scene, settings
-from zarr.storage import WrapperStore
+from zarr.abc.store import Store
 
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
 from zoosplat.pipeline import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.stage import run_stage
-from zoosplat_model import checkpoints
+from zoosplat_model import checkpoints, frames
 from zoosplat_train.stage import STAGE
 
 WIDTH, HEIGHT = 288, 256
@@ -41,6 +42,7 @@ NEVER = 1_000_000
 
 def write_block(url: str, start: int, stop: int) -> None:
     """Frames `start` to `stop` of images.zarr."""
+    torch.set_num_threads(1)
     scene, group = Scene(torch.device("cpu"), WIDTH, HEIGHT), stores.open_group(url, write=True)
     rgb, mask = [], []
     for t in range(start, stop):
@@ -105,16 +107,14 @@ def make(url: str, n_frames: int, experiment: Experiment) -> Project:
 
 
 def answer_late(milliseconds: float) -> None:
-    """Let every read of arrays wait, as for a storage that is far away."""
-    import asyncio
+    """Let every read of frames wait, as for a storage that is far away."""
+    at_once = stores.part_of
 
-    class Late(WrapperStore[Any]):
-        async def get(self, *args: Any, **options: Any) -> Any:
-            await asyncio.sleep(milliseconds / 1000)
-            return await super().get(*args, **options)
+    def late(store: Store, key: str, start: int, length: int) -> bytes:
+        time.sleep(milliseconds / 1000)
+        return at_once(store, key, start, length)
 
-    near = stores._zarr_store
-    stores._zarr_store = lambda url, *, read_only: Late(near(url, read_only=read_only))
+    stores.part_of = late
 
 
 def history(project: Project) -> list[dict[str, float]]:
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=600)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
     parser.add_argument("--each", type=int, default=1, help="frames of a step that a GPU takes")
+    parser.add_argument("--read", action="store_true", help="every frame in every epoch: for one GPU")
     parser.add_argument("--same", action="store_true", help="the same step for all: --each times the most GPUs")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--latency", type=float, default=0.0, metavar="MS", help="of a request; for one GPU")
@@ -137,6 +138,8 @@ def main() -> None:
     once = [f"train.{what}_every={NEVER}" for what in ("valid", "plot", "save")]
     experiment = settings([f"train.epochs={args.epochs}", *once, *args.overrides])
     project = make(args.url or f"{folder.name}/project", args.frames, experiment)
+    if args.read:
+        frames.CACHE_BYTES = 0  # type: ignore[attr-defined]
     if args.latency:
         answer_late(args.latency)
     first: dict[str, Any] = {}

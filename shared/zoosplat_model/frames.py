@@ -12,9 +12,6 @@ import numpy as np
 import torch
 import zarr
 from torch import Tensor
-from zarr.abc.store import ByteRequest, SuffixByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import StorePath, WrapperStore
 
 from zoosplat import schema
 from zoosplat.config import Experiment
@@ -59,25 +56,6 @@ def send(value: Tensor, device: torch.device) -> Tensor:
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
-class _WithIndex(WrapperStore[Any]):
-    """Keeps what is read from the ends of objects: indices of shards, which zarr else asks for with every frame."""
-
-    def __init__(self, store: Any) -> None:
-        super().__init__(store)
-        self._ends: dict[str, Buffer | None] = {}
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        if not isinstance(byte_range, SuffixByteRequest):
-            return await super().get(key, prototype, byte_range)
-        if key not in self._ends:
-            self._ends[key] = await super().get(key, prototype, byte_range)
-        return self._ends[key]
-
-
-def _with_index(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    return zarr.open_array(StorePath(_WithIndex(array.store), array.path), mode="r")
-
-
 class FrameReader:
     """Reads frames of `images.zarr` with the tracking and the crop that belong to them.
 
@@ -108,7 +86,7 @@ class FrameReader:
         for group, name in ((images, "images.zarr"), (tracking, "tracking.zarr"), (crop, "crop.zarr")):
             schema.validate(group, name, str(group.store_path))
         self.device = torch.device(device)
-        self._rgb, self._mask = (_with_index(schema.array(images, name)) for name in ("rgb", "mask"))
+        self._rgb, self._mask = (schema.FrameArray(images, name) for name in ("rgb", "mask"))
         self.n_frames, self.n_cameras, self.height, self.width = (int(n) for n in self._mask.shape)
         attributes: dict[str, Any] = dict(images.attrs)
         self.full_height, self.full_width = int(attributes["full_height"]), int(attributes["full_width"])
@@ -168,7 +146,7 @@ class FrameReader:
     def _read(self, t: int) -> tuple[Tensor, Tensor]:
         if self._cache is not None and t in self._cache:
             return self._cache[t]
-        rgb, mask = (torch.from_numpy(np.asarray(array[t])) for array in (self._rgb, self._mask))
+        rgb, mask = (torch.from_numpy(array[t]) for array in (self._rgb, self._mask))
         if self._copies is not None:
             # On a stream of their own: on that of the steps they would wait for these, and these for them.
             with torch.cuda.stream(self._copies):

@@ -91,6 +91,7 @@ class Trainer:
         model, optimizer: Adam, with a higher rate for the head than for the U-Nets.
         record: whether a GPU replays recorded steps; else it runs them as a CPU does.
         averaged: the model with weights averaged over about the last tenth of the steps: what is validated and used.
+        needed_pairs: [] int64 on the device, pairs of Gaussians and tiles of the step that had most: see `make_room`.
     """
 
     def __init__(
@@ -114,8 +115,8 @@ class Trainer:
         self._recorded: dict[str, _Recorded] = {}
         self._warm: set[str] = set()
         self._pool: Any = None
-        self._needed_pairs = torch.zeros((), dtype=torch.int64, device=device)
-        self._pairs = Pairs(0, self._needed_pairs)
+        self.needed_pairs = torch.zeros((), dtype=torch.int64, device=device)
+        self._pairs = Pairs(0, self.needed_pairs)
         if self.ranks.size > 1:
             # Gradients, then losses, in one piece: one message to the other ranks.
             sizes = [p.numel() for p in self.model.parameters()]
@@ -177,15 +178,16 @@ class Trainer:
                 self._warm.add(name)
                 return function(*(value.to(device) for value in inputs))
             if not self._recorded:
-                most = ROOM * int(self._needed_pairs)
-                self._pairs = Pairs(-(-most // 4096) * 4096, self._needed_pairs)
+                most = ROOM * int(self.needed_pairs)
+                self._pairs = Pairs(-(-most // 4096) * 4096, self.needed_pairs)
                 self._pool = torch.cuda.graph_pool_handle()
             self._recorded[name] = _Recorded(function, inputs, device, self._pool)
         return self._recorded[name](inputs)
 
-    def check_room(self) -> None:
+    def make_room(self, pairs: int) -> None:
         """Record anew where the Gaussians have come to cover more tiles than the recorded step has room for."""
-        if self._recorded and int(self._needed_pairs) > self._pairs.most:
+        if self._recorded and pairs > self._pairs.most:
+            torch.cuda.synchronize()  # one may be running
             self._recorded.clear()
 
     def _step(self, *inputs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +27,7 @@ from zoosplat_train.parallel import Ranks
 
 SHARE = 0.02  # of the time, that plots and checkpoints each may take; then they wait for a later epoch
 SAVE_SECONDS = 60.0  # between checkpoints at most, also within an epoch
-LOOK_STEPS = 10  # steps between readings of the loss: each waits for the GPU
+LOOK_STEPS = 10  # steps between readings of the loss
 
 
 class Train(Stage):
@@ -93,6 +93,15 @@ class _Busy:
         """Sum of all steps since the last call; those of a GPU are to be over."""
         times, self.times = self.times, []
         return float(sum(a.elapsed_time(b) / 1000 if self.gpu else b - a for a, b in times))
+
+
+class _Taken(NamedTuple):
+    """Sums of the figures of an epoch, and the pairs needed, as of a step; there once the event has happened."""
+
+    figures: torch.Tensor
+    event: Any
+    step: int
+    position: int
 
 
 @dataclass
@@ -187,7 +196,7 @@ class _Training:
     def _epoch(self) -> None:
         """Steps to the end of the epoch, or of the time."""
         p, settings = self.progress, self.settings
-        self.begun = time.monotonic()
+        self.begun, taken = time.monotonic(), None
         for of_step in self._steps(p.epoch, p.position):
             batch = list(islice(self.ahead, len(self.ranks.share(of_step))))
             views = [ops.carving_views(self.reader.observed, settings.seed, p.epoch, f.t) for f in batch]
@@ -199,9 +208,10 @@ class _Training:
             p.position += len(of_step)
             p.step += 1
             ended = p.position == len(self.frames)
-            if p.step % LOOK_STEPS == 0 or ended:
-                self._look()
-                self.trainer.check_room()
+            if taken is not None:
+                self._show(taken)
+            # Shown after the next step: while that one keeps the GPU busy.
+            taken = self._take() if p.step % LOOK_STEPS == 0 else None
             if self.ranks.first and not ended and time.monotonic() - self.saved > SAVE_SECONDS:
                 self._save()
             if self.is_over():
@@ -249,19 +259,34 @@ class _Training:
         self.spent[what] += time.monotonic() - start
 
     def _look(self) -> dict[str, float]:
+        """Mean figures of the running epoch, after waiting for the GPU."""
+        return self._show(self._take())
+
+    def _take(self) -> _Taken:
+        there = torch.cat([self.sums, self.trainer.needed_pairs.double()[None]]).to("cpu", non_blocking=True)
+        event: Any = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return _Taken(there, event, self.progress.step, self.progress.position)
+
+    def _show(self, taken: _Taken) -> dict[str, float]:
         """Mean figures of the running epoch. Raises UserError when they are not numbers any more."""
+        if taken.event is not None:
+            taken.event.synchronize()
         p = self.progress
-        sums = self.sums.tolist()
-        means = {key: value / max(p.position, 1) for key, value in zip(ops.TRAIN_FIGURES, sums, strict=True)}
+        *sums, pairs = taken.figures.tolist()
+        self.trainer.make_room(int(pairs))
+        means = {key: value / max(taken.position, 1) for key, value in zip(ops.TRAIN_FIGURES, sums, strict=True)}
         if not all(math.isfinite(value) for value in sums):
             raise self._diverged()
-        if p.position == 0:  # a new epoch has nothing to show yet
+        if taken.position == 0:  # a new epoch has nothing to show yet
             return means
         text = f"epoch {p.epoch + 1} loss {means['train_loss']:.3f}"
         validated = [row for row in p.history if "valid_iou" in row]
         if validated:
             text += f" val IoU {validated[-1]['valid_iou']:.3f} PSNR {validated[-1]['valid_psnr']:.1f}"
-        self.ctx.progress(p.step, self.settings.epochs * self.steps_per_epoch, text)
+        self.ctx.progress(taken.step, self.settings.epochs * self.steps_per_epoch, text)
         return means
 
     def _diverged(self) -> UserError:
