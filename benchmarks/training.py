@@ -19,6 +19,7 @@ import multiprocessing
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from zoosplat.pipeline import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.stage import run_stage
 from zoosplat_model import checkpoints, frames
+from zoosplat_model.frames import Frame
 from zoosplat_train.stage import STAGE
 
 WIDTH, HEIGHT = 288, 256
@@ -40,13 +42,18 @@ NOISE = 5  # of 255
 NEVER = 1_000_000
 
 
+@lru_cache(maxsize=POSES)
+def pose(number: int) -> Frame:
+    return Scene(torch.device("cpu"), WIDTH, HEIGHT).frame(number)
+
+
 def write_block(url: str, start: int, stop: int) -> None:
     """Frames `start` to `stop` of images.zarr."""
     torch.set_num_threads(1)
-    scene, group = Scene(torch.device("cpu"), WIDTH, HEIGHT), stores.open_group(url, write=True)
+    group = stores.open_group(url, write=True)
     rgb, mask = [], []
     for t in range(start, stop):
-        frame = scene.frame(t % POSES)
+        frame = pose(t % POSES)
         inside = frame.mask.numpy() > 0
         noisy = 255 * frame.rgb.numpy() + np.random.default_rng(t).normal(0, NOISE, frame.rgb.shape)
         rgb.append(np.where(inside[..., None], noisy.clip(0, 255), 255).astype(np.uint8))
@@ -61,7 +68,7 @@ def make(url: str, n_frames: int, experiment: Experiment) -> Project:
     if project.read_mark("pack"):
         return project
     scene = Scene(torch.device("cpu"), WIDTH, HEIGHT)
-    poses = [scene.frame(t) for t in range(POSES)]
+    poses = [pose(number) for number in range(POSES)]
     each = np.arange(n_frames) % POSES
     common: dict[str, Any] = {"full_width": WIDTH, "full_height": HEIGHT, "image_downsample": 1, "unit_m": 0.4}
     common |= {"fps": 50.0, "frame_jump": 1, "camera_names": [str(c) for c in range(CAMERAS)]}
