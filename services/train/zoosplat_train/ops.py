@@ -196,8 +196,8 @@ class Trainer:
 
     def _share(self, *inputs: Tensor) -> Tensor:
         losses = self._backward(*inputs)
-        pairs = [(there, p.grad) for there, p in zip(self._gradients, self.model.parameters(), strict=True)]
-        given = [(there, gradient) for there, gradient in pairs if gradient is not None]
+        pairs = zip(self._gradients, self.model.parameters(), strict=True)
+        given = [(_as_laid_out(there, p.grad), p.grad) for there, p in pairs if p.grad is not None]
         torch._foreach_copy_([there for there, _ in given], [gradient for _, gradient in given])
         self._losses_shared.copy_(losses)
         return losses
@@ -295,6 +295,16 @@ def _frame(values: Sequence[Tensor]) -> Frame:
     """The frame again; time and place in the picture play no part."""
     rgb, mask, intrinsics, world_to_camera, center, angle = values
     return Frame(-1, rgb, mask, intrinsics, world_to_camera, torch.empty(0), center, angle)
+
+
+def _as_laid_out(there: Tensor, value: Tensor) -> Tensor:
+    """The same memory with the strides of `value`, if they differ in axes of length 1 only.
+
+    A convolution of 1 x 1 x 1 has such; for one of them, all would be copied one by one.
+    """
+    long = [i for i, n in enumerate(value.shape) if n > 1]
+    same = all(there.stride(i) == value.stride(i) for i in long)
+    return there.as_strided(value.shape, value.stride()) if same else there
 
 
 class _Recorded:
