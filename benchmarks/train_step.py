@@ -148,7 +148,7 @@ def main() -> None:
         step()
     milliseconds = median_ms(step, args.repeats)
     figures = trainer.step([frames[0]], [views[0]], [False], 1e-4, 10).tolist()
-    trainer.check_room()
+    trainer.make_room(int(trainer.needed_pairs))
     with torch.no_grad():
         drawn = int((trainer.model([frames[0]])[0].opacities > 1 / 255).sum())
     line = {

@@ -94,6 +94,11 @@ def test_exponents_are_numbers(text: str) -> None:
         ({"train__epochs": 0}, "train.epochs = 0: must be at least 1; nearest: 1"),
         ({"train__epochs": None}, "train.epochs = null: must be a whole number"),
         ({"train__device": "gpu"}, "train.device = 'gpu': must be 'auto', 'cpu' or 'cuda'; nearest: cpu"),
+        ({"train__gpus": "all"}, "train.gpus = 'all': must be auto or a whole number, 1 at least"),
+        (
+            {"train__gpus": 2},
+            "train.gpus = 2: they share the frames of a step, which has train.batch_frames = 1; nearest: 1, or more ",
+        ),
         ({"model__gaussian_mode": "2D"}, "model.gaussian_mode = '2D': must be '3d' or '2d'; nearest: 2d"),
         ({"model__poolings": 5}, "model.poolings = 5: must be at most 4; nearest: 4"),
         ({"model__volume_fill_color": 1.5}, "model.volume_fill_color = 1.5: must be at most 1.0; nearest: 1.0"),

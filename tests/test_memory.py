@@ -48,6 +48,13 @@ def test_weights_of_the_published_network_are_the_52_million_it_is_known_for() -
     assert parameters(experiment(model__network="published"), math.prod(shape)) == pytest.approx(there, rel=0.002)
 
 
+def test_gpus_share_the_frames_of_a_step() -> None:
+    alone = peak_gpu_bytes(experiment(train__batch_frames=4))
+    shared = peak_gpu_bytes(experiment(train__batch_frames=4, train__gpus=4))
+    assert peak_gpu_bytes(experiment()) < shared < alone  # a copy of the gradients is added
+    assert "train.batch_frames to 2" in advice(experiment(train__batch_frames=4, train__gpus=2), shared + 1e8)
+
+
 # GiB of steps on one H200 by benchmarks/memory.py: crop, pixels of a window, keys; what PyTorch held and CUDA took.
 MEASURED: list[tuple[tuple[int, int, int], int, dict[str, Any], float]] = [
     ((96, 80, 64), FULL // 16, {}, 1.40),

@@ -195,6 +195,9 @@ class Train(_Section):
     epochs: Count = Field(default=50, description="passes over the training frames")
     max_minutes: Positive | None = Field(default=None, description="stop earlier, after this time; null: no limit")
     batch_frames: Count = Field(default=1, description="frames in one step, each with all its observed views")
+    gpus: Count | Literal["auto"] = Field(
+        default="auto", description="that share the frames of a step; auto: all there are, a frame each at least"
+    )
     img_lambda: Weight = Field(default=0.5, description="weight of the colour error")
     ssim_lambda: Weight = Field(default=0.0, description="weight of 1 - SSIM")
     valid_every: Count = Field(default=1, description="epochs between validations")
@@ -203,6 +206,13 @@ class Train(_Section):
     keep_last: Count = Field(default=2, description="checkpoints that are kept")
     seed: Index = Field(default=0, description="of initial weights and order of frames")
     device: Device = Field(default="auto", description=DEVICE)
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _gpus_kind(cls, value: Any) -> Any:
+        if value == "auto" or (type(value) is int and 1 <= value <= MAX_INT):
+            return value
+        raise ValueError("must be auto or a whole number, 1 at least")
 
 
 class Evaluate(_Section):
@@ -499,6 +509,11 @@ def _problems(e: Experiment, n_cameras: int, width: int | None, height: int | No
         if faults:
             fault = " and ".join(faults)
             yield f"crop.volume_idx[{i}] = ({start}, {end}): {fault}; nearest: {_nearest_range(start, end, n)}"
+    if e.train.gpus != "auto" and e.train.gpus > e.train.batch_frames:
+        yield (
+            f"train.gpus = {e.train.gpus}: they share the frames of a step, which has train.batch_frames = "
+            f"{e.train.batch_frames}; nearest: {e.train.batch_frames}, or more frames"
+        )
     if e.model.min_gaussians > e.model.max_gaussians:
         limit = e.model.max_gaussians
         yield f"model.min_gaussians = {e.model.min_gaussians}: exceeds model.max_gaussians = {limit}; nearest: {limit}"

@@ -10,5 +10,9 @@ class UserError(Exception):
     """
 
 
-class Unreachable(UserError):
-    """A storage server that does not answer, which may pass: a stage exits with status 1, so that it is tried again."""
+class Passing(UserError):
+    """What may pass: a stage exits with status 1, so that it is tried again."""
+
+
+class Unreachable(Passing):
+    """A storage server that does not answer."""

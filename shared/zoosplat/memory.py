@@ -20,7 +20,7 @@ from zoosplat.schema import read
 GIB = 1 << 30
 CACHE_BYTES = 2 * GIB  # recordings up to this size stay in memory, the GPU's if there is one, after their first reading
 VALID_FRAMES = 24  # frames in a validation at most, evenly spread over the split
-AHEAD = 8  # frames that are read while one is worked on
+AHEAD = 16  # frames that are read while one is worked on
 CONTEXT = 1.0 * GIB  # of CUDA, cuDNN and the kernels, outside PyTorch's own memory; measured on an H200
 UNUSED = 1.15  # memory that PyTorch holds over what its tensors take: blocks that fit nothing
 UNUSED_ONCE = 1.6  # the same in the first validation, whose blocks are new
@@ -95,7 +95,9 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
         sizes: those of the recording; default: the most that the configuration can come to.
     """
     size = sizes or sizes_of(experiment)
-    model, batch = experiment.model, experiment.train.batch_frames
+    model, gpus = experiment.model, experiment.train.gpus
+    # With auto, one GPU may have to hold them all.
+    batch = -(-experiment.train.batch_frames // (1 if gpus == "auto" else gpus))
     weights = parameters(experiment, size.voxels)
     # Kept for the gradients, an element of a level's width each. A level deeper has an eighth of the voxels and twice
     # the channels.
@@ -139,7 +141,7 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
     parts = {
         "CUDA": CONTEXT,
         "first validation": validation,
-        "weights, averages, optimiser": 20.0 * weights + 24 * size.voxels,
+        "weights, averages, optimiser": (20.0 if gpus in (1, "auto") else 24.0) * weights + 24 * size.voxels,
         "recording": float(recording),
         "frames of a step": 16.0 * frame * 3 * batch,
         **{name: UNUSED * value for name, value in peak.items()},
@@ -166,6 +168,7 @@ def smallest_fitting(experiment: Experiment, profiles: Sequence[str], sizes: Siz
 def advice(experiment: Experiment, room: float, sizes: Sizes | None = None) -> str:
     """The key to lower so that a training fits into `room` bytes, and to what; those that cost least quality first."""
     size, model = sizes or sizes_of(experiment), experiment.model
+    gpus = 1 if experiment.train.gpus == "auto" else experiment.train.gpus
     grid = experiment.crop.grid_size
 
     def at(edge: int) -> Sizes:
@@ -179,10 +182,10 @@ def advice(experiment: Experiment, room: float, sizes: Sizes | None = None) -> s
         "model.max_gaussians": model.max_gaussians,
     }
     tries = [(key, value >> k, size) for key, value in halves.items() for k in range(1, 31) if value >> k or k == 1]
+    least = {"train.batch_frames": gpus, "model.bottleneck": 0, "model.max_gaussians": model.min_gaussians}
     tries += [("crop.grid_size", edge, at(edge)) for edge in grids if edge < grid]
     for key, value, then in tries:
-        least = {"model.bottleneck": 0, "model.max_gaussians": model.min_gaussians}.get(key, 1)
-        if value >= least:
+        if value >= least.get(key, 1):
             changed = experiment.model_dump(mode="json")
             section, leaf = key.split(".")
             changed[section][leaf] = value

@@ -26,7 +26,7 @@ from typing import Any
 
 from zoosplat import locks, stores
 from zoosplat.config import Experiment
-from zoosplat.errors import Unreachable, UserError
+from zoosplat.errors import Passing, UserError
 from zoosplat.pipeline import STAGES, StageSpec
 from zoosplat.project import Mark, Project, digest_of, settings_of
 
@@ -169,7 +169,8 @@ def _measured() -> Iterator[_Measured]:
     clock = time.monotonic()
     yield measured
     measured.seconds = time.monotonic() - clock
-    measured.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN  # of these the largest
+    measured.peak_bytes = max(resource.getrusage(each).ru_maxrss for each in who) * 1024
 
 
 # -- the three steps ----------------------------------------------------------------------------------------------
@@ -303,14 +304,21 @@ def _no_progress(done: int, total: int, message: str) -> None:
 _queue: Any = None  # of a worker process: where its progress goes
 
 
-def _start_worker(queue: Any) -> None:
-    global _queue
-    _queue = queue
+def start_process() -> None:
+    """What a process that a stage has started does first: it ends with the stage, and expects the storage to answer.
+
+    A parent that is killed leaves its children waiting for ever, or writing beside those of the next run.
+    """
     stores.expect_answers()
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # A parent that is killed leaves its workers waiting for ever, or writing beside those of the next run.
     threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+
+def _start_worker(queue: Any) -> None:
+    global _queue
+    _queue = queue
+    start_process()
 
 
 def _shard_in_worker(stage: Stage, url: str, digest: str, index: int, plan: Plan) -> None:
@@ -443,7 +451,7 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 done or skipped, 2 bad input or configuration (one line on stderr), 1 anything else, which may
-        pass: where the storage does not answer, with one line too.
+        pass: where the storage does not answer or a process was killed, with one line too.
     """
     parser = argparse.ArgumentParser(prog=f"python -m zoosplat_{stage.name}", description=stage.__doc__)
     parser.add_argument("--project", required=True, metavar="URL", help="folder or s3://bucket/prefix")
@@ -479,12 +487,17 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
             run_shard(stage, ctx, digest, index, plan)
             return 0
     except Exception as error:
-        known = error if isinstance(error, UserError) else stores.as_user_error(error, args.project)
-        if known is None:
-            raise
-        lines = [*str(known).splitlines(), *getattr(known, "__notes__", ())]
-        print(f"zoosplat {stage.name}: {'; '.join(lines)}", file=sys.stderr, flush=True)
-        return 1 if isinstance(known, Unreachable) else 2
+        return failed(stage, error, args.project)
+
+
+def failed(stage: Stage, error: Exception, url: str) -> int:
+    """Say in one line what went wrong; the exit status. Other errors than the user's are raised again."""
+    known = error if isinstance(error, UserError) else stores.as_user_error(error, url)
+    if known is None:
+        raise error
+    lines = [*str(known).splitlines(), *getattr(known, "__notes__", ())]
+    print(f"zoosplat {stage.name}: {'; '.join(lines)}", file=sys.stderr, flush=True)
+    return 1 if isinstance(known, Passing) else 2
 
 
 def run(stage: Stage) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from zoosplat.errors import UserError
 from zoosplat.memory import AHEAD, CACHE_BYTES
 
 Split = Literal["train", "valid", "test"]
-READERS = 4  # threads that read frames while one is worked on
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,11 @@ class Frame:
         return self.rgb * mask + (1 - mask)
 
 
+def send(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for what the device is at."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 class FrameReader:
     """Reads frames of `images.zarr` with the tracking and the crop that belong to them.
 
@@ -82,7 +86,7 @@ class FrameReader:
         for group, name in ((images, "images.zarr"), (tracking, "tracking.zarr"), (crop, "crop.zarr")):
             schema.validate(group, name, str(group.store_path))
         self.device = torch.device(device)
-        self._rgb, self._mask = schema.array(images, "rgb"), schema.array(images, "mask")
+        self._rgb, self._mask = (schema.FrameArray(images, name) for name in ("rgb", "mask"))
         self.n_frames, self.n_cameras, self.height, self.width = (int(n) for n in self._mask.shape)
         attributes: dict[str, Any] = dict(images.attrs)
         self.full_height, self.full_width = int(attributes["full_height"]), int(attributes["full_width"])
@@ -97,13 +101,18 @@ class FrameReader:
 
         self._origin = schema.read(images, "origin").astype(np.int64)
         self._intrinsics = schema.read(images, "intrinsics")
-        self._shift = schema.read(tracking, "principal_shift")
-        self._centers, self._angles = schema.read(tracking, "centers"), schema.read(tracking, "angles")
+        self._centers = schema.read(tracking, "centers")
         self.valid = schema.read(tracking, "valid").astype(bool)
         if len(self.valid) != self.n_frames:
             raise UserError(f"tracking has {len(self.valid)} frames, images have {self.n_frames}; run center_rotation")
         self.world_to_camera = self._tensor(schema.read(images, "world_to_camera"))
         self.full_intrinsics = self._tensor(self._intrinsics)
+        of_window = np.tile(self._intrinsics, (self.n_frames, 1, 1, 1))
+        of_window[:, :, :2, 2] += schema.read(tracking, "principal_shift") - self._origin
+        # Of all frames at once: one by one, each would wait for the steps before it.
+        self._of_window = self._tensor(of_window)
+        self._places = self._tensor(self._centers), self._tensor(schema.read(tracking, "angles"))
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
         self.ell_m, self.grid_size = float(str(crop.attrs["ell_m"])), int(str(crop.attrs["grid_size"]))
         self.voxel_size_m = self.ell_m / (self.grid_size - 1)
@@ -131,25 +140,32 @@ class FrameReader:
 
     def pose(self, t: int) -> tuple[Tensor, Tensor]:
         """(center [3] metres, angle [] radians) of the animal; interpolated where the frame is not valid."""
-        return self._tensor(self._centers[t]), self._tensor(self._angles[t])
+        centers, angles = self._places
+        return centers[t], angles[t]
 
     def _read(self, t: int) -> tuple[Tensor, Tensor]:
         if self._cache is not None and t in self._cache:
             return self._cache[t]
-        rgb, mask = (torch.from_numpy(np.asarray(array[t])).to(self.device) for array in (self._rgb, self._mask))
+        rgb, mask = (torch.from_numpy(array[t]) for array in (self._rgb, self._mask))
+        if self._copies is not None:
+            # On a stream of their own: on that of the steps they would wait for these, and these for them.
+            with torch.cuda.stream(self._copies):
+                rgb, mask = send(rgb, self.device), send(mask, self.device)
+            self._copies.synchronize()
         if self._cache is not None:
             self._cache[t] = rgb, mask
         return rgb, mask
 
     def _frame(self, t: int, rgb: Tensor, mask: Tensor) -> Frame:
-        intrinsics = self._intrinsics.copy()
-        intrinsics[:, :2, 2] += self._shift[t] - self._origin[t]
         center, angle = self.pose(t)
+        if self._copies is not None:
+            for value in (rgb, mask):  # not to be overwritten by the next copies before the steps have used them
+                value.record_stream(torch.cuda.current_stream(self.device))
         return Frame(
             t=t,
             rgb=rgb.float() / 255,
             mask=mask.float(),
-            intrinsics=self._tensor(intrinsics),
+            intrinsics=self._of_window[t],
             world_to_camera=self.world_to_camera,
             origin=torch.from_numpy(self._origin[t]),
             center=center,
@@ -160,10 +176,10 @@ class FrameReader:
         """One frame, its tensors on the device (origin stays on the CPU)."""
         return self._frame(t, *self._read(t))
 
-    def prefetch(self, frames: Iterable[int]) -> Iterator[Frame]:
+    def prefetch(self, frames: Iterable[int]) -> Generator[Frame]:
         """Frames in the given order; the next ones are read in threads while one is worked on."""
         waiting: deque[tuple[int, Future[tuple[Tensor, Tensor]]]] = deque()
-        with ThreadPoolExecutor(READERS, thread_name_prefix="frames") as pool:
+        with ThreadPoolExecutor(AHEAD, thread_name_prefix="frames") as pool:
             for t in frames:
                 waiting.append((t, pool.submit(self._read, t)))
                 if len(waiting) > AHEAD:

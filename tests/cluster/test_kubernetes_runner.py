@@ -261,6 +261,16 @@ def test_a_gpu_job_differs_by_its_profile_alone(tmp_path: Path) -> None:
     assert job["spec"]["podFailurePolicy"]["rules"][1]["action"] == "FailJob"
 
 
+def test_a_pod_of_several_gpus_has_shared_memory_for_them(tmp_path: Path) -> None:
+    loaded = _settings(tmp_path)
+    two = loaded.profile("12gb").model_copy(update={"gpus": 2})
+    pod = job_manifest(loaded, "s3://b/p", "train", "run", "d", [], run="r", profile=two)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}} in pod["volumes"]
+
+
 def test_names_follow_from_what_determines_the_work_and_from_nothing_else(tmp_path: Path) -> None:
     loaded, project = _settings(tmp_path), Project.at(str(tmp_path / "p"))
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoosplat import schema, stores
 from zoosplat.errors import UserError
 from zoosplat.geometry import matrix_from_quaternion, quaternion_multiply
 from zoosplat.project import Project
@@ -216,11 +217,14 @@ def test_reader_gives_what_was_written(reader: FrameReader) -> None:
     assert colors == {(200, 40, 30), (30, 60, 210)}
 
 
-def test_a_window_moves_the_principal_point(reader: FrameReader) -> None:
-    whole = reader.frame(0).intrinsics
-    reader._origin[0, 2] = [5, 7]
-    reader._shift[0, 2] = [0.25, -0.5]
-    moved = reader.frame(0).intrinsics
+def test_a_window_moves_the_principal_point(tiny: Project) -> None:
+    whole = open_reader(tiny, tiny.read_experiment(), CPU).frame(0).intrinsics
+    for stage, name, value in (("pack", "origin", [5, 7]), ("center_rotation", "principal_shift", [0.25, -0.5])):
+        array = schema.array(stores.open_group(tiny.output_url(stage), write=True), name)
+        changed = schema.read(stores.open_group(tiny.output_url(stage)), name)
+        changed[0, 2] = value
+        array[...] = changed
+    moved = open_reader(tiny, tiny.read_experiment(), CPU).frame(0).intrinsics
     expected = torch.zeros(5, 3, 3)
     expected[2, :2, 2] = torch.tensor([0.25 - 5, -0.5 - 7])
     torch.testing.assert_close(moved - whole, expected)

@@ -87,7 +87,7 @@ def container_command(command: list[str], name: str, stage: str, arguments: list
         "--network=host",
         "--ulimit=nofile=20000:20000",
         "--ulimit=nproc=20000:20000",
-        *([f"--gpus={gpus}"] if gpus else []),
+        *([f"--gpus={gpus}", "--shm-size=1g"] if gpus else []),  # GPUs may talk by way of shared memory
         f"--env={stores.S3_ONLY}=1",
         *(f"--env={name}" for name in PASSED_ON if name in os.environ),
         image_of(stage),

@@ -234,6 +234,11 @@ def job_manifest(
         amounts = {"cpu": profile.cpu, "memory": profile.memory, "nvidia.com/gpu": str(profile.gpus)}
         resources, selector = {"requests": amounts, "limits": amounts}, profile.nodeSelector
         tolerations = profile.tolerations
+    volumes: list[Object] = [{"name": "tmp", "emptyDir": {}}]
+    mounts = [{"name": "tmp", "mountPath": "/tmp"}]
+    if profile is not None and profile.gpus > 1:  # which may talk by way of shared memory, of which a pod has 64 MiB
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}})
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
     container = {
         "name": "stage",
         "image": f"{settings.images.registry}/zoosplat-{stage.replace('_', '-')}:{settings.images.tag}",
@@ -249,7 +254,7 @@ def job_manifest(
         },
         # The last log lines stay in the pod's status, also when its node has gone.
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+        "volumeMounts": mounts,
     }
     pod = {
         "restartPolicy": "Never",
@@ -268,7 +273,7 @@ def job_manifest(
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [container],
-        "volumes": [{"name": "tmp", "emptyDir": {}}],
+        "volumes": volumes,
     }
     # Drained nodes are nobody's fault, and bad input stays bad.
     fail = "FailJob" if shards is None else "FailIndex"

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zoosplat.config import Experiment
-from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model import checkpoints
+from zoosplat_model.frames import Frame, FrameReader, send
 from zoosplat_model.losses import Losses, frame_losses, soft_iou
 from zoosplat_model.rasterize import Pairs, Rendering
 from zoosplat_model.splatter import Gaussians, PoseSplatter
+from zoosplat_train.parallel import Ranks
 
 DROP_VIEW = 0.7  # share of frames that are carved without one of their views
 MIRROR = 0.5  # share of frames that the network sees mirrored
@@ -27,6 +29,7 @@ HEAD_RATE = 3.0  # the head's learning rate over that of the U-Nets
 MAX_GRADIENT = 1.0  # norm
 ROOM = 3  # for pairs of Gaussians and tiles in a recorded step, over those of the first steps
 N_TENSORS = 6  # of a frame, in a step
+N_LOSSES = len(Losses._fields)
 TRAIN_FIGURES = ("train_loss", "train_soft_iou_loss", "train_color_loss", "train_ssim_loss", "train_gradient")
 VALID_FIGURES = ("valid_loss", "valid_iou", "valid_psnr")
 
@@ -57,8 +60,9 @@ def jitter(frame: Frame, seed: int, epoch: int, voxel_size_m: float) -> Frame:
     it, a few dozen training frames are learned by heart.
     """
     rng = np.random.default_rng([seed, epoch, 2, frame.t])
-    shift = frame.center.new_tensor(rng.uniform(-1, 1, 3) * JITTER_VOXELS * voxel_size_m)
-    return replace(frame, center=frame.center + shift, angle=frame.angle + rng.uniform(-1, 1) * JITTER_RAD)
+    shift = torch.tensor(rng.uniform(-1, 1, 3) * JITTER_VOXELS * voxel_size_m, dtype=frame.center.dtype)
+    center, angle = frame.center + send(shift, frame.center.device), frame.angle + rng.uniform(-1, 1) * JITTER_RAD
+    return replace(frame, center=center, angle=angle)
 
 
 def is_mirrored(seed: int, epoch: int, t: int) -> bool:
@@ -80,16 +84,20 @@ def spread(frames: Sequence[int], most: int) -> list[int]:
 class Trainer:
     """The network, its optimiser, and one step of training.
 
-    On a GPU a step is one CUDA graph: launched one by one, its thousands of small kernels keep the GPU waiting.
+    On a GPU a step is one CUDA graph: launched one by one, its thousands of small kernels keep the GPU waiting. Of
+    several ranks it is two, between which their gradients are added up.
 
     Attributes:
         model, optimizer: Adam, with a higher rate for the head than for the U-Nets.
         record: whether a GPU replays recorded steps; else it runs them as a CPU does.
         averaged: the model with weights averaged over about the last tenth of the steps: what is validated and used.
+        needed_pairs: [] int64 on the device, pairs of Gaussians and tiles of the step that had most: see `make_room`.
     """
 
-    def __init__(self, reader: FrameReader, experiment: Experiment, device: torch.device) -> None:
-        self.reader, self.settings = reader, experiment.train
+    def __init__(
+        self, reader: FrameReader, experiment: Experiment, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
+        self.reader, self.settings, self.ranks = reader, experiment.train, ranks or Ranks()
         torch.manual_seed(experiment.train.seed)
         self.model = PoseSplatter.of(reader, experiment).on(device)
         refine = list(self.model.refine.parameters())
@@ -107,8 +115,22 @@ class Trainer:
         self._recorded: dict[str, _Recorded] = {}
         self._warm: set[str] = set()
         self._pool: Any = None
-        self._needed_pairs = torch.zeros((), dtype=torch.int64, device=device)
-        self._pairs = Pairs(0, self._needed_pairs)
+        self.needed_pairs = torch.zeros((), dtype=torch.int64, device=device)
+        self._pairs = Pairs(0, self.needed_pairs)
+        if self.ranks.size > 1:
+            # Gradients, then losses, in one piece: one message to the other ranks.
+            sizes = [p.numel() for p in self.model.parameters()]
+            self._shared = torch.zeros(sum(sizes) + N_LOSSES, device=device)
+            *parts, self._losses_shared = torch.split_with_sizes(self._shared, [*sizes, N_LOSSES])
+            self._gradients = [
+                part.as_strided(p.shape, p.stride()) for part, p in zip(parts, self.model.parameters(), strict=True)
+            ]
+
+    def state(self) -> list[Tensor]:
+        """All that changes with a step, in the same order in each of the ranks."""
+        of_adam = checkpoints.named_state(self.model, self.optimizer)
+        state = [*self.model.state_dict().values(), *self.averaged.state_dict().values()]
+        return state + [of_adam[name][key] for name in sorted(of_adam) for key in sorted(of_adam[name])]
 
     def step(
         self,
@@ -117,25 +139,34 @@ class Trainer:
         mirrored: Sequence[bool],
         rate: float,
         done: int,
+        total: int | None = None,
     ) -> Tensor:
         """One step of Adam on the mean loss of the frames, carved from `views`, over all their observed views.
 
         Args:
-            frames: any number.
+            frames: any number, of several ranks those of this one.
             views: of each frame, the cameras that it is carved from.
             mirrored: of each frame, whether the network sees its mirror image.
             rate: learning rate of the U-Nets.
             done: steps done before.
+            total: frames of all ranks; default: as many as here.
 
         Returns:
-            [5] float64 sums over the frames, named by `TRAIN_FIGURES`, not yet read back from the device.
+            [5] float64 sums over the frames of all ranks, named by `TRAIN_FIGURES`, not yet read back from the device.
         """
         used = torch.tensor([[camera in chosen for camera in self.reader.observed] for chosen in views])
-        inputs = [*(value for frame in frames for value in _tensors(frame)), used]
-        inputs.append(torch.tensor(mirrored))
         # A power-law average (Karras 2024, arXiv 2312.02696): its length is a constant share of the steps.
-        inputs.append(torch.tensor([rate, min(1.0, AVERAGING / (done + 1))]))
-        return self._run(f"step of {len(frames)}", self._step, inputs)
+        numbers = torch.tensor([rate, min(1.0, AVERAGING / (done + 1)), 1 / (total or len(frames))])
+        used, chosen, numbers = (send(value, self.reader.device) for value in (used, torch.tensor(mirrored), numbers))
+        inputs = [*(value for frame in frames for value in _tensors(frame)), used, chosen, numbers]
+        if self.ranks.size == 1:
+            return self._run(f"step of {len(frames)}", self._step, inputs)
+        if frames:
+            self._run(f"gradients of {len(frames)}", self._share, inputs)
+        else:  # the last step of an epoch may have fewer than there are ranks
+            self._shared.zero_()
+        self.ranks.add_up(self._shared)
+        return self._run("update", self._update_from_shared, [numbers])
 
     def _run(self, name: str, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """The function, recorded at its second call on a GPU; at the first, libraries choose their kernels."""
@@ -147,31 +178,54 @@ class Trainer:
                 self._warm.add(name)
                 return function(*(value.to(device) for value in inputs))
             if not self._recorded:
-                most = ROOM * int(self._needed_pairs)
-                self._pairs = Pairs(-(-most // 4096) * 4096, self._needed_pairs)
+                most = ROOM * int(self.needed_pairs)
+                self._pairs = Pairs(-(-most // 4096) * 4096, self.needed_pairs)
                 self._pool = torch.cuda.graph_pool_handle()
             self._recorded[name] = _Recorded(function, inputs, device, self._pool)
         return self._recorded[name](inputs)
 
-    def check_room(self) -> None:
+    def make_room(self, pairs: int) -> None:
         """Record anew where the Gaussians have come to cover more tiles than the recorded step has room for."""
-        if self._recorded and int(self._needed_pairs) > self._pairs.most:
+        if self._recorded and pairs > self._pairs.most:
+            torch.cuda.synchronize()  # one may be running
             self._recorded.clear()
 
     def _step(self, *inputs: Tensor) -> Tensor:
-        *values, used, mirrored, (rate, share) = inputs
+        losses = self._backward(*inputs)
+        return self._update(losses, inputs[-1])
+
+    def _share(self, *inputs: Tensor) -> Tensor:
+        losses = self._backward(*inputs)
+        pairs = zip(self._gradients, self.model.parameters(), strict=True)
+        given = [(_as_laid_out(there, p.grad), p.grad) for there, p in pairs if p.grad is not None]
+        torch._foreach_copy_([there for there, _ in given], [gradient for _, gradient in given])
+        self._losses_shared.copy_(losses)
+        return losses
+
+    def _update_from_shared(self, numbers: Tensor) -> Tensor:
+        for p, gradient in zip(self.model.parameters(), self._gradients, strict=True):
+            p.grad = gradient
+        return self._update(self._losses_shared, numbers)
+
+    def _backward(self, *inputs: Tensor) -> Tensor:
+        """Gradients of this rank's part of the mean loss; [4] sums of its losses."""
+        *values, used, mirrored, numbers = inputs
         frames = [_frame(values[i : i + N_TENSORS]) for i in range(0, len(values), N_TENSORS)]
+        self.optimizer.zero_grad()
+        losses = []
+        for frame, gaussians in zip(frames, self.model(frames, used, mirrored), strict=True):
+            losses.append(self._losses(frame, self._render(frame, gaussians)))
+        torch.autograd.backward(torch.stack([loss.total for loss in losses]).sum() * numbers[2])
+        return torch.stack([torch.stack([*loss]) for loss in losses]).detach().double().sum(0)
+
+    def _update(self, losses: Tensor, numbers: Tensor) -> Tensor:
+        """Adam and the average; [5] figures."""
+        rate, share, weight = numbers
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].copy_(rate * group["factor"])
             else:
                 group["lr"] = float(rate) * group["factor"]
-        self.optimizer.zero_grad()
-        losses = []
-        for frame, gaussians in zip(frames, self.model(frames, used, mirrored), strict=True):
-            losses.append(self._losses(frame, self._render(frame, gaussians)))
-        total = torch.stack([loss.total for loss in losses]).mean()
-        torch.autograd.backward(total)
         gradient = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
         self.optimizer.step()
         with torch.no_grad():
@@ -179,16 +233,21 @@ class Trainer:
             steps = list(torch._foreach_sub([p.detach() for p in self.model.parameters()], averages))
             torch._foreach_mul_(steps, share)
             torch._foreach_add_(averages, steps)
-        figures = torch.stack([torch.stack([*loss, gradient]) for loss in losses])
-        return figures.detach().double().sum(0)
+        return torch.cat([losses.double(), (gradient / weight).double()[None]])
 
     @torch.no_grad()
     def validate(self, frames: Iterable[Frame]) -> dict[str, float]:
-        """Means over frames and observed views, named by `VALID_FIGURES`: loss, IoU at alpha > 0.5, PSNR of windows."""
+        """Means over frames and observed views, named by `VALID_FIGURES`: loss, IoU at alpha > 0.5, PSNR of windows.
+
+        Of several ranks, each gives its own frames, and gets the means over those of all.
+        """
         self.averaged.eval()
-        rows = [self._run("validate", self._validate, _tensors(frame)).clone() for frame in frames]
-        means = torch.stack(rows).double().mean(0).tolist()
-        return dict(zip(VALID_FIGURES, means, strict=True))
+        sums = torch.zeros(len(VALID_FIGURES) + 1, dtype=torch.float64, device=self.reader.device)
+        for frame in frames:
+            figures = self._run("validate", self._validate, _tensors(frame))
+            sums += torch.cat([figures.double(), torch.ones_like(sums[:1])])
+        self.ranks.add_up(sums)
+        return dict(zip(VALID_FIGURES, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
     @torch.no_grad()
     def _validate(self, *inputs: Tensor) -> Tensor:
@@ -238,6 +297,16 @@ def _frame(values: Sequence[Tensor]) -> Frame:
     return Frame(-1, rgb, mask, intrinsics, world_to_camera, torch.empty(0), center, angle)
 
 
+def _as_laid_out(there: Tensor, value: Tensor) -> Tensor:
+    """The same memory with the strides of `value`, if they differ in axes of length 1 only.
+
+    A convolution of 1 x 1 x 1 has such; for one of them, all would be copied one by one.
+    """
+    long = [i for i, n in enumerate(value.shape) if n > 1]
+    same = all(there.stride(i) == value.stride(i) for i in long)
+    return there.as_strided(value.shape, value.stride()) if same else there
+
+
 class _Recorded:
     """A function of tensors as a CUDA graph. Recording it does not run it.
 
@@ -259,6 +328,6 @@ class _Recorded:
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         for own, value in zip(self.inputs, inputs, strict=True):
-            own.copy_(value)
+            own.copy_(value, non_blocking=True)
         self.graph.replay()
         return self.output

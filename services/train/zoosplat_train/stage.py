@@ -6,10 +6,10 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from itertools import count, islice
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,18 +22,19 @@ from zoosplat_model.checkpoints import Progress
 from zoosplat_model.frames import FrameReader
 from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.predictor import open_reader, pick_device
-from zoosplat_train import ops, plots
+from zoosplat_train import ops, parallel, plots
+from zoosplat_train.parallel import Ranks
 
 SHARE = 0.02  # of the time, that plots and checkpoints each may take; then they wait for a later epoch
 SAVE_SECONDS = 60.0  # between checkpoints at most, also within an epoch
-LOOK_STEPS = 10  # steps between readings of the loss: each waits for the GPU
+LOOK_STEPS = 10  # steps between readings of the loss
 
 
 class Train(Stage):
     """Train the network on the first third of the frames."""
 
     def prepare(self, ctx: Context) -> Plan:
-        pick_device(ctx.experiment.train.device)
+        parallel.number(ctx.experiment)
         reader = open_reader(ctx.project, ctx.experiment, torch.device("cpu"))
         if not reader.split("train"):
             raise UserError(
@@ -46,36 +47,91 @@ class Train(Stage):
         return Plan((0, reader.n_frames), warnings=warnings)
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
-        device = pick_device(ctx.experiment.train.device)
-        if device.type == "cpu":
-            torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
-        else:
-            torch.backends.cudnn.benchmark = True
-        reader = open_reader(ctx.project, ctx.experiment, device)
-        with out_of_memory(ctx.project, ctx.experiment, self.name):
-            return _Training(ctx, reader, device).run()
+        if parallel.by_torchrun():
+            return parallel.join(train, ctx)
+        size = parallel.number(ctx.experiment)
+        if size > 1:
+            return parallel.start(train, ctx, size)
+        return train(ctx, pick_device(ctx.experiment.train.device), Ranks())
+
+
+def train(ctx: Context, device: torch.device, ranks: Ranks) -> Result:
+    """Train to the end: what each of the ranks does."""
+    frames = ctx.experiment.train.batch_frames
+    if ranks.size > frames:
+        raise UserError(f"{ranks.size} processes share the frames of a step; set train.batch_frames ({frames}) to more")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks.size)))
+    else:
+        torch.backends.cudnn.benchmark = True
+    reader = open_reader(ctx.project, ctx.experiment, device)
+    with out_of_memory(ctx.project, ctx.experiment, "train"):
+        return _Training(ctx, reader, device, ranks).run()
+
+
+class _Busy:
+    """Time in steps, of a GPU as it passes the beginnings and ends of them; what lies between is waiting for frames."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.gpu = device.type == "cuda"
+        self.times: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.times.append((start, self._now()))
+
+    def _now(self) -> Any:
+        if not self.gpu:
+            return time.monotonic()
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """Sum of all steps since the last call; those of a GPU are to be over."""
+        times, self.times = self.times, []
+        return float(sum(a.elapsed_time(b) / 1000 if self.gpu else b - a for a, b in times))
+
+
+class _Taken(NamedTuple):
+    """Sums of the figures of an epoch, and the pairs needed, as of a step; there once the event has happened."""
+
+    figures: torch.Tensor
+    event: Any
+    step: int
+    position: int
 
 
 @dataclass
 class _Training:
-    """A training that goes on from the latest checkpoint. Its order depends on seed and epoch alone."""
+    """A training that goes on from the latest checkpoint. Its order depends on seed and epoch alone.
+
+    Of several ranks each does the same, with its part of the frames; what depends on a clock the first one decides, and
+    that one alone shows and writes anything.
+    """
 
     ctx: Context
     reader: FrameReader
     device: torch.device
+    ranks: Ranks
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         self.settings = self.ctx.experiment.train
         self.frames = self.reader.split("train")
         self.valid_frames = ops.spread(self.reader.split("valid"), VALID_FRAMES)
-        self.trainer = ops.Trainer(self.reader, self.ctx.experiment, self.device)
+        self.trainer = ops.Trainer(self.reader, self.ctx.experiment, self.device, self.ranks)
         found = checkpoints.load(self.ctx.project, "latest")
         if found is not None:
             self.progress = found.progress
             self.trainer.model.load_state_dict(found.model)
             self.trainer.averaged.load_state_dict(found.average)
             checkpoints.restore_state(self.trainer.model, self.trainer.optimizer, found.optimizer)
+        if self.ranks.agreed(self.progress.step) != self.progress.step:
+            raise UserError(f"{self.ctx.project.url}: the checkpoint changed while it was read; let one run work on it")
+        self.ranks.copy(self.trainer.state())
         self.steps_per_epoch = -(-len(self.frames) // self.settings.batch_frames)
         self.sums = torch.zeros(len(ops.TRAIN_FIGURES), dtype=torch.float64, device=self.device)
         self.sums += torch.tensor([self.progress.sums.get(k, 0.0) for k in ops.TRAIN_FIGURES], device=self.device)
@@ -83,22 +139,27 @@ class _Training:
         self.spent = {"plot": 0.0, "save": 0.0}
         self.clock = self.saved = time.monotonic()
         self.begun_seconds, self.begun_step = self.progress.seconds, self.progress.step
+        self.busy, self.looped, self.stepped = _Busy(self.device), 0.0, 0.0
 
     def seconds(self) -> float:
         return self.begun_seconds + time.monotonic() - self.clock
 
-    def done(self) -> float:
-        """The part of the training that is over, 0 to 1, by epochs or by time, whichever is further."""
-        by_epochs = (self.progress.epoch + self.progress.position / len(self.frames)) / self.settings.epochs
-        limit = self.settings.max_minutes
-        return by_epochs if limit is None else max(by_epochs, self.seconds() / (60 * limit))
+    def is_over(self) -> bool:
+        """Whether the training is; `done` is the part that is, 0 to 1, by epochs or by time, whichever is further."""
+        self.done = (self.progress.epoch + self.progress.position / len(self.frames)) / self.settings.epochs
+        if self.settings.max_minutes is not None:
+            by_time = self.seconds() / (60 * self.settings.max_minutes)
+            self.done = max(self.done, self.ranks.agreed(by_time))
+        return self.done >= 1
 
     def run(self) -> Result:
         p = self.progress
         url = stores.join(self.ctx.project.output_url("train"), "tensorboard")
-        with plots.tensorboard(url, p.step) as self.board:
+        board = plots.tensorboard(url, p.step) if self.ranks.first else nullcontext()
+        # Frames are read ahead of the steps, from one epoch into the next.
+        with board as self.board, closing(self.reader.prefetch(self._order())) as self.ahead:
             # A run that was stopped when its time was up, but within an epoch, still has that to end.
-            while self.done() < 1 or p.position > 0:
+            while not self.is_over() or p.position > 0:
                 self._epoch()
                 self._end_epoch()
         steps = p.step - self.begun_step
@@ -110,45 +171,67 @@ class _Training:
             "epochs": p.epoch,
             "seconds": round(p.seconds, 3),
             "seconds_per_step": round((self.seconds() - self.begun_seconds) / max(steps, 1), 4),
+            "utilisation": round(self.stepped / max(self.looped, 1e-9), 4),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "processes": self.ranks.size,
         }
         if self.device.type == "cuda":
             figures["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return Result(len(self.frames), figures=figures)
 
+    def _steps(self, epoch: int, position: int) -> list[list[int]]:
+        """Frames of each step of an epoch, from a position in it on."""
+        order = ops.epoch_order(self.frames, self.settings.seed, epoch)[position:]
+        n = self.settings.batch_frames
+        return [order[i : i + n] for i in range(0, len(order), n)]
+
+    def _order(self) -> Iterator[int]:
+        """This rank's frames from here on, without an end."""
+        position = self.progress.position
+        for epoch in count(self.progress.epoch):
+            for frames in self._steps(epoch, position):
+                yield from self.ranks.share(frames)
+            position = 0
+
     def _epoch(self) -> None:
         """Steps to the end of the epoch, or of the time."""
         p, settings = self.progress, self.settings
-        order = ops.epoch_order(self.frames, settings.seed, p.epoch)[p.position :]
-        frames = self.reader.prefetch(order)
-        while batch := list(islice(frames, settings.batch_frames)):
+        self.begun, taken = time.monotonic(), None
+        for of_step in self._steps(p.epoch, p.position):
+            batch = list(islice(self.ahead, len(self.ranks.share(of_step))))
             views = [ops.carving_views(self.reader.observed, settings.seed, p.epoch, f.t) for f in batch]
-            rate = ops.learning_rate(settings.lr, self.done())
+            rate = ops.learning_rate(settings.lr, self.done)
             moved = [ops.jitter(f, settings.seed, p.epoch, self.reader.voxel_size_m) for f in batch]
             mirrored = [ops.is_mirrored(settings.seed, p.epoch, f.t) for f in batch]
-            self.sums += self.trainer.step(moved, views, mirrored, rate, p.step)
-            p.position += len(batch)
+            with self.busy.step():
+                self.sums += self.trainer.step(moved, views, mirrored, rate, p.step, len(of_step))
+            p.position += len(of_step)
             p.step += 1
             ended = p.position == len(self.frames)
-            if p.step % LOOK_STEPS == 0 or ended:
-                self._look()
-                self.trainer.check_room()
-            if not ended and time.monotonic() - self.saved > SAVE_SECONDS:
+            if taken is not None:
+                self._show(taken)
+            # Shown after the next step: while that one keeps the GPU busy.
+            taken = self._take() if p.step % LOOK_STEPS == 0 else None
+            if self.ranks.first and not ended and time.monotonic() - self.saved > SAVE_SECONDS:
                 self._save()
-            if self.done() >= 1:
+            if self.is_over():
                 return
 
     def _end_epoch(self) -> None:
         """History, validation, plots and checkpoint; at the end of the training all of them."""
         p, settings = self.progress, self.settings
-        row = {"epoch": p.epoch + 1, "step": p.step, "seconds": round(self.seconds(), 3), **self._look()}
+        means = self._look()  # waits for the last step
+        loop, steps = time.monotonic() - self.begun, self.busy.seconds()
+        self.looped, self.stepped = self.looped + loop, self.stepped + steps
+        row = {"epoch": p.epoch + 1, "step": p.step, "seconds": round(self.seconds(), 3), **means}
+        row["utilisation"] = round(steps / loop, 4)
         p.epoch, p.position = p.epoch + 1, 0
         self.sums.zero_()
-        over = self.done() >= 1
+        over = self.is_over()
         if over or p.epoch % settings.valid_every == 0:
             figures: dict[str, float] = {}
             if self.valid_frames:
-                figures = self.trainer.validate(self.reader.prefetch(self.valid_frames))
+                figures = self.trainer.validate(self.reader.prefetch(self.ranks.share(self.valid_frames)))
             loss = figures.get("valid_loss", row["train_loss"])
             if not math.isfinite(loss):
                 raise self._diverged()
@@ -157,6 +240,8 @@ class _Training:
                 self.best = {k: v.clone() for k, v in self.trainer.averaged.state_dict().items()}
             row |= figures
         p.history.append(row)
+        if self.board is None:  # not the first rank
+            return
         self.board.add(row)
         if over or (p.epoch % settings.plot_every == 0 and self._affords("plot")):
             self._plot()
@@ -174,19 +259,34 @@ class _Training:
         self.spent[what] += time.monotonic() - start
 
     def _look(self) -> dict[str, float]:
+        """Mean figures of the running epoch, after waiting for the GPU."""
+        return self._show(self._take())
+
+    def _take(self) -> _Taken:
+        there = torch.cat([self.sums, self.trainer.needed_pairs.double()[None]]).to("cpu", non_blocking=True)
+        event: Any = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return _Taken(there, event, self.progress.step, self.progress.position)
+
+    def _show(self, taken: _Taken) -> dict[str, float]:
         """Mean figures of the running epoch. Raises UserError when they are not numbers any more."""
+        if taken.event is not None:
+            taken.event.synchronize()
         p = self.progress
-        sums = self.sums.tolist()
-        means = {key: value / max(p.position, 1) for key, value in zip(ops.TRAIN_FIGURES, sums, strict=True)}
+        *sums, pairs = taken.figures.tolist()
+        self.trainer.make_room(int(pairs))
+        means = {key: value / max(taken.position, 1) for key, value in zip(ops.TRAIN_FIGURES, sums, strict=True)}
         if not all(math.isfinite(value) for value in sums):
             raise self._diverged()
-        if p.position == 0:  # a new epoch has nothing to show yet
+        if taken.position == 0:  # a new epoch has nothing to show yet
             return means
         text = f"epoch {p.epoch + 1} loss {means['train_loss']:.3f}"
         validated = [row for row in p.history if "valid_iou" in row]
         if validated:
             text += f" val IoU {validated[-1]['valid_iou']:.3f} PSNR {validated[-1]['valid_psnr']:.1f}"
-        self.ctx.progress(p.step, self.settings.epochs * self.steps_per_epoch, text)
+        self.ctx.progress(taken.step, self.settings.epochs * self.steps_per_epoch, text)
         return means
 
     def _diverged(self) -> UserError:
@@ -208,7 +308,8 @@ class _Training:
             )
             url = self.ctx.project.output_url("train")
             stores.write_bytes(stores.join(url, "history.csv"), plots.history_csv(p.history))
-            self.board.upload()
+            if self.board is not None:
+                self.board.upload()
         self.best, self.saved = None, time.monotonic()
 
     def _plot(self) -> None:

@@ -1,0 +1,182 @@
+"""Trainings of a recording from where its files lie, on one GPU or several: frames a second, and how busy they are.
+
+    python benchmarks/training.py --gpus 1 2 4                        # does the speed grow with the GPUs?
+    python benchmarks/training.py --same --gpus 1 1 2 4               # is the result that of one GPU? 1 1: rounding
+    python benchmarks/training.py --frames 1300 --url s3://bucket/it  # do the GPUs wait for frames? Local by default
+    python benchmarks/training.py --frames 1300 --latency 30          # the same, each request answered 30 ms later
+
+The recording is the animal of train_step.py: six views of 288 x 256 pixels, with noise as a camera's. It is made once.
+1300 frames are too many to stay on the GPU, so that each is read again in every epoch. Prints JSON lines. Every epoch
+but the first counts, in which libraries choose their kernels and steps are recorded; it is a third of the frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from train_step import CAMERAS, Scene, settings
+from zarr.abc.store import Store
+
+from zoosplat import schema, stores
+from zoosplat.config import Experiment
+from zoosplat.pipeline import STAGES
+from zoosplat.project import Project, settings_of
+from zoosplat.stage import run_stage
+from zoosplat_model import checkpoints, frames
+from zoosplat_model.frames import Frame
+from zoosplat_train.stage import STAGE
+
+WIDTH, HEIGHT = 288, 256
+POSES = 48  # different ones; noise makes each frame another
+NOISE = 5  # of 255
+NEVER = 1_000_000
+
+
+@lru_cache(maxsize=POSES)
+def pose(number: int) -> Frame:
+    return Scene(torch.device("cpu"), WIDTH, HEIGHT).frame(number)
+
+
+def write_block(url: str, start: int, stop: int) -> None:
+    """Frames `start` to `stop` of images.zarr."""
+    torch.set_num_threads(1)
+    group = stores.open_group(url, write=True)
+    rgb, mask = [], []
+    for t in range(start, stop):
+        frame = pose(t % POSES)
+        inside = frame.mask.numpy() > 0
+        noisy = 255 * frame.rgb.numpy() + np.random.default_rng(t).normal(0, NOISE, frame.rgb.shape)
+        rgb.append(np.where(inside[..., None], noisy.clip(0, 255), 255).astype(np.uint8))
+        mask.append(inside)
+    schema.array(group, "rgb")[start:stop] = np.array(rgb)
+    schema.array(group, "mask")[start:stop] = np.array(mask)
+
+
+def make(url: str, n_frames: int, experiment: Experiment) -> Project:
+    """A project whose stages before training are done; unless it is there. The last third of its frames is empty."""
+    project = Project.at(url)
+    if project.read_mark("pack"):
+        return project
+    scene = Scene(torch.device("cpu"), WIDTH, HEIGHT)
+    poses = [pose(number) for number in range(POSES)]
+    each = np.arange(n_frames) % POSES
+    common: dict[str, Any] = {"full_width": WIDTH, "full_height": HEIGHT, "image_downsample": 1, "unit_m": 0.4}
+    common |= {"fps": 50.0, "frame_jump": 1, "camera_names": [str(c) for c in range(CAMERAS)]}
+    grid = {"ell_m": scene.ell_m, "grid_size": scene.grid_size}
+    block = schema.block_frames(CAMERAS * HEIGHT * WIDTH * 3)
+    arrays: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+        "pack": (
+            "images.zarr",
+            common,
+            {
+                "origin": np.zeros((n_frames, CAMERAS, 2), np.int32),
+                "intrinsics": scene.intrinsics.numpy(),
+                "world_to_camera": scene.world_to_camera.numpy(),
+            },
+        ),
+        "center_rotation": (
+            "tracking.zarr",
+            grid,
+            {
+                "principal_shift": np.zeros((n_frames, CAMERAS, 2)),
+                "centers": np.array([poses[i].center.numpy() for i in each]),
+                "angles": np.array([float(poses[i].angle) for i in each]),
+                "valid": np.ones(n_frames, bool),
+            },
+        ),
+        "crop": ("crop.zarr", grid, {"volume_idx": np.array(scene.volume_idx)}),
+    }
+    sizes = {"T": n_frames, "C": CAMERAS, "h": HEIGHT, "w": WIDTH, "n": scene.grid_size, "S": 1}
+    for stage, (name, attributes, values) in arrays.items():
+        group = schema.create(project.output_url(stage), name, sizes, block, attributes)
+        for key, value in values.items():
+            schema.array(group, key)[...] = value
+    starts = range(0, 2 * n_frames // 3, block)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), max_workers=12) as pool:
+        ends = [min(start + block, n_frames) for start in starts]
+        list(pool.map(write_block, [project.output_url("pack")] * len(starts), starts, ends))
+    project.write_experiment(experiment)
+    for stage in ("crop", "center_rotation", "pack"):
+        spec = STAGES[stage]
+        mark = {"digest": stage, "version": spec.version, "settings": settings_of(spec, experiment), "inputs": {}}
+        stores.write_json(project.mark_url(stage), mark)
+    return project
+
+
+def answer_late(milliseconds: float) -> None:
+    """Let every read of frames wait, as for a storage that is far away."""
+    at_once = stores.part_of
+
+    def late(store: Store, key: str, start: int, length: int) -> bytes:
+        time.sleep(milliseconds / 1000)
+        return at_once(store, key, start, length)
+
+    stores.part_of = late
+
+
+def history(project: Project) -> list[dict[str, float]]:
+    text = stores.read_bytes(project.path("model", "history.csv")).decode()
+    return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(text.splitlines())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--url", help="where the project is or is made; default: a temporary folder")
+    parser.add_argument("--frames", type=int, default=600)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1])
+    parser.add_argument("--each", type=int, default=1, help="frames of a step that a GPU takes")
+    parser.add_argument("--read", action="store_true", help="every frame in every epoch: for one GPU")
+    parser.add_argument("--same", action="store_true", help="the same step for all: --each times the most GPUs")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--latency", type=float, default=0.0, metavar="MS", help="of a request; for one GPU")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    args = parser.parse_args()
+    folder = tempfile.TemporaryDirectory()
+    once = [f"train.{what}_every={NEVER}" for what in ("valid", "plot", "save")]
+    experiment = settings([f"train.epochs={args.epochs}", *once, *args.overrides])
+    project = make(args.url or f"{folder.name}/project", args.frames, experiment)
+    if args.read:
+        frames.CACHE_BYTES = 0  # type: ignore[attr-defined]
+    if args.latency:
+        answer_late(args.latency)
+    first: dict[str, Any] = {}
+    for n in args.gpus:
+        batch = args.each * (max(args.gpus) if args.same else n)
+        train = experiment.train.model_copy(update={"gpus": n, "batch_frames": batch})
+        project.write_experiment(experiment.model_copy(update={"train": train}))
+        run_stage(STAGE, project, force=True)
+        rows, found = history(project), checkpoints.load(project, "latest")
+        assert found is not None
+        seconds = rows[-1]["seconds"] - rows[0]["seconds"]
+        line = {
+            "gpus": n,
+            "frames_of_a_step": batch,
+            "frames_per_second": round(len(range(args.frames // 3)) * (len(rows) - 1) / seconds, 2),
+            "utilisation": [row["utilisation"] for row in rows],
+            "train_loss": [row["train_loss"] for row in rows],
+            "valid_loss": rows[-1]["valid_loss"],
+        }
+        if args.same:
+            weights = torch.cat([value.flatten() for _, value in sorted(found.model.items())])
+            average = torch.cat([value.flatten() for _, value in sorted(found.average.items())])
+            first = first or {"weights": weights, "average": average, "fps": line["frames_per_second"]}
+            line["weights_differ_by"] = float((weights - first["weights"]).norm() / first["weights"].norm())
+            line["averages_differ_by"] = float((average - first["average"]).norm() / first["average"].norm())
+        first = first or {"fps": line["frames_per_second"]}
+        line["times_one"] = round(line["frames_per_second"] / first["fps"], 3)
+        figures = (project.read_mark("train") or {})["figures"]
+        print(json.dumps({**line, "device": figures["device"], "gpu_bytes": figures.get("peak_gpu_bytes")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Processes that train together: ranks, a GPU each, which share the frames of a step and add up their gradients.
+
+The stage starts its ranks itself, watches them, and ends them all when one fails. Under torchrun, that does so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zoosplat import stores
+from zoosplat.config import Experiment
+from zoosplat.errors import Passing, UserError
+from zoosplat.project import Project
+from zoosplat.stage import Context, Result, Stage, failed, main, start_process
+from zoosplat_model.predictor import pick_device
+
+T = TypeVar("T")
+GRACE_S = 3.0  # after a failure, for the others to say what they saw: the first to speak is not always the cause
+BEGIN = "zoosplat/begin"  # key of torchrun's store
+KEPT = "the last checkpoint is kept, and the same command goes on from there"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, number `rank` of `size` that train together; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, values: Sequence[T]) -> Sequence[T]:
+        """Those that fall to this rank."""
+        return values[self.rank :: self.size]
+
+    def add_up(self, values: Tensor) -> None:
+        """Put the sum over all ranks in place of the values: the same bits everywhere."""
+        if self.size > 1:
+            with _in_touch():
+                dist.all_reduce(values)
+
+    def agreed(self, value: float) -> float:
+        """The value of the first rank: clocks differ."""
+        if self.size == 1:
+            return value
+        told = torch.tensor(value, dtype=torch.float64)
+        with _in_touch():
+            dist.broadcast(told, 0)
+        return float(told)
+
+    def copy(self, values: Iterable[Tensor]) -> None:
+        """Put those of the first rank in place of the values."""
+        if self.size > 1:
+            with _in_touch():
+                for value in values:
+                    whole = value.contiguous()
+                    dist.broadcast(whole, 0)
+                    value.copy_(whole)
+
+
+@contextmanager
+def _in_touch() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Passing(f"lost touch with the other processes of this training; {KEPT}") from error
+
+
+def number(experiment: Experiment) -> int:
+    """How many ranks a training has. Raises UserError where there are not so many GPUs."""
+    gpus, frames = experiment.train.gpus, experiment.train.batch_frames
+    if pick_device(experiment.train.device).type == "cpu":
+        return 1 if gpus == "auto" else gpus
+    there = torch.cuda.device_count()
+    if gpus == "auto":
+        return min(there, frames)
+    if gpus > there:
+        raise UserError(f"train.gpus = {gpus}: there are {there} here; set it to auto, or to {there} at most")
+    return gpus
+
+
+def device_of(experiment: Experiment, rank: int) -> torch.device:
+    """The device of a rank, which becomes the process's own."""
+    device = pick_device(experiment.train.device)
+    if device.type == "cpu":
+        return device
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+@contextmanager
+def _joined(device: torch.device, **how: Any) -> Iterator[Ranks]:
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", **how)
+    else:
+        dist.init_process_group("gloo", **how)
+    # After a failure the group is left as it is: leaving it, one would wait for the others.
+    yield Ranks(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()
+
+
+Train = Callable[[Context, torch.device, Ranks], Result]
+
+
+# -- started by the stage -----------------------------------------------------------------------------------------
+def start(train: Train, ctx: Context, size: int) -> Result:
+    """Train in `size` processes of this machine and wait for them.
+
+    Returns:
+        What the first rank gives.
+
+    Raises:
+        UserError: what a rank raised, or a line about the one that was killed. No rank is left running.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    pipes: list[Connection] = []
+    processes: list[SpawnProcess] = []
+    with TemporaryDirectory() as folder:
+        try:
+            for rank in range(size):
+                ours, theirs = spawn.Pipe(duplex=False)
+                arguments = (train, ctx.project.url, ctx.experiment, rank, size, f"{folder}/meeting", theirs)
+                process = spawn.Process(target=_run_rank, args=arguments, name=f"rank {rank}", daemon=True)
+                process.start()
+                theirs.close()  # so that it ends with the process
+                pipes.append(ours)
+                processes.append(process)
+            return _watch(ctx, pipes, processes)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+
+
+def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess]) -> Result:
+    size = len(processes)
+    running = dict(zip(pipes, range(size), strict=True))
+    results: list[Result] = []
+    said: list[BaseException] = []
+    killed: list[BaseException] = []
+    deadline: float | None = None
+    while running:
+        if (said or killed) and deadline is None:
+            deadline = time.monotonic() + GRACE_S
+        ready = wait(list(running), None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break  # those that still run wait for the one that failed
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = running[pipe]
+            try:
+                news = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                del running[pipe]
+                processes[rank].join()
+                status = processes[rank].exitcode
+                if status:
+                    end = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+                    hint = " (too little memory?)" if status == -signal.SIGKILL else ""
+                    killed.append(Passing(f"rank {rank} of {size} was ended by {end}{hint}; {KEPT}"))
+                continue
+            if isinstance(news, tuple):
+                ctx.progress(*news)
+            elif isinstance(news, Result):
+                results.append(news)
+            else:
+                said.append(news)
+    for error in (*killed, *said):
+        raise error
+    return results[0]
+
+
+def _run_rank(
+    train: Train, url: str, experiment: Experiment, rank: int, size: int, meeting: str, report: Connection
+) -> None:
+    start_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage, which gets it too, ends its ranks
+    # One machine: no other network is needed, nor a name for this one.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    try:
+        device = device_of(experiment, rank)
+        store = dist.FileStore(meeting, size)  # type: ignore[attr-defined]
+
+        def progress(done: int, total: int, message: str) -> None:
+            if rank == 0:
+                report.send((done, total, message))
+
+        with _joined(device, store=store, rank=rank, world_size=size) as ranks:
+            result = train(Context(Project.at(url), experiment, progress), device, ranks)
+        if rank == 0:
+            report.send(result)
+    except Exception as error:
+        # Exceptions of other libraries do not always survive the way between processes.
+        known = error if isinstance(error, UserError) else stores.as_user_error(error, url)
+        news = known or RuntimeError("".join(traceback.format_exception(error)))
+        if rank > 0:
+            news.add_note(f"in rank {rank} of {size}")
+        report.send(news)
+        report.close()
+        os._exit(0)  # a group that has failed cannot be left
+
+
+# -- started by torchrun ------------------------------------------------------------------------------------------
+def by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _store() -> Any:
+    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    return store
+
+
+def join(train: Train, ctx: Context) -> Result:
+    """Train as the first rank of those that torchrun has started."""
+    _store().set(BEGIN, "train")
+    return _train_under_torchrun(train, ctx)
+
+
+def _train_under_torchrun(train: Train, ctx: Context) -> Result:
+    device = device_of(ctx.experiment, int(os.environ["LOCAL_RANK"]))
+    with _joined(device) as ranks:
+        return train(ctx, device, ranks)
+
+
+def run_under_torchrun(stage: Stage, train: Train) -> int:
+    """What a process of torchrun does: the first is the stage, the others wait until that one trains or has ended."""
+    store = _store()
+    if os.environ["RANK"] == "0":
+        status = main(stage)
+        store.set(BEGIN, "over")
+        if status:
+            os._exit(status)  # a group that has failed cannot be left
+        return 0
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--project", required=True)
+    url = parser.parse_known_args()[0].project
+    store.wait([BEGIN], timedelta(days=365))
+    if store.get(BEGIN) == b"over":
+        return 0
+    try:
+        project = Project.at(url)
+        _train_under_torchrun(train, Context(project, project.read_experiment(), lambda done, total, message: None))
+    except Exception as error:
+        return failed(stage, error, url)
+    return 0
