@@ -122,9 +122,9 @@ class _Training:
         order = ops.epoch_order(self.frames, settings.seed, p.epoch)[p.position :]
         frames = self.reader.prefetch(order)
         while batch := list(islice(frames, settings.batch_frames)):
-            views = [ops.carving_views(self.reader.observed, settings.seed, p.epoch, f.t) for f in batch]
+            views = [ops.carving_views(self.reader.observed, settings, p.epoch, f.t) for f in batch]
             rate = ops.learning_rate(settings.lr, self.done())
-            moved = [ops.jitter(f, settings.seed, p.epoch, self.reader.voxel_size_m) for f in batch]
+            moved = [ops.jitter(f, settings, p.epoch, self.reader.voxel_size_m) for f in batch]
             mirrored = [ops.is_mirrored(settings.seed, p.epoch, f.t) for f in batch]
             self.sums += self.trainer.step(moved, views, mirrored, rate, p.step)
             p.position += len(batch)
