@@ -91,6 +91,7 @@ def test_jitter_keeps_the_picture_and_moves_the_grid(tiny: Project) -> None:
     assert torch.equal(ops.jitter(frame, Train(), 3, 0.01).center, moved[3].center)
 
 
+@torch.no_grad()
 def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> None:
     chosen, cpu = tiny.read_experiment(), torch.device("cpu")
     reader = open_reader(tiny, chosen, cpu)
