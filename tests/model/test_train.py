@@ -95,18 +95,19 @@ def test_jitter_keeps_the_picture_and_moves_the_grid(tiny: Project) -> None:
 def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> None:
     chosen, cpu = tiny.read_experiment(), torch.device("cpu")
     reader = open_reader(tiny, chosen, cpu)
-    first, t = reader.observed[0], reader.split("valid")[0]
+    t = reader.split("valid")[0]
+    left_out = reader.observed[ops.view_to_predict(t, len(reader.observed))]
     trainer = ops.Trainer(reader, chosen, cpu)
     figures = trainer.validate([reader.frame(t)])
 
-    held_out = chosen.model_copy(update={"holdout_views": (first, *chosen.holdout_views)})
+    held_out = chosen.model_copy(update={"holdout_views": (left_out, *chosen.holdout_views)})
     groups = [tiny.open_input(name) for name in ("pack", "center_rotation", "crop")]
     model = PoseSplatter.of(FrameReader(*groups, held_out), held_out)
     model.load_state_dict(trainer.averaged.state_dict())
     frame = reader.frame(t)
     size = reader.width, reader.height
     losses = []
-    for network, cameras in ((trainer.averaged, reader.observed), (model, [first])):
+    for network, cameras in ((trainer.averaged, reader.observed), (model, [left_out])):
         placed = network([frame])[0].to_world(frame.center, frame.angle)
         rendering = network.render(placed, frame.world_to_camera[cameras], frame.intrinsics[cameras], *size, cameras)
         truth, mask = frame.on_white()[cameras], frame.mask[cameras]
@@ -116,6 +117,7 @@ def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> N
         assert figures["valid_left_out_iou" if network is model else "valid_iou"] == pytest.approx(iou, abs=1e-5)
     assert figures["valid_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     assert losses[0] < losses[1]
+    assert {ops.view_to_predict(t, 4) for t in range(0, 96, 4)} == {0, 1, 2, 3}
 
 
 # -- the stage ----------------------------------------------------------------------------------------------------

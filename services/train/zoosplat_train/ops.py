@@ -71,6 +71,11 @@ def learning_rate(base: float, done: float) -> float:
     return base * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))))
 
 
+def view_to_predict(t: int, n_observed: int) -> int:
+    """Which of the observed views validation leaves out of frame t: any, but always the same."""
+    return int(np.random.default_rng(t).integers(n_observed))
+
+
 def spread(frames: Sequence[int], most: int) -> list[int]:
     """At most `most` of the frames, evenly spread."""
     n = min(len(frames), most)
@@ -188,15 +193,15 @@ class Trainer:
     def validate(self, frames: Iterable[Frame]) -> dict[str, float]:
         """Means over frames, named by `VALID_FIGURES`: loss, IoU at alpha > 0.5 and PSNR of windows, and IoU of a view.
 
-        Each frame is carved twice: from all observed views, and, where three remain, without one of them, in turn. The
-        loss is the mean of that of all views in the first case and of the left-out one in the second: so the
-        checkpoint with the least of it is good in observed views and in new ones, of which training sees nothing.
+        Each frame is carved twice: from all observed views, and, where three remain, without one of them. The loss is
+        the mean of that of all views in the first case and of the left-out one in the second: so the checkpoint with
+        the least of it is good in observed views and in new ones, of which training sees nothing.
         """
         self.averaged.eval()
         n = len(self.reader.observed)
         rows = []
-        for i, frame in enumerate(frames):
-            out = torch.arange(n) == i % n
+        for frame in frames:
+            out = torch.arange(n) == view_to_predict(frame.t, n)
             rows.append(self._run("validate", self._validate, [*_tensors(frame), out]).clone())
         figures = dict(zip(VALID_FIGURES, torch.stack(rows).double().mean(0).tolist(), strict=True))
         if n < 4:
