@@ -24,6 +24,7 @@ FULL = 1152 * 1024
 
 
 def experiment(**changes: Any) -> Experiment:
+    changes = {"ingest__image_downsample": 4, "model__base_filters": 8} | changes
     return read_config(MOUSE, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
 
 

@@ -200,6 +200,15 @@ class Train(_Section):
     )
     img_lambda: Weight = Field(default=0.5, description="weight of the colour error")
     ssim_lambda: Weight = Field(default=0.0, description="weight of 1 - SSIM")
+    opacity_lambda: Weight = Field(
+        default=0.0,
+        description="weight of the Gaussians' mean opacity: none where no view needs one; 0.03 pays on clean masks",
+    )
+    leave_out: Annotated[Weight, Field(le=1)] = Field(
+        default=0.7, description="share of steps that carve without one of the views, a lesson for new views; 0 to 1"
+    )
+    jitter_voxels: Weight = Field(default=2.0, description="how far the animal's place is off at most, in training")
+    jitter_radians: Weight = Field(default=0.3, description="how far its heading is off at most, in training")
     valid_every: Count = Field(default=1, description="epochs between validations")
     plot_every: Count = Field(default=1, description="epochs between plots")
     save_every: Count = Field(default=1, description="epochs between checkpoints")

@@ -74,13 +74,15 @@ def carve(
     is seen and 0.25 where it is hidden. So, unlike in the paper, a view that has the voxel outside its mask has no
     weight: it shows background.
 
-    Four more channels say what the mean of the two hulls hides: the occupancy of the smaller and of the larger one, how
-    far the views' colours are from each other (the sign of a voxel that no view really sees), and how many see it.
+    Four more channels say what the mean of the two hulls hides: the occupancy of the smaller one (that of the larger
+    follows), in how many views the voxel lies on animal that the smaller one does not cover (the sign that a mask is
+    wrong, where masks disagree), how far the views' colours are from each other (the sign of a voxel that no view
+    really sees), and how many see it.
 
     Returns:
         [8, n1, n2, n3] float32: occupancy 0 to 1, red, green, blue (`fill_color` where empty); occupancy of the smaller
-        and of the larger hull, root of the mean squared distance of the views' colours from their mean, share of the
-        views that see the voxel (both 0 where empty).
+        hull, share of the views in which the voxel lies on animal that hull leaves bare, root of the mean squared
+        distance of the views' colours from their mean, share of the views that see the voxel (all three 0 where empty).
     """
     n_views, h, w = mask.shape
     shape = points.shape[:3]
@@ -111,7 +113,11 @@ def carve(
     volume = points.new_zeros(8, len(least))
     for occupancy in (least, second):
         solid = in_window & (occupancy >= 0.5)
-        seen = depth <= _front(depth, nearest, solid, h, w, footprint_px) + voxel_size_m
+        front = _front(depth, nearest, solid, h, w, footprint_px)
+        if occupancy is least:
+            bare = in_window & used & (mask.flatten(1).gather(1, nearest) > 0.5) & front.isinf()
+            volume[5] = torch.where(second > 0, bare.to(depth.dtype).sum(0) / used.sum(), 0)
+        seen = depth <= front + voxel_size_m
         weight = torch.where(seen, 1.0, HIDDEN_WEIGHT) * in_front
         color = (weight[..., None] * samples).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)[..., None]
         volume[0] += 0.5 * occupancy
@@ -119,8 +125,8 @@ def carve(
         off = (samples / covered.clamp_min(1e-3)[..., None] - color).square().sum(-1)
         spread = (weight * covered * off).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)
         volume[6] += 0.5 * torch.where(occupancy > 0, spread.sqrt(), 0)
-        volume[7] += 0.5 * torch.where(occupancy > 0, (seen & in_front).to(depth.dtype).mean(0), 0)
-    volume[4], volume[5] = least, second
+        volume[7] += 0.5 * torch.where(occupancy > 0, (seen & in_front).to(depth.dtype).sum(0) / used.sum(), 0)
+    volume[4] = least
     if kept is None:
         return volume.view(8, *shape)
 

@@ -31,14 +31,15 @@ def frame_losses(
     mask: Tensor,  # [V, h, w] 0 or 1
     img_lambda: float,
     ssim_lambda: float,
+    counted: Tensor | None = None,  # [V] bool
 ) -> Losses:
     """(1 - soft IoU) + img_lambda * sum|error| / mask area + ssim_lambda * (1 - SSIM), means over the views.
 
-    The colour error is summed over pixels and channels. Views with an empty mask say that the animal is hidden from
-    them, not that it is not there: they are left out.
+    The colour error is summed over pixels and channels. Views that are not `counted` (default: all are) are left out,
+    and so are those with an empty mask: it says that the animal is hidden from them, not that it is not there.
     """
     area = mask.sum((1, 2))
-    weight = (area > 0).to(rgb.dtype)
+    weight = (area > 0).to(rgb.dtype) * (1 if counted is None else counted)
     weight = weight / weight.sum().clamp_min(1)
     shape = (weight * (1 - soft_iou(alpha, mask))).sum()
     color = (weight * (rgb - truth).abs().sum((1, 2, 3)) / area.clamp_min(1)).sum()

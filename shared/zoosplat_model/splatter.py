@@ -27,6 +27,7 @@ from zoosplat_model.rasterize import Pairs, Rendering, rasterize
 from zoosplat_model.unet import FEATURE_CHANNELS, UNetStack
 
 LEAST_OCCUPANCY = 0.25  # of a selected voxel
+SOLID_VOXEL, DEPTH = 0.75, 2  # occupancy of one that hides others; voxels from the surface on which nobody sees one
 OPACITY_SLOPE, OPACITY_MIDDLE = 16.0, 0.75  # opacity 0.98 where all views agree, 0.02 where one does not
 FIRST_SCALE = 0.3  # voxels: from 0.25 to 0.5, the smaller the better the first silhouettes; smaller ones have holes
 REACH = 2.0  # voxels that a Gaussian can move away from its voxel
@@ -104,6 +105,21 @@ def select(occupancy: Tensor, fewest: int, most: int) -> tuple[Tensor, Tensor]:
         most = min(max(int((occupancy > LEAST_OCCUPANCY).sum()), fewest), most)
     values, indices = torch.topk(occupancy, most)
     return indices, (values > LEAST_OCCUPANCY) | (torch.arange(most, device=values.device) < fewest)
+
+
+def surface_first(occupancy: Tensor) -> Tensor:
+    """Occupancy [n1, n2, n3], flattened to [N], with what lies deep inside the animal at the limit of selection.
+
+    So where there are more voxels than Gaussians, `select` leaves out those that nobody sees: all voxels up to `DEPTH`
+    away, along each axis, hold something too.
+    """
+    least = -occupancy[None, None]
+    for axis in range(3):  # one axis at a time
+        size = [1, 1, 1]
+        size[axis] = 2 * DEPTH + 1
+        least = F.max_pool3d(least, size, stride=1, padding=[n // 2 for n in size])
+    deep = -least[0, 0] > SOLID_VOXEL
+    return torch.where(deep, LEAST_OCCUPANCY * 1.001, occupancy).flatten()
 
 
 class PoseSplatter(nn.Module):
@@ -236,7 +252,7 @@ class PoseSplatter(nn.Module):
         Where the network saw the mirror image (`mirrored` [] bool), offsets and orientations are mirrored back.
         """
         flat = features.flatten(1)
-        chosen, drawn = select(flat[0].detach(), self.min_gaussians, self.max_gaussians)
+        chosen, drawn = select(surface_first(features[0].detach()), self.min_gaussians, self.max_gaussians)
         kept = flat.index_select(1, chosen).T
         quats, scales, opacities, colors, offsets, trust = torch.split_with_sizes(
             self._head(kept), [4, 3, 1, 3, 3, 1], 1

@@ -18,7 +18,7 @@ from zoosplat_model.frames import FrameReader
 from zoosplat_model.losses import frame_losses, soft_iou
 from zoosplat_model.metrics import ssim_map
 from zoosplat_model.predictor import open_reader, pick_device
-from zoosplat_model.splatter import Gaussians, PoseSplatter, quaternion_product, select
+from zoosplat_model.splatter import Gaussians, PoseSplatter, quaternion_product, select, surface_first
 from zoosplat_model.unet import UNetStack, convolve, fold, unfold
 
 CPU = torch.device("cpu")
@@ -88,6 +88,18 @@ def test_selection_keeps_its_limits_and_takes_the_highest(above: int, count: int
 
 def test_a_volume_smaller_than_the_least_number_gives_all() -> None:
     assert sorted(select(torch.zeros(6), 1024, 16000)[0].tolist()) == list(range(6))
+
+
+def test_what_lies_deep_inside_is_the_last_to_be_selected() -> None:
+    occupancy = torch.zeros(15, 14, 13)
+    occupancy[3:12, 3:12, 3:12] = 1
+    ordered = surface_first(occupancy).view(occupancy.shape)
+    deep = torch.zeros(occupancy.shape, dtype=torch.bool)
+    deep[5:10, 5:10, 5:10] = True
+    assert torch.equal(ordered[~deep], occupancy[~deep])
+    chosen, drawn = select(ordered.flatten(), 1, 9**3)
+    assert drawn.all()  # where there are enough, they all are
+    assert set(chosen[-125:].tolist()) == set(deep.flatten().nonzero()[:, 0].tolist())
 
 
 # -- Gaussians ----------------------------------------------------------------------------------------------------
@@ -259,6 +271,8 @@ def test_views_that_do_not_see_the_animal_are_left_out() -> None:
     both = frame_losses(rgb, alpha, truth, mask, 0.5, 0.3)
     one = frame_losses(rgb[:1], alpha[:1], truth[:1], mask[:1], 0.5, 0.3)
     torch.testing.assert_close(torch.stack(both), torch.stack(one))
+    chosen = frame_losses(rgb, alpha, truth, torch.ones_like(mask), 0.5, 0.3, torch.tensor([True, False]))
+    torch.testing.assert_close(torch.stack(chosen), torch.stack(one))
     similarity = float(ssim_map(rgb[:1].permute(0, 3, 1, 2), truth[:1].permute(0, 3, 1, 2)).mean())
     assert float(one.dissimilarity) == pytest.approx(1 - similarity, abs=1e-6)
     assert float(one.total) == pytest.approx(float(one.soft_iou + 0.5 * one.color + 0.3 * one.dissimilarity), abs=1e-5)

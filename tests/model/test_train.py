@@ -11,14 +11,17 @@ import pytest
 import torch
 
 from zoosplat import schema, stores
+from zoosplat.config import Train
 from zoosplat.errors import UserError
 from zoosplat.project import Project
 from zoosplat.stage import Stage, main, run_stage
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
+from zoosplat_model.frames import FrameReader
+from zoosplat_model.losses import frame_losses
 from zoosplat_model.predictor import Predictor, open_reader
-from zoosplat_model.splatter import Gaussians
+from zoosplat_model.splatter import Gaussians, PoseSplatter
 from zoosplat_render.stage import STAGE as RENDER
 from zoosplat_train import ops, plots, stage
 from zoosplat_train.stage import STAGE
@@ -62,11 +65,12 @@ def test_order_is_a_permutation_that_repeats() -> None:
 
 
 def test_carving_leaves_out_one_view_at_times() -> None:
-    chosen = [tuple(ops.carving_views([0, 2, 3, 4], 0, epoch, 9)) for epoch in range(200)]
+    chosen = [tuple(ops.carving_views([0, 2, 3, 4], Train(leave_out=0.5), epoch, 9)) for epoch in range(200)]
     whole = sum(len(views) == 4 for views in chosen)
     assert 60 < whole < 140
+    assert ops.carving_views([0, 2, 3, 4], Train(leave_out=0), 0, 9) == [0, 2, 3, 4]
     assert set(chosen) == {(0, 2, 3, 4), (2, 3, 4), (0, 3, 4), (0, 2, 4), (0, 2, 3)}
-    assert all(ops.carving_views([0, 1, 2], 0, epoch, 9) == [0, 1, 2] for epoch in range(50))
+    assert all(ops.carving_views([0, 1, 2], Train(leave_out=1), epoch, 9) == [0, 1, 2] for epoch in range(50))
 
 
 def test_learning_rate_and_spread() -> None:
@@ -79,12 +83,41 @@ def test_learning_rate_and_spread() -> None:
 
 def test_jitter_keeps_the_picture_and_moves_the_grid(tiny: Project) -> None:
     frame = open_reader(tiny, tiny.read_experiment(), torch.device("cpu")).frame(2)
-    moved = [ops.jitter(frame, 0, epoch, 0.01) for epoch in range(30)]
+    moved = [ops.jitter(frame, Train(), epoch, 0.01) for epoch in range(30)]
     shifts = torch.stack([m.center - frame.center for m in moved])
     assert 0.015 < shifts.abs().max() < 0.02 + 1e-6
     assert 0.2 < max(abs(float(m.angle - frame.angle)) for m in moved) < 0.3 + 1e-6
     assert all(m.rgb is frame.rgb for m in moved)
-    assert torch.equal(ops.jitter(frame, 0, 3, 0.01).center, moved[3].center)
+    assert torch.equal(ops.jitter(frame, Train(), 3, 0.01).center, moved[3].center)
+
+
+@torch.no_grad()
+def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> None:
+    chosen, cpu = tiny.read_experiment(), torch.device("cpu")
+    reader = open_reader(tiny, chosen, cpu)
+    t = reader.split("valid")[0]
+    left_out = reader.observed[ops.view_to_predict(t, len(reader.observed))]
+    trainer = ops.Trainer(reader, chosen, cpu)
+    figures = trainer.validate([reader.frame(t)])
+
+    held_out = chosen.model_copy(update={"holdout_views": (left_out, *chosen.holdout_views)})
+    images, tracking, crop = (tiny.open_input(name) for name in ("pack", "center_rotation", "crop"))
+    model = PoseSplatter.of(FrameReader(images, tracking, crop, held_out), held_out)
+    model.load_state_dict(trainer.averaged.state_dict())
+    frame = reader.frame(t)
+    size = reader.width, reader.height
+    losses = []
+    for network, cameras in ((trainer.averaged, reader.observed), (model, [left_out])):
+        placed = network([frame])[0].to_world(frame.center, frame.angle)
+        rendering = network.render(placed, frame.world_to_camera[cameras], frame.intrinsics[cameras], *size, cameras)
+        truth, mask = frame.on_white()[cameras], frame.mask[cameras]
+        losses.append(float(frame_losses(*rendering, truth, mask, chosen.train.img_lambda, 0.0).total))
+        drawn = rendering.alpha > 0.5
+        iou = float(((drawn & (mask > 0)).sum((1, 2)) / (drawn | (mask > 0)).sum((1, 2))).mean())
+        assert figures["valid_left_out_iou" if network is model else "valid_iou"] == pytest.approx(iou, abs=1e-5)
+    assert figures["valid_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert losses[0] < losses[1]
+    assert {ops.view_to_predict(t, 4) for t in range(0, 96, 4)} == {0, 1, 2, 3}
 
 
 # -- the stage ----------------------------------------------------------------------------------------------------

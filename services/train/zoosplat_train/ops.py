@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoosplat.config import Experiment
+from zoosplat.config import Experiment, Train
 from zoosplat_model import checkpoints
 from zoosplat_model.frames import Frame, FrameReader, send
 from zoosplat_model.losses import Losses, frame_losses, soft_iou
@@ -20,18 +20,17 @@ from zoosplat_model.rasterize import Pairs, Rendering
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 from zoosplat_train.parallel import Ranks
 
-DROP_VIEW = 0.7  # share of frames that are carved without one of their views
 MIRROR = 0.5  # share of frames that the network sees mirrored
-JITTER_VOXELS, JITTER_RAD = 2.0, 0.3  # of the carved grid, at most
 LAST_RATE = 0.05  # of the learning rate, at the end of the cosine
 AVERAGING = 8.0  # weights are averaged with a share of this over the number of steps
 HEAD_RATE = 3.0  # the head's learning rate over that of the U-Nets
 MAX_GRADIENT = 1.0  # norm
+DRAWN = 0.02  # opacity from which on a Gaussian counts as drawn
 ROOM = 3  # for pairs of Gaussians and tiles in a recorded step, over those of the first steps
 N_TENSORS = 6  # of a frame, in a step
 N_LOSSES = len(Losses._fields)
 TRAIN_FIGURES = ("train_loss", "train_soft_iou_loss", "train_color_loss", "train_ssim_loss", "train_gradient")
-VALID_FIGURES = ("valid_loss", "valid_iou", "valid_psnr")
+VALID_FIGURES = ("valid_loss", "valid_iou", "valid_psnr", "valid_left_out_iou")
 
 
 def epoch_order(frames: Sequence[int], seed: int, epoch: int) -> list[int]:
@@ -40,29 +39,29 @@ def epoch_order(frames: Sequence[int], seed: int, epoch: int) -> list[int]:
     return [frames[i] for i in order]
 
 
-def carving_views(observed: Sequence[int], seed: int, epoch: int, t: int) -> list[int]:
-    """Views that frame t is carved from in this epoch: at times one is left out, if three remain.
+def carving_views(observed: Sequence[int], settings: Train, epoch: int, t: int) -> list[int]:
+    """Views that frame t is carved from in this epoch: in a share `leave_out` one less, if three remain.
 
     All observed views still count in the loss. So the network learns from the view that was left out what a hull of
     too few views has too much of: the same that a held-out view shows. The published tool carves from all, always.
     """
-    rng = np.random.default_rng([seed, epoch, 1, t])
-    if len(observed) < 4 or rng.random() >= DROP_VIEW:
+    rng = np.random.default_rng([settings.seed, epoch, 1, t])
+    if len(observed) < 4 or rng.random() >= settings.leave_out:
         return list(observed)
     left_out = int(rng.integers(len(observed)))
     return [c for i, c in enumerate(observed) if i != left_out]
 
 
-def jitter(frame: Frame, seed: int, epoch: int, voxel_size_m: float) -> Frame:
-    """The frame with the animal's centre and heading a little off: up to 2 voxels along each axis and 0.3 rad.
+def jitter(frame: Frame, settings: Train, epoch: int, voxel_size_m: float) -> Frame:
+    """The frame with the animal's centre and heading off by up to `jitter_voxels` (each axis) and `jitter_radians`.
 
     Carving and Gaussians both go by them, so the truth stays the same while the network sees another volume. Without
     it, a few dozen training frames are learned by heart.
     """
-    rng = np.random.default_rng([seed, epoch, 2, frame.t])
-    shift = torch.tensor(rng.uniform(-1, 1, 3) * JITTER_VOXELS * voxel_size_m, dtype=frame.center.dtype)
-    center, angle = frame.center + send(shift, frame.center.device), frame.angle + rng.uniform(-1, 1) * JITTER_RAD
-    return replace(frame, center=center, angle=angle)
+    rng = np.random.default_rng([settings.seed, epoch, 2, frame.t])
+    shift = torch.tensor(rng.uniform(-1, 1, 3) * settings.jitter_voxels * voxel_size_m, dtype=frame.center.dtype)
+    turn = rng.uniform(-1, 1) * settings.jitter_radians
+    return replace(frame, center=frame.center + send(shift, frame.center.device), angle=frame.angle + turn)
 
 
 def is_mirrored(seed: int, epoch: int, t: int) -> bool:
@@ -73,6 +72,11 @@ def is_mirrored(seed: int, epoch: int, t: int) -> bool:
 def learning_rate(base: float, done: float) -> float:
     """Cosine from `base` to 5% of it; `done` is the part of the training that is over, 0 to 1."""
     return base * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))))
+
+
+def view_to_predict(t: int, n_observed: int) -> int:
+    """Which of the observed views validation leaves out of frame t: any, but always the same."""
+    return int(np.random.default_rng(t).integers(n_observed))
 
 
 def spread(frames: Sequence[int], most: int) -> list[int]:
@@ -212,10 +216,13 @@ class Trainer:
         *values, used, mirrored, numbers = inputs
         frames = [_frame(values[i : i + N_TENSORS]) for i in range(0, len(values), N_TENSORS)]
         self.optimizer.zero_grad()
-        losses = []
-        for frame, gaussians in zip(frames, self.model(frames, used, mirrored), strict=True):
-            losses.append(self._losses(frame, self._render(frame, gaussians)))
-        torch.autograd.backward(torch.stack([loss.total for loss in losses]).sum() * numbers[2])
+        predicted = self.model(frames, used, mirrored)
+        losses = [self._losses(frame, self._render(frame, g)) for frame, g in zip(frames, predicted, strict=True)]
+        total = torch.stack([loss.total for loss in losses]).sum()
+        if self.settings.opacity_lambda > 0:
+            opaque = [g.opacities.sum() / (g.opacities.detach() > DRAWN).sum().clamp_min(1) for g in predicted]
+            total = total + self.settings.opacity_lambda * torch.stack(opaque).sum()
+        torch.autograd.backward(total * numbers[2])
         return torch.stack([torch.stack([*loss]) for loss in losses]).detach().double().sum(0)
 
     def _update(self, losses: Tensor, numbers: Tensor) -> Tensor:
@@ -237,30 +244,48 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, frames: Iterable[Frame]) -> dict[str, float]:
-        """Means over frames and observed views, named by `VALID_FIGURES`: loss, IoU at alpha > 0.5, PSNR of windows.
+        """Means over frames, named by `VALID_FIGURES`: loss, IoU at alpha > 0.5 and PSNR of windows, and IoU of a view.
+
+        Each frame is carved twice: from all observed views, and, where three remain, without one of them. The loss is
+        the mean of that of all views in the first case and of the left-out one in the second: so the checkpoint with
+        the least of it is good in observed views and in new ones, of which training sees nothing.
 
         Of several ranks, each gives its own frames, and gets the means over those of all.
         """
         self.averaged.eval()
+        n = len(self.reader.observed)
         sums = torch.zeros(len(VALID_FIGURES) + 1, dtype=torch.float64, device=self.reader.device)
         for frame in frames:
-            figures = self._run("validate", self._validate, _tensors(frame))
+            out = send(torch.arange(n) == view_to_predict(frame.t, n), self.reader.device)
+            figures = self._run("validate", self._validate, [*_tensors(frame), out])
             sums += torch.cat([figures.double(), torch.ones_like(sums[:1])])
         self.ranks.add_up(sums)
-        return dict(zip(VALID_FIGURES, (sums[:-1] / sums[-1]).tolist(), strict=True))
+        means = dict(zip(VALID_FIGURES, (sums[:-1] / sums[-1]).tolist(), strict=True))
+        if n < 4:
+            del means["valid_left_out_iou"]
+        return means
 
     @torch.no_grad()
     def _validate(self, *inputs: Tensor) -> Tensor:
-        frame = _frame(inputs)
-        rendering = self._render(frame, self.averaged([frame])[0])
+        *values, out = inputs
+        frame = _frame(values)
         mask = frame.mask[self.model.seen]
-        squared = (rendering.rgb - frame.on_white()[self.model.seen]).square().mean((1, 2, 3))
-        figures = (
-            self._losses(frame, rendering).total,
-            soft_iou((rendering.alpha > 0.5).to(mask.dtype), mask).mean(),
-            (-10 * torch.log10(squared.clamp_min(1e-10))).mean(),
-        )
-        return torch.stack(figures)
+
+        def rendered(used: Tensor | None) -> Rendering:
+            return self._render(frame, self.averaged([frame], used)[0])
+
+        def iou(rendering: Rendering) -> Tensor:
+            return soft_iou((rendering.alpha > 0.5).to(mask.dtype), mask)
+
+        whole = rendered(None)
+        squared = (whole.rgb - frame.on_white()[self.model.seen]).square().mean((1, 2, 3))
+        psnr = (-10 * torch.log10(squared.clamp_min(1e-10))).mean()
+        loss, left_out_iou = self._losses(frame, whole).total, psnr.new_full((), math.nan)
+        if len(mask) > 3:
+            part = rendered(~out[None])
+            loss = (loss + self._losses(frame, part, out).total) / 2
+            left_out_iou = (iou(part) * out).sum()
+        return torch.stack([loss, iou(whole).mean(), psnr, left_out_iou])
 
     @torch.no_grad()
     def compare(self, frame: Frame) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -281,9 +306,10 @@ class Trainer:
             self._pairs,
         )
 
-    def _losses(self, frame: Frame, rendering: Rendering) -> Losses:
+    def _losses(self, frame: Frame, rendering: Rendering, counted: Tensor | None = None) -> Losses:
+        """Means over the observed views, or over those `counted` ([V] bool)."""
         truth, mask = frame.on_white()[self.model.seen], frame.mask[self.model.seen]
-        return frame_losses(*rendering, truth, mask, self.settings.img_lambda, self.settings.ssim_lambda)
+        return frame_losses(*rendering, truth, mask, self.settings.img_lambda, self.settings.ssim_lambda, counted)
 
 
 def _tensors(frame: Frame) -> list[Tensor]:

@@ -35,13 +35,14 @@ def loss_curves(history: Sequence[Row]) -> bytes:
     panels: Sequence[Axes] = figure.subplots(1, 3)
     for axes, label, keys in zip(
         panels,
-        ("loss", "IoU of observed views", "PSNR of observed views (dB, window)"),
-        (("train_loss", "valid_loss"), ("valid_iou",), ("valid_psnr",)),
+        ("loss", "IoU", "PSNR of observed views (dB, window)"),
+        (("train_loss", "valid_loss"), ("valid_iou", "valid_left_out_iou"), ("valid_psnr",)),
         strict=True,
     ):
         for key in keys:
             rows = [row for row in history if key in row]
-            axes.plot([r["epoch"] for r in rows], [r[key] for r in rows], marker=".", label=key.split("_")[0])
+            label_of = "left-out view" if "left_out" in key else key.split("_")[0]
+            axes.plot([r["epoch"] for r in rows], [r[key] for r in rows], marker=".", label=label_of)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)

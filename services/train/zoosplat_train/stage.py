@@ -199,9 +199,9 @@ class _Training:
         self.begun, taken = time.monotonic(), None
         for of_step in self._steps(p.epoch, p.position):
             batch = list(islice(self.ahead, len(self.ranks.share(of_step))))
-            views = [ops.carving_views(self.reader.observed, settings.seed, p.epoch, f.t) for f in batch]
+            views = [ops.carving_views(self.reader.observed, settings, p.epoch, f.t) for f in batch]
             rate = ops.learning_rate(settings.lr, self.done)
-            moved = [ops.jitter(f, settings.seed, p.epoch, self.reader.voxel_size_m) for f in batch]
+            moved = [ops.jitter(f, settings, p.epoch, self.reader.voxel_size_m) for f in batch]
             mirrored = [ops.is_mirrored(settings.seed, p.epoch, f.t) for f in batch]
             with self.busy.step():
                 self.sums += self.trainer.step(moved, views, mirrored, rate, p.step, len(of_step))
