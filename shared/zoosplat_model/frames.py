@@ -66,6 +66,7 @@ class FrameReader:
         fps: kept frames a second.
         world_to_camera: [C, 4, 4] float32 on the device.
         full_intrinsics: [C, 3, 3] float32 on the device, of the whole frame without principal shift.
+        times: [T] float32, of the kept frames, 0 to 1 from the first to the last.
         volume_idx: (start, stop) of the kept grid points along x, y, z.
         ell_m, grid_size, voxel_size_m: edge, points along it and spacing of the cubic grid.
     """
@@ -105,6 +106,7 @@ class FrameReader:
         self.world_to_camera = self._tensor(schema.read(images, "world_to_camera"))
         self.full_intrinsics = self._tensor(self._intrinsics)
 
+        self.times = np.linspace(0, 1, self.n_frames, dtype=np.float32)
         self.ell_m, self.grid_size = float(str(crop.attrs["ell_m"])), int(str(crop.attrs["grid_size"]))
         self.voxel_size_m = self.ell_m / (self.grid_size - 1)
         self.volume_idx = tuple((int(a), int(b)) for a, b in schema.read(crop, "volume_idx"))

@@ -22,7 +22,7 @@ from zoosplat_model.checkpoints import Progress
 from zoosplat_model.frames import FrameReader
 from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.predictor import open_reader, pick_device
-from zoosplat_train import ops, plots
+from zoosplat_train import dynamic, ops, plots
 
 SHARE = 0.02  # of the time, that plots and checkpoints each may take; then they wait for a later epoch
 SAVE_SECONDS = 60.0  # between checkpoints at most, also within an epoch
@@ -30,11 +30,13 @@ LOOK_STEPS = 10  # steps between readings of the loss: each waits for the GPU
 
 
 class Train(Stage):
-    """Train the network on the first third of the frames."""
+    """Train the network on the first third of the frames, or dynamic Gaussians on all of them."""
 
     def prepare(self, ctx: Context) -> Plan:
         pick_device(ctx.experiment.train.device)
         reader = open_reader(ctx.project, ctx.experiment, torch.device("cpu"))
+        if ctx.experiment.train.method == "dynamic":
+            return dynamic.prepare(reader, ctx.project.url)
         if not reader.split("train"):
             raise UserError(
                 f"{ctx.project.url}: no frame of the first third has a visual hull, so there is nothing to train on; "
@@ -53,6 +55,8 @@ class Train(Stage):
             torch.backends.cudnn.benchmark = True
         reader = open_reader(ctx.project, ctx.experiment, device)
         with out_of_memory(ctx.project, ctx.experiment, self.name):
+            if ctx.experiment.train.method == "dynamic":
+                return dynamic.run(ctx, reader, device)
             return _Training(ctx, reader, device).run()
 
 
