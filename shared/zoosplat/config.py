@@ -211,7 +211,9 @@ class Dynamic(_Section):
     fine_iterations: Index = Field(default=20000, description="with motion")
     views: Count = Field(default=2, description="cameras that an iteration renders its frame from")
     initial_points: Count = Field(default=10000, description="points sampled in the visual hulls to start from")
-    initial_ply: Text | None = Field(default=None, description="PLY file of points to start from instead, in scene units")
+    initial_ply: Text | None = Field(
+        default=None, description="PLY file of points to start from instead, in scene units"
+    )
     lambda_dssim: Weight = Field(default=0.0, description="weight of 1 - SSIM beside the L1 error of colours")
     lambda_mask: Weight = Field(default=0.0, description="weight of the L1 error of opacity against the masks")
     plane_tv_weight: Weight = Field(default=1e-4, description="weight of the roughness of the planes over space")

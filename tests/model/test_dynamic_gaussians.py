@@ -14,7 +14,7 @@ from zoosplat_model.dynamic.gaussians import NAMES, GaussianSet, colors_of, neig
 from zoosplat_model.dynamic.schedule import actions, decayed, is_shown
 from zoosplat_model.rasterize import Screen, rasterize
 
-# -- schedule -------------------------------------------------------------------------------------------------------
+# -- schedule -----------------------------------------------------------------------------------------------------
 TABLE = Dynamic(
     densify_from_iter=500,
     densification_interval=100,
@@ -76,7 +76,7 @@ def test_thresholds() -> None:
         assert (found.gradient, found.opacity) == (0.3, 0.03)
     for iteration, gradient, opacity in ((0, 0.2, 0.01), (7_500, 0.15, 0.03), (15_000, 0.1, 0.05)):
         found = actions(iteration, "fine", FEW, config)
-        assert (found.gradient, found.opacity) == (pytest.approx(gradient), pytest.approx(opacity))
+        assert [found.gradient, found.opacity] == pytest.approx([gradient, opacity])
     assert actions(7, "fine", FEW, Dynamic()).gradient == 0.0002
     assert actions(7, "coarse", FEW, Dynamic()).opacity == 0.005
 
@@ -92,7 +92,7 @@ def test_rates_and_pictures() -> None:
     assert shown[-1] == 59_900
 
 
-# -- a set of five Gaussians, with one step of Adam behind it -----------------------------------------------------------
+# -- a set of five Gaussians, with one step of Adam behind it -----------------------------------------------------
 def small() -> tuple[GaussianSet, torch.optim.Adam]:
     torch.manual_seed(0)
     n = 5
@@ -256,7 +256,7 @@ def test_statistics() -> None:
     assert g.mean_gradient()[0] == pytest.approx(math.hypot(3, 8) + 2)
 
 
-# -- pieces -----------------------------------------------------------------------------------------------------------
+# -- pieces -------------------------------------------------------------------------------------------------------
 def test_neighbours_and_rotation() -> None:
     points = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3], [50, 0, 0]])
     assert neighbour_distance(points)[0] == pytest.approx(math.sqrt((1 + 4 + 9) / 3))

@@ -19,7 +19,7 @@ from zoosplat.errors import UserError
 from zoosplat_model import ply
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.gaussians import NAMES, GaussianSet
-from zoosplat_model.dynamic.hexplane import Deformed, DeformationField, HexPlane
+from zoosplat_model.dynamic.hexplane import DeformationField, Deformed, HexPlane
 from zoosplat_model.dynamic.scene import Scene
 from zoosplat_model.dynamic.schedule import Stage
 from zoosplat_model.dynamic.trainer import Trainer, draw
@@ -150,12 +150,13 @@ def test_motion_is_learned(swing: Swing) -> None:
     run(moving, "fine", SMALL.fine_iterations)
     assert len(moving.gaussians) > 120
     found, baseline = swing.test_psnr(moving), swing.test_psnr(static)
-    print(f"static {baseline:.2f} dB, dynamic {found:.2f} dB")
     assert found >= baseline + 5
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
-BRIEF = SMALL.model_copy(update={"coarse_iterations": 60, "fine_iterations": 60, "densify_from_iter": 20})
+# -- files --------------------------------------------------------------------------------------------------------
+BRIEF = SMALL.model_copy(
+    update={"coarse_iterations": 24, "fine_iterations": 24, "densify_from_iter": 5, "densification_interval": 10}
+)
 
 
 def save(trainer: Trainer, url: str) -> None:
@@ -169,7 +170,7 @@ def figures(trainer: Trainer) -> tuple[int, list[float]]:
     return len(trainer.gaussians), trainer.figures.tolist()
 
 
-@pytest.mark.parametrize(("stage", "iteration"), [("coarse", 40), ("coarse", 60), ("fine", 10), ("fine", 50)])
+@pytest.mark.parametrize(("stage", "iteration"), [("coarse", 15), ("coarse", 24), ("fine", 15)])
 def test_resumed_is_uninterrupted(swing: Swing, tmp_path: Path, stage: Stage, iteration: int) -> None:
     whole = swing.trainer(BRIEF)
     run(whole, stage, iteration)
@@ -180,7 +181,7 @@ def test_resumed_is_uninterrupted(swing: Swing, tmp_path: Path, stage: Stage, it
     again.restore(checkpoint, found_stage, found)
     for trainer in (whole, again):
         trainer.figures = None
-        run(trainer, "fine", 60)
+        run(trainer, "fine", 24)
     (n, losses), (m, others) = figures(whole), figures(again)
     assert n == m > 120
     assert losses == pytest.approx(others, rel=1e-5)
@@ -196,21 +197,21 @@ def check_files(url: str, swing: Swing) -> None:
 
     config = BRIEF
     trainer = swing.trainer(config)
-    run(trainer, "coarse", 30)
+    run(trainer, "coarse", 12)
     save(trainer, url)
-    files.write_result(url, "coarse", 30, trainer.gaussians, trainer.field)
+    files.write_result(url, "coarse", 12, trainer.gaussians, trainer.field)
     trainer.begin("fine")
-    run(trainer, "fine", 20)
+    run(trainer, "fine", 8)
     save(trainer, url)
-    files.write_result(url, "fine", 20, trainer.gaussians, trainer.field)
+    files.write_result(url, "fine", 8, trainer.gaussians, trainer.field)
     names = ["deformation.pth", "deformation_accum.pth", "deformation_table.pth", "point_cloud.ply"]
-    folders = ["point_cloud/coarse_iteration_30", "point_cloud/iteration_20"]
-    expected = ["chkpnt_coarse_30.pth", "chkpnt_fine_20.pth", *(f"{f}/{n}" for f in folders for n in names)]
+    folders = ["point_cloud/coarse_iteration_12", "point_cloud/iteration_8"]
+    expected = ["chkpnt_coarse_12.pth", "chkpnt_fine_8.pth", *(f"{f}/{n}" for f in folders for n in names)]
     assert list(stores.list_files(url)) == expected
-    assert files.checkpoints_in(url) == [("coarse", 30), ("fine", 20)]
+    assert files.checkpoints_in(url) == [("coarse", 12), ("fine", 8)]
 
-    values, iteration = load("chkpnt_fine_20.pth")
-    assert iteration == 20
+    values, iteration = load("chkpnt_fine_8.pth")
+    assert iteration == 8
     g, n = trainer.gaussians, len(trainer.gaussians)
     assert type(values) is tuple
     assert len(values) == 14
@@ -225,16 +226,16 @@ def check_files(url: str, swing: Swing) -> None:
     assert values[12]["state"][0]["exp_avg"].shape == (n, 3)
     assert values[13] == trainer.spatial_lr_scale
 
-    state = load("point_cloud/iteration_20/deformation.pth")
+    state = load("point_cloud/iteration_8/deformation.pth")
     again = swing.trainer(config).field
     again.load_state_dict(state)
     here = trainer.gaussians.canonical()
     time = torch.tensor(0.4)
     for ours, theirs in zip(trainer.field(here, time), again(here, time), strict=True):
         assert torch.equal(ours, theirs)
-    assert load("point_cloud/iteration_20/deformation_table.pth").tolist() == [True] * n
-    assert load("point_cloud/iteration_20/deformation_accum.pth").shape == (n, 3)
-    read = files.read_result(url, "fine", 20, again)
+    assert load("point_cloud/iteration_8/deformation_table.pth").tolist() == [True] * n
+    assert load("point_cloud/iteration_8/deformation_accum.pth").shape == (n, 3)
+    read = files.read_result(url, "fine", 8, again)
     assert set(read) == set(NAMES)
     for name, value in read.items():
         assert torch.equal(value, getattr(g, name)), name
@@ -284,10 +285,6 @@ def test_ply_has_the_attributes_of_3dgs(tmp_path: Path) -> None:
     points, colors = files.read_points(str(path))
     assert torch.equal(points, g.xyz)
     assert torch.allclose(colors, g.f_dc[:, 0] * 0.28209479 + 0.5, atol=1e-6)
-    plyfile = pytest.importorskip("plyfile")
-    found = plyfile.PlyData.read(str(path))["vertex"]
-    assert [p.name for p in found.properties] == attributes
-    assert np.array_equal(found["opacity"], g.opacity[:, 0].detach().numpy())
 
 
 def test_points_of_other_programs(tmp_path: Path) -> None:

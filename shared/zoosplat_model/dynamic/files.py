@@ -29,7 +29,6 @@ from zoosplat_model.dynamic.hexplane import DeformationField, HexPlane
 from zoosplat_model.dynamic.schedule import Stage
 
 NAME = re.compile(r"chkpnt_(coarse|fine)_(\d+)\.pth")
-STATISTICS = ("max_radii2D", "xyz_gradient_accum", "denom")
 
 
 class Checkpoint(NamedTuple):
@@ -69,7 +68,7 @@ def build_field(experiment: Experiment) -> DeformationField:
     return DeformationField(grid, c.decoder_depth, c.deform_opacity, c.deform_harmonics)
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------
+# -- checkpoints --------------------------------------------------------------------------------------------------
 def checkpoint_name(stage: Stage, iteration: int) -> str:
     return f"chkpnt_{stage}_{iteration}.pth"
 
@@ -94,18 +93,20 @@ def write_checkpoint(
     """Write a checkpoint below `url`, whole or not at all."""
     g = gaussians.values()
     held = Checkpoint(
-        active_sh_degree,
-        g["xyz"],
-        dict(field.state_dict()),
-        gaussians.deformation_table,
-        g["f_dc"],
-        g["f_rest"],
-        g["scaling"],
-        g["rotation"],
-        g["opacity"],
-        *(getattr(gaussians, name) for name in STATISTICS),
-        optimizer.state_dict(),
-        spatial_lr_scale,
+        active_sh_degree=active_sh_degree,
+        xyz=g["xyz"],
+        deformation=dict(field.state_dict()),
+        deformation_table=gaussians.deformation_table,
+        features_dc=g["f_dc"],
+        features_rest=g["f_rest"],
+        scaling=g["scaling"],
+        rotation=g["rotation"],
+        opacity=g["opacity"],
+        max_radii2D=gaussians.max_radii2D,
+        xyz_gradient_accum=gaussians.xyz_gradient_accum,
+        denom=gaussians.denom,
+        optimizer=optimizer.state_dict(),
+        spatial_lr_scale=spatial_lr_scale,
     )
     _save(stores.join(url, checkpoint_name(stage, iteration)), (tuple(held), iteration))
 
@@ -127,10 +128,12 @@ def read_checkpoint(url: str) -> tuple[Checkpoint, Stage, int]:
         raise UserError(f"{url}: not a checkpoint of dynamic Gaussians ({error})") from None
 
 
-# -- results ------------------------------------------------------------------------------------------------------------
+# -- results ------------------------------------------------------------------------------------------------------
 def folder_of(url: str, stage: Stage, iteration: int) -> str:
     """The folder of a result below a model's URL."""
-    return stores.join(url, "point_cloud", ("coarse_iteration_" if stage == "coarse" else "iteration_") + str(iteration))
+    return stores.join(
+        url, "point_cloud", ("coarse_iteration_" if stage == "coarse" else "iteration_") + str(iteration)
+    )
 
 
 def write_result(url: str, stage: Stage, iteration: int, gaussians: GaussianSet, field: DeformationField) -> None:
@@ -163,7 +166,7 @@ def read_result(url: str, stage: Stage, iteration: int, field: DeformationField)
 
 
 def to_ply(values: dict[str, Tensor]) -> bytes:
-    """Parameters of Gaussians as the PLY of 3DGS: opacity as logit, scales as logarithms, harmonics channel by channel."""
+    """Parameters of Gaussians as the PLY of 3DGS: logits, logarithms of scales, harmonics channel by channel."""
     v = {name: value.detach().float().cpu().numpy() for name, value in values.items()}
     columns = {name: v["xyz"][:, i] for i, name in enumerate("xyz")}
     columns |= {name: np.zeros(len(v["xyz"]), np.float32) for name in ("nx", "ny", "nz")}
@@ -225,7 +228,12 @@ def write_settings(url: str, experiment: Experiment) -> None:
         white_background=True,
         eval=True,
         multires=list(c.multires),
-        kplanes_config={"grid_dimensions": 2, "input_coordinate_dim": 4, "output_coordinate_dim": 32, "resolution": shape},
+        kplanes_config={
+            "grid_dimensions": 2,
+            "input_coordinate_dim": 4,
+            "output_coordinate_dim": 32,
+            "resolution": shape,
+        },
         bounds=c.bound,
         defor_depth=c.decoder_depth,
         net_width=64,

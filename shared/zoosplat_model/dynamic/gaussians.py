@@ -151,9 +151,7 @@ class GaussianSet(nn.Module):
         return int(cloned.sum()), int(split.sum())
 
     @torch.no_grad()
-    def prune(
-        self, optimizer: torch.optim.Optimizer, opacity: float, size_px: float | None, extent: float
-    ) -> int:
+    def prune(self, optimizer: torch.optim.Optimizer, opacity: float, size_px: float | None, extent: float) -> int:
         """Remove Gaussians fainter than `opacity`, and, with a limit on sizes, those of a radius above `size_px` or a
         scale above 0.1 `extent`. The others' statistics and optimiser state stay.
 
@@ -235,7 +233,8 @@ def neighbour_distance(points: Tensor, block: int = 2048) -> Tensor:
     """[N] root of the mean squared distance of [N, 3] points to their three nearest others, at least 1e-4."""
     near = []
     k = min(4, len(points))
-    for part in points.split(block):
+    for start in range(0, len(points), block):
+        part = points[start : start + block]
         squared = (part[:, None] - points).square().sum(-1) if len(points) < 256 else torch.cdist(part, points).square()
         near.append(squared.topk(k, largest=False).values[:, 1:].sum(1) / 3)
     return torch.cat(near).sqrt().clamp_min(1e-4)

@@ -75,7 +75,7 @@ class HexPlane(nn.Module):
         if points.is_cuda:
             from .hexplane_gpu import sample, works
 
-            if works(points.device.index):
+            if works(points.get_device()):
                 return sample(places, when, [plane for level in self.planes() for plane in level])
         return sample_plainly(torch.cat([places, when.expand(len(places), 1)], 1), self.planes())
 

@@ -25,7 +25,7 @@ ELEMENTS = 1024
 
 
 @functools.cache
-def works(device: int | None) -> bool:
+def works(device: int) -> bool:
     """Whether Triton can compile here, which takes a C compiler besides the GPU."""
     if triton is None:
         return False

@@ -45,7 +45,7 @@ class ShadedGaussians(Gaussians):
         made.harmonics, made.axes = deformed.harmonics, torch.eye(3).to(deformed.means)
         return made
 
-    def _replace(self, **changes: Tensor) -> ShadedGaussians:  # type: ignore[override]
+    def _replace(self, **changes: Tensor) -> ShadedGaussians:
         new = super()._replace(**changes)
         new.harmonics, new.axes = self.harmonics, self.axes
         return new

@@ -135,7 +135,7 @@ def first_points(reader: FrameReader, count: int, seed: int) -> tuple[Tensor, Te
         found.append(torch.cat([grid[inside], volume[1:4, inside].T], 1))
     voxels = torch.cat(found)
     chosen = torch.from_numpy(rng.integers(len(voxels), size=count)).to(reader.device)
-    points, colors = voxels[chosen].split(3, dim=1)
+    points, colors = voxels[chosen, :3], voxels[chosen, 3:]
     shift = rng.uniform(-0.5, 0.5, (count, 3)).astype(np.float32) * reader.voxel_size_m
     points = points + torch.from_numpy(shift).to(reader.device)
     return (points - scale.middle) / scale.unit_m, colors

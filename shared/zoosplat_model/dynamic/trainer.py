@@ -1,4 +1,4 @@
-"""The optimisation: an iteration, what it does to the set of Gaussians, and the state that goes on; no files, no clock."""
+"""The optimisation: an iteration, what it does to the set of Gaussians, and the state that goes on; no files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from zoosplat.config import Dynamic
 from zoosplat_model.dynamic.files import Checkpoint
 from zoosplat_model.dynamic.gaussians import NAMES, GaussianSet, colors_of
-from zoosplat_model.dynamic.hexplane import AXES, TIME, Deformed, DeformationField
+from zoosplat_model.dynamic.hexplane import AXES, TIME, DeformationField, Deformed
 from zoosplat_model.dynamic.scene import Scene
 from zoosplat_model.dynamic.schedule import SH_EVERY, STAGES, Actions, Stage, actions, decayed
 from zoosplat_model.metrics import ssim_map
@@ -143,7 +143,9 @@ class Trainer:
         deformed = self.gaussians.canonical()
         if self.stage == "fine":
             deformed = self.field(deformed, scene.times[frame])
-        poses, intrinsics = (torch.stack([values[frame, v] for v in views]) for values in (scene.poses, scene.intrinsics))
+        poses, intrinsics = (
+            torch.stack([values[frame, v] for v in views]) for values in (scene.poses, scene.intrinsics)
+        )
         return draw(deformed, poses, intrinsics, width, height, self.active_sh_degree, screen)
 
     def _loss(self, rendering: Rendering, truth: Tensor, frame: int, views: list[int]) -> Tensor:
@@ -168,7 +170,7 @@ class Trainer:
         if planes[0].is_cuda:
             from zoosplat_model.dynamic import hexplane_gpu
 
-            if hexplane_gpu.works(planes[0].device.index):
+            if hexplane_gpu.works(planes[0].get_device()):
                 kinds = [i in TIME for _ in grid.grids for i in range(len(AXES))]
                 hexplane_gpu.add_roughness(planes, kinds, weights)
                 return

@@ -39,8 +39,8 @@ class Screen:
     """What densification watches on the screen; 3D mode, backends gsplat and torch.
 
     Attributes:
-        offsets: [C, N, 2] pixels, added to the projected centres: as zeros with `requires_grad` they change nothing, and
-            their gradient is that of the centres.
+        offsets: [C, N, 2] pixels, added to the projected centres: zeros with `requires_grad` change nothing, and their
+            gradient is that of the centres.
         radii: [C, N] set by `rasterize`: half the larger side of what is drawn, pixels; 0 where nothing is.
     """
 
