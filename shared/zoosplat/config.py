@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from zoosplat import classic, stores
+from zoosplat import classic, dnerf, stores
 from zoosplat.config_messages import lines_of
 from zoosplat.config_text import dump, parse_json, parse_yaml
 from zoosplat.errors import UserError
@@ -124,6 +124,10 @@ class Scheduling(_Section):
 class Ingest(_Section):
     """Which frames and pixels are used."""
 
+    source: Literal["videos", "dnerf"] = Field(
+        default="videos",
+        description="videos of fixed cameras, or a scene of transforms_train.json and transforms_test.json",
+    )
     frame_jump: Count = Field(default=1, description="keep every n-th video frame: 0, n, 2n, ...")
     max_frames: Count | None = Field(default=None, description="kept frames at most; null: all")
     image_downsample: Count = Field(
@@ -332,6 +336,11 @@ class Experiment(_Section):
     evaluate: Evaluate = Field(default=Evaluate(), description="metrics and gallery")
     render: Render = Field(default=Render(), description="pictures and films")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _scene_of_dnerf(cls, raw: Any) -> Any:
+        return with_dnerf_defaults(raw)
+
     @field_validator("holdout_views")
     @classmethod
     def _ordered(cls, value: tuple[int, ...]) -> tuple[int, ...]:
@@ -440,6 +449,34 @@ def classic_project_directory(raw: dict[str, Any], config_folder: str = ".") -> 
     return classic.resolve(stores.normalize(config_folder), value)
 
 
+def with_dnerf_defaults(raw: Any) -> Any:
+    """A raw configuration whose `ingest.source` is dnerf, with what such a scene has; any other as it is.
+
+    Its two cameras are `train` and `test`, which is held out; the box is that of the published tools, 2.6 long.
+    """
+    if not isinstance(raw, dict) or not isinstance(ingest := raw.get("ingest"), dict):
+        return raw
+    if ingest.get("source") != "dnerf":
+        return raw
+    sections: dict[str, dict[str, Any]] = {
+        "data": {
+            "videos": dnerf.FILES,
+            "masks": dnerf.FILES,
+            "camera_names": dnerf.SPLITS,
+            "calibration": dnerf.FILES[0],
+            "up": (0.0, 0.0, 1.0),
+        },
+        "center_rotation": {"ell": 2.6},
+        "crop": {"ell": 2.6, "grid_size": 112, "volume_idx": ((0, 112),) * 3},
+        "render": {"camera": 1},
+    }
+    filled = {"holdout_views": (1,), **raw}
+    for name, values in sections.items():
+        given = raw.get(name, {})
+        filled[name] = {**values, **given} if isinstance(given, dict) else given
+    return filled
+
+
 # -- reading ------------------------------------------------------------------------------------------------------
 def _read_text(url: str) -> str:
     try:
@@ -531,7 +568,10 @@ def _problems(e: Experiment, n_cameras: int, width: int | None, height: int | No
             yield f"holdout_views[{i}] = {view}: there are {n_cameras} cameras; valid: 0 to {n_cameras - 1}"
         if view in e.holdout_views[:i]:
             yield f"holdout_views[{i}] = {view}: is listed twice"
-    if (observed := len(e.observed_views(n_cameras))) < 2:
+    moving = e.ingest.source == "dnerf"
+    if moving and e.train.method != "dynamic":
+        yield "ingest.source = 'dnerf': has one picture at a time; only train.method = dynamic can use it"
+    if (observed := len(e.observed_views(n_cameras))) < 2 and not (moving and observed):
         most = f"hold out at most {max(n_cameras - 2, 0)}"
         yield f"holdout_views = {list(e.holdout_views)}: leaves {observed} of {n_cameras} cameras; {most}"
     if e.render.camera >= n_cameras:

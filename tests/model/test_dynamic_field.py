@@ -131,7 +131,9 @@ def test_outputs_are_those_of_a_slow_twin(time_range: Any, entered: float) -> No
         truth = twin(state, canonical.means[i].tolist(), entered, levels, depth)
         for before, after, head in zip(canonical, deformed, HEADS, strict=True):
             change = torch.tensor(truth[head], dtype=torch.float64)
-            assert (after[i] - before[i] - change.view_as(after[i])).abs().max() < 1e-9 * (1 + float(change.abs().max()))
+            assert (after[i] - before[i] - change.view_as(after[i])).abs().max() < 1e-9 * (
+                1 + float(change.abs().max())
+            )
 
 
 def test_opacity_and_harmonics_stay_unless_asked_for() -> None:
