@@ -129,7 +129,7 @@ def add_moving(group: zarr.Group, values: dict[str, Any]) -> None:
     """Add to masks.zarr or images.zarr what cameras that move have besides: the arrays of `MOVING`."""
     for key, spec in MOVING.items():
         value = np.asarray(values[key], spec.dtype)
-        meaning = {"unit": spec.unit, "meaning": spec.meaning}
+        meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
         group.create_array(key, shape=value.shape, dtype=spec.dtype, chunks=value.shape, attributes=meaning)
         array(group, key)[...] = value
 

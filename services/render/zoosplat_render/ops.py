@@ -107,7 +107,7 @@ def draw_tracks(picture: media.Picture, pixels: Values) -> media.Picture:
         pixels: [F, n, 2] x, y; NaN where a point is not in front of the camera.
     """
     shift = 4  # OpenCV takes coordinates in fractions of 2^-4 pixels
-    drawn = np.ascontiguousarray(picture)
+    drawn = np.array(picture, order="C")
     colors = cv2.applyColorMap(np.linspace(0, 255, len(pixels)).astype(np.uint8)[:, None], cv2.COLORMAP_TURBO)[
         :, 0, ::-1
     ]
