@@ -132,6 +132,6 @@ def test_prediction_of_the_dynamic_trainer(views: int, measured: float) -> None:
     parts = training(asked, Sizes(1, 288 * 256, 4, 4, 50))
     assert measured <= (sum(parts.values()) - parts["CUDA"]) / GIB <= 1.3 * measured
     large = Sizes(1, 288 * 256, 4, 6, 300)
-    assert smallest_fitting(experiment(train__method="dynamic"), PROFILES, large) == "24gb"
+    assert smallest_fitting(experiment(train__method="dynamic"), PROFILES, large) == "12gb"
     assert advice(asked, 4.2 * GIB, large) == "set dynamic.max_gaussians to 50000"
     assert advice(asked, 1 * GIB, large).startswith("raise ingest.image_downsample or ingest.frame_jump")
