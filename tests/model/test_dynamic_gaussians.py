@@ -333,3 +333,30 @@ def test_colours_of_each_view() -> None:
     for c in range(2):
         alone = rasterize(means, quats, scales, opacities, colors[c], pose[c : c + 1], k[c : c + 1], 16, 16).rgb
         assert torch.allclose(both[c], alone[0], atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_gpu_draws_and_watches_as_a_cpu_does() -> None:
+    torch.manual_seed(0)
+    n = 40
+    means, quats, scales = torch.rand(n, 3) - 0.5, torch.randn(n, 4), torch.rand(n, 3) * 0.1 + 0.05
+    opacities, harmonics = torch.rand(n) * 0.5 + 0.2, torch.randn(n, 16, 3) * 0.2
+    pose = torch.eye(4)[None].repeat(2, 1, 1)
+    pose[:, 2, 3] = torch.tensor([4.0, 5.0])
+    k = torch.tensor([[40.0, 0, 15.5], [0, 50.0, 11.5], [0, 0, 1]]).repeat(2, 1, 1)
+    weight = torch.randn(2, 24, 32, 3)
+    found = []
+    for device in ("cpu", "cuda"):
+        points = means.to(device)
+        eyes = torch.tensor([[[0.0, 0, -4]], [[0, 0, -5]]], device=device)
+        colors = colors_of(harmonics.to(device), points - eyes, 3)
+        screen = Screen(torch.zeros(2, n, 2, device=device, requires_grad=True))
+        shape = quats.to(device), scales.to(device), opacities.to(device)
+        rgb, _ = rasterize(points, *shape, colors, pose.to(device), k.to(device), 32, 24, screen=screen)
+        torch.autograd.backward((rgb * weight.to(device)).sum())
+        assert screen.offsets.grad is not None
+        assert screen.radii is not None
+        found.append([v.detach().cpu() for v in (colors, screen.offsets.grad, screen.radii)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
