@@ -119,6 +119,13 @@ def test_paths_are_drawn_from_blue_to_red() -> None:
     assert drawn[10, 50, 0] > drawn[10, 50, 2] + 80
 
 
+def test_points_on_the_mask() -> None:
+    mask = np.zeros((4, 6), bool)
+    mask[1, 2:5] = True
+    pixels = np.array([[2.4, 0.6], [5.0, 1.0], [np.nan, np.nan], [-3.0, 1.0], [4.0, 1.0], [4.0, 9.0]])
+    assert ops.on_mask(pixels, mask).tolist() == [0, 4]
+
+
 # -- PLY ------------------------------------------------------------------------------------------------------------
 def read_ply(data: bytes) -> dict[str, Any]:
     header, _, body = data.partition(b"end_header\n")

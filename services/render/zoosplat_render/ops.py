@@ -100,6 +100,14 @@ def to_ply(
     return ply.encode(dict(zip(PLY_PROPERTIES, np.concatenate(columns, axis=1).T, strict=True)))
 
 
+def on_mask(pixels: Values, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+    """Indices of those of [n, 2] pixels x, y (NaN: nowhere) that lie on a mask [h, w]."""
+    x, y = np.rint(np.nan_to_num(pixels, nan=-1)).astype(int).T
+    inside = (x >= 0) & (x < mask.shape[1]) & (y >= 0) & (y < mask.shape[0])
+    found: npt.NDArray[np.intp] = np.flatnonzero(inside)[mask[y[inside], x[inside]]]
+    return found
+
+
 def draw_tracks(picture: media.Picture, pixels: Values) -> media.Picture:
     """A picture [h, w, 3] with the paths of n points over F times, their ends dotted, from blue (first) to red (last).
 

@@ -20,7 +20,7 @@ from zoosplat_model.splatter import Gaussians
 from zoosplat_render import ops
 
 SMALLEST = 384  # pixels of the shorter side of a picture whose size is left open
-PATHS = 300  # Gaussians whose paths are shown
+PATHS, CANDIDATES = 300, 3000  # Gaussians whose paths are shown, at most, and of how many they are chosen
 FPS = 25.0  # of the films, whatever the recording's: most animals are recorded too fast to be watched
 
 
@@ -89,7 +89,7 @@ class Render(Stage):
             ),
         ]
         if (tracks := artist.tracks(frame, sequence)) is not None:
-            about = {"kind": "still", **artist.judged(), "t": [sequence[0], sequence[-1]], "paths": PATHS}
+            about = {"kind": "paths", "t": [sequence[0], sequence[-1]]}
             outputs.append(("trajectories.png", media.encode_png(tracks), about))
         for name, data, _ in outputs:
             stores.write_bytes(stores.join(ctx.project.output_url(self.name), name), data)
@@ -127,36 +127,33 @@ class _Artist:
         zoom = torch.as_tensor(media.zoom_matrix(window, self.width, self.height)).to(frame.intrinsics)
         return frame.world_to_camera[camera], zoom @ frame.intrinsics[camera]
 
-    def _judged(self) -> int:
-        """A camera that training has not seen, if there is one."""
-        return self.reader.held_out[0] if self.reader.held_out else self.settings.camera
-
-    def judged(self) -> dict[str, Any]:
-        """That camera for the index."""
-        return {"camera": self.reader.camera_names[self._judged()]}
-
     def tracks(self, frame: Frame, sequence: list[int]) -> media.Picture | None:
         """Where Gaussians go during the film, over the photograph of a held-out view: body motion, not the walk.
 
-        Each path is that of a Gaussian beside the animal's centre and heading, put where the animal is in `frame`.
-        None where the Gaussians of one frame are not those of another.
+        Each path is that of a Gaussian beside the animal's centre and heading, put where the animal is in `frame`; there
+        it lies on the mask. None where the Gaussians of one frame are not those of another.
         """
-        paths = self.predictor.tracks(sequence, PATHS)
+        times = [frame.t, *sequence]
+        paths = self.predictor.tracks(times, CANDIDATES)
         if paths is None:
             return None
         there = rotation_about_z(frame.angle)
         placed = []
-        for t, points in zip(sequence, paths, strict=True):
+        for t, points in zip(times, paths, strict=True):
             center, angle = self.reader.pose(t)
             placed.append((points - center) @ rotation_about_z(angle) @ there.T + frame.center)
-        camera = self._judged()
+        camera = self.reader.held_out[0] if self.reader.held_out else self.settings.camera
         pose, intrinsics = self.camera_view(frame, camera)
         x, y, depth = project(torch.cat(placed).T, pose[None], intrinsics[None])
         pixels = torch.stack([x[0], y[0]], -1).masked_fill(depth[0, :, None] <= 0, torch.nan)
         window = (0, 0, self.reader.width, self.reader.height)
-        photo = media.to_uint8(frame.on_white()[camera].cpu().numpy())
-        pale = media.to_uint8(0.5 + 0.5 * media.zoom(photo, window, self.width, self.height) / 255)
-        return ops.draw_tracks(pale, _numpy(pixels).reshape(len(sequence), -1, 2))
+        photo, outside = (
+            media.zoom(media.to_uint8(picture.cpu().numpy()), window, self.width, self.height)
+            for picture in (frame.on_white()[camera], 1 - frame.mask[camera, ..., None].expand(-1, -1, 3))
+        )
+        found = _numpy(pixels).reshape(len(times), -1, 2)
+        kept = ops.on_mask(found[0], outside[..., 0] < 128)[:PATHS]
+        return ops.draw_tracks(media.to_uint8(0.5 + 0.5 * photo / 255), found[1:, kept])
 
     def picture(self, gaussians: Gaussians, view: tuple[Tensor, Tensor], camera: int | None = None) -> media.Picture:
         """A view, in the colours of one of the cameras or (None) of the average camera."""

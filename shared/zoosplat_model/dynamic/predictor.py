@@ -115,10 +115,10 @@ class DynamicPredictor(Predictor):
 
     @torch.no_grad()
     def tracks(self, frames: Sequence[int], count: int) -> Tensor:
-        """Where `count` Gaussians, drawn by opacity and size, are over time: [len(frames), count, 3] in the world."""
+        """Where at most `count` Gaussians, drawn by opacity and size, are in the world: [len(frames), count, 3]."""
         weight = self._canonical.logits[:, 0].sigmoid() * self._canonical.log_scales.mean(1).exp() ** 2
         share = weight.double().cpu().numpy()
         rng = np.random.default_rng(0)
         chosen = rng.choice(len(share), min(count, int((share > 0).sum())), replace=False, p=share / share.sum())
-        index = torch.from_numpy(np.sort(chosen)).to(self.reader.device)
+        index = torch.from_numpy(chosen).to(self.reader.device)
         return torch.stack([self.gaussians(t).means[index] for t in frames])
