@@ -130,7 +130,7 @@ class _Artist:
     def tracks(self, frame: Frame, sequence: list[int]) -> media.Picture | None:
         """Where Gaussians go during the film, over the photograph of a held-out view: body motion, not the walk.
 
-        Each path is that of a Gaussian beside the animal's centre and heading, put where the animal is in `frame`; there
+        Each path is that of a Gaussian beside the animal's centre and heading, put where it is in `frame`; there
         it lies on the mask. None where the Gaussians of one frame are not those of another.
         """
         times = [frame.t, *sequence]
