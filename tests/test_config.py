@@ -256,7 +256,7 @@ def write(folder: Path, text: str, name: str = "c.yaml") -> str:
     return str(folder / name)
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "mouse_6cam.yaml", "cylinder_5cam.yaml"])
+@pytest.mark.parametrize("name", ["demo.yaml", "mouse_6cam.yaml", "mouse_6cam_dynamic.yaml", "cylinder_5cam.yaml"])
 def test_shipped_configurations_are_valid(name: str) -> None:
     e = read_config(str(CONFIGS / name))
     assert e.unit == "m"

@@ -162,3 +162,15 @@ def test_plan_prints_parts_the_profile_and_the_key() -> None:
     done = CliRunner().invoke(app, ["plan", MOUSE, "--profile", "huge"])
     assert done.exit_code == 2
     assert "choose one of cpu, 12gb" in done.output
+
+
+# One H200, benchmarks/dynamic.py: GiB of tensors at 100,000 Gaussians, 50 frames of 4 views of 288 x 256 pixels.
+@pytest.mark.parametrize(("views", "measured"), [(1, 2.38), (2, 2.41), (4, 3.06)])
+def test_prediction_of_the_dynamic_trainer(views: int, measured: float) -> None:
+    asked = experiment(train__method="dynamic", dynamic__views=views, dynamic__max_gaussians=100_000)
+    parts = training(asked, Sizes(1, 288 * 256, 4, 4, 50))
+    assert measured <= (sum(parts.values()) - parts["CUDA"]) / GIB <= 1.3 * measured
+    large = Sizes(1, 288 * 256, 4, 6, 300)
+    assert smallest_fitting(experiment(train__method="dynamic"), PROFILES, large) == "12gb"
+    assert advice(asked, 4.2 * GIB, large) == "set dynamic.max_gaussians to 50000"
+    assert advice(asked, 1 * GIB, large).startswith("raise ingest.image_downsample or ingest.frame_jump")

@@ -105,6 +105,27 @@ def test_films_that_cannot_be_made() -> None:
         media.encode_mp4(sizes, 25)
 
 
+def test_paths_are_drawn_from_blue_to_red() -> None:
+    white = np.full((40, 60, 3), 255, np.uint8)
+    pixels = np.stack([np.array([[5.0 + 5 * t, 10.0], [np.nan, np.nan]]) for t in range(10)])
+    drawn = ops.draw_tracks(white, pixels).astype(int)
+    assert (white == 255).all()
+    changed = np.argwhere((drawn != 255).any(-1))
+    # One path along row 10, with a dot of two pixels at its end.
+    assert changed[:, 0].min() >= 10 - 3
+    assert changed[:, 0].max() <= 10 + 3
+    assert set(range(6, 50)) <= set(changed[changed[:, 0] == 10][:, 1].tolist())
+    assert drawn[10, 8, 2] > drawn[10, 8, 0]
+    assert drawn[10, 50, 0] > drawn[10, 50, 2] + 80
+
+
+def test_points_on_the_mask() -> None:
+    mask = np.zeros((4, 6), bool)
+    mask[1, 2:5] = True
+    pixels = np.array([[2.4, 0.6], [5.0, 1.0], [np.nan, np.nan], [-3.0, 1.0], [4.0, 1.0], [4.0, 9.0]])
+    assert ops.on_mask(pixels, mask).tolist() == [0, 4]
+
+
 # -- PLY ------------------------------------------------------------------------------------------------------------
 def read_ply(data: bytes) -> dict[str, Any]:
     header, _, body = data.partition(b"end_header\n")
@@ -237,7 +258,7 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     def gaussians(t: int) -> Gaussians:
         return animal().to_world(torch.tensor(CENTER), torch.tensor(ANGLE))
 
-    predictor = SimpleNamespace(reader=made, gaussians=gaussians, render=render)
+    predictor = SimpleNamespace(reader=made, gaussians=gaussians, render=render, tracks=lambda frames, count: None)
     monkeypatch.setattr(stage, "open_reader", lambda *_: made)
     monkeypatch.setattr(Predictor, "open", lambda *_: predictor)
     return made

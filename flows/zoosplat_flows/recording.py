@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zoosplat import stores
+from zoosplat import dnerf, stores
 from zoosplat.calibration import Format, Unit, read_cameras
 from zoosplat.cameras import Cameras
 from zoosplat.config import Experiment
@@ -52,6 +52,12 @@ def show_cameras(cameras: Cameras) -> None:
 def check(experiment: Experiment) -> None:
     """Print what each camera's files hold. Raises UserError with a line for each problem found."""
     data = experiment.data
+    if experiment.ingest.source == "dnerf":
+        scene = dnerf.read_scene(stores.normalize(data.directory))
+        experiment.check(len(dnerf.SPLITS), scene.width, scene.height)
+        typer.echo(f"{len(scene.times)} times, pictures of {scene.width} x {scene.height} pixels")
+        typer.echo("the configuration fits the scene")
+        return
     names = data.camera_names
     files = [data.calibration] if isinstance(data.calibration, str) else list(data.calibration)
     cameras = read_cameras(

@@ -174,7 +174,10 @@ def _training(project: Project, experiment: Experiment, stages: dict[str, StageS
 
 
 def _history_plot(rows: list[dict[str, str]]) -> str:
-    """Figures of training and validation against epochs: columns `train_X` and `valid_X` share a panel."""
+    """Figures of training and validation against epochs (a dynamic training has none: against steps).
+
+    Columns `train_X` and `valid_X` share a panel.
+    """
     panels: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
     for name in rows[0] if rows else ():
         split, _, quantity = name.partition("_")
@@ -183,7 +186,10 @@ def _history_plot(rows: list[dict[str, str]]) -> str:
         if split in ("train", "valid") and np.isfinite(values).any() and np.nanmax(np.abs(values)) > 0:
             panels.setdefault(_label(quantity), {})[split] = values
     panels = {key: panels[key] for key in sorted(panels, key=lambda k: {"loss": 0, "IoU": 1, "PSNR (dB)": 2}.get(k, 3))}
-    return plots.history(np.array([float(row["epoch"]) for row in rows]), "epoch", panels) if panels else ""
+    if not panels:
+        return ""
+    x = "epoch" if "epoch" in rows[0] else "step"
+    return plots.history(np.array([float(row[x]) for row in rows]), x, panels)
 
 
 def _evaluation(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:

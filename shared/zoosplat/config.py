@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from zoosplat import classic, stores
+from zoosplat import classic, dnerf, stores
 from zoosplat.config_messages import lines_of
 from zoosplat.config_text import dump, parse_json, parse_yaml
 from zoosplat.errors import UserError
@@ -124,6 +124,10 @@ class Scheduling(_Section):
 class Ingest(_Section):
     """Which frames and pixels are used."""
 
+    source: Literal["videos", "dnerf"] = Field(
+        default="videos",
+        description="videos of fixed cameras, or a scene of transforms_train.json and transforms_test.json",
+    )
     frame_jump: Count = Field(default=1, description="keep every n-th video frame: 0, n, 2n, ...")
     max_frames: Count | None = Field(default=None, description="kept frames at most; null: all")
     image_downsample: Count = Field(
@@ -191,6 +195,10 @@ class Model(_Section):
 class Train(_Section):
     """Training, on the first third of the frames."""
 
+    method: Literal["pose_splatter", "dynamic"] = Field(
+        default="pose_splatter",
+        description="one network for all frames, or Gaussians and their motion optimised for all frames; see dynamic",
+    )
     lr: Positive = Field(default=1e-4, description="learning rate of Adam")
     epochs: Count = Field(default=50, description="passes over the training frames")
     max_minutes: Positive | None = Field(default=None, description="stop earlier, after this time; null: no limit")
@@ -222,6 +230,72 @@ class Train(_Section):
         if value == "auto" or (type(value) is int and 1 <= value <= MAX_INT):
             return value
         raise ValueError("must be auto or a whole number, 1 at least")
+
+
+class Dynamic(_Section):
+    """The second trainer, `train.method: dynamic`. Lengths: half the crop's longest side is 1.3."""
+
+    coarse_iterations: Index = Field(default=3000, description="without motion; each iteration is a frame")
+    fine_iterations: Index = Field(default=20000, description="with motion")
+    views: Count = Field(default=2, description="cameras that an iteration renders its frame from")
+    initial_points: Count = Field(default=10000, description="points sampled in the visual hulls to start from")
+    initial_ply: Text | None = Field(
+        default=None, description="PLY file of points to start from instead, in scene units"
+    )
+    lambda_dssim: Weight = Field(default=0.0, description="weight of 1 - SSIM beside the L1 error of colours")
+    lambda_mask: Weight = Field(default=0.0, description="weight of the L1 error of opacity against the masks")
+    plane_tv_weight: Weight = Field(default=1e-4, description="weight of the roughness of the planes over space")
+    time_smoothness_weight: Weight = Field(default=1e-2, description="weight of the roughness of the planes over time")
+    l1_time_planes: Weight = Field(default=1e-4, description="weight of the distance of the planes over time from 1")
+    position_lr_init: Positive = Field(default=1.6e-4, description="learning rate, times the extent of the cameras")
+    position_lr_final: Positive = Field(default=1.6e-6, description="the same after lr_steps iterations of a stage")
+    deformation_lr_init: Positive = Field(default=1.6e-4, description="learning rate of the decoder of the motion")
+    deformation_lr_final: Positive = Field(default=1.6e-5, description="the same after lr_steps iterations")
+    grid_lr_init: Positive = Field(default=1.6e-3, description="learning rate of the planes")
+    grid_lr_final: Positive = Field(default=1.6e-4, description="the same after lr_steps iterations")
+    lr_steps: Count | None = Field(default=None, description="iterations of the decay; null: fine_iterations")
+    feature_lr: Positive = Field(default=2.5e-3, description="learning rate of colours; of their harmonics a 20th")
+    opacity_lr: Positive = Field(default=0.05, description="learning rate of opacities, as logits")
+    scaling_lr: Positive = Field(default=5e-3, description="learning rate of scales, as logarithms")
+    rotation_lr: Positive = Field(default=1e-3, description="learning rate of orientations")
+    sh_degree: Annotated[Index, Field(le=3)] = Field(
+        default=3, description="degree of the harmonics of colour, at most; one more each 1,000 iterations"
+    )
+    multires: tuple[Count, ...] = Field(
+        default=(1, 2, 4, 8), min_length=1, description="levels of the planes, multiples of resolution"
+    )
+    resolution: Annotated[Count, Field(ge=2)] = Field(default=64, description="cells along an axis of space")
+    time_resolution: Annotated[Count, Field(ge=2)] = Field(default=25, description="cells along time, on all levels")
+    time_range: Literal["half", "full"] = Field(
+        default="half", description="half: time from 0 to 1, as published, uses half of those cells; full: all of them"
+    )
+    bound: Positive = Field(default=1.6, description="half the side of the planes' box, scene units")
+    decoder_depth: Count = Field(default=1, description="layers before the heads of the decoder")
+    deform_opacity: bool = Field(default=False, strict=True, description="let opacities change over time")
+    deform_harmonics: bool = Field(default=False, strict=True, description="let colours change over time")
+    densify_until_iter: Count = Field(default=15000, description="iterations of a stage in which Gaussians are added")
+    densify_from_iter: Index = Field(default=500, description="iterations before the first densification")
+    densification_interval: Count = Field(default=100, description="iterations between densifications")
+    pruning_from_iter: Index = Field(default=500, description="iterations before the first pruning")
+    pruning_interval: Count = Field(default=100, description="iterations between prunings")
+    opacity_reset_interval: Count = Field(default=3000, description="iterations between resets of opacity to 0.01")
+    max_gaussians: Count = Field(default=360000, description="no densification from this number of Gaussians on")
+    min_gaussians_to_prune: Index = Field(default=200000, description="no pruning up to this number of Gaussians")
+    percent_dense: Positive = Field(
+        default=0.01, description="share of the extent of the cameras above which a Gaussian is split, not cloned"
+    )
+    densify_grad_threshold_coarse: Weight = Field(default=2e-4, description="gradient on the screen that densifies")
+    densify_grad_threshold_fine_init: Weight = Field(default=2e-4, description="the same, at the start of stage fine")
+    densify_grad_threshold_after: Weight = Field(default=2e-4, description="the same, at densify_until_iter")
+    opacity_threshold_coarse: Weight = Field(default=5e-3, description="opacity below which Gaussians are pruned")
+    opacity_threshold_fine_init: Weight = Field(default=5e-3, description="the same, at the start of stage fine")
+    opacity_threshold_fine_after: Weight = Field(default=5e-3, description="the same, at densify_until_iter")
+    add_point: bool = Field(default=False, strict=True, description="grow points beside lonely ones, too")
+    checkpoint_iterations: tuple[Count, ...] = Field(
+        default=(), description="iterations of either stage whose checkpoints are kept"
+    )
+    start_checkpoint: Text | None = Field(default=None, description="chkpnt_*.pth file to go on from, path or URL")
+    render_process: bool = Field(default=False, strict=True, description="keep pictures of the training")
 
 
 class Evaluate(_Section):
@@ -282,8 +356,14 @@ class Experiment(_Section):
     pack: Pack = Field(default=Pack(), description="which part of each image is stored")
     model: Model = Field(default=Model(), description="the network and its Gaussians")
     train: Train = Field(default=Train(), description="training, on the first third of the frames")
+    dynamic: Dynamic = Field(default=Dynamic(), description="the second trainer, optimised for one recording")
     evaluate: Evaluate = Field(default=Evaluate(), description="metrics and gallery")
     render: Render = Field(default=Render(), description="pictures and films")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scene_of_dnerf(cls, raw: Any) -> Any:
+        return with_dnerf_defaults(raw)
 
     @field_validator("holdout_views")
     @classmethod
@@ -393,6 +473,34 @@ def classic_project_directory(raw: dict[str, Any], config_folder: str = ".") -> 
     return classic.resolve(stores.normalize(config_folder), value)
 
 
+def with_dnerf_defaults(raw: Any) -> Any:
+    """A raw configuration whose `ingest.source` is dnerf, with what such a scene has; any other as it is.
+
+    Its two cameras are `train` and `test`, which is held out; the box is that of the published tools, 2.6 long.
+    """
+    if not isinstance(raw, dict) or not isinstance(ingest := raw.get("ingest"), dict):
+        return raw
+    if ingest.get("source") != "dnerf":
+        return raw
+    sections: dict[str, dict[str, Any]] = {
+        "data": {
+            "videos": dnerf.FILES,
+            "masks": dnerf.FILES,
+            "camera_names": dnerf.SPLITS,
+            "calibration": dnerf.FILES[0],
+            "up": (0.0, 0.0, 1.0),
+        },
+        "center_rotation": {"ell": 2.6},
+        "crop": {"ell": 2.6, "grid_size": 112, "volume_idx": ((0, 112),) * 3},
+        "render": {"camera": 1},
+    }
+    filled = {"holdout_views": (1,), **raw}
+    for name, values in sections.items():
+        given = raw.get(name, {})
+        filled[name] = {**values, **given} if isinstance(given, dict) else given
+    return filled
+
+
 # -- reading ------------------------------------------------------------------------------------------------------
 def _read_text(url: str) -> str:
     try:
@@ -427,8 +535,9 @@ def _load(text: str, folder: str, overrides: Sequence[str]) -> Loaded:
         native, notes, project = raw, [], None
     for override in overrides:
         _override(native, override)
-    data = native.get("data")
-    for section, key in ((data, "directory"), (native, "reuse")):
+    data, dynamic = native.get("data"), native.get("dynamic")
+    paths = ((data, "directory"), (native, "reuse"), (dynamic, "initial_ply"), (dynamic, "start_checkpoint"))
+    for section, key in paths:
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key].strip():
             section[key] = classic.resolve(folder, section[key])
     return Loaded(_validate(native), notes, project)
@@ -483,7 +592,10 @@ def _problems(e: Experiment, n_cameras: int, width: int | None, height: int | No
             yield f"holdout_views[{i}] = {view}: there are {n_cameras} cameras; valid: 0 to {n_cameras - 1}"
         if view in e.holdout_views[:i]:
             yield f"holdout_views[{i}] = {view}: is listed twice"
-    if (observed := len(e.observed_views(n_cameras))) < 2:
+    moving = e.ingest.source == "dnerf"
+    if moving and e.train.method != "dynamic":
+        yield "ingest.source = 'dnerf': has one picture at a time; only train.method = dynamic can use it"
+    if (observed := len(e.observed_views(n_cameras))) < 2 and not (moving and observed):
         most = f"hold out at most {max(n_cameras - 2, 0)}"
         yield f"holdout_views = {list(e.holdout_views)}: leaves {observed} of {n_cameras} cameras; {most}"
     if e.render.camera >= n_cameras:

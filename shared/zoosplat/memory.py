@@ -25,6 +25,7 @@ CONTEXT = 1.0 * GIB  # of CUDA, cuDNN and the kernels, outside PyTorch's own mem
 UNUSED = 1.15  # memory that PyTorch holds over what its tensors take: blocks that fit nothing
 UNUSED_ONCE = 1.6  # the same in the first validation, whose blocks are new
 TILES = 3  # of 8 x 8 pixels that a Gaussian covers in a view, in the recordings measured
+PER_GAUSSIAN, PER_VIEW = 17_000, 2_400  # bytes of a dynamic Gaussian in an iteration, and for each view; measured
 PLAIN = 2.6  # what normalisation without Triton keeps, over that with it
 USABLE = 0.95  # of a GPU's memory: the rest is the driver's and the desktop's
 PROFILES = ("12gb", "24gb", "48gb", "80gb")  # kinds of GPUs, by their memory
@@ -95,6 +96,8 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
         sizes: those of the recording; default: the most that the configuration can come to.
     """
     size = sizes or sizes_of(experiment)
+    if experiment.train.method == "dynamic":
+        return _dynamic(experiment, size)
     model, gpus = experiment.model, experiment.train.gpus
     # With auto, one GPU may have to hold them all.
     batch = -(-experiment.train.batch_frames // (1 if gpus == "auto" else gpus))
@@ -149,6 +152,26 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
     return dict(sorted(parts.items(), key=lambda part: part[1]))
 
 
+def _dynamic(experiment: Experiment, size: Sizes) -> dict[str, float]:
+    """`training` for `train.method: dynamic`, with as many Gaussians as it may come to."""
+    config = experiment.dynamic
+    edges = [m * config.resolution for m in config.multires]
+    planes: int = 32 * sum(3 * n * n + 3 * n * config.time_resolution for n in edges)
+    views = min(config.views, size.views)
+    frame = 4 * size.pixels  # a view's colours and mask
+    frames = CACHE_BYTES // (frame * size.cameras) if size.frames is None else size.frames
+    cached = frame * size.cameras * frames
+    parts = {
+        "CUDA": CONTEXT,
+        "planes, gradients, optimiser": 16.0 * planes,
+        # As read, and twice while the scene is put together.
+        "recording": (cached if cached <= CACHE_BYTES else 0.0) + 2.0 * frame * size.views * frames,
+        "Gaussians": UNUSED * float(config.max_gaussians * (PER_GAUSSIAN + PER_VIEW * views)),
+        "pictures": 200.0 * size.pixels * views,
+    }
+    return dict(sorted(parts.items(), key=lambda part: part[1]))
+
+
 def peak_gpu_bytes(experiment: Experiment, sizes: Sizes | None = None) -> int:
     """Peak of a training's GPU memory: see `training`."""
     return int(sum(training(experiment, sizes).values()))
@@ -181,9 +204,12 @@ def advice(experiment: Experiment, room: float, sizes: Sizes | None = None) -> s
         "model.base_filters": model.base_filters,
         "model.max_gaussians": model.max_gaussians,
     }
+    dynamic = experiment.train.method == "dynamic"
+    if dynamic:
+        halves = {"dynamic.max_gaussians": experiment.dynamic.max_gaussians, "dynamic.views": experiment.dynamic.views}
     tries = [(key, value >> k, size) for key, value in halves.items() for k in range(1, 31) if value >> k or k == 1]
     least = {"train.batch_frames": gpus, "model.bottleneck": 0, "model.max_gaussians": model.min_gaussians}
-    tries += [("crop.grid_size", edge, at(edge)) for edge in grids if edge < grid]
+    tries += [("crop.grid_size", edge, at(edge)) for edge in grids if edge < grid and not dynamic]
     for key, value, then in tries:
         if value >= least.get(key, 1):
             changed = experiment.model_dump(mode="json")
@@ -193,4 +219,6 @@ def advice(experiment: Experiment, room: float, sizes: Sizes | None = None) -> s
                 changed["crop"]["volume_idx"] = None
             if peak_gpu_bytes(Experiment.model_validate(changed), then) <= room:
                 return f"set {key} to {value}"
+    if dynamic:
+        return "raise ingest.image_downsample or ingest.frame_jump, and lower dynamic.max_gaussians"
     return "raise ingest.image_downsample and lower crop.grid_size, model.base_filters and train.batch_frames"

@@ -58,7 +58,7 @@ PIPELINE: tuple[StageSpec, ...] = (
     StageSpec(
         "train",
         1,
-        ("model", "train", "-train.device", "-train.gpus", "holdout_views"),
+        ("model", "dynamic", "train", "-train.device", "-train.gpus", "holdout_views"),
         ("pack", "center_rotation", "crop"),
         "model",
         gpu=True,

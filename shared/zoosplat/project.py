@@ -15,6 +15,7 @@ from zoosplat.errors import UserError
 from zoosplat.pipeline import STAGES, StageSpec
 
 Mark = dict[str, Any]
+OTHERS = {"pose_splatter": "dynamic", "dynamic": "model"}  # sections that are of no use to a trainer
 
 
 def settings_of(spec: StageSpec, experiment: Experiment) -> dict[str, Any]:
@@ -30,6 +31,8 @@ def settings_of(spec: StageSpec, experiment: Experiment) -> dict[str, Any]:
             chosen[section] = {k: v for k, v in chosen[section].items() if k != leaf}
         else:
             chosen[key] = value
+    # What the other trainer would be told decides nothing.
+    chosen.pop(OTHERS[experiment.train.method], None)
     return chosen
 
 

@@ -121,6 +121,22 @@ def create(url: str, name: str, sizes: dict[str, int], block: int, attributes: d
     return group
 
 
+MOVING: dict[str, ArraySpec] = {
+    "time": ArraySpec(("T",), "float64", "", "0 to 1", "whole"),
+    "pose": ArraySpec(("T", "C", 4, 4), "float64", "m", "world to camera in each frame", "whole"),
+    "pictured": ArraySpec(("T", "C"), "bool", "", "whether the camera has a picture", "whole"),
+}
+
+
+def add_moving(group: zarr.Group, values: dict[str, Any]) -> None:
+    """Add to masks.zarr or images.zarr what cameras that move have besides: the arrays of `MOVING`."""
+    for key, spec in MOVING.items():
+        value = np.asarray(values[key], spec.dtype)
+        meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
+        group.create_array(key, shape=value.shape, dtype=spec.dtype, chunks=value.shape, attributes=meaning)
+        array(group, key)[...] = value
+
+
 def array(group: zarr.Group, key: str) -> zarr.Array[Any]:
     """An array of a group, typed."""
     found = group[key]

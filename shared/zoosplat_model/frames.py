@@ -70,6 +70,9 @@ class FrameReader:
         fps: kept frames a second.
         world_to_camera: [C, 4, 4] float32 on the device.
         full_intrinsics: [C, 3, 3] float32 on the device, of the whole frame without principal shift.
+        times: [T] float32, of the kept frames, 0 to 1 from the first to the last.
+        moving: whether the cameras move; then `world_to_camera` is that of the first frame.
+        pictured: [T, C] bool, whether the camera has a picture at all; all do unless they move.
         volume_idx: (start, stop) of the kept grid points along x, y, z.
         ell_m, grid_size, voxel_size_m: edge, points along it and spacing of the cubic grid.
     """
@@ -114,6 +117,13 @@ class FrameReader:
         self._places = self._tensor(self._centers), self._tensor(schema.read(tracking, "angles"))
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
+        self.times = np.linspace(0, 1, self.n_frames, dtype=np.float32)
+        self.moving = "pose" in images
+        self.pictured = np.ones((self.n_frames, self.n_cameras), bool)
+        if self.moving:
+            self._poses = self._tensor(schema.read(images, "pose"))
+            self.times = schema.read(images, "time").astype(np.float32)
+            self.pictured = schema.read(images, "pictured").astype(bool)
         self.ell_m, self.grid_size = float(str(crop.attrs["ell_m"])), int(str(crop.attrs["grid_size"]))
         self.voxel_size_m = self.ell_m / (self.grid_size - 1)
         self.volume_idx = tuple((int(a), int(b)) for a, b in schema.read(crop, "volume_idx"))
@@ -125,7 +135,14 @@ class FrameReader:
         return torch.as_tensor(np.asarray(values, dtype=np.float32), device=self.device)
 
     def split(self, name: Split) -> list[int]:
-        """Valid kept frames of the first ("train"), second ("valid") or last ("test") third of all kept frames."""
+        """Valid kept frames of the first ("train"), second ("valid") or last ("test") third of all kept frames.
+
+        Of moving cameras, whose held-out pictures are of all times: the frames that the held-out cameras ("valid" and
+        "test") or the observed ones have pictures of.
+        """
+        if self.moving:
+            cameras = self.observed if name == "train" or not self.held_out else self.held_out
+            return np.flatnonzero(self.valid & self.pictured[:, cameras].any(axis=1)).tolist()
         third = {"train": 0, "valid": 1, "test": 2}[name]
         start, stop = self.n_frames * third // 3, self.n_frames * (third + 1) // 3
         return [t for t in range(start, stop) if self.valid[t]]
@@ -166,7 +183,7 @@ class FrameReader:
             rgb=rgb.float() / 255,
             mask=mask.float(),
             intrinsics=self._of_window[t],
-            world_to_camera=self.world_to_camera,
+            world_to_camera=self._poses[t] if self.moving else self.world_to_camera,
             origin=torch.from_numpy(self._origin[t]),
             center=center,
             angle=angle,

@@ -57,6 +57,10 @@ class Predictor:
         chosen = pick_device(device)
         project.input_url("train", experiment)
         reader = open_reader(project, experiment, chosen)
+        if experiment.train.method == "dynamic":
+            from zoosplat_model.dynamic.predictor import DynamicPredictor
+
+            return DynamicPredictor(reader, project, experiment)
         model = PoseSplatter.of(reader, experiment).on(chosen)
         checkpoint = checkpoints.load(project, "best")
         if checkpoint is None:
@@ -70,6 +74,10 @@ class Predictor:
         frame = self.reader.frame(t)
         gaussians: Gaussians = self.model([frame])[0]
         return gaussians.to_world(frame.center, frame.angle)
+
+    def tracks(self, frames: Sequence[int], count: int) -> Tensor | None:
+        """Where some Gaussians are over time; None: those of one frame are not those of another."""
+        return None
 
     @torch.no_grad()
     def render(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import zarr
 
 from zoosplat import schema, stores, visual_hull
 from zoosplat.errors import UserError
@@ -30,6 +31,8 @@ class CenterRotation(Stage):
         masks = ctx.open_input("ingest")
         group = stores.open_group(ctx.project.output_url(self.name), write=True)
         intrinsics, world_to_camera = (schema.read(masks, key) for key in ("intrinsics", "world_to_camera"))
+        if "pose" in masks:
+            return self._in_place(group, shard, plan)
         axis = visual_hull.grid_axis(plan.values["ell_m"], plan.values["grid_size"])
         adaptive = ctx.experiment.adaptive_camera
         mask = schema.array(masks, "mask")
@@ -48,6 +51,18 @@ class CenterRotation(Stage):
             schema.write_block(group, "n_voxels", start, np.array([h.n_voxels for h in hulls]))
             schema.write_block(group, "principal_shift", start, np.stack([h.shift for h in hulls]))
         return Result(shard.stop - shard.start)
+
+    def _in_place(self, group: zarr.Group, shard: Shard, plan: Plan) -> Result:
+        """Cameras that move show a time once: no hull, so the scene stays where it is."""
+        n, cameras = shard.stop - shard.start, schema.array(group, "principal_shift").shape[1]
+        variance = (plan.values["ell_m"] / 4) ** 2
+        for start in range(0, n, schema.SMALL_BLOCK):
+            m = min(schema.SMALL_BLOCK, n - start)
+            schema.write_block(group, "hull_mean", shard.start + start, np.zeros((m, 3)))
+            schema.write_block(group, "hull_cov", shard.start + start, np.tile(variance * np.eye(3), (m, 1, 1)))
+            schema.write_block(group, "n_voxels", shard.start + start, np.ones(m, np.int64))
+            schema.write_block(group, "principal_shift", shard.start + start, np.zeros((m, cameras, 2)))
+        return Result(n)
 
     def finish(self, ctx: Context, plan: Plan) -> Result:
         group = stores.open_group(ctx.project.output_url(self.name), write=True)

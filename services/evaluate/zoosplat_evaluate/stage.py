@@ -76,6 +76,7 @@ class Evaluate(Stage):
             measured[frame.t] = frame_metrics(*images, *size, factor, color).cpu().numpy()
             ctx.progress(len(measured), len(frames), "")
         values = np.stack([measured[t] for t in frames])  # [T, C, M]
+        values[~reader.pictured[frames]] = np.nan
         self._write_tables(ctx, reader, frames, values)
         self._write_gallery(ctx, predictor, frames, values)
         means = ops.camera_means(values)
@@ -134,7 +135,7 @@ class Evaluate(Stage):
         for i, kind in ops.choose_frames(values[:, judged, IOU].mean(1), ctx.experiment.evaluate.gallery_frames):
             frame = reader.frame(frames[i])
             layers = (*_render(predictor, frame), frame.on_white(), frame.mask > 0)
-            for c in range(reader.n_cameras):
+            for c in np.flatnonzero(reader.pictured[frame.t]).tolist():
                 file = f"gallery/t{frame.t:06d}_camera{c}.png"
                 picture = ops.comparison(*(layer[c].cpu().numpy() for layer in layers))
                 self._write(ctx, file, media.encode_png(picture))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import zarr
 
-from zoosplat import calibration, schema, stores, video
-from zoosplat.cameras import Cameras
+from zoosplat import calibration, dnerf, schema, stores, video
+from zoosplat.cameras import Cameras, WorldTransform
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stage import Context, Plan, Result, Shard, Stage, split
@@ -57,15 +58,70 @@ def _probe_all(experiment: Experiment) -> tuple[list[video.VideoInfo], list[str]
     return [dataclasses.replace(i, n_frames=min(lengths)) for i in infos[: len(data.masks)]], warnings
 
 
+def _prepare_scene(ctx: Context, url: str) -> Plan:
+    """Of a D-NeRF scene, in its own world and without orientation."""
+    experiment, data = ctx.experiment, ctx.experiment.data
+    scene = dnerf.read_scene(stores.normalize(data.directory))
+    experiment.check(len(dnerf.SPLITS), scene.width, scene.height)
+    jump, d = experiment.ingest.frame_jump, experiment.ingest.image_downsample
+    frames = np.arange(0, len(scene.times), jump)[: experiment.ingest.max_frames]
+    poses, pictured = scene.world_to_camera[frames], np.array([[p is not None for p in row] for row in scene.pictures])
+    k = np.tile(scene.intrinsics(1), (2, 1, 1))
+    cameras = Cameras(dnerf.SPLITS, k, poses[0, :, :3, :3], poses[0, :, :3, 3], np.zeros((2, 5)))
+    h, w = scene.height // d, scene.width // d
+    block = schema.block_frames(2 * h * w)
+    attributes = {
+        "camera_names": list(data.camera_names or dnerf.SPLITS),
+        "fps": data.fps or 25.0,
+        "frame_jump": jump,
+        "n_video_frames": len(scene.times),
+        "image_downsample": d,
+        "full_width": w,
+        "full_height": h,
+        "unit_m": 1.0,
+        "world": WorldTransform(np.eye(3), np.zeros(3), 1.0).to_json(),
+        "cameras": cameras.to_json(),
+    }
+    group = schema.create(url, "masks.zarr", {"T": len(frames), "C": 2, "h": h, "w": w}, block, attributes)
+    schema.array(group, "intrinsics")[...] = np.tile(scene.intrinsics(d), (2, 1, 1))
+    schema.array(group, "world_to_camera")[...] = poses[0]
+    schema.array(group, "frame")[...] = frames
+    schema.add_moving(group, {"time": scene.times[frames], "pose": poses, "pictured": pictured[frames]})
+    per_shard = max(1, experiment.scheduling.frames_per_shard // jump)
+    return Plan(split(len(frames), per_shard, block), {"block": block})
+
+
+def _read_scene(ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Result:
+    """The masks of a D-NeRF scene: where a picture is not transparent."""
+    scene = dnerf.read_scene(stores.normalize(ctx.experiment.data.directory))
+    frames = schema.read(group, "frame")
+    shape = schema.array(group, "mask").shape[1:]
+    for start in range(shard.start, shard.stop, plan.values["block"]):
+        stop = min(start + plan.values["block"], shard.stop)
+        masks = np.zeros((stop - start, *shape), bool)
+        for i, c in np.ndindex(*masks.shape[:2]):
+            url = scene.pictures[frames[start + i]][c]
+            if url is not None:
+                masks[i, c] = dnerf.read_picture(url, ctx.experiment.ingest.image_downsample)[..., 3] > 0
+        schema.write_block(group, "mask", start, masks)
+        schema.write_block(group, "box", start, ops.boxes(masks))
+        ctx.progress(stop - shard.start, shard.stop - shard.start, "")
+    return Result(shard.stop - shard.start)
+
+
 class Ingest(Stage):
     """Read mask videos and calibration into masks.zarr."""
 
     def sources(self, experiment: Experiment) -> list[str]:
+        if experiment.ingest.source == "dnerf":
+            return [stores.join(stores.normalize(experiment.data.directory), name) for name in dnerf.FILES]
         up = experiment.data.up
         files = [experiment.data.url(name) for name in experiment.data.masks] + _calibration_urls(experiment)
         return files + ([experiment.data.url(up)] if isinstance(up, str) and up != "auto" else [])
 
     def prepare(self, ctx: Context) -> Plan:
+        if ctx.experiment.ingest.source == "dnerf":
+            return _prepare_scene(ctx, ctx.project.output_url(self.name))
         experiment, data = ctx.experiment, ctx.experiment.data
         infos, warnings = _probe_all(experiment)
         width, height, n_video = infos[0].width, infos[0].height, infos[0].n_frames
@@ -112,6 +168,8 @@ class Ingest(Stage):
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
         group = stores.open_group(ctx.project.output_url(self.name), write=True)
+        if ctx.experiment.ingest.source == "dnerf":
+            return _read_scene(ctx, group, shard, plan)
         infos = [video.VideoInfo(**i) for i in plan.values["infos"]]
         cameras = Cameras.from_json(dict(group.attrs["cameras"]))  # type: ignore[arg-type]
         maps = [
@@ -136,6 +194,8 @@ class Ingest(Stage):
         box = schema.read(group, "box")
         empty = (box[..., 2] == 0).sum(axis=0)
         warnings = []
+        if ctx.experiment.ingest.source == "dnerf":
+            return Result()
         for c, count in enumerate(empty):
             label = plan.values["infos"][c]["label"]
             if count == len(box):

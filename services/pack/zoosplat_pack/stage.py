@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+import zarr
 
-from zoosplat import schema, stores, video
+from zoosplat import dnerf, schema, stores, video
 from zoosplat.cameras import Cameras
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
@@ -25,9 +27,10 @@ class Pack(Stage):
 
     def prepare(self, ctx: Context) -> Plan:
         masks, data = ctx.open_input("ingest"), ctx.experiment.data
+        if ctx.experiment.ingest.source == "dnerf":
+            return self._create(ctx, masks, [])
         infos = [video.probe(data.url(n), f"{n} (video of camera {c})") for c, n in enumerate(data.videos)]
         full = int(masks.attrs["full_width"]), int(masks.attrs["full_height"])
-        n_frames, n_cameras = masks["mask"].shape[:2]
         d, last = int(masks.attrs["image_downsample"]), int(schema.read(masks, "frame")[-1])
         for info in infos:
             if (info.width, info.height) != (full[0] * d, full[1] * d):
@@ -37,6 +40,12 @@ class Pack(Stage):
                 )
             if info.n_frames <= last:
                 raise UserError(f"{info.label}: {info.n_frames} frames, but the masks need {last + 1}; export it again")
+        return self._create(ctx, masks, infos)
+
+    def _create(self, ctx: Context, masks: zarr.Group, infos: list[video.VideoInfo]) -> Plan:
+        """Create the empty group and plan the shards."""
+        full: Any = masks.attrs["full_width"], masks.attrs["full_height"]
+        n_frames, n_cameras = schema.array(masks, "mask").shape[:2]
         size = full
         if ctx.experiment.pack.window == "auto":
             size = ops.window_size(schema.read(masks, "box"), full)
@@ -47,6 +56,8 @@ class Pack(Stage):
         group = schema.create(ctx.project.output_url(self.name), "images.zarr", sizes, block, attributes)
         for key in ("intrinsics", "world_to_camera"):
             schema.array(group, key)[...] = schema.read(masks, key)
+        if "pose" in masks:
+            schema.add_moving(group, {key: schema.read(masks, key) for key in schema.MOVING})
         jump = ctx.experiment.ingest.frame_jump
         # Large shards, because the first frame of a shard costs decoding from the keyframe before it.
         per_shard = max(1, ctx.experiment.scheduling.frames_per_shard // jump)
@@ -56,6 +67,8 @@ class Pack(Stage):
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
         masks = ctx.open_input("ingest")
         group = stores.open_group(ctx.project.output_url(self.name), write=True)
+        if ctx.experiment.ingest.source == "dnerf":
+            return self._pack_scene(ctx, group, shard, plan)
         infos = [video.VideoInfo(**i) for i in plan.values["infos"]]
         cameras = Cameras.from_json(masks.attrs["cameras"])
         jump, d = int(masks.attrs["frame_jump"]), int(masks.attrs["image_downsample"])
@@ -90,6 +103,32 @@ class Pack(Stage):
                 schema.write_block(group, "mask", start, small)
                 schema.write_block(group, "origin", start, origins)
                 ctx.progress(stop - shard.start, shard.stop - shard.start, "")
+        return Result(shard.stop - shard.start)
+
+    def _pack_scene(self, ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Result:
+        """Windows of the pictures of a D-NeRF scene, on white."""
+        masks = ctx.open_input("ingest")
+        scene = dnerf.read_scene(stores.normalize(ctx.experiment.data.directory))
+        frames, full = schema.read(masks, "frame"), (int(masks.attrs["full_width"]), int(masks.attrs["full_height"]))
+        width, height = plan.values["size"]
+        for start in range(shard.start, shard.stop, plan.values["block"]):
+            stop = min(start + plan.values["block"], shard.stop)
+            whole = schema.read(masks, "mask", start, stop)
+            origins = ops.window_origins(schema.read(masks, "box", start, stop), (width, height), full)
+            rgb = np.full((*whole.shape[:2], height, width, 3), 255, np.uint8)
+            small = np.zeros(rgb.shape[:-1], bool)
+            for i, c in np.ndindex(*whole.shape[:2]):
+                url = scene.pictures[frames[start + i]][c]
+                if url is None:
+                    continue
+                x, y = (int(v) for v in origins[i, c])
+                picture = dnerf.read_picture(url, int(masks.attrs["image_downsample"]))
+                rgb[i, c] = np.rint(255 * picture[y : y + height, x : x + width, :3])
+                small[i, c] = whole[i, c, y : y + height, x : x + width]
+            schema.write_block(group, "rgb", start, rgb)
+            schema.write_block(group, "mask", start, small)
+            schema.write_block(group, "origin", start, origins)
+            ctx.progress(stop - shard.start, shard.stop - shard.start, "")
         return Result(shard.stop - shard.start)
 
     def finish(self, ctx: Context, plan: Plan) -> Result:

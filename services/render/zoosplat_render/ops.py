@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 
+import cv2
 import numpy as np
 import numpy.typing as npt
+
+from zoosplat import media
+from zoosplat_model import ply
 
 Values = npt.NDArray[np.float64]
 
@@ -93,6 +97,32 @@ def to_ply(
         np.log(np.maximum(scales, 1e-12)),
         quats / np.linalg.norm(quats, axis=1, keepdims=True),
     ]
-    properties = "".join(f"property float {name}\n" for name in PLY_PROPERTIES)
-    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(means)}\n{properties}end_header\n"
-    return header.encode() + np.concatenate(columns, axis=1).astype("<f4").tobytes()
+    return ply.encode(dict(zip(PLY_PROPERTIES, np.concatenate(columns, axis=1).T, strict=True)))
+
+
+def on_mask(pixels: Values, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+    """Indices of those of [n, 2] pixels x, y (NaN: nowhere) that lie on a mask [h, w]."""
+    x, y = np.rint(np.nan_to_num(pixels, nan=-1)).astype(int).T
+    inside = (x >= 0) & (x < mask.shape[1]) & (y >= 0) & (y < mask.shape[0])
+    found: npt.NDArray[np.intp] = np.flatnonzero(inside)[mask[y[inside], x[inside]]]
+    return found
+
+
+def draw_tracks(picture: media.Picture, pixels: Values) -> media.Picture:
+    """A picture [h, w, 3] with the paths of n points over F times, their ends dotted, from blue (first) to red (last).
+
+    Args:
+        pixels: [F, n, 2] x, y; NaN where a point is not in front of the camera.
+    """
+    shift = 4  # OpenCV takes coordinates in fractions of 2^-4 pixels
+    drawn = np.array(picture, order="C")
+    colors = cv2.applyColorMap(np.linspace(0, 255, len(pixels)).astype(np.uint8)[:, None], cv2.COLORMAP_TURBO)[
+        :, 0, ::-1
+    ]
+    fixed = np.rint(np.nan_to_num(pixels, nan=-1e4).clip(-1e4, 1e4) * 2**shift).astype(int)
+    for before, after, color in zip(fixed[:-1], fixed[1:], colors[1:].tolist(), strict=True):
+        for a, b in zip(before.tolist(), after.tolist(), strict=True):
+            cv2.line(drawn, a, b, color, 1, cv2.LINE_AA, shift)
+    for place in fixed[-1].tolist():
+        cv2.circle(drawn, place, 2 << shift, colors[-1].tolist(), -1, cv2.LINE_AA, shift)
+    return drawn

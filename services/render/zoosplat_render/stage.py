@@ -12,7 +12,7 @@ from torch import Tensor
 from zoosplat import media, stores
 from zoosplat.errors import UserError
 from zoosplat.stage import Context, Plan, Result, Shard, Stage
-from zoosplat_model.carving import rotation_about_z
+from zoosplat_model.carving import project, rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.predictor import Predictor, open_reader
@@ -20,6 +20,7 @@ from zoosplat_model.splatter import Gaussians
 from zoosplat_render import ops
 
 SMALLEST = 384  # pixels of the shorter side of a picture whose size is left open
+PATHS, CANDIDATES = 300, 3000  # Gaussians whose paths are shown, at most, and of how many they are chosen
 FPS = 25.0  # of the films, whatever the recording's: most animals are recorded too fast to be watched
 
 
@@ -71,7 +72,11 @@ class Render(Stage):
         outputs: list[tuple[str, bytes, dict[str, Any]]] = [
             ("still_camera.png", media.encode_png(still), {"kind": "still", **place, **camera}),
             ("still_free.png", media.encode_png(artist.picture(moved, view)), {"kind": "still", **place, **offset}),
-            (ply, ops.to_ply(*map(_numpy, gaussians)), {"kind": "gaussians", **place, "count": len(gaussians.means)}),
+            (
+                ply,
+                ops.to_ply(*map(_numpy, gaussians[:5])),
+                {"kind": "gaussians", **place, "count": len(gaussians.means)},
+            ),
             (
                 "orbit.mp4",
                 media.encode_mp4(artist.orbit(gaussians, frame, *sphere), FPS),
@@ -83,6 +88,9 @@ class Render(Stage):
                 {"kind": "film", **camera, "fps": FPS, "pictures": len(sequence), "t": [sequence[0], sequence[-1]]},
             ),
         ]
+        if (tracks := artist.tracks(frame, sequence)) is not None:
+            about = {"kind": "paths", "t": [sequence[0], sequence[-1]]}
+            outputs.append(("trajectories.png", media.encode_png(tracks), about))
         for name, data, _ in outputs:
             stores.write_bytes(stores.join(ctx.project.output_url(self.name), name), data)
         index = {
@@ -111,11 +119,41 @@ class _Artist:
         pixel_m = (depth / frame.intrinsics[:, 0, 0])[self.reader.observed].mean()
         return self.predictor.gaussians(frame.t).smoothed(float(pixel_m))
 
-    def camera_view(self, frame: Frame) -> tuple[Tensor, Tensor]:
-        """World-to-camera [4, 4] and intrinsics [3, 3] of the camera, its window enlarged to fill the picture."""
+    def camera_view(self, frame: Frame, camera: int | None = None) -> tuple[Tensor, Tensor]:
+        """World-to-camera [4, 4] and intrinsics [3, 3] of a camera (None: the one to be shown), its window enlarged to
+        fill the picture."""
+        camera = self.settings.camera if camera is None else camera
         window = (0, 0, self.reader.width, self.reader.height)
         zoom = torch.as_tensor(media.zoom_matrix(window, self.width, self.height)).to(frame.intrinsics)
-        return frame.world_to_camera[self.settings.camera], zoom @ frame.intrinsics[self.settings.camera]
+        return frame.world_to_camera[camera], zoom @ frame.intrinsics[camera]
+
+    def tracks(self, frame: Frame, sequence: list[int]) -> media.Picture | None:
+        """Where Gaussians go during the film, over the photograph of a held-out view: body motion, not the walk.
+
+        Each path is that of a Gaussian beside the animal's centre and heading, put where it is in `frame`; there
+        it lies on the mask. None where the Gaussians of one frame are not those of another.
+        """
+        times = [frame.t, *sequence]
+        paths = self.predictor.tracks(times, CANDIDATES)
+        if paths is None:
+            return None
+        there = rotation_about_z(frame.angle)
+        placed = []
+        for t, points in zip(times, paths, strict=True):
+            center, angle = self.reader.pose(t)
+            placed.append((points - center) @ rotation_about_z(angle) @ there.T + frame.center)
+        camera = self.reader.held_out[0] if self.reader.held_out else self.settings.camera
+        pose, intrinsics = self.camera_view(frame, camera)
+        x, y, depth = project(torch.cat(placed).T, pose[None], intrinsics[None])
+        pixels = torch.stack([x[0], y[0]], -1).masked_fill(depth[0, :, None] <= 0, torch.nan)
+        window = (0, 0, self.reader.width, self.reader.height)
+        photo, outside = (
+            media.zoom(media.to_uint8(picture.cpu().numpy()), window, self.width, self.height)
+            for picture in (frame.on_white()[camera], 1 - frame.mask[camera, ..., None].expand(-1, -1, 3))
+        )
+        found = _numpy(pixels).reshape(len(times), -1, 2)
+        kept = ops.on_mask(found[0], outside[..., 0] < 128)[:PATHS]
+        return ops.draw_tracks(media.to_uint8(0.5 + 0.5 * photo / 255), found[1:, kept])
 
     def picture(self, gaussians: Gaussians, view: tuple[Tensor, Tensor], camera: int | None = None) -> media.Picture:
         """A view, in the colours of one of the cameras or (None) of the average camera."""

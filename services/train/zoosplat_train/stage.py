@@ -22,7 +22,7 @@ from zoosplat_model.checkpoints import Progress
 from zoosplat_model.frames import FrameReader
 from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.predictor import open_reader, pick_device
-from zoosplat_train import ops, parallel, plots
+from zoosplat_train import dynamic, ops, parallel, plots
 from zoosplat_train.parallel import Ranks
 
 SHARE = 0.02  # of the time, that plots and checkpoints each may take; then they wait for a later epoch
@@ -31,11 +31,13 @@ LOOK_STEPS = 10  # steps between readings of the loss
 
 
 class Train(Stage):
-    """Train the network on the first third of the frames."""
+    """Train the network on the first third of the frames, or dynamic Gaussians on all of them."""
 
     def prepare(self, ctx: Context) -> Plan:
         parallel.number(ctx.experiment)
         reader = open_reader(ctx.project, ctx.experiment, torch.device("cpu"))
+        if ctx.experiment.train.method == "dynamic":
+            return dynamic.prepare(reader, ctx.project.url)
         if not reader.split("train"):
             raise UserError(
                 f"{ctx.project.url}: no frame of the first third has a visual hull, so there is nothing to train on; "
@@ -47,6 +49,8 @@ class Train(Stage):
         return Plan((0, reader.n_frames), warnings=warnings)
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+        if ctx.experiment.train.method == "dynamic":
+            return train(ctx, pick_device(ctx.experiment.train.device), Ranks())
         if parallel.by_torchrun():
             return parallel.join(train, ctx)
         size = parallel.number(ctx.experiment)
@@ -66,6 +70,8 @@ def train(ctx: Context, device: torch.device, ranks: Ranks) -> Result:
         torch.backends.cudnn.benchmark = True
     reader = open_reader(ctx.project, ctx.experiment, device)
     with out_of_memory(ctx.project, ctx.experiment, "train"):
+        if ctx.experiment.train.method == "dynamic":
+            return dynamic.run(ctx, reader, device)
         return _Training(ctx, reader, device, ranks).run()
 
 

@@ -6,12 +6,13 @@ literal transcription of the same rules that the other two are tested against.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Pairs", "Rendering", "rasterize"]
+__all__ = ["Pairs", "Rendering", "Screen", "rasterize"]
 
 
 class Rendering(NamedTuple):
@@ -33,6 +34,20 @@ class Pairs(NamedTuple):
     needed: Tensor
 
 
+@dataclass
+class Screen:
+    """What densification watches on the screen; 3D mode, backends gsplat and torch.
+
+    Attributes:
+        offsets: [C, N, 2] pixels, added to the projected centres: zeros with `requires_grad` change nothing, and their
+            gradient is that of the centres.
+        radii: [C, N] set by `rasterize`: half the larger side of what is drawn, pixels; 0 where nothing is.
+    """
+
+    offsets: Tensor
+    radii: Tensor | None = None
+
+
 def rasterize(
     means: Tensor,
     quats: Tensor,
@@ -48,6 +63,7 @@ def rasterize(
     mode: Literal["3d", "2d"] = "3d",
     backend: Literal["auto", "gsplat", "torch", "reference"] = "auto",
     pairs: Pairs | None = None,
+    screen: Screen | None = None,
 ) -> Rendering:
     """Render N Gaussians into C views of `width` x `height` pixels; differentiable in the Gaussians and the background.
 
@@ -58,7 +74,7 @@ def rasterize(
         quats: [N, 4] orientations (w, x, y, z), Gaussian to world, of any length but zero.
         scales: [N, 3] standard deviations along the Gaussian's axes, linear, in the unit of `means`.
         opacities: [N] in [0, 1]; below 1/255 a Gaussian is not drawn.
-        colors: [N, D] per Gaussian, any D features in any unit.
+        colors: [N, D] per Gaussian, or [C, N, D] in each view, any D features in any unit.
         world_to_camera: [C, 4, 4] rigid, OpenCV axes: x_camera = R x_world + t.
         intrinsics: [C, 3, 3] in calibration pixels: the centre of the top-left pixel is (0, 0), no skew.
         background: [D] colour behind the Gaussians, the same in all views; None is zeros (black).
@@ -66,6 +82,7 @@ def rasterize(
             third scale.
         backend: "auto" is gsplat (arXiv 2409.06765) for CUDA tensors and torch for all others.
         pairs: the size of gsplat's lists in a CUDA graph; others ignore it.
+        screen: takes part in the projection and gets its radii, see `Screen`.
 
     Raises:
         UserError: the gsplat backend is wanted and gsplat or CUDA is not there.
@@ -77,12 +94,16 @@ def rasterize(
         "quats": (quats, (n, 4)),
         "scales": (scales, (n, 3)),
         "opacities": (opacities, (n,)),
-        "colors": (colors, (n, d)),
+        "colors": (colors, (n, d) if colors.ndim == 2 else (c, n, d)),
         "world_to_camera": (world_to_camera, (c, 4, 4)),
         "intrinsics": (intrinsics, (c, 3, 3)),
     }
     if background is not None:
         expected["background"] = (background, (d,))
+    if screen is not None:
+        if mode != "3d" or backend == "reference":
+            raise ValueError("screen needs mode 3d and backend gsplat or torch")
+        expected["screen.offsets"] = (screen.offsets, (c, n, 2))
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {shape}")
@@ -104,11 +125,11 @@ def rasterize(
         if backend == "gsplat":
             from .gsplat_cuda import render as render_gsplat
 
-            rgb, alpha = render_gsplat(*args, mode=mode, pairs=pairs)
+            rgb, alpha = render_gsplat(*args, mode=mode, pairs=pairs, screen=screen)
         elif backend == "torch":
             from .torch_cpu import render as render_torch
 
-            rgb, alpha = render_torch(*args, mode=mode)
+            rgb, alpha = render_torch(*args, mode=mode, screen=screen)
         elif backend == "reference":
             from .reference import render as render_reference
 

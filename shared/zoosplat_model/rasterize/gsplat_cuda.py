@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoosplat.errors import UserError
 
-from . import Pairs
+from . import Pairs, Screen
 
 TILE_3D = 8  # pixels along an edge: a small animal is then spread over more of the GPU
 TILE_2D = 16  # gsplat cuts surfels off at the borders of their tiles, so this one shows
@@ -30,6 +30,7 @@ def render(
     *,
     mode: Literal["3d", "2d"],
     pairs: Pairs | None = None,
+    screen: Screen | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Premultiplied colours [C, H, W, D] and alpha [C, H, W]; arguments as in `rasterize`, pixel centres at (.5, .5).
 
@@ -51,6 +52,9 @@ def render(
         radii, centers, depths, conics, _ = gsplat.fully_fused_projection(
             means, None, quats, scales, *camera, opacities=opacities
         )
+        if screen is not None:
+            centers = centers + screen.offsets
+            screen.radii = radii.amax(-1).to(means.dtype)
         starts, ids, inside = _tile_lists(centers, radii, depths, width, height, TILE_3D, pairs)
         rgb, alpha = gsplat.rasterize_to_pixels(
             centers, conics, *looks, width, height, TILE_3D, starts, ids, masks=inside

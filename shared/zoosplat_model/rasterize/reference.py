@@ -30,7 +30,8 @@ def render(
     pixels = torch.stack([x, y], -1).to(means)  # [H, W, 2]
     sigma_of = _sigma_3d if mode == "3d" else _sigma_2d
     views = []
-    for w2c, k in zip(world_to_camera, intrinsics, strict=True):
+    all_colors = colors.expand(len(world_to_camera), -1, -1)
+    for w2c, k, colors in zip(world_to_camera, intrinsics, all_colors, strict=True):
         centers = means @ w2c[:3, :3].T + w2c[:3, 3]
         rgb = colors.new_zeros(height, width, colors.shape[1]) + 0 * colors.sum()
         transmittance = colors.new_ones(height, width)

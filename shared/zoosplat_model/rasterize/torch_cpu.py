@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import Screen
+
 # The numbers of gsplat 1.5.3; from 1.6.0 on ALPHA_MAX is 0.99.
 ALPHA_MIN = 1 / 255  # fainter contributions are skipped
 ALPHA_MAX = 0.999  # alpha is capped here, and has no gradient above
@@ -55,11 +57,16 @@ def render(
     height: int,
     *,
     mode: Literal["3d", "2d"],
+    screen: Screen | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Premultiplied colours [C, H, W, D] and alpha [C, H, W]; arguments of `rasterize`, pixel centres at (.5, .5)."""
     project = _project_3d if mode == "3d" else _project_2d
     splats = project(means, quats, scales, opacities, world_to_camera, intrinsics, width, height)
-    views, channels = len(world_to_camera), colors.shape[1]
+    if screen is not None:
+        splats = splats._replace(table=splats.table + F.pad(screen.offsets, (0, splats.table.shape[-1] - 2)))
+        half = (splats.box[..., 2:] - splats.box[..., :2]).amax(-1) / 2
+        screen.radii = torch.where(splats.visible, half, 0)
+    views, channels = len(world_to_camera), colors.shape[-1]
     with torch.no_grad():
         # Small tiles waste fewer pixels, large ones fewer pairs.
         box = splats.box[splats.visible]

@@ -1,0 +1,210 @@
+"""The second trainer's loop: checkpoints, history, pictures and clock round `zoosplat_model.dynamic`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from zoosplat import media, stores
+from zoosplat.errors import UserError
+from zoosplat.stage import Context, Plan, Result
+from zoosplat_model.dynamic import files
+from zoosplat_model.dynamic.scene import Scene, first_points
+from zoosplat_model.dynamic.schedule import Stage, is_shown
+from zoosplat_model.dynamic.trainer import Trainer
+from zoosplat_model.frames import FrameReader
+from zoosplat_train import plots
+
+LOOK_ITERATIONS = 50  # between readings of loss and PSNR: each waits for the GPU
+ROW_ITERATIONS = 100  # between rows of the history
+SAVE_SECONDS = 60.0  # between checkpoints
+
+
+def prepare(reader: FrameReader, url: str) -> Plan:
+    """Raise UserError where there is nothing to train on."""
+    if not reader.valid.any():
+        raise UserError(f"{url}: no frame has a visual hull, so there is nothing to train on")
+    return Plan((0, reader.n_frames))
+
+
+def run(ctx: Context, reader: FrameReader, device: torch.device) -> Result:
+    """Train both stages, from the newest checkpoint on."""
+    return _Training(ctx, reader, device).run()
+
+
+class _Training:
+    def __init__(self, ctx: Context, reader: FrameReader, device: torch.device) -> None:
+        self.ctx, self.reader, self.device = ctx, reader, device
+        self.config, self.url = ctx.experiment.dynamic, ctx.project.output_url("train")
+        scene = Scene.of(reader, lambda done, total: ctx.progress(0, self._total(), f"reading frames {done}/{total}"))
+        seed = ctx.experiment.train.seed
+        torch.manual_seed(seed)
+        field = files.build_field(ctx.experiment)
+        if self.config.initial_ply is not None:
+            points, colors = (v.to(device) for v in files.read_points(stores.normalize(self.config.initial_ply)))
+        else:
+            points, colors = first_points(reader, self.config.initial_points, seed)
+        self.trainer = Trainer(scene, points, colors, field, self.config, seed)
+        self.history: list[dict[str, float]] = []
+        self._resume()
+        # Of the training alone: without logging, saving and what changes the set of Gaussians.
+        self.seconds = self.history[-1]["seconds"] if self.history else 0.0
+        self.clock = self.saved = time.monotonic()
+
+    def _total(self) -> int:
+        return self.config.coarse_iterations + self.config.fine_iterations
+
+    def _length(self, stage: Stage) -> int:
+        return self.config.coarse_iterations if stage == "coarse" else self.config.fine_iterations
+
+    def _step(self) -> int:
+        """Iterations of both stages that are done."""
+        before = self.config.coarse_iterations if self.trainer.stage == "fine" else 0
+        return before + self.trainer.iteration
+
+    def _resume(self) -> None:
+        own = files.checkpoints_in(self.url)
+        where = self.config.start_checkpoint
+        if own:
+            where = stores.join(self.url, files.checkpoint_name(*own[-1]))
+        if where is None:
+            return
+        where = stores.normalize(where)
+        checkpoint, stage, iteration = files.read_checkpoint(where)
+        if iteration > self._length(stage):
+            raise UserError(f"{where}: beyond the {self._length(stage)} iterations of stage {stage}")
+        try:
+            self.trainer.restore(checkpoint, stage, iteration)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            first = str(error).splitlines()[-1].strip()
+            raise UserError(f"{where}: of another configuration ({first}); use its own, or another one") from None
+        url = stores.join(self.url, "history.csv")
+        if own and stores.exists(url):
+            rows = csv.DictReader(io.StringIO(stores.read_bytes(url).decode()))
+            numbers = [{key: float(value) for key, value in row.items()} for row in rows]
+            self.history = [row for row in numbers if row["step"] <= self._step()]
+
+    def run(self) -> Result:
+        trainer = self.trainer
+        files.write_settings(self.url, self.ctx.experiment)
+        begun, begun_seconds = self._step(), self.seconds
+        with plots.tensorboard(stores.join(self.url, "tensorboard"), begun) as self.board:
+            if trainer.stage == "coarse":
+                self._stage()
+                self._pause()
+                files.write_result(self.url, "coarse", trainer.iteration, trainer.gaussians, trainer.field)
+                trainer.begin("fine")
+                self._go_on()
+            self._stage()
+            self._pause()
+            if self.config.fine_iterations:
+                files.write_result(self.url, "fine", trainer.iteration, trainer.gaussians, trainer.field)
+            self._write_history()
+            self._write_preview()
+        self._forget_checkpoints()
+        done = self._step() - begun
+        figures: dict[str, Any] = {
+            "train_loss": self.history[-1]["train_loss"] if self.history else None,
+            "train_psnr": self.history[-1]["train_psnr"] if self.history else None,
+            "gaussians": len(trainer.gaussians),
+            "steps": self._step(),
+            "seconds": round(self.seconds, 3),
+            "seconds_per_step": round((self.seconds - begun_seconds) / max(done, 1), 5),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+        }
+        if self.device.type == "cuda":
+            figures["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return Result(len(trainer.scene.shown), figures=figures)
+
+    def _stage(self) -> None:
+        trainer, stage = self.trainer, self.trainer.stage
+        length = self._length(stage)
+        while trainer.iteration < length:
+            trainer.step()
+            i = trainer.iteration
+            ended = i == length
+            if ended or i % LOOK_ITERATIONS == 0:
+                self._look(ended or i % ROW_ITERATIONS == 0)
+            if self.config.render_process and is_shown(i):
+                self._show()
+            if i in self.config.checkpoint_iterations or time.monotonic() - self.saved > SAVE_SECONDS:
+                self._save()
+
+    def _pause(self) -> None:
+        """Stop the clock."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds += time.monotonic() - self.clock - self.trainer.excluded_seconds
+        self.trainer.excluded_seconds = 0.0
+
+    def _go_on(self) -> None:
+        self.clock = time.monotonic()
+
+    def _look(self, row: bool) -> None:
+        trainer = self.trainer
+        assert trainer.figures is not None
+        loss, psnr = trainer.figures.tolist()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"training diverged by iteration {trainer.iteration} of stage {trainer.stage}: the loss is not a "
+                "number; lower the learning rates of section dynamic; the last checkpoint is kept"
+            )
+        count = len(trainer.gaussians)
+        text = f"{trainer.stage} {trainer.iteration} loss {loss:.4f} PSNR {psnr:.1f}, {count} Gaussians"
+        self.ctx.progress(self._step(), self._total(), text)
+        if row:
+            self._pause()
+            figures = {"train_loss": loss, "train_psnr": psnr, "train_gaussians": float(count)}
+            self.history.append({"step": self._step(), "seconds": round(self.seconds, 3), **figures})
+            self.board.add(self.history[-1])
+            self._go_on()
+
+    def _save(self) -> None:
+        self._pause()
+        t = self.trainer
+        files.write_checkpoint(
+            self.url,
+            t.stage,
+            t.iteration,
+            t.gaussians,
+            t.field,
+            t.optimizer,
+            t.active_sh_degree,
+            t.spatial_lr_scale,
+        )
+        self._forget_checkpoints(but=(t.stage, t.iteration))
+        self._write_history()
+        self.saved = time.monotonic()
+        self._go_on()
+
+    def _forget_checkpoints(self, but: tuple[Stage, int] | None = None) -> None:
+        """Remove those that were only written so that a killed training goes on."""
+        for stage, iteration in files.checkpoints_in(self.url):
+            if (stage, iteration) != but and iteration not in self.config.checkpoint_iterations:
+                stores.delete(stores.join(self.url, files.checkpoint_name(stage, iteration)))
+
+    def _write_history(self) -> None:
+        stores.write_bytes(stores.join(self.url, "history.csv"), plots.history_csv(self.history))
+        self.board.upload()
+
+    def _write_preview(self) -> None:
+        middle = len(self.trainer.scene.shown) // 2
+        truth, rendered = (v.cpu().numpy() for v in self.trainer.compare(middle))
+        names = [self.reader.camera_names[c] for c in self.reader.observed]
+        t = int(np.flatnonzero(self.reader.valid)[middle])
+        stores.write_bytes(stores.join(self.url, "preview.png"), plots.preview(truth, rendered, names, t))
+
+    def _show(self) -> None:
+        """Truth above rendering, all views side by side."""
+        self._pause()
+        t = self.trainer
+        rows = [media.side_by_side(list(media.to_uint8(v.cpu().numpy()))) for v in t.compare(len(t.scene.shown) // 2)]
+        url = stores.join(self.url, "render_process", t.stage, f"{t.iteration:05d}.png")
+        stores.write_bytes(url, media.encode_png(np.concatenate(rows)))
+        self._go_on()
