@@ -82,7 +82,7 @@ def carve(
     Returns:
         [8, n1, n2, n3] float32: occupancy 0 to 1, red, green, blue (`fill_color` where empty); occupancy of the smaller
         hull, share of the views in which the voxel lies on animal that hull leaves bare, root of the mean squared
-        distance of the views' colours from their mean, share of the views that see the voxel (all three 0 where empty).
+        distance of the views' colours from their mean, share of all views that see the voxel (all three 0 where empty).
     """
     n_views, h, w = mask.shape
     shape = points.shape[:3]
@@ -125,7 +125,7 @@ def carve(
         off = (samples / covered.clamp_min(1e-3)[..., None] - color).square().sum(-1)
         spread = (weight * covered * off).sum(0) / (weight * covered).sum(0).clamp_min(1e-6)
         volume[6] += 0.5 * torch.where(occupancy > 0, spread.sqrt(), 0)
-        volume[7] += 0.5 * torch.where(occupancy > 0, (seen & in_front).to(depth.dtype).sum(0) / used.sum(), 0)
+        volume[7] += 0.5 * torch.where(occupancy > 0, (seen & in_front).to(depth.dtype).mean(0), 0)
     volume[4] = least
     if kept is None:
         return volume.view(8, *shape)
