@@ -99,7 +99,10 @@ class Viewer:
             )
         self.url = f"http://{'localhost' if host == '0.0.0.0' else host}:{self._server.get_port()}"
         self._stopping, self._playing = threading.Event(), threading.Event()
+        # Any page in the same browser can send viser this request, which shows everything to the internet.
+        self._server.request_share_url = lambda verbose=True: None  # type: ignore[method-assign]
         self._shown: tuple[Scene, int] | None = None
+        self._aimed = False
         self._worker = Newest(self._failed)
         self._add_controls()
         self._worker.ask("start", self._start)
@@ -196,14 +199,16 @@ class Viewer:
                 self._go_to((int(self._frame.value) + 1) % self._scene.n_frames)
 
     def _watch(self) -> None:
+        failing = False
         while not self._stopping.wait(LOOK_S):
             try:
                 now = state(self._project)
-            except UserError as error:  # a server that is being restarted
+            except Exception as error:  # such as a server that is being restarted
                 self._failed(error)
+                failing = True
                 continue
-            if now != self._state:
-                self._state = now
+            if failing or now != self._state:
+                self._state, failing = now, False
                 self._worker.ask("open", self._open)
 
     def _failed(self, error: Exception) -> None:
@@ -293,10 +298,13 @@ class Viewer:
                     view.fov = camera.fov_rad
 
             frustum.on_click(look_through)
+        eye = look_at + np.array([-0.55, -0.55, 0.4]) * reach
         first = self._server.initial_camera
-        corner = look_at + np.array([-0.8, -0.8, 0.6]) * reach
-        first.position, first.look_at, first.up = tuple(corner), tuple(look_at), (0.0, 0.0, 1.0)
-        first.near = 0.01 * reach
+        first.position, first.look_at, first.near = eye, look_at, 0.01 * reach
+        if not self._aimed:
+            for client in self._server.get_clients().values():  # who has opened the page before there was anything
+                client.camera.position, client.camera.look_at = eye, look_at
+            self._aimed = True
 
     def _draw(self, t: int) -> None:
         """Frame t, what is quick first; given up where another has been asked for."""
@@ -321,17 +329,19 @@ class Viewer:
                 for frustum, picture in zip(self._frusta, scene.pictures(t), strict=True):
                     frustum.image = picture
             yield
-        if layers["hull"].visible and scene.has_hull(t):
-            self._draw_hull(t)
+        if not scene.has_hull(t):
+            self._hide("/hull/points")
+        elif layers["hull"].visible:
+            with server.atomic():
+                self._draw_hull(t)
             yield
-        elif not scene.has_hull(t):
-            server.scene.remove_by_name("/hull/points")
         if not scene.has_gaussians(t):
-            server.scene.remove_by_name("/gaussians/splats")
+            self._hide("/gaussians/splats")
             self._comparison.image = _blank(320, 968)
         else:
             if layers["gaussians"].visible:
-                self._draw_splats(t)
+                with server.atomic():
+                    self._draw_splats(t)
                 yield
             names = [_title(camera) for camera in scene.cameras]
             self._comparison.image = scene.comparison(t, names.index(self._view.value))
@@ -343,44 +353,63 @@ class Viewer:
         assert scene.centers is not None
         assert scene.angles is not None
         first = int(np.searchsorted(scene.times_s, scene.times_s[t] - TRAIL_S))
-        recent = scene.centers[first : t + 1]
-        add, size = self._server.scene, 0.2 * _reach(scene)
-        thick: dict[str, Any] = {"thickness": 4.0, "thickness_units": "screen"}
-        if len(recent) > 1:
-            add.add_line_segments("/trail/recent", np.stack([recent[:-1], recent[1:]], 1).astype("f4"), TRAIL, **thick)
-        else:
-            add.remove_by_name("/trail/recent")
+        recent, size = scene.centers[first : t + 1], 0.2 * _reach(scene)
         nose = scene.centers[t] + size * np.array([math.cos(scene.angles[t]), math.sin(scene.angles[t]), 0])
-        radii: dict[str, Any] = {"shaft_radius": 0.015 * size, "head_radius": 0.04 * size, "head_length": 0.12 * size}
-        add.add_arrows("/trail/heading", np.stack([scene.centers[t], nose])[None].astype("f4"), TRAIL, **radii)
+        behind = np.stack([recent[:-1], recent[1:]], 1).astype(np.float32)
+        ahead = np.stack([scene.centers[t], nose])[None].astype(np.float32)
+        add, get = self._server.scene, self._server.scene.get_handle_by_name
+        # Nodes are changed, not made again: in the browser that is quicker, and they do not flicker.
+        path, arrow = get("/trail/recent"), get("/trail/heading")
+        if isinstance(path, viser.LineSegmentsHandle) and isinstance(arrow, viser.ArrowsHandle):
+            path.visible = len(behind) > 0
+            if len(behind):
+                path.points = behind
+            arrow.points = ahead
+        else:
+            some = behind if len(behind) else ahead
+            add.add_line_segments(
+                "/trail/recent", some, TRAIL, thickness=4.0, thickness_units="screen", visible=len(behind) > 0
+            )
+            radii: dict[str, Any] = {"shaft_radius": 0.015, "head_radius": 0.04, "head_length": 0.12}
+            add.add_arrows("/trail/heading", ahead, TRAIL, **{key: size * part for key, part in radii.items()})
 
     def _draw_hull(self, t: int) -> None:
         scene = self._scene
         assert scene.centers is not None
         assert scene.angles is not None
-        hull = scene.hull(t)
-        self._server.scene.add_point_cloud(
-            "/hull/points",
-            hull.points,
-            HULL,
-            point_size=0.6 * hull.voxel_m,
-            precision="float32",
-            wxyz=transforms.SO3.from_z_radians(float(scene.angles[t])).wxyz,
-            position=scene.centers[t],
-        )
+        hull, turn = scene.hull(t), transforms.SO3.from_z_radians(float(scene.angles[t])).wxyz
+        handle = self._server.scene.get_handle_by_name("/hull/points")
+        if isinstance(handle, viser.PointCloudHandle):
+            handle.points, handle.wxyz, handle.position = hull.points, turn, scene.centers[t]
+            handle.visible = True
+        else:
+            self._server.scene.add_point_cloud(
+                "/hull/points",
+                hull.points,
+                HULL,
+                point_size=0.6 * hull.voxel_m,
+                precision="float32",
+                wxyz=turn,
+                position=scene.centers[t],
+            )
 
     def _draw_splats(self, t: int) -> None:
         splats = self._scene.splats(t)
         values = splats.means, splats.covariances, splats.colors, splats.opacities
         handle = self._server.scene.get_handle_by_name("/gaussians/splats")
         if isinstance(handle, viser.GaussianSplatHandle):
-            with self._server.atomic():
-                handle.set_gaussians(*values)
-                handle.position = splats.origin
+            handle.set_gaussians(*values)
+            handle.position = splats.origin
+            handle.visible = True
         else:
             self._server.scene.add_gaussian_splats(
                 "/gaussians/splats", *values, scale=splats.voxel_m, position=splats.origin
             )
+
+    def _hide(self, name: str) -> None:
+        node = self._server.scene.get_handle_by_name(name)
+        if node is not None:
+            node.visible = False
 
     def _take_snapshot(self, camera: viser.CameraHandle) -> None:
         t = int(self._frame.value)
