@@ -27,6 +27,7 @@ OBSERVED, HELD_OUT, TRAIL, HULL = (60, 60, 60), (214, 51, 108), (25, 113, 194), 
 LAYERS = ("gaussians", "hull", "trail", "cameras")
 FILLED = ("/ground", "/trail/whole", "/trail/recent", "/trail/heading", "/hull/points", "/gaussians/splats")
 SNAPSHOT_HEIGHT = 480
+SPLATS_STEP = 2048
 FRUSTUM = 0.12  # of the cameras' median distance from the animal
 
 
@@ -395,8 +396,14 @@ class Viewer:
 
     def _draw_splats(self, t: int) -> None:
         splats = self._scene.splats(t)
-        values = splats.means, splats.covariances, splats.colors, splats.opacities
         handle = self._server.scene.get_handle_by_name("/gaussians/splats")
+        held = len(handle.centers) if isinstance(handle, viser.GaussianSplatHandle) else 0
+        # viser's page never frees the buffers of another number of Gaussians: invisible ones fill them up.
+        missing = max(held, -(-len(splats.means) // SPLATS_STEP) * SPLATS_STEP) - len(splats.means)
+        values = [
+            np.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1))
+            for v in (splats.means, splats.covariances, splats.colors, splats.opacities)
+        ]
         if isinstance(handle, viser.GaussianSplatHandle):
             handle.set_gaussians(*values)
             handle.position = splats.origin
