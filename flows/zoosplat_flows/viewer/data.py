@@ -190,7 +190,8 @@ class Scene:
             self._read_embedding()
         ready = all(group is not None for group in (self._masks, self._tracking, self._crop, self._images))
         self.training = self.project.read_mark("train") is None
-        self.has_model = ready and stores.exists(stores.join(self.project.output_url("train"), "best.json"))
+        best = stores.join(self.project.output_url("train"), "best.json")
+        self.has_model = ready and (not self.training or stores.exists(best))
 
     def _open(self, stage: str) -> zarr.Group | None:
         """A stage's group; None where it is not there yet, or (with a note) no longer fits the configuration."""
