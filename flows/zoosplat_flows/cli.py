@@ -186,6 +186,28 @@ def report(project: ProjectUrl) -> None:
 
 
 @app.command(rich_help_panel="Look")
+def view(
+    project: ProjectUrl,
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Or the next one that is free.")] = 8080,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="0.0.0.0: also for other machines. There is no password.")
+    ] = "localhost",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:0.")] = "auto",
+) -> None:
+    """Look at a project in the browser, while it runs or when it is done. Ctrl-C ends it.
+
+    Cameras with their pictures, hull, path and Gaussians of each frame, held-out views beside their renderings, and
+    the map of the embedding: a click in it goes to that frame.
+    """
+    with storage_errors(project):
+        try:
+            from zoosplat_flows.viewer import app as module
+        except ModuleNotFoundError as error:
+            raise UserError(f'view: {error.name} is not installed; pip install "zoosplat[view]"') from None
+        module.serve(project, host, port, device)
+
+
+@app.command(rich_help_panel="Look")
 def doctor(
     project: Annotated[
         str | None, typer.Argument(metavar="[URL]", help="A folder or s3:// URL that must be readable and writable.")

@@ -48,14 +48,23 @@ class Predictor:
         self.reader, self.model, self.step = reader, model.eval(), step
 
     @classmethod
-    def open(cls, project: Project, experiment: Experiment, device: str = "auto") -> Predictor:
+    def open(
+        cls, project: Project, experiment: Experiment, device: str = "auto", *, finished: bool = True
+    ) -> Predictor:
         """Load the best checkpoint of a project whose stages pack, center_rotation, crop and train are done.
+
+        Args:
+            project: where.
+            experiment: its configuration.
+            device: see `pick_device`.
+            finished: False takes the best checkpoint so far of a training that has not ended.
 
         Raises:
             UserError: a stage is missing or was made with another configuration, or the device does not exist.
         """
         chosen = pick_device(device)
-        project.input_url("train", experiment)
+        if finished:
+            project.input_url("train", experiment)
         reader = open_reader(project, experiment, chosen)
         if experiment.train.method == "dynamic":
             from zoosplat_model.dynamic.predictor import DynamicPredictor

@@ -1,0 +1,418 @@
+"""What an experiment has to show, frame by frame: as much as its stages have finished."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from zoosplat import media, schema, stores, visual_hull
+from zoosplat.config import Experiment
+from zoosplat.errors import UserError
+from zoosplat.project import Project
+
+if TYPE_CHECKING:
+    from zoosplat_model.predictor import Predictor
+    from zoosplat_model.splatter import Gaussians
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+T = TypeVar("T")
+
+STAGES_SHOWN = ("ingest", "center_rotation", "crop", "pack", "train", "embedding")
+PICTURE_SIDE = 320  # pixels of a camera's picture in the scene
+CACHE_BYTES = 256 << 20
+FLOOR_DEVIATIONS = 2.0  # of the hull below its mean: where the ground is drawn
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A camera of the recording, for drawing it.
+
+    Attributes:
+        name: as in the configuration.
+        held_out: never seen in training.
+        world_to_camera: [4, 4] metres.
+        intrinsics: [3, 3] pixels of the whole frame.
+        width, height: of its picture, whole pixels: the frame, widened until the optical axis meets its middle, as
+            frusta are drawn symmetric.
+        offset: x, y of the frame's first pixel in that picture.
+    """
+
+    name: str
+    held_out: bool
+    world_to_camera: F64
+    intrinsics: F64
+    width: int
+    height: int
+    offset: tuple[int, int]
+
+    @classmethod
+    def of(cls, name: str, held_out: bool, world_to_camera: F64, intrinsics: F64, width: int, height: int) -> Camera:
+        sides, offsets = [], []
+        for principal, n in ((intrinsics[0, 2], width), (intrinsics[1, 2], height)):
+            half = math.ceil(max(principal + 0.5, n - 0.5 - principal))
+            sides.append(2 * half)
+            offsets.append(round(half - 0.5 - principal))
+        return cls(name, held_out, world_to_camera, intrinsics, sides[0], sides[1], (offsets[0], offsets[1]))
+
+    @property
+    def position(self) -> F64:
+        """[3] metres."""
+        return np.asarray(-self.world_to_camera[:3, :3].T @ self.world_to_camera[:3, 3])
+
+    @property
+    def to_world(self) -> F64:
+        """[3, 3] rotation from the camera's axes (x right, y down, z forwards) to the world's."""
+        return np.asarray(self.world_to_camera[:3, :3].T)
+
+    @property
+    def fov_rad(self) -> float:
+        """Angle from the lower to the upper edge of its picture."""
+        return 2 * math.atan(self.height / 2 / self.intrinsics[1, 1])
+
+    @property
+    def aspect(self) -> float:
+        return float(self.width / self.intrinsics[0, 0] / (self.height / self.intrinsics[1, 1]))
+
+
+class Splats(NamedTuple):
+    """N Gaussians for drawing, in voxels from a point.
+
+    Attributes:
+        means: [N, 3] float32.
+        covariances: [N, 3, 3] float32. In voxels: the browser gets half floats, to which a mouse's are 0 in metres.
+        opacities: [N, 1] float32, 0 to 1.
+        colors: [N, 3] float32, 0 to 1.
+        origin: [3] the point, metres.
+        voxel_m: metres.
+    """
+
+    means: F32
+    covariances: F32
+    opacities: F32
+    colors: F32
+    origin: F64
+    voxel_m: float
+
+
+class Hull(NamedTuple):
+    """A frame's visual hull, in the animal's frame.
+
+    Attributes:
+        points: [n, 3] float32, the outermost voxels, metres.
+        voxel_m: their spacing.
+    """
+
+    points: F32
+    voxel_m: float
+
+
+class Embedding(NamedTuple):
+    """The map of `embedding.zarr`: place [T, 2] float32 of each frame, and which frames have one [T] bool."""
+
+    place: F32
+    valid: npt.NDArray[np.bool_]
+
+
+class Cache:
+    """The results that were asked for last, up to a number of bytes."""
+
+    def __init__(self, most_bytes: int = CACHE_BYTES) -> None:
+        self._most, self._held = most_bytes, 0
+        self._results: OrderedDict[object, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: object, make: Callable[[], T], size: Callable[[T], int]) -> T:
+        if key in self._results:
+            self._results.move_to_end(key)
+        else:
+            made = make()
+            self._results[key] = made, size(made)
+            self._held += self._results[key][1]
+            while self._held > self._most and len(self._results) > 1:
+                self._held -= self._results.popitem(last=False)[1][1]
+        found: T = self._results[key][0]
+        return found
+
+
+def state(url: str) -> tuple[object, ...]:
+    """Something that changes when there is more to see in a project, or other things; a few small reads."""
+    project = Project.at(url)
+    marks = [(project.read_mark(stage) or {}).get("digest") for stage in STAGES_SHOWN]
+    best = stores.read_json(stores.join(project.output_url("train"), "best.json")) or {}
+    return (*marks, best.get("checkpoint"), best.get("valid_loss"))
+
+
+class Scene:
+    """A project as far as it is done; its model once it is loaded, which takes seconds. For one thread at a time.
+
+    Attributes:
+        experiment: its configuration.
+        notes: what is there and cannot be shown, and why, a line each.
+        n_frames: kept frames T; 0 before stage ingest is done.
+        times_s: [T] seconds from the recording's start; video_frames: [T] indices in the video.
+        cameras: of the recording.
+        centers: [T, 3] metres, angles: [T] radians, valid: [T] bool: the tracking; None before it is done.
+        floor_m: height of the ground under the animal, about.
+        predictor: the model; None before `load_model`, and before there is a checkpoint.
+        has_model: whether there is one to load: a checkpoint, also of a training that has not ended.
+        training: whether the training has not ended.
+        embedding: None where there is none.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises UserError where there is no project."""
+        self.project = Project.at(url)
+        self.experiment: Experiment = self.project.read_experiment()
+        self.notes: list[str] = []
+        self.n_frames, self.cameras = 0, list[Camera]()
+        self.times_s = self.video_frames = np.zeros(0)
+        self.centers: F64 | None = None
+        self.angles: F64 | None = None
+        self.valid: npt.NDArray[np.bool_] | None = None
+        self.floor_m = 0.0
+        self.embedding: Embedding | None = None
+        self.predictor: Predictor | None = None
+        self._cache = Cache()
+        self._masks, self._tracking = self._open("ingest"), self._open("center_rotation")
+        self._crop, self._images = self._open("crop"), self._open("pack")
+        if self._masks is not None:
+            self._read_recording(self._masks)
+            if self._tracking is not None:
+                self._read_tracking(self._tracking)
+            self._read_embedding()
+        ready = all(group is not None for group in (self._masks, self._tracking, self._crop, self._images))
+        self.training = self.project.read_mark("train") is None
+        best = stores.join(self.project.output_url("train"), "best.json")
+        self.has_model = ready and (not self.training or stores.exists(best))
+
+    def _open(self, stage: str) -> zarr.Group | None:
+        """A stage's group; None where it is not there yet, or (with a note) no longer fits the configuration."""
+        if self.project.read_mark(stage) is None:
+            return None
+        try:
+            return self.project.open_input(stage, self.experiment)
+        except UserError as error:
+            self.notes.append(str(error))
+            return None
+
+    def _read_recording(self, masks: zarr.Group) -> None:
+        self._mask = schema.array(masks, "mask")
+        self.n_frames, n_cameras, height, width = self._mask.shape
+        self.video_frames = schema.read(masks, "frame")
+        attributes: Any = masks.attrs
+        self.times_s = self.video_frames / attributes["fps"]
+        intrinsics, world_to_camera = schema.read(masks, "intrinsics"), schema.read(masks, "world_to_camera")
+        self.cameras = [
+            Camera.of(
+                str(attributes["camera_names"][c]),
+                c in self.experiment.holdout_views,
+                world_to_camera[c],
+                intrinsics[c],
+                width,
+                height,
+            )
+            for c in range(n_cameras)
+        ]
+
+    def _read_tracking(self, tracking: zarr.Group) -> None:
+        keys = ("centers", "angles", "valid", "principal_shift")
+        self.centers, self.angles, self.valid, self._shift = (schema.read(tracking, key) for key in keys)
+        deviations = np.sqrt(schema.read(tracking, "covs")[:, 2, 2])
+        self.floor_m = float(np.median(self.centers[:, 2] - FLOOR_DEVIATIONS * deviations))
+
+    def _read_embedding(self) -> None:
+        mark = self.project.read_mark("embedding")
+        if mark is None:
+            return
+        try:
+            group = stores.open_group(str(mark.get("location") or self.project.path("embedding.zarr")))
+            place, valid = (schema.read(group, key) for key in ("map", "valid"))
+        except (FileNotFoundError, KeyError):
+            self.notes.append(f"{self.project.path('embedding.zarr')}: gone or incomplete; run stage embedding again")
+            return
+        if len(place) == self.n_frames and valid.any():
+            self.embedding = Embedding(place.astype(np.float32), valid.astype(bool) & np.isfinite(place).all(1))
+
+    def load_model(self, device: str) -> None:
+        """The best checkpoint, where there is one; a note where it does not fit. UserError: no such device."""
+        if not self.has_model:
+            return
+        from zoosplat_model.predictor import Predictor, pick_device
+
+        pick_device(device)
+        try:
+            self.predictor = Predictor.open(self.project, self.experiment, device, finished=not self.training)
+        except UserError as error:
+            self.notes.append(str(error))
+        except RuntimeError as error:  # from load_state_dict: that of an earlier configuration, until the first new one
+            if "state_dict" not in str(error):
+                raise
+            self.notes.append(f"{self.project.output_url('train')}: the checkpoint does not fit the configuration")
+
+    # -- frames -------------------------------------------------------------------------------------------------
+    def pictures(self, t: int) -> list[media.Picture]:
+        """Each camera's picture of frame t, white away from the animal; silhouettes before stage pack is done."""
+        return self._cache.get(("pictures", t), lambda: self._pictures(t), lambda made: sum(p.nbytes for p in made))
+
+    def _pictures(self, t: int) -> list[media.Picture]:
+        if self._images is not None:
+            windows = np.asarray(schema.array(self._images, "rgb")[t])
+            origins = schema.read(self._images, "origin", t, t + 1)[0]
+        else:
+            windows = np.where(np.asarray(self._mask[t])[..., None], 90, 255).astype(np.uint8).repeat(3, axis=3)
+            origins = np.zeros((len(self.cameras), 2), int)
+        shift = np.zeros((len(self.cameras), 2)) if self.centers is None else self._shift[t]
+        made = []
+        for camera, window, origin, moved in zip(self.cameras, windows, origins, shift, strict=True):
+            whole = np.full((camera.height, camera.width, 3), 255, np.uint8)
+            x, y = np.rint(origin + camera.offset - moved).astype(int)
+            _paste(whole, window, x, y)
+            scale = min(1.0, PICTURE_SIDE / max(whole.shape[:2]))
+            size = (max(1, round(camera.width * scale)), max(1, round(camera.height * scale)))
+            made.append(np.asarray(cv2.resize(whole, size, interpolation=cv2.INTER_AREA), dtype=np.uint8))
+        return made
+
+    def has_hull(self, t: int) -> bool:
+        return self._crop is not None and self.valid is not None and bool(self.valid[t])
+
+    def hull(self, t: int) -> Hull:
+        """The visual hull of a frame that has one, of the observed views, as the model is given it."""
+        return self._cache.get(("hull", t), lambda: self._hull(t), lambda made: made.points.nbytes)
+
+    def _hull(self, t: int) -> Hull:
+        assert self._crop is not None
+        assert self.centers is not None
+        assert self.angles is not None
+        attributes: Any = self._crop.attrs
+        axis = visual_hull.grid_axis(attributes["ell_m"], attributes["grid_size"])
+        ranges = schema.read(self._crop, "volume_idx")
+        x, y, z = (axis[start:stop] for start, stop in ranges)
+        observed = [c for c, camera in enumerate(self.cameras) if not camera.held_out]
+        aimed = np.stack([self.cameras[c].intrinsics for c in observed])
+        aimed[:, :2, 2] += self._shift[t][observed]
+        cells, _ = visual_hull.hull_indices(
+            np.asarray(self._mask[t])[observed],
+            aimed,
+            np.stack([self.cameras[c].world_to_camera for c in observed]),
+            (x, y, z),
+            self.centers[t],
+            float(self.angles[t]),
+            visual_hull.min_views(len(observed)),
+        )
+        filled = np.zeros([n + 2 for n in (len(x), len(y), len(z))], bool)
+        filled[tuple(cells.T + 1)] = True
+        inner = filled.copy()
+        for dim in range(3):
+            inner &= np.roll(filled, 1, dim) & np.roll(filled, -1, dim)
+        i, j, k = np.argwhere(filled & ~inner).T - 1
+        points = np.stack([x[i], y[j], z[k]], -1).astype(np.float32)
+        return Hull(points, float(axis[1] - axis[0]))
+
+    def has_gaussians(self, t: int) -> bool:
+        return self.predictor is not None and bool(self.predictor.reader.valid[t])
+
+    def _gaussians(self, t: int) -> Gaussians:
+        assert self.predictor is not None
+        predictor = self.predictor
+        return self._cache.get(
+            ("gaussians", t), lambda: predictor.gaussians(t), lambda made: sum(v.nbytes for v in made)
+        )
+
+    def _for_closeness(self, t: int) -> Gaussians:
+        """Gaussians of frame t in the world, fit to be seen from closer than in training, as in stage render."""
+        assert self.predictor is not None
+        frame = self.predictor.reader.frame(t)
+        depth = frame.world_to_camera[:, 2, :3] @ frame.center + frame.world_to_camera[:, 2, 3]
+        pixel_m = (depth / frame.intrinsics[:, 0, 0])[self.predictor.reader.observed].mean()
+        return self._gaussians(t).smoothed(float(pixel_m))
+
+    def splats(self, t: int) -> Splats:
+        """The Gaussians of a frame that has a hull."""
+        assert self.predictor is not None
+        means, quats, scales, opacities, colors = (v.cpu().numpy() for v in self._for_closeness(t))
+        drawn = opacities >= 1 / 255
+        means, quats, scales, opacities, colors = (v[drawn] for v in (means, quats, scales, opacities, colors))
+        voxel_m, origin = self.predictor.reader.voxel_size_m, self.predictor.reader.pose(t)[0].cpu().numpy()
+        if self.experiment.model.gaussian_mode == "2d":  # discs: the third scale has no meaning
+            scales = scales * np.array([1, 1, 0], np.float32)
+        axes = _rotations(quats) * (scales / voxel_m)[:, None]
+        return Splats(
+            ((means - origin) / voxel_m).astype(np.float32),
+            (axes @ axes.transpose(0, 2, 1)).astype(np.float32),
+            opacities[:, None],
+            colors,
+            origin.astype(float),
+            voxel_m,
+        )
+
+    def comparison(self, t: int, camera: int) -> media.Picture:
+        """Truth, rendering and difference as stage evaluate shows them, [h, w, 3], of a frame that has a hull."""
+        return self._cache.get(("comparison", t, camera), lambda: self._comparison(t, camera), lambda made: made.nbytes)
+
+    def _comparison(self, t: int, camera: int) -> media.Picture:
+        from zoosplat_evaluate import ops
+
+        assert self.predictor is not None
+        reader, frame = self.predictor.reader, self.predictor.reader.frame(t)
+        view = slice(camera, camera + 1)
+        rgb, alpha = self.predictor.render(
+            self._gaussians(t),
+            frame.world_to_camera[view],
+            frame.intrinsics[view],
+            reader.width,
+            reader.height,
+            cameras=[camera],
+        )
+        layers = rgb[0], alpha[0], frame.on_white()[camera], frame.mask[camera] > 0
+        return ops.comparison(*(layer.cpu().numpy() for layer in layers))
+
+    def from_anywhere(
+        self, t: int, position: F64, to_world: F64, fov_rad: float, width: int, height: int
+    ) -> media.Picture:
+        """The model's own picture [height, width, 3] of a frame that has a hull.
+
+        Args:
+            t: kept frame.
+            position: [3] of the eye, metres.
+            to_world: [3, 3] rotation from the eye's axes (x right, y down, z forwards) to the world's.
+            fov_rad: angle from the picture's lower to its upper edge.
+            width, height: pixels.
+        """
+        assert self.predictor is not None
+        gaussians = self._for_closeness(t)
+        focal = height / 2 / math.tan(fov_rad / 2)
+        pose = np.eye(4)
+        pose[:3, :3], pose[:3, 3] = to_world.T, -to_world.T @ position
+        intrinsics = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+        like = gaussians.means
+        views = like.new_tensor(pose)[None], like.new_tensor(intrinsics)[None]
+        rgb, _ = self.predictor.render(gaussians, *views, width, height)
+        return media.to_uint8(rgb[0].cpu().numpy())
+
+
+def _paste(whole: media.Picture, window: media.Picture, x: int, y: int) -> None:
+    """Put a picture into a larger one, its first pixel at (x, y); what lies outside is left out."""
+    height, width = whole.shape[:2]
+    x0, y0 = max(x, 0), max(y, 0)
+    x1, y1 = min(x + window.shape[1], width), min(y + window.shape[0], height)
+    if x0 < x1 and y0 < y1:
+        whole[y0:y1, x0:x1] = window[y0 - y : y1 - y, x0 - x : x1 - x]
+
+
+def _rotations(quats: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Rotation matrices [N, 3, 3] of unit quaternions [N, 4] (w, x, y, z)."""
+    w, x, y, z = quats.T
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.stack([np.stack(row, -1) for row in rows], -2)
