@@ -79,5 +79,14 @@ PIPELINE: tuple[StageSpec, ...] = (
         "renders",
         gpu=True,
     ),
+    StageSpec(
+        "features",
+        1,
+        ("features", "-features.device"),
+        ("train", "pack", "center_rotation", "crop"),
+        "features.zarr",
+        gpu=True,
+    ),
+    StageSpec("embedding", 1, ("embedding",), ("features", "center_rotation", "pack"), "embedding.zarr"),
 )
 STAGES: dict[str, StageSpec] = {spec.name: spec for spec in PIPELINE}
