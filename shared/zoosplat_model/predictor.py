@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,8 @@ from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.rasterize import Rendering
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 
-LANES = 4  # frames that a GPU works on at a time: one frame's kernels are too small to fill it
+LANES = 4  # frames that a GPU works on at a time where one frame's kernels are too small to fill it
+FEW_VOXELS = 1 << 21
 
 
 def pick_device(name: str) -> torch.device:
@@ -91,26 +91,17 @@ class Predictor:
         Yields:
             t and the function's tensor, on the model's device.
         """
-        lanes = [_Lane(self._animal, function, self.reader.device, record) for _ in range(self._lanes)]
-        waiting: deque[tuple[int, _Lane, Tensor]] = deque()
-        source = self.reader.prefetch(frames)
-        for lane in itertools.cycle(lanes):
+        cuda, voxels = self.reader.device.type == "cuda", self.model.points[..., 0].numel()
+        count = LANES if cuda and voxels <= FEW_VOXELS else 1
+        lanes = [_Lane(self._animal, function, self.reader.device, record) for _ in range(count)]
+        waiting: deque[tuple[Frame, _Lane, Tensor]] = deque()
+        for frame, lane in zip(self.reader.prefetch(frames), itertools.cycle(lanes), strict=False):
             if len(waiting) == len(lanes):
-                t, first, result = waiting.popleft()
-                first.wait()
-                yield t, result
-            with torch.no_grad(), lane.stream:
-                frame = next(source, None)
-                if frame is None:
-                    break
-                waiting.append((frame.t, lane, lane(frame)))
-        for t, lane, result in waiting:
-            lane.wait()
-            yield t, result
-
-    @property
-    def _lanes(self) -> int:
-        return LANES if self.reader.device.type == "cuda" else 1
+                yield _ended(*waiting.popleft())
+            with torch.no_grad():
+                waiting.append((frame, lane, lane(frame)))
+        while waiting:
+            yield _ended(*waiting.popleft())
 
     def _animal(self, frame: Frame) -> Gaussians:
         """Gaussians in the animal's frame."""
@@ -150,8 +141,7 @@ def open_reader(project: Project, experiment: Experiment, device: torch.device) 
 
 
 class _Lane:
-    """A stream of a GPU with frames one after the other on it: the first as it is, then a recorded graph. On a CPU just
-    the function."""
+    """Frames one after the other; on a GPU in a stream of its own, the first as it is, then as a recorded graph."""
 
     def __init__(
         self,
@@ -160,38 +150,44 @@ class _Lane:
         device: torch.device,
         record: bool,
     ) -> None:
-        self.function: Callable[[Frame], Tensor] = lambda frame: function(gaussians_of(frame))
-        self.device, self.record = device, record and device.type == "cuda"
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.gaussians_of, self.function, self.record = gaussians_of, function, record
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.warm = False
-        self.input: Frame | None = None
-        self.output: Tensor | None = None
-
-    @property
-    def stream(self) -> Any:
-        """A context in which work goes to this lane."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        self.recorded: tuple[torch.cuda.CUDAGraph, Frame, Tensor] | None = None
 
     def __call__(self, frame: Frame) -> Tensor:
-        if not self.record or not self.warm:
-            self.warm = True  # libraries choose their kernels at the first call
-            return self.function(frame)
-        if self.graph is None or self.input is None:
-            self.input = replace(frame, **{name: getattr(frame, name).clone() for name in _INPUTS})
-            self.graph = torch.cuda.CUDAGraph()
-            # Other threads read frames meanwhile.
-            with torch.cuda.graph(self.graph, stream=self._stream, capture_error_mode="thread_local"):
-                self.output = self.function(self.input)
-        for name in _INPUTS:
-            getattr(self.input, name).copy_(getattr(frame, name))
-        self.graph.replay()
-        assert self.output is not None
-        return self.output.clone()
+        if self.stream is None:
+            return self._compute(frame)
+        # After what made the frame, and what used earlier results, on the caller's stream.
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if not self.record or not self.warm:
+                self.warm = True  # libraries choose their kernels at the first call
+                return self._compute(frame)
+            graph, own, result = self.recorded = self.recorded or self._recording(frame)
+            for name in INPUTS:
+                getattr(own, name).copy_(getattr(frame, name))
+            graph.replay()
+            return result.clone()
 
-    def wait(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
+    def _compute(self, frame: Frame) -> Tensor:
+        return self.function(self.gaussians_of(frame))
+
+    def _recording(self, frame: Frame) -> tuple[torch.cuda.CUDAGraph, Frame, Tensor]:
+        """A graph with its input and output. Lanes run at the same time, so each has memory of its own."""
+        own = replace(frame, **{name: getattr(frame, name).clone() for name in INPUTS})
+        graph = torch.cuda.CUDAGraph()
+        # Other threads read frames meanwhile.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            result = self._compute(own)
+        return graph, own, result
 
 
-_INPUTS = ("rgb", "mask", "intrinsics", "world_to_camera", "center", "angle")
+def _ended(frame: Frame, lane: _Lane, result: Tensor) -> tuple[int, Tensor]:
+    """Wait for a frame's result; until then its tensors are in use."""
+    if lane.stream is not None:
+        lane.stream.synchronize()
+    return frame.t, result
+
+
+INPUTS = ("rgb", "mask", "intrinsics", "world_to_camera", "center", "angle")  # tensors of a frame on the device
