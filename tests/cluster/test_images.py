@@ -17,7 +17,7 @@ import pytest
 
 from zoosplat import stores
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PIPELINE, STAGES
+from zoosplat.pipeline import PREPROCESSING, STAGES
 from zoosplat_flows.runners import containers
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(os.environ.get("ZOOSPLAT_CI_CLUSTER") != "1", reason="runs with ZOOSPLAT_CI_CLUSTER=1"),
 ]
-CPU = [spec.name for spec in PIPELINE if not spec.gpu]
+CPU = [spec.name for spec in PREPROCESSING]
 MEBIBYTE = 2**20
 
 LOOK = r"""

@@ -87,7 +87,7 @@ def run(stage: str, project: Path) -> list[str]:
     return [sys.executable, "-m", f"zoosplat_{stage}", "--project", str(project)]
 
 
-@pytest.mark.parametrize("stage", ["train", "evaluate", "render"])
+@pytest.mark.parametrize("stage", ["train", "evaluate", "render", "features", "embedding"])
 def test_killed_and_run_again(
     stage: str, project: Path, tmp_path: Path, check_same: Callable[[str, Path, Path], None]
 ) -> None:
