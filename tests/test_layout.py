@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVICES = {p.name: p for p in (ROOT / "services").glob("*/zoosplat_*") if p.is_dir()}
-CPU_STAGES = {"zoosplat_ingest", "zoosplat_center_rotation", "zoosplat_crop", "zoosplat_pack"}
+CPU_STAGES = {"zoosplat_ingest", "zoosplat_center_rotation", "zoosplat_crop", "zoosplat_pack", "zoosplat_embedding"}
 HEAVY = {"torch", "gsplat", "prefect", "torchmetrics", "torchvision"}
 
 

@@ -14,13 +14,13 @@ import pytest
 from zoosplat import schema, stage, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PIPELINE, STAGES
+from zoosplat.pipeline import PREPROCESSING, STAGES
 from zoosplat.project import Project
 
 if TYPE_CHECKING:
     from tests.conftest import Recording, Stages
 
-CPU = [spec.name for spec in PIPELINE if not spec.gpu]
+CPU = [spec.name for spec in PREPROCESSING]
 
 
 def read_mark(project: Path, name: str) -> dict[str, Any]:

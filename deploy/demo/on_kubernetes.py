@@ -17,8 +17,8 @@ from typing import Any
 from servers import BIN, Servers, prefect, show_results
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU_IMAGES = ("ingest", "center-rotation", "crop", "pack", "flows")
-GPU_IMAGES = ("train", "evaluate", "render")
+CPU_IMAGES = ("ingest", "center-rotation", "crop", "pack", "embedding", "flows")
+GPU_IMAGES = ("train", "evaluate", "render", "features")
 NAMESPACE = "zoosplat"
 FOLDER = Path.home() / ".cache" / "zoosplat" / "cluster"
 

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 REGISTRY=${REGISTRY:-localhost} TAG=${TAG:-dev}
-STAGES=(ingest center_rotation crop pack train evaluate render)
+STAGES=(ingest center_rotation crop pack train evaluate render features embedding)
 python_image=docker.io/library/python:3.12-slim-bookworm
 
 if [ -n "${ZOOSPLAT_CONTAINER_ENGINE:-}" ]; then
@@ -74,12 +74,12 @@ for name in "${wanted[@]}"; do
     gpu-base) gpu_base; made_gpu_base=1 ;;
     worker) build worker deploy/images/worker.Dockerfile --build-arg "FLOWS_IMAGE=$REGISTRY/zoosplat-flows:$TAG" ;;
     flows | minio) build "$name" "deploy/images/$name.Dockerfile" ;;
-    train | evaluate | render)
+    train | evaluate | render | features)
       [ -n "$made_gpu_base" ] || gpu_base
       made_gpu_base=1
       build "$name" "services/$name/Dockerfile" --build-arg "GPU_BASE=$REGISTRY/zoosplat-gpu-base:$TAG"
       ;;
-    ingest | center_rotation | crop | pack) build "$name" "services/$name/Dockerfile" ;;
+    ingest | center_rotation | crop | pack | embedding) build "$name" "services/$name/Dockerfile" ;;
     *) echo "images: there is no image $name; there are ${STAGES[*]} gpu-base flows worker minio" >&2; exit 2 ;;
   esac
 done

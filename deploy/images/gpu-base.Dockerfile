@@ -1,4 +1,4 @@
-# torch, gsplat and what else train, evaluate and render need, once for the three. The kernels are compiled here, with
+# torch, gsplat and what else train, evaluate, render and features need, once for the four. The kernels are compiled here, with
 # NVIDIA's compiler from PyPI, so that no pod compiles at first use and none holds a compiler.
 ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
 
@@ -11,7 +11,7 @@ COPY pyproject.toml constraints.txt ./
 RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q "$(grep '^uv==' constraints.txt)" \
     && mkdir /wanted && grep '^uv==' constraints.txt > /wanted/uv.txt \
     && /tmp/tools/bin/uv pip compile -q --no-header --no-annotate -c constraints.txt pyproject.toml \
-        --extra train --extra evaluate --extra render -o /wanted/requirements.txt \
+        --extra train --extra evaluate --extra render --extra features -o /wanted/requirements.txt \
     && touch -d @0 /wanted /wanted/*
 
 FROM ${BASE_IMAGE} AS builder

@@ -110,7 +110,7 @@ def run(
     ] = None,
     workers: Workers = None,
 ) -> None:
-    """Run the pipeline: ingest, center_rotation, crop, pack, train, evaluate, render and the report.
+    """Run the pipeline, ingest, center_rotation, crop, pack, train, evaluate, render, features, embedding, and report.
 
     What is done with the same configuration is skipped, so the same command resumes a run that was stopped.
 
@@ -183,6 +183,35 @@ def report(project: ProjectUrl) -> None:
 
     with storage_errors(project):
         typer.echo(build_report(Project.at(project)))
+
+
+@app.command(rich_help_panel="Run")
+def embed(
+    projects: Annotated[list[str], typer.Argument(metavar="URL...", help="Projects whose stage features is done.")],
+    output: Annotated[str, typer.Option(metavar="URL", help="Folder or s3:// prefix for embedding.zarr and .csv.")],
+) -> None:
+    """Embed recordings together: one space, one map, states and neighbours across all of them.
+
+    Settings are those of the first project. Its frames come first; embedding.csv says which recording a row is of.
+
+    [bold]Examples[/]
+
+    zoosplat embed runs/mouse1 runs/mouse2 --output runs/mice
+
+    zoosplat embed s3://lab/mouse1 s3://lab/mouse2 --output s3://lab/mice
+    """
+    from zoosplat import stores
+    from zoosplat.project import Project
+
+    try:
+        from zoosplat_embedding.stage import CSV, embed_together
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is missing; pip install 'zoosplat[embedding]'") from None
+    with storage_errors(output):
+        where = stores.normalize(output)
+        for warning in embed_together([Project.at(url) for url in projects], where):
+            typer.echo(f"note: {warning}", err=True)
+    typer.echo(stores.join(where, CSV))
 
 
 @app.command(rich_help_panel="Look")

@@ -170,3 +170,49 @@ def history(x: Floats, x_label: str, panels: Mapping[str, Mapping[str, Floats]])
             if len(series) > 1:
                 axes.legend()
     return plot.svg
+
+
+def behaviour_maps(places: Floats, colourings: Mapping[str, Floats]) -> str:
+    """The map of an embedding, once for each quantity, in its colours.
+
+    Args:
+        places: [N, 2].
+        colourings: what, with its unit -> [N].
+    """
+    with _plot(3.4 * len(colourings), 3.2) as plot:
+        for axes, (name, values) in zip(plot.figure.subplots(1, len(colourings)), colourings.items(), strict=True):
+            # Without outliers, which would leave all others one colour; as a picture, which stays small.
+            low, high = np.percentile(values, [1, 99]) if len(values) else (0, 1)
+            limits = {"vmin": low, "vmax": high} if high > low else {}
+            points = axes.scatter(*places.T, c=values, s=4, linewidths=0, cmap="viridis", rasterized=True, **limits)
+            axes.set(xticks=[], yticks=[], aspect="equal")
+            axes.grid(False)
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            plot.figure.colorbar(points, ax=axes, label=name, shrink=0.8, aspect=30)
+    return plot.svg
+
+
+def explained(shares: Floats) -> str:
+    """Share of the variance that the first dimensions of an embedding explain together. `shares` [E], falling."""
+    with _plot(4.2, 2.6) as plot:
+        axes = plot.figure.subplots()
+        axes.plot(np.arange(1, len(shares) + 1), 100 * np.cumsum(shares), marker="o", markersize=2.5)
+        axes.set(xlabel="dimensions", ylabel="explained variance (%)", ylim=(0, 103), xlim=(0, len(shares) + 1))
+    return plot.svg
+
+
+def ethogram(time_s: Floats, states: npt.NDArray[np.int32]) -> str:
+    """States over time, a row each, the most frequent on top. `time_s` [T], `states` [T], -1: none."""
+    count = int(states.max(initial=0)) + 1
+    with _plot(10, 0.9 + 0.22 * count) as plot:
+        axes = plot.figure.subplots()
+        present = states == np.arange(count)[:, None]
+        colours = np.array([mpl.colors.to_rgba(COLOURS[i % len(COLOURS)]) for i in range(count)])
+        picture = np.where(present[..., None], colours[:, None], 0.0)
+        step = float(time_s[1] - time_s[0]) if len(time_s) > 1 else 1.0
+        extent = (float(time_s[0]), float(time_s[-1]) + step, count - 0.5, -0.5)
+        axes.imshow(picture, aspect="auto", interpolation="nearest", extent=extent)
+        axes.set(xlabel="time (s)", ylabel="state", yticks=range(count))
+        axes.grid(False)
+    return plot.svg

@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat import schema, stores
+from zoosplat import media, schema, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.project import Project
@@ -28,6 +28,8 @@ from zoosplat_flows.status import StageState, duration, memory, peak_memory, sec
 OUTLINE = (255, 60, 90)
 GALLERY_PICTURES = 24
 FILM_BYTES = 40 << 20
+CUT_OUT = 132  # pixels of a photograph among others
+ALIKE_ROWS, ALIKE_PICTURES, STATE_PICTURES = 8, 6, 8
 TYPES = {".png": "image/png", ".mp4": "video/mp4"}
 Part = dict[str, Any]
 
@@ -262,6 +264,84 @@ def _renders(project: Project, experiment: Experiment, stages: dict[str, StageSt
     return {"films": films, "stills": stills}
 
 
+def _behaviour(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    group = project.open_input("embedding")
+    keys = ("valid", "map", "neighbours", "state", "time", "speed", "height")
+    valid, places, neighbours, state, time_s, speed, height = (schema.read(group, key) for key in keys)
+    attributes: Any = group.attrs
+    shares, (before, after) = np.array(attributes["explained_variance"]), attributes["heading_r2"]
+    facts = {
+        "descriptor": f"{attributes['encoder']}, {attributes['descriptor']} numbers a frame",
+        "dimensions": f"{len(shares)}, fitted to {attributes['training_frames']} frames of the first third",
+        "explained": f"{100 * shares.sum():.1f} % of their variance",
+        "heading": f"R2 of telling it at other times {before:.2f} before, {after:.2f} after its removal (weight "
+        f"{attributes['heading_removal']:g})",
+    }
+    colourings = {"time (s)": time_s, "speed (cm/s)": 100 * speed, "height (cm)": 100 * height}
+    album = _Album(project)
+    rows = np.flatnonzero(valid & (neighbours[:, 0] >= 0))
+    asked = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), ALIKE_ROWS)).round().astype(int))]
+    alike = []
+    for t in map(int, asked):
+        near = [int(other) for other in neighbours[t, : ALIKE_PICTURES - 1] if other >= 0]
+        times = ", ".join(f"{time_s[other]:.2f}" for other in near)
+        alike.append({"data": album.strip([t, *near]), "time": f"{time_s[t]:.2f}", "times": times})
+    sheets = [_sheet(album, state, time_s, k) for k in range(int(state.max(initial=-1)) + 1)]
+    return {
+        "facts": facts,
+        "explained": plots.explained(shares),
+        "maps": plots.behaviour_maps(places[valid], {name: values[valid] for name, values in colourings.items()}),
+        "alike": alike,
+        "ethogram": plots.ethogram(time_s, state),
+        "states": sheets,
+    }
+
+
+def _sheet(album: _Album, state: npt.NDArray[np.int32], time_s: npt.NDArray[np.float64], k: int) -> Part:
+    """A state: how much of the time it takes, and pictures of the first second of its longest bout."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], state == k, [False])).astype(int)))
+    starts, stops = edges[::2], edges[1::2]
+    longest = int((stops - starts).argmax())
+    start, stop = int(starts[longest]), int(stops[longest])
+    stop = min(stop, int(np.searchsorted(time_s, time_s[start] + 1.0)) + 1)
+    frames = np.unique(np.linspace(start, stop - 1, STATE_PICTURES).round().astype(int))
+    step = float(time_s[1] - time_s[0]) if len(time_s) > 1 else 0.0
+    return {
+        "state": k,
+        "share": f"{100 * (state == k).sum() / max((state >= 0).sum(), 1):.0f} %",
+        "bouts": len(starts),
+        "median": f"{np.median(stops - starts) * step:.2f}",
+        "from": f"{time_s[start]:.2f}",
+        "to": f"{time_s[stop - 1]:.2f}",
+        "data": album.strip([int(t) for t in frames]),
+    }
+
+
+class _Album:
+    """Photographs of the animal, from the camera that sees it largest."""
+
+    def __init__(self, project: Project) -> None:
+        self.images = project.open_input("pack")
+        mask = schema.array(self.images, "mask")
+        some = np.linspace(0, mask.shape[0] - 1, 8).round().astype(int)
+        areas = [np.asarray(mask[int(t)]).sum((1, 2)) for t in some]
+        self.camera = int(np.median(areas, axis=0).argmax())
+
+    def strip(self, frames: list[int]) -> str:
+        """Photographs of frames beside each other, as the source of an image."""
+        return _jpeg(media.side_by_side([self._cut_out(t) for t in frames]))
+
+    def _cut_out(self, t: int) -> media.Picture:
+        mask = np.asarray(schema.array(self.images, "mask")[t, self.camera])
+        picture = np.asarray(schema.array(self.images, "rgb")[t, self.camera])
+        ys, xs = np.nonzero(mask)
+        if not len(xs):
+            ys, xs = (np.array([0, n - 1]) for n in mask.shape)
+        half = 0.6 * max(int(np.ptp(xs)), int(np.ptp(ys)), 8)
+        x, y = (xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2
+        return media.zoom(picture, (x - half, y - half, x + half, y + half), CUT_OUT, CUT_OUT)
+
+
 def _title(file: str) -> str:
     return PurePosixPath(file).stem.replace("_", " ")
 
@@ -273,6 +353,7 @@ PARTS: tuple[tuple[str, str, Callable[[Project, Experiment, dict[str, StageState
     ("training", "train", _training),
     ("evaluation", "evaluate", _evaluation),
     ("renders", "render", _renders),
+    ("behaviour", "embedding", _behaviour),
 )
 
 

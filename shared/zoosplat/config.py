@@ -329,6 +329,35 @@ class Render(_Section):
     device: Device = Field(default="auto", description=DEVICE)
 
 
+class Features(_Section):
+    """A descriptor of the animal in each frame, whichever way it heads."""
+
+    encoder: Literal["gaussians", "images"] = Field(
+        default="gaussians",
+        description="moments of the Gaussians themselves, or a network's view of pictures of them from all round",
+    )
+    radius: Positive | None = Field(
+        default=None,
+        description="of the cylinder that is described, see unit; null: half of crop.ell; the same for recordings that "
+        "are embedded together",
+    )
+    weights: Text = Field(
+        default="IMAGENET1K_V1",
+        description="of the ResNet-18 of images: torchvision's name, or a .safetensors or .pth file",
+    )
+    device: Device = Field(default="auto", description=DEVICE)
+
+
+class Embedding(_Section):
+    """Coordinates of behaviour, and what is alike."""
+
+    dimensions: Count = Field(default=50, description="of the embedding")
+    neighbours: Count = Field(default=8, description="most alike frames that are listed for each frame")
+    apart_s: Weight = Field(default=1.0, description="seconds between a frame and its neighbours, at least")
+    states: Count = Field(default=8, description="clusters of frames")
+    seed: Index = Field(default=0, description="of the map and the clusters")
+
+
 class Experiment(_Section):
     """Everything that determines the result of an experiment.
 
@@ -359,6 +388,8 @@ class Experiment(_Section):
     dynamic: Dynamic = Field(default=Dynamic(), description="the second trainer, optimised for one recording")
     evaluate: Evaluate = Field(default=Evaluate(), description="metrics and gallery")
     render: Render = Field(default=Render(), description="pictures and films")
+    features: Features = Field(default=Features(), description="a descriptor of the animal in each frame")
+    embedding: Embedding = Field(default=Embedding(), description="coordinates of behaviour, and what is alike")
 
     @model_validator(mode="before")
     @classmethod

@@ -5,6 +5,7 @@ The services implement the stages, the flows chain them; both, and every reader 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -79,5 +80,16 @@ PIPELINE: tuple[StageSpec, ...] = (
         "renders",
         gpu=True,
     ),
+    StageSpec(
+        "features",
+        1,
+        ("features", "-features.device"),
+        ("train", "pack", "center_rotation", "crop"),
+        "features.zarr",
+        gpu=True,
+    ),
+    StageSpec("embedding", 1, ("embedding",), ("features", "center_rotation", "pack"), "embedding.zarr"),
 )
 STAGES: dict[str, StageSpec] = {spec.name: spec for spec in PIPELINE}
+# What comes before the model: the same bytes on every machine.
+PREPROCESSING: tuple[StageSpec, ...] = tuple(itertools.takewhile(lambda spec: not spec.gpu, PIPELINE))

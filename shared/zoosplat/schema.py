@@ -72,6 +72,26 @@ GROUPS: dict[str, dict[str, ArraySpec]] = {
         "intrinsics": ArraySpec(("C", 3, 3), "float64", "px", "whole frame, as in masks.zarr", "whole"),
         "world_to_camera": ArraySpec(("C", 4, 4), "float64", "m", "as in masks.zarr", "whole"),
     },
+    "features.zarr": {
+        "features": ArraySpec(("T", "D"), "float32", "", "descriptor of the animal; NaN without a hull", "blocks"),
+    },
+    "embedding.zarr": {
+        "embedding": ArraySpec(("T", "E"), "float32", "", "coordinates; NaN where not valid", "whole"),
+        "map": ArraySpec(("T", 2), "float32", "", "place in the plane; NaN where not valid", "whole"),
+        "neighbours": ArraySpec(
+            ("T", "k"), "int32", "frames", "most alike at other times, nearest first; or -1", "whole"
+        ),
+        "state": ArraySpec(("T",), "int32", "", "cluster, 0 the most frequent; -1 where not valid", "whole"),
+        "valid": ArraySpec(("T",), "bool", "", "whether the frame has a descriptor", "whole"),
+        "recording": ArraySpec(("T",), "int32", "", "which of the recordings embedded together", "whole"),
+        "t": ArraySpec(("T",), "int32", "frames", "index among the recording's kept frames", "whole"),
+        "frame": ArraySpec(("T",), "int64", "frames", "index in the video", "whole"),
+        "time": ArraySpec(("T",), "float64", "s", "since the recording's first frame", "whole"),
+        "center": ArraySpec(("T", 3), "float64", "m", "as in tracking.zarr", "whole"),
+        "heading": ArraySpec(("T",), "float64", "rad", "about +z, as in tracking.zarr", "whole"),
+        "speed": ArraySpec(("T",), "float64", "m/s", "of the centre, horizontally", "whole"),
+        "height": ArraySpec(("T",), "float64", "m", "of the animal's top above the floor", "whole"),
+    },
 }
 
 

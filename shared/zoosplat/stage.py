@@ -358,7 +358,7 @@ def run_stage(
             return False
         plan = prepare(stage, ctx, digest, force=force)
         todo = [i for i in range(plan.n_shards) if not shard_is_done(stage, ctx, digest, plan.shard(i))]
-        if workers == 1 or len(todo) <= 1:
+        if workers == 1 or len(todo) <= 1 or stage.spec.gpu:  # one process has a GPU, or all the cores, for itself
             for i in todo:
                 run_shard(stage, ctx, digest, i, plan)
         else:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +16,12 @@ from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.project import Project
 from zoosplat_model import checkpoints
-from zoosplat_model.frames import FrameReader
+from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.rasterize import Rendering
 from zoosplat_model.splatter import Gaussians, PoseSplatter
+
+LANES = 4  # frames that a GPU works on at a time where one frame's kernels are too small to fill it
+FEW_VOXELS = 1 << 21
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,7 +50,10 @@ class Predictor:
         reader: the project's frames.
         model: the network, in evaluation mode.
         step: optimiser steps behind the checkpoint.
+        recordable: whether the Gaussians of a frame follow from its tensors alone, so that a CUDA graph can make them.
     """
+
+    recordable = True
 
     def __init__(self, reader: FrameReader, model: PoseSplatter, step: int) -> None:
         self.reader, self.model, self.step = reader, model.eval(), step
@@ -88,6 +99,37 @@ class Predictor:
         """Where some Gaussians are over time; None: those of one frame are not those of another."""
         return None
 
+    def each(
+        self, frames: Iterable[int], function: Callable[[Gaussians], Tensor], *, record: bool = True
+    ) -> Iterator[tuple[int, Tensor]]:
+        """A function of the Gaussians of many kept frames, in their order; fast, for stages that go through all.
+
+        Args:
+            frames: indices t; the next ones are read while some are worked on.
+            function: of Gaussians in the animal's frame (origin at its centre, x along its heading), to a tensor.
+            record: whether the function can be part of a CUDA graph: no shapes that depend on values, no waiting.
+
+        Yields:
+            t and the function's tensor, on the model's device.
+        """
+        voxels = math.prod(stop - start for start, stop in self.reader.volume_idx)
+        count = LANES if self.reader.device.type == "cuda" and voxels <= FEW_VOXELS else 1
+        record = record and self.recordable
+        lanes = [_Lane(self._animal, function, self.reader.device, record) for _ in range(count)]
+        waiting: deque[tuple[Frame, _Lane, Tensor]] = deque()
+        for frame, lane in zip(self.reader.prefetch(frames), itertools.cycle(lanes), strict=False):
+            if len(waiting) == len(lanes):
+                yield _ended(*waiting.popleft())
+            with torch.no_grad():
+                waiting.append((frame, lane, lane(frame)))
+        while waiting:
+            yield _ended(*waiting.popleft())
+
+    def _animal(self, frame: Frame) -> Gaussians:
+        """Gaussians in the animal's frame."""
+        gaussians: Gaussians = self.model([frame])[0]
+        return gaussians
+
     @torch.no_grad()
     def render(
         self,
@@ -118,3 +160,56 @@ def open_reader(project: Project, experiment: Experiment, device: torch.device) 
         experiment,
         device,
     )
+
+
+class _Lane:
+    """Frames one after the other; on a GPU in a stream of its own, the first as it is, then as a recorded graph."""
+
+    def __init__(
+        self,
+        gaussians_of: Callable[[Frame], Gaussians],
+        function: Callable[[Gaussians], Tensor],
+        device: torch.device,
+        record: bool,
+    ) -> None:
+        self.gaussians_of, self.function, self.record = gaussians_of, function, record
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.warm = False
+        self.recorded: tuple[torch.cuda.CUDAGraph, Frame, Tensor] | None = None
+
+    def __call__(self, frame: Frame) -> Tensor:
+        if self.stream is None:
+            return self._compute(frame)
+        # After what made the frame, and what used earlier results, on the caller's stream.
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if not self.record or not self.warm:
+                self.warm = True  # libraries choose their kernels at the first call
+                return self._compute(frame)
+            graph, own, result = self.recorded = self.recorded or self._recording(frame)
+            for name in INPUTS:
+                getattr(own, name).copy_(getattr(frame, name))
+            graph.replay()
+            return result.clone()
+
+    def _compute(self, frame: Frame) -> Tensor:
+        return self.function(self.gaussians_of(frame))
+
+    def _recording(self, frame: Frame) -> tuple[torch.cuda.CUDAGraph, Frame, Tensor]:
+        """A graph with its input and output. Lanes run at the same time, so each has memory of its own."""
+        own = replace(frame, **{name: getattr(frame, name).clone() for name in INPUTS})
+        graph = torch.cuda.CUDAGraph()
+        # Other threads read frames meanwhile.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            result = self._compute(own)
+        return graph, own, result
+
+
+def _ended(frame: Frame, lane: _Lane, result: Tensor) -> tuple[int, Tensor]:
+    """Wait for a frame's result; until then its tensors are in use."""
+    if lane.stream is not None:
+        lane.stream.synchronize()
+    return frame.t, result
+
+
+INPUTS = ("rgb", "mask", "intrinsics", "world_to_camera", "center", "angle")  # tensors of a frame on the device

@@ -44,9 +44,20 @@ SMALL: dict[str, Any] = {
     "train": {"epochs": 2, "lr": 1e-3, "device": "cpu", "keep_last": 2},
     "evaluate": {"gallery_frames": 1, "device": "cpu"},
     "render": {"orbit_frames": 4, "sequence_frames": 4, "width": 96, "height": 80, "device": "cpu"},
+    "features": {"device": "cpu"},
 }
 # More than these a container is not killed; three in one run of the pipeline end it.
-KILLS = {"ingest": 3, "center_rotation": 2, "crop": 2, "pack": 5, "train": 4, "evaluate": 2, "render": 2}
+KILLS = {
+    "ingest": 3,
+    "center_rotation": 2,
+    "crop": 2,
+    "pack": 5,
+    "train": 4,
+    "evaluate": 2,
+    "render": 2,
+    "features": 2,
+    "embedding": 1,
+}
 # Runs the pipeline where the command line does not: in containers. Retries wait for nothing.
 IN_CONTAINERS = """
 import sys

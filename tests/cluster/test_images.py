@@ -17,7 +17,7 @@ import pytest
 
 from zoosplat import stores
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PIPELINE, STAGES
+from zoosplat.pipeline import PREPROCESSING, STAGES
 from zoosplat_flows.runners import containers
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(os.environ.get("ZOOSPLAT_CI_CLUSTER") != "1", reason="runs with ZOOSPLAT_CI_CLUSTER=1"),
 ]
-CPU = [spec.name for spec in PIPELINE if not spec.gpu]
+CPU = [spec.name for spec in PREPROCESSING]
 MEBIBYTE = 2**20
 
 LOOK = r"""
@@ -39,7 +39,7 @@ for place in ("/app/x", "/opt/venv/x", "/x", "/tmp/x"):
         pathlib.Path(place).write_text("x"); write[place] = True
     except OSError:
         write[place] = False
-stages = ("ingest", "center_rotation", "crop", "pack", "train", "evaluate", "render")
+stages = ("ingest", "center_rotation", "crop", "pack", "train", "evaluate", "render", "features", "embedding")
 print(json.dumps({
     "uid": os.getuid(), "gid": os.getgid(), "write": write,
     "modules": [m for m in ("torch", "pytest", "hypothesis", "moto", "ruff", "mypy", "prefect") if u.find_spec(m)],
@@ -118,6 +118,7 @@ def bucket(s3: S3, recording: Recording) -> str:
         "train": {"epochs": 1, "lr": 1e-3, "device": "cpu", "keep_last": 2},
         "evaluate": {"gallery_frames": 1, "device": "cpu"},
         "render": {"orbit_frames": 2, "sequence_frames": 2, "width": 96, "height": 80, "device": "cpu"},
+        "features": {"device": "cpu"},
     }
     config = recording.config(f"s3://{name}/recording", **small)
     s3.client.put_object(Bucket=name, Key="p/experiment.yaml", Body=json.dumps(config).encode())

@@ -20,7 +20,7 @@ from zoosplat import stores, video
 from zoosplat.calibration import read_cameras
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PIPELINE
+from zoosplat.pipeline import PREPROCESSING
 from zoosplat_flows.runners import containers
 from zoosplat_flows.runners.kubernetes import job_manifest
 from zoosplat_flows.runners.local import Progress
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = (ROOT / "deploy" / "s3-policy.json").read_text()
-CPU = [spec.name for spec in PIPELINE if not spec.gpu]
+CPU = [spec.name for spec in PREPROCESSING]
 NO_PROGRESS: Progress = lambda done, total, message: None  # noqa: E731
 HOSTILE = "s3://{bucket}/a b;touch pwned;`touch pwned`$(touch pwned)'\"&|>pwned"
 

@@ -128,6 +128,8 @@ def test_status_tells_done_stale_partial_and_missing(project: Project) -> None:
         "train": "missing",
         "evaluate": "missing",
         "render": "missing",
+        "features": "missing",
+        "embedding": "missing",
     }
     assert found["center_rotation"].reason == "center_rotation changed"
     assert found["crop"].reason == "center_rotation is stale"

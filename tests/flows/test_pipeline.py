@@ -107,7 +107,7 @@ def test_order_follows_what_stages_read_and_pack_runs_beside_tracking(project: P
     _until(lambda: states() == {**dict.fromkeys(NAMES, "Cached"), "report": "Completed"})
 
     (project / "log").unlink()
-    forced = ["crop", "train", "evaluate", "render"]
+    forced = ["crop", "train", "evaluate", "render", "features", "embedding"]
     result = pipeline(str(project), force=["crop"])
     assert {name for name in NAMES if result[name] == "done"} == set(forced)
     starts = [line for line in _log(project) if line.startswith("start")]
@@ -126,7 +126,7 @@ def test_a_user_error_is_not_retried_and_stops_what_follows(project: Path) -> No
     assert str(caught.value) == "crop: crop.ell = 0.1: too small\nsecond line"
     log = _log(project)
     assert log.count("start crop") == 1
-    assert not any(name in line for line in log for name in ("train", "evaluate", "render"))
+    assert not any(name in line for line in log for name in ("train", "evaluate", "render", "features"))
     # What does not depend on it has been finished.
     assert "end pack" in log
     assert [e.state for e in events if e.stage == "crop"] == ["started", "failed"]
@@ -166,7 +166,7 @@ def test_stages_can_be_chosen_by_range(project: Path) -> None:
         select("trian")
     with pytest.raises(UserError, match="comes before train"):
         select("train", "ingest")
-    assert with_followers(["train"]) == {"train", "evaluate", "render"}
+    assert with_followers(["train"]) == {"train", "evaluate", "render", "features", "embedding"}
     assert with_followers(["ingest"]) == set(NAMES)
     with pytest.raises(UserError, match="there is no stage all"):
         with_followers(["all"])

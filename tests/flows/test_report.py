@@ -172,6 +172,7 @@ def _build(project: Project) -> tuple[str, Page]:
 def test_a_finished_project_is_shown_in_one_self_contained_page(project: Project, experiment: Experiment) -> None:
     _groups(project, experiment)
     _model(project, experiment)
+    _embedding(project, experiment)
     html, page = _build(project)
     assert all(link.startswith(("data:", "#")) for link in page.links)
     assert not re.findall(r"url\((?!#)", html)
@@ -179,7 +180,8 @@ def test_a_finished_project_is_shown_in_one_self_contained_page(project: Project
     assert "@import" not in html
     ids = set(re.findall(r'id="([^"]+)"', html))
     assert {link[1:] for link in page.links if link.startswith("#")} <= ids
-    assert page.tags.count("svg") == 5  # two of tracking, crop, training, evaluation over time
+    # Two of tracking, crop, training, evaluation over time; map, states and variance of the behaviour.
+    assert page.tags.count("svg") == 8
     assert "has not finished" not in page.text
     # Names and warnings are text, not markup.
     assert "<b>mouse & co</b>" in page.text
@@ -209,6 +211,50 @@ def test_the_figures_are_those_of_the_groups(project: Project, experiment: Exper
         assert text in page.text, text
 
 
+def _embedding(project: Project, experiment: Experiment) -> None:
+    attributes = {
+        "encoder": "gaussians",
+        "descriptor": 1020,
+        "training_frames": 2,
+        "explained_variance": [0.6, 0.3, 0.0],
+        "heading_removal": 10.0,
+        "heading_r2": [0.41, 0.01],
+    }
+    sizes = {"T": T, "E": 3, "k": 2}
+    group = schema.create(project.output_url("embedding"), "embedding.zarr", sizes, T, attributes)
+    valid = np.arange(T) != 5
+    values: dict[str, Any] = {
+        "embedding": np.where(valid[:, None], np.ones((T, 3)), np.nan),
+        "map": np.where(valid[:, None], np.arange(2 * T).reshape(T, 2), np.nan),
+        "neighbours": np.where(valid[:, None], [[7, -1]], -1),
+        "state": np.array([0, 0, 0, 1, 1, -1, 0, 0]),
+        "valid": valid,
+        "time": np.arange(T) / 10,
+        "speed": np.full(T, 0.1),
+        "height": np.linspace(0.03, 0.1, T),
+    }
+    for key, array in values.items():
+        schema.array(group, key)[...] = array
+    _mark(project, experiment, "embedding")
+
+
+def test_behaviour(project: Project, experiment: Experiment) -> None:
+    _groups(project, experiment)
+    _embedding(project, experiment)
+    _, page = _build(project)
+    for text in (
+        "gaussians, 1020 numbers a frame",
+        "90.0 % of their variance",
+        "0.41 before, 0.01 after its removal (weight 10)",
+        "state 0 : 71 % of the time, 2 bouts, median 0.25 s; here 0.00 to 0.20 s",
+        "state 1 : 29 % of the time, 1 bout, median 0.20 s; here 0.30 to 0.40 s",
+        "0.00 s , then 0.70 s",
+    ):
+        assert text in page.text, page.text[page.text.index("Behaviour") :]
+    assert "frame at 0.10 s and those most like it" in page.pictures
+    assert "frame at 0.50 s and those most like it" not in page.pictures
+
+
 def test_held_out_views_come_first(project: Project, experiment: Experiment) -> None:
     _groups(project, experiment)
     _model(project, experiment)
@@ -231,7 +277,7 @@ def test_held_out_views_come_first(project: Project, experiment: Experiment) -> 
 def test_a_project_without_results_says_what_is_missing(project: Project) -> None:
     _, page = _build(project)
     for spec in PIPELINE:
-        if spec.name != "pack":
+        if spec.name not in ("pack", "features"):  # shown by what is made of them
             assert f"Stage {spec.name} has not finished." in page.text
     assert "No stage has finished." in page.text
 

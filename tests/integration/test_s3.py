@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 from zoosplat import schema, stores
-from zoosplat.pipeline import PIPELINE, STAGES
+from zoosplat.pipeline import PREPROCESSING, STAGES
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording, Stages
 
 # Their groups are equal byte for byte.
-EXACT = [spec.name for spec in PIPELINE if not spec.gpu]
+EXACT = [spec.name for spec in PREPROCESSING]
 PREFIX = "labs/one/tiny project"
 
 

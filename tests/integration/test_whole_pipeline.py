@@ -31,6 +31,7 @@ SMALL: dict[str, Any] = {
     "train": {"epochs": 3, "lr": 1e-3, "device": "cpu", "keep_last": 2},
     "evaluate": {"gallery_frames": 1, "device": "cpu"},
     "render": {"orbit_frames": 4, "sequence_frames": 4, "width": 96, "height": 80, "device": "cpu"},
+    "features": {"device": "cpu"},
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -86,7 +87,7 @@ def run(stage: str, project: Path) -> list[str]:
     return [sys.executable, "-m", f"zoosplat_{stage}", "--project", str(project)]
 
 
-@pytest.mark.parametrize("stage", ["train", "evaluate", "render"])
+@pytest.mark.parametrize("stage", ["train", "evaluate", "render", "features", "embedding"])
 def test_killed_and_run_again(
     stage: str, project: Path, tmp_path: Path, check_same: Callable[[str, Path, Path], None]
 ) -> None:

@@ -15,7 +15,7 @@ from zoosplat_model.dynamic.files import build_field, read_result
 from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet, colors_of
 from zoosplat_model.dynamic.hexplane import Deformed
 from zoosplat_model.dynamic.scene import Scale
-from zoosplat_model.frames import FrameReader
+from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering, rasterize
 from zoosplat_model.splatter import Gaussians
@@ -65,6 +65,8 @@ class DynamicPredictor(Predictor):
         step: iterations behind the result, of both stages.
     """
 
+    recordable = False  # they follow from its time
+
     def __init__(self, reader: FrameReader, project: Project, experiment: Experiment) -> None:
         """Read the result. Raises UserError where it is missing, damaged or of another configuration."""
         config = experiment.dynamic
@@ -86,10 +88,16 @@ class DynamicPredictor(Predictor):
     @torch.no_grad()
     def gaussians(self, t: int) -> Gaussians:
         """Gaussians of kept frame t in the world."""
+        return self._own(t).to_world(*self.reader.pose(t))
+
+    def _animal(self, frame: Frame) -> Gaussians:
+        return self._own(frame.t)
+
+    def _own(self, t: int) -> ShadedGaussians:
+        """In the animal's frame, metres."""
         scene = ShadedGaussians.of(self._deformed(t))
         unit = self._scale.unit_m
-        own = scene._replace(means=scene.means * unit + self._scale.middle, scales=scene.scales * unit)
-        return own.to_world(*self.reader.pose(t))
+        return scene._replace(means=scene.means * unit + self._scale.middle, scales=scene.scales * unit)
 
     @torch.no_grad()
     def render(

@@ -1,0 +1,64 @@
+"""Frames a second that the stage features describes, from a trained model, its inference included.
+
+    python benchmarks/features.py PROJECT [--frames 300] [--encoders gaussians images]
+
+Frames are in memory, as they are after the first reading; `reading` is without. The ResNet-18 of `images` has random
+weights, which take as long as any. Prints JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import torch
+import torchvision.models as models
+
+from zoosplat.project import Project
+from zoosplat_features import encoders
+from zoosplat_model.predictor import Predictor
+
+
+def synchronize() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("project")
+    parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--encoders", nargs="+", default=["gaussians", "images"])
+    args = parser.parse_args()
+    project = Project.at(args.project)
+    experiment = project.read_experiment()
+    predictor = Predictor.open(project, experiment)
+    reader = predictor.reader
+    network: torch.nn.Module = models.resnet18(weights=None)
+    network.fc = torch.nn.Identity()
+    chosen: dict[str, encoders.Encoder] = {
+        "gaussians": encoders.GaussiansEncoder(reader.ell_m / 2),
+        "images": encoders.ImagesEncoder(predictor.render, reader.ell_m / 2, network, reader.device),
+    }
+    frames = [t for t in range(reader.n_frames) if reader.valid[t]][: args.frames]
+    began = synchronize()
+    for _ in reader.prefetch(frames):
+        pass
+    results = {"reading": len(frames) / (synchronize() - began)}
+    for name in args.encoders:
+        encoder = chosen[name]
+        for _ in range(2):  # at the first, kernels are chosen and graphs recorded
+            began = synchronize()
+            for _, _ in predictor.each(frames, encoder, record=encoder.recordable):
+                pass
+            results[name] = len(frames) / (synchronize() - began)
+    grid = [stop - start for start, stop in reader.volume_idx]
+    for name, rate in results.items():
+        about = {"frames": len(frames), "grid": grid, "gaussians": experiment.model.max_gaussians}
+        print(json.dumps({"what": name, "frames_a_second": round(rate, 1), **about}))
+
+
+if __name__ == "__main__":
+    main()

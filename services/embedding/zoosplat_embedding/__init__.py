@@ -1,0 +1,1 @@
+"""Stage embedding: see README.md beside this package."""

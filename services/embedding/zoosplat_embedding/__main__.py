@@ -1,0 +1,5 @@
+from zoosplat.stage import run
+from zoosplat_embedding.stage import STAGE
+
+if __name__ == "__main__":
+    run(STAGE)

@@ -1,0 +1,228 @@
+"""Stage embedding: features.zarr, tracking.zarr, images.zarr -> embedding.zarr, embedding.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zoosplat import schema, stores
+from zoosplat.config import Embedding, Experiment
+from zoosplat.errors import UserError
+from zoosplat.project import Project
+from zoosplat.stage import Context, Plan, Result, Shard, Stage
+from zoosplat_embedding import ops
+
+FEWEST = 2  # training frames with a hull: an embedding of one says nothing
+GROUP, CSV = "embedding.zarr", "embedding.csv"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is embedded of a project: descriptors, and where the animal was.
+
+    Attributes:
+        kind: what descriptors must have in common to be embedded together.
+        features: [T, D] float32, NaN where not valid.
+        valid: [T] bool; of the training third: `train` [T] bool.
+        centers: [T, 3] m.
+        covariances: [T, 3, 3] m^2.
+        headings: [T] rad.
+        frames: [T] indices in the video.
+        fps: kept frames a second.
+    """
+
+    kind: dict[str, Any]
+    features: ops.Floats
+    valid: ops.Bools
+    train: ops.Bools
+    centers: ops.Floats
+    covariances: ops.Floats
+    headings: ops.Floats
+    frames: Any
+    fps: float
+
+    @classmethod
+    def read(cls, project: Project, experiment: Experiment) -> Recording:
+        """Raises UserError where a stage is missing or was made with another configuration."""
+        group = project.open_input("features", experiment)
+        tracking, images = project.open_input("center_rotation", experiment), project.open_input("pack", experiment)
+        schema.validate(group, "features.zarr", project.output_url("features"))
+        features = schema.read(group, "features")
+        valid = schema.read(tracking, "valid").astype(bool)
+        if len(features) != len(valid):
+            where = project.output_url("features")
+            raise UserError(f"{where}: {len(features)} frames, tracking has {len(valid)}; run stage features again")
+        train = valid & (np.arange(len(valid)) < len(valid) // 3)
+        if train.sum() < FEWEST:
+            raise UserError(
+                f"{project.url}: {train.sum()} of the first third of {len(valid)} frames have a visual hull, too few "
+                "to fit an embedding; keep more frames (ingest.frame_jump, ingest.max_frames) or check the masks"
+            )
+        attributes: dict[str, Any] = {**group.attrs}
+        jump, fps = int(str(images.attrs["frame_jump"])), float(str(images.attrs["fps"]))
+        return cls(
+            kind={key: attributes[key] for key in ("encoder", "radius_m", "weights") if key in attributes},
+            features=features,
+            valid=valid,
+            train=train,
+            centers=schema.read(tracking, "centers"),
+            covariances=schema.read(tracking, "covs"),
+            headings=schema.read(tracking, "angles"),
+            frames=jump * np.arange(len(valid)),
+            fps=fps / jump,
+        )
+
+
+def embed(
+    recordings: Sequence[Recording], settings: Embedding, progress: Callable[[int], None] = lambda done: None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Embed recordings together: arrays and attributes of embedding.zarr, a row for each kept frame of each.
+
+    Args:
+        recordings: of one kind; fitted on the training thirds of all.
+        settings: as in the configuration.
+        progress: told how many of four steps are done.
+    """
+    valid = np.concatenate([r.valid for r in recordings])
+    features = np.concatenate([r.features for r in recordings])
+    headings = np.concatenate([r.headings for r in recordings])
+    train = np.concatenate([r.train for r in recordings])
+    lengths = [len(r.valid) for r in recordings]
+    recording = np.repeat(np.arange(len(recordings), dtype=np.int32), lengths)
+    t = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
+    times = np.concatenate([np.arange(len(r.valid)) / r.fps for r in recordings])
+
+    projection = ops.fit(features[valid], headings[valid], train[valid], settings.dimensions)
+    embedding = np.full((len(valid), settings.dimensions), np.nan, np.float32)
+    embedding[valid] = projection(features[valid])
+    progress(1)
+    rows = np.flatnonzero(valid)
+    near = ops.neighbours(embedding[rows], times[rows], recording[rows], settings.neighbours, settings.apart_s)
+    neighbours = np.full((len(valid), settings.neighbours), -1, np.int32)
+    neighbours[rows] = np.where(near >= 0, rows[near], -1)
+    progress(2)
+    state = np.full(len(valid), -1, np.int32)
+    state[rows] = ops.states(embedding[rows], settings.states, settings.seed)
+    progress(3)
+    plane = np.full((len(valid), 2), np.nan, np.float32)
+    plane[rows] = ops.plane(embedding[rows], settings.seed)
+    progress(4)
+    arrays = {
+        "embedding": embedding,
+        "map": plane,
+        "neighbours": neighbours,
+        "state": state,
+        "valid": valid,
+        "recording": recording,
+        "t": t,
+        "frame": np.concatenate([r.frames for r in recordings]),
+        "time": times,
+        "center": np.concatenate([r.centers for r in recordings]),
+        "heading": headings,
+        "speed": np.concatenate([ops.speeds(r.centers, r.fps) for r in recordings]),
+        "height": np.concatenate([ops.heights(r.centers, r.covariances, r.valid) for r in recordings]),
+    }
+    attributes = {
+        **recordings[0].kind,
+        "descriptor": int(features.shape[1]),
+        "training_frames": int(train.sum()),
+        "explained_variance": [round(float(share), 6) for share in projection.explained],
+        "heading_removal": projection.strength,
+        "heading_r2": [round(value, 4) for value in projection.heading_r2],
+        "apart_s": settings.apart_s,
+        "states": int(state.max()) + 1,
+        "fps": [r.fps for r in recordings],
+    }
+    return arrays, attributes
+
+
+def write(folder: str, arrays: dict[str, Any], attributes: dict[str, Any]) -> None:
+    """embedding.zarr and embedding.csv into a folder or S3 prefix, the latter last."""
+    n, dimensions = arrays["embedding"].shape
+    stores.delete(stores.join(folder, CSV))
+    sizes = {"T": n, "E": dimensions, "k": arrays["neighbours"].shape[1]}
+    group = schema.create(stores.join(folder, GROUP), GROUP, sizes, n, attributes)
+    for key, values in arrays.items():
+        schema.array(group, key)[...] = values
+    joint = {"recording": arrays["recording"]} if "recordings" in attributes else {}
+    columns = {
+        **joint,
+        **{key: arrays[key] for key in ("t", "frame", "time")},
+        "valid": arrays["valid"].astype(int),
+        **{f"center_{axis}": arrays["center"][:, i] for i, axis in enumerate("xyz")},
+        **{key: arrays[key] for key in ("heading", "speed", "height", "state")},
+        **{f"map_{axis}": arrays["map"][:, i] for i, axis in enumerate("xy")},
+        **{f"e{i:02d}": arrays["embedding"][:, i] for i in range(dimensions)},
+    }
+    stores.write_bytes(stores.join(folder, CSV), ops.table(columns))
+
+
+def _warnings(arrays: dict[str, Any], attributes: dict[str, Any]) -> tuple[str, ...]:
+    found = []
+    dimensions, fitted = arrays["embedding"].shape[1], sum(share > 0 for share in attributes["explained_variance"])
+    if fitted < dimensions:
+        frames = attributes["training_frames"]
+        found.append(f"{frames} training frames fit {fitted} of {dimensions} dimensions; the others are 0")
+    after = attributes["heading_r2"][1]
+    if after > ops.TELLS:
+        found.append(f"the heading can be told from the embedding (R2 {after:.2f} at other times)")
+    return tuple(found)
+
+
+class Embed(Stage):
+    """Coordinates of behaviour from the descriptors, a map of them, what is alike, and states."""
+
+    def prepare(self, ctx: Context) -> Plan:
+        recording = Recording.read(ctx.project, ctx.experiment)
+        stores.delete(ctx.project.path(CSV))
+        return Plan((0, len(recording.valid)))
+
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+        recording = Recording.read(ctx.project, ctx.experiment)
+        frames = shard.stop
+
+        def progress(done: int) -> None:
+            ctx.progress(done * frames // 5, frames, "")
+
+        arrays, attributes = embed([recording], ctx.experiment.embedding, progress)
+        write(ctx.project.url, arrays, attributes)
+        ctx.progress(frames, frames, "")
+        explained = round(sum(attributes["explained_variance"]), 4)
+        figures = {key: attributes[key] for key in ("encoder", "heading_removal", "heading_r2")}
+        return Result(
+            int(recording.valid.sum()),
+            _warnings(arrays, attributes),
+            {**figures, "explained_variance": explained},
+        )
+
+
+STAGE = Embed("embedding")
+
+
+def embed_together(projects: Sequence[Project], output: str) -> list[str]:
+    """Embed recordings of several projects together, with the settings of the first.
+
+    Writes embedding.zarr and embedding.csv, the latter last, into `output`.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        UserError: a project lacks its features, or their kinds differ.
+    """
+    recordings = []
+    for project in projects:
+        recordings.append(Recording.read(project, project.read_experiment()))
+        first = recordings[0].kind
+        for key, value in recordings[-1].kind.items():
+            if first.get(key) != value:
+                raise UserError(
+                    f"{project.url}: {key} of the features is {value}, but {first.get(key)} in {projects[0].url}; set "
+                    f"features.{key.removesuffix('_m')} to the same in both and run stage features again"
+                )
+    arrays, attributes = embed(recordings, projects[0].read_experiment().embedding)
+    write(output, arrays, {**attributes, "recordings": [project.url for project in projects]})
+    return list(_warnings(arrays, attributes))

@@ -1,0 +1,1 @@
+"""Stage features: see README.md beside this package."""

@@ -1,0 +1,280 @@
+"""The embedding against closed forms and known truth, its stage, and recordings embedded together."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from typer.testing import CliRunner
+
+from zoosplat import schema, stores
+from zoosplat.config import Experiment
+from zoosplat.pipeline import STAGES
+from zoosplat.project import Project, settings_of
+from zoosplat.stage import main, run_stage
+from zoosplat_embedding import ops
+from zoosplat_embedding.stage import STAGE
+from zoosplat_flows.cli import app
+
+Array = npt.NDArray[Any]
+FPS, JUMP = 50.0, 2
+
+
+def walk(rng: np.random.Generator, n: int, k: int, smooth: int) -> Array:
+    """[n, k] smooth random functions of time, of about unit variance."""
+    kernel = np.hanning(smooth)
+    noise = rng.normal(size=(n + smooth, k))
+    moving = np.stack([np.convolve(c, kernel, "same") for c in noise.T], 1)[:n]
+    return np.asarray(moving / moving.std(0))
+
+
+# -- projection -----------------------------------------------------------------------------------------------------
+def test_without_a_heading_to_be_told_it_is_principal_components() -> None:
+    rng = np.random.default_rng(0)
+    pose = walk(rng, 600, 4, 40) * [4, 3, 2, 1]
+    features = pose @ rng.normal(size=(4, 30)) + 5
+    train = np.arange(600) < 200
+    found = ops.fit(features, rng.uniform(-3, 3, 600), train, 6)
+    assert found.strength == 0
+    z = (features[train] - found.mean) / found.scale
+    variances = np.sort(np.linalg.eigvalsh(np.cov(z.T, bias=True)))[::-1]
+    np.testing.assert_allclose(found.explained[:4], variances[:4] / z.var(0).sum(), rtol=1e-3)
+    np.testing.assert_allclose(found.explained[4:], 0, atol=1e-6)  # four dimensions are all there is
+    np.testing.assert_allclose(found.matrix[:, :4].T @ found.matrix[:, :4], np.eye(4), atol=1e-5)
+    assert not found.matrix[:, 4:].any()
+    # The pose can be had back, also that of frames not fitted on.
+    back, *_ = np.linalg.lstsq(np.pad(found(features), ((0, 0), (0, 1)), constant_values=1), pose, rcond=None)
+    np.testing.assert_allclose(np.pad(found(features), ((0, 0), (0, 1)), constant_values=1) @ back, pose, atol=0.02)
+
+
+def test_what_tells_the_heading_is_removed_and_the_pose_stays() -> None:
+    """Descriptors that show the heading in two of their directions, as a lamp at one side would."""
+    rng = np.random.default_rng(1)
+    n = 900
+    heading = np.cumsum(rng.normal(size=n) * 0.25)
+    pose = walk(rng, n, 5, 30)
+    light = np.stack([np.cos(heading), np.sin(heading)], 1)
+    features = 2 * pose @ rng.normal(size=(5, 60)) + light @ rng.normal(size=(2, 60)) + rng.normal(size=(n, 60)) * 0.1
+    train = np.arange(n) < 300
+    found = ops.fit(features, heading, train, 20)
+    before, after = found.heading_r2
+    assert before > 0.9
+    assert found.strength > 0
+    assert after <= 0.05
+    kept = found(features)
+    assert ops.told(kept, light) <= 0.05
+    assert ops.told(kept, pose) > 0.9
+
+
+def test_a_posture_that_coincides_with_a_heading_once_stays() -> None:
+    """The animal turns once and stretches while it does: the stretch is no sign of the heading at other times."""
+    rng = np.random.default_rng(2)
+    n = 600
+    heading = np.clip(np.linspace(0, 6, n), 0, 2)
+    pose = np.stack([np.clip(np.linspace(0, 6, n), 0, 2), *walk(rng, n, 3, 60).T], 1)
+    pose[200:, 0] = walk(rng, n - 200, 1, 80)[:, 0] + 2
+    features = pose @ rng.normal(size=(4, 40)) + rng.normal(size=(n, 40)) * 0.02
+    found = ops.fit(features, heading, np.arange(n) < 200, 10)
+    assert found.strength == 0
+    assert ops.told(found(features), pose) > 0.8
+
+
+def test_adversarial_axes_of_full_strength_are_uncorrelated_with_the_target() -> None:
+    rng = np.random.default_rng(3)
+    target = rng.normal(size=(200, 2))
+    scores = rng.normal(size=(200, 6)) + target @ rng.normal(size=(2, 6))
+    axes = ops.adversarial_axes(scores, target, 1e9)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(6), atol=1e-9)
+    kept = scores @ axes[:, :4]
+    cross = (kept - kept.mean(0)).T @ (target - target.mean(0)) / 200
+    np.testing.assert_allclose(cross, 0, atol=1e-5)
+    plain = ops.adversarial_axes(scores, target, 0)
+    values = np.linalg.eigvalsh(np.cov(scores.T))[::-1]
+    np.testing.assert_allclose((scores @ plain).var(0, ddof=1), values, rtol=1e-9)
+
+
+# -- what is alike --------------------------------------------------------------------------------------------------
+def test_neighbours_are_those_of_a_search_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "BLOCK", 7)
+    rng = np.random.default_rng(4)
+    embedding = rng.normal(size=(40, 3)).astype(np.float32)
+    times, recording = np.concatenate([np.arange(25), np.arange(15)]) / 10, np.repeat([0, 1], [25, 15]).astype(np.int32)
+    found = ops.neighbours(embedding, times, recording, 5, 0.35)
+    for i in range(40):
+        far = [
+            j for j in range(40) if j != i and (recording[i] != recording[j] or abs(times[i] - times[j]) >= 0.35 - 1e-9)
+        ]
+        expected = sorted(far, key=lambda j: float(((embedding[i] - embedding[j]) ** 2).sum()))[:5]
+        assert found[i].tolist() == expected
+    few = ops.neighbours(embedding[:3], np.array([0.0, 1, 5]), recording[:3], 4, 2.0)
+    assert few.tolist() == [[2, -1, -1, -1], [2, -1, -1, -1], [few[2, 0], few[2, 1], -1, -1]]
+    assert sorted(few[2, :2].tolist()) == [0, 1]
+
+
+def test_states_and_map_of_separate_clusters() -> None:
+    rng = np.random.default_rng(5)
+    which = np.repeat([0, 1, 2], [60, 30, 45])
+    embedding = (rng.normal(size=(135, 8)) * 0.1 + np.eye(8)[which] * 5).astype(np.float32)
+    states = ops.states(embedding, 3, 0)
+    assert [np.unique(states[which == k]).tolist() for k in range(3)] == [[0], [2], [1]]
+    places = ops.plane(embedding, 0)
+    np.testing.assert_array_equal(places, ops.plane(embedding, 0))
+    distances = np.linalg.norm(places[:, None] - places, axis=-1) + 1e9 * np.eye(135)
+    assert (which[distances.argmin(1)] == which).all()
+    assert ops.plane(embedding[:3], 0).shape == (3, 2)
+    assert len(np.unique(ops.states(embedding[:2], 8, 0))) == 2
+
+
+def test_a_map_of_some_places_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "MOST_MAPPED", 50)
+    rng = np.random.default_rng(6)
+    which = np.arange(120) % 2
+    embedding = (rng.normal(size=(120, 4)) * 0.1 + 4 * which[:, None]).astype(np.float32)
+    places = ops.plane(embedding, 0)
+    assert len(np.unique(places, axis=0)) <= 50
+    middle = [places[which == k].mean(0) for k in (0, 1)]
+    spread = max(places[which == k].std(0).max() for k in (0, 1))
+    assert np.linalg.norm(middle[0] - middle[1]) > 2 * spread
+
+
+def test_speed_and_height_by_hand() -> None:
+    t = np.arange(30) / 25.0
+    centers = np.stack([0.3 * t, 0.4 * t, np.full(30, 0.02)], 1)
+    np.testing.assert_allclose(ops.speeds(centers, 25.0), 0.5)
+    np.testing.assert_allclose(ops.speeds(centers[:1], 25.0), 0)
+    covariances = np.tile(np.diag([1, 1, 1e-4]), (30, 1, 1))  # 1 cm
+    centers[20, 2] += 0.05
+    valid = np.ones(30, bool)
+    heights = ops.heights(centers, covariances, valid)
+    np.testing.assert_allclose(heights[[0, 20]], [0.04, 0.09], atol=1e-9)
+
+
+# -- the stage ------------------------------------------------------------------------------------------------------
+def project_of(folder: Path, seed: int = 0, n: int = 90, invalid: tuple[int, ...] = (4, 50), **changes: Any) -> Project:
+    """A project whose features are done: a pose in 40 numbers, two frames without a hull."""
+    names = ["0.mp4", "1.mp4"]
+    experiment = Experiment.model_validate(
+        {
+            "data": {"directory": "/none", "videos": names, "masks": names, "calibration": "none.h5"},
+            "center_rotation": {"ell": 0.2},
+            "crop": {"ell": 0.2},
+            "embedding": {"dimensions": 10, "neighbours": 3, "apart_s": 0.4, "states": 4, **changes},
+        }
+    )
+    project = Project.at(str(folder))
+    project.write_experiment(experiment)
+    rng = np.random.default_rng(seed)
+    features = walk(rng, n, 3, 20) @ np.random.default_rng(9).normal(size=(3, 40))
+    valid = ~np.isin(np.arange(n), invalid)
+    features[~valid] = np.nan
+    sizes = {"T": n, "D": 40, "C": 2, "h": 4, "w": 4}
+    groups: dict[str, tuple[str, dict[str, Any], dict[str, Array]]] = {
+        "pack": ("images.zarr", {"fps": FPS, "frame_jump": JUMP}, {}),
+        "center_rotation": (
+            "tracking.zarr",
+            {},
+            {
+                "centers": np.stack([np.arange(n) * 0.001, np.zeros(n), np.full(n, 0.02)], 1),
+                "covs": np.tile(np.eye(3) * 1e-4, (n, 1, 1)),
+                "angles": rng.uniform(-3, 3, n),
+                "valid": valid,
+            },
+        ),
+        "features": ("features.zarr", {"encoder": "gaussians", "radius_m": 0.1}, {"features": features}),
+    }
+    for stage, (name, attributes, arrays) in groups.items():
+        group = schema.create(project.output_url(stage), name, sizes, 64, attributes)
+        for key, values in arrays.items():
+            schema.array(group, key)[...] = values
+        spec = STAGES[stage]
+        mark = {"digest": stage, "version": spec.version, "settings": settings_of(spec, experiment), "inputs": {}}
+        stores.write_json(project.mark_url(stage), mark)
+    return project
+
+
+def arrays_of(group: Any) -> dict[str, Array]:
+    return {key: schema.read(group, key) for key in schema.GROUPS["embedding.zarr"]}
+
+
+def test_the_stage_writes_group_and_table(tmp_path: Path) -> None:
+    project = project_of(tmp_path / "a")
+    assert run_stage(STAGE, project)
+    group = project.open_input("embedding")
+    schema.validate(group, "embedding.zarr", "embedding.zarr")
+    found = arrays_of(group)
+    gone = np.array([4, 50])
+    assert found["embedding"].shape == (90, 10)
+    assert found["neighbours"].shape == (90, 3)
+    assert np.isnan(found["embedding"][gone]).all()
+    assert np.isnan(found["map"][gone]).all()
+    assert (found["state"][gone] == -1).all()
+    assert (found["neighbours"][gone] == -1).all()
+    there = np.delete(np.arange(90), gone)
+    assert np.isfinite(found["embedding"][there]).all()
+    assert not np.isin(found["neighbours"][there], gone).any()
+    assert (np.abs(found["neighbours"][there] - there[:, None]) >= 10).all()  # 0.4 s at 25 kept frames a second
+    np.testing.assert_allclose(found["time"], np.arange(90) / 25)
+    np.testing.assert_array_equal(found["frame"], 2 * np.arange(90))
+    np.testing.assert_allclose(found["speed"], 0.025)
+    attributes: dict[str, Any] = {**group.attrs}
+    assert len(attributes["explained_variance"]) == 10
+    assert sum(attributes["explained_variance"]) == pytest.approx(1, abs=1e-4)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "a" / "embedding.csv").read_text())))
+    assert len(rows) == 90
+    assert rows[4]["valid"] == "0"
+    assert rows[4]["e00"] == ""
+    assert float(rows[7]["e03"]) == pytest.approx(float(found["embedding"][7, 3]), rel=1e-5, abs=1e-6)
+    assert float(rows[7]["center_x"]) == pytest.approx(0.007)
+    mark = project.read_mark("embedding") or {}
+    assert mark["frames"] == 88
+    assert mark["warnings"] == ["29 training frames fit 3 of 10 dimensions; the others are 0"]
+    assert not run_stage(STAGE, project)
+    before = {name: (tmp_path / "a" / name).read_bytes() for name in stores.list_files(str(tmp_path / "a"))}
+    assert run_stage(STAGE, project, force=True)
+    for name, data in before.items():
+        if not name.startswith("_marks"):
+            assert (tmp_path / "a" / name).read_bytes() == data, name
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = project_of(tmp_path / "a", invalid=tuple(range(29)))
+    assert main(STAGE, ["--project", project.url]) == 2
+    error = capsys.readouterr().err
+    assert "1 of the first third of 90 frames have a visual hull, too few to fit an embedding" in error
+    assert error.count("\n") == 1
+    stores.delete(project.mark_url("features"))
+    assert main(STAGE, ["--project", project.url]) == 2
+    assert "features.zarr is not complete; run stage features first" in capsys.readouterr().err
+
+
+def test_recordings_embedded_together(tmp_path: Path) -> None:
+    first, second = project_of(tmp_path / "a"), project_of(tmp_path / "b", seed=1, n=60, invalid=())
+    output = tmp_path / "both"
+    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
+    assert run.exit_code == 0, run.output
+    assert str(output / "embedding.csv") in run.output
+    group = stores.open_group(str(output / "embedding.zarr"))
+    found = arrays_of(group)
+    assert found["recording"].tolist() == [0] * 90 + [1] * 60
+    assert found["t"].tolist() == [*range(90), *range(60)]
+    assert dict(group.attrs)["recordings"] == [first.url, second.url]
+    assert dict(group.attrs)["training_frames"] == 29 + 20
+    # Rows of the other recording are among the neighbours, also at the same time.
+    near = found["neighbours"][90:]
+    assert (found["recording"][near] == 0).any()
+    same = found["recording"][near] == 1
+    assert (np.abs(near - np.arange(90, 150)[:, None])[same] >= 10).all()
+    header = (output / "embedding.csv").read_text().splitlines()[0]
+    assert header.startswith("recording,t,frame,time,valid,center_x")
+
+    schema.create(
+        second.output_url("features"), "features.zarr", {"T": 60, "D": 40}, 64, {"encoder": "images", "radius_m": 0.1}
+    )
+    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
+    assert run.exit_code == 2
+    assert "encoder of the features is images, but gaussians in" in run.output
