@@ -18,6 +18,7 @@ from zoosplat.pipeline import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.stage import run_stage
 from zoosplat_evaluate.stage import STAGE as EVALUATE
+from zoosplat_features.stage import STAGE as FEATURES
 from zoosplat_flows.report import build_report
 from zoosplat_model.carving import rotation_about_z
 from zoosplat_model.dynamic.predictor import DynamicPredictor, ShadedGaussians
@@ -72,7 +73,7 @@ def test_the_same_stages_and_report(tiny: Project, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dynamic, "ROW_ITERATIONS", 10)
     monkeypatch.setattr(dynamic, "LOOK_ITERATIONS", 10)
     configure(tiny, render_process=True, checkpoint_iterations=(15,))
-    for stage in (STAGE, EVALUATE, RENDER):
+    for stage in (STAGE, EVALUATE, RENDER, FEATURES):
         assert run_stage(stage, tiny)
         assert not run_stage(stage, tiny)
     train = figures(tiny, "train")
@@ -207,6 +208,8 @@ def test_turned_gaussians_look_the_same_to_a_turned_camera(tiny: Project) -> Non
     truth = predictor.render(here, poses, k, 32, 32)
     found = predictor.render(turned, poses @ back, k, 32, 32)
     assert torch.allclose(found.rgb, truth.rgb, atol=1e-4)
+    placed = dict(predictor.each([3, 4], lambda own: own.to_world(*predictor.reader.pose(4)).means))
+    assert torch.equal(placed[4], predictor.gaussians(4).means)
     plain = super(DynamicPredictor, predictor).tracks([3, 4], 5)
     assert plain is None
     paths = predictor.tracks([3, 4], 5)
