@@ -16,6 +16,8 @@ from typing import Any
 
 from servers import BIN, Servers, prefect, show_results
 
+from zoosplat.pipeline import PREPROCESSING
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU_IMAGES = ("ingest", "center-rotation", "crop", "pack", "embedding", "flows")
 GPU_IMAGES = ("train", "evaluate", "render", "features")
@@ -134,13 +136,18 @@ def placements(api: str) -> list[dict[str, Any]]:
 
 
 def same_objects(bucket: str, one: str, other: str) -> int:
-    """How many objects of the CPU stages two projects have, byte for byte the same. SystemExit where one differs."""
+    """How many objects of the stages before the model two projects have, byte for byte the same. SystemExit where one differs."""
     import boto3
 
     pages = boto3.Session().client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket)
     tags = {o["Key"]: o["ETag"] for page in pages for o in page.get("Contents", [])}
+    zarr = tuple(f"{spec.writes}/" for spec in PREPROCESSING)
     groups = [
-        {key.removeprefix(project): tag for key, tag in tags.items() if key.startswith(project) and ".zarr/" in key}
+        {
+            key.removeprefix(project): tag
+            for key, tag in tags.items()
+            if key.startswith(project) and any(name in key for name in zarr)
+        }
         for project in (f"{one}/", f"{other}/")
     ]
     different = [key for key in groups[0].keys() | groups[1].keys() if groups[0].get(key) != groups[1].get(key)]
@@ -166,7 +173,7 @@ def main() -> None:
         local = [config, "--project", f"s3://{servers.bucket}/local", "--until", "pack"]
         servers.run(str(Path(prefect()).parent / "zoosplat"), "run", *local)
         n = same_objects(servers.bucket, "cluster", "local")
-        print(f"demo: {n} objects of the stages that need no GPU are, byte for byte, those of a local run")
+        print(f"demo: {n} objects of the stages before the model are, byte for byte, those of a local run")
         show_results(project, ROOT / "demo-kubernetes")
         print(f"{'stage':<16}{'step':<9}{'shard':<6}{'node':<10}started")
         for row in sorted(rows, key=lambda row: row["started"]):
