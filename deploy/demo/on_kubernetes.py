@@ -136,18 +136,18 @@ def placements(api: str) -> list[dict[str, Any]]:
 
 
 def same_objects(bucket: str, one: str, other: str) -> int:
-    """How many objects of the stages before the model two projects have, byte for byte the same. SystemExit where one differs."""
+    """How many objects of the stages before the model are byte for byte the same in two projects.
+
+    Raises SystemExit where one differs.
+    """
     import boto3
 
     pages = boto3.Session().client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket)
     tags = {o["Key"]: o["ETag"] for page in pages for o in page.get("Contents", [])}
-    zarr = tuple(f"{spec.writes}/" for spec in PREPROCESSING)
+    written = [f"{spec.writes}/" for spec in PREPROCESSING]
+    tags = {key: tag for key, tag in tags.items() if any(name in key for name in written)}
     groups = [
-        {
-            key.removeprefix(project): tag
-            for key, tag in tags.items()
-            if key.startswith(project) and any(name in key for name in zarr)
-        }
+        {key.removeprefix(project): tag for key, tag in tags.items() if key.startswith(project)}
         for project in (f"{one}/", f"{other}/")
     ]
     different = [key for key in groups[0].keys() | groups[1].keys() if groups[0].get(key) != groups[1].get(key)]
