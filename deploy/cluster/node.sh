@@ -79,6 +79,7 @@ port: $port
 healthzPort: 0
 podLogsDir: $node/podlogs
 evictionHard: {memory.available: 100Mi, nodefs.available: 1%}
+imageGCHighThresholdPercent: 100  # images are put here, not pulled: on a fuller disk they would be removed for good
 localStorageCapacityIsolation: false
 END
 start kubelet "$node" "$BIN/kubelet" --config "$node/kubelet.yaml" --kubeconfig "$KUBECONFIG" --root-dir "$node/kubelet" \
