@@ -127,6 +127,10 @@ def test_a_profile_changes_the_experiment_and_bad_keys_name_the_profile(tmp_path
     changed = with_profile(_settings(tmp_path), "24gb", _experiment())
     assert (changed.crop.grid_size, changed.model.max_gaussians) == (128, 32000)
     assert changed.train == _experiment().train
+    without = with_profile(
+        _settings(tmp_path, TEXT.replace("crop.grid_size: 128", "crop.grid_size: null")), "24gb", _experiment()
+    )
+    assert (without.crop.grid_size, without.model.max_gaussians) == (_experiment().crop.grid_size, 32000)
     with pytest.raises(UserError, match=r"^profiles.12gb.config: modle.poolings: there is no section modle$"):
         overlay(_experiment(), "12gb", {"modle.poolings": 3})
     with pytest.raises(UserError, match=r"^profiles.12gb.config: unknown key model.max_gausians"):
