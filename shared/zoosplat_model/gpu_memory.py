@@ -1,9 +1,10 @@
-"""Out of GPU memory as one clear line."""
+"""What a stage says of the GPU that it uses; out of its memory as one clear line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -11,6 +12,16 @@ from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.memory import CONTEXT, GIB, advice, measured_sizes, training
 from zoosplat.project import Project
+
+
+def device_figures(device: torch.device) -> dict[str, Any]:
+    """Figures of a mark: the device's name, and bytes of its tensors at most so far where it is a GPU."""
+    if device.type != "cuda":
+        return {"device": "cpu"}
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(device),
+    }
 
 
 @contextmanager

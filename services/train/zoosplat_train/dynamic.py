@@ -19,6 +19,7 @@ from zoosplat_model.dynamic.scene import Scene, first_points
 from zoosplat_model.dynamic.schedule import Stage, is_shown
 from zoosplat_model.dynamic.trainer import Trainer
 from zoosplat_model.frames import FrameReader
+from zoosplat_model.gpu_memory import device_figures
 from zoosplat_train import plots
 
 LOOK_ITERATIONS = 50  # between readings of loss and PSNR: each waits for the GPU
@@ -116,10 +117,8 @@ class _Training:
             "steps": self._step(),
             "seconds": round(self.seconds, 3),
             "seconds_per_step": round((self.seconds - begun_seconds) / max(done, 1), 5),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            **device_figures(self.device),
         }
-        if self.device.type == "cuda":
-            figures["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return Result(len(trainer.scene.shown), figures=figures)
 
     def _stage(self) -> None:

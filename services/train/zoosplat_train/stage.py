@@ -20,7 +20,7 @@ from zoosplat.stage import Context, Plan, Result, Shard, Stage
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
 from zoosplat_model.frames import FrameReader
-from zoosplat_model.gpu_memory import out_of_memory
+from zoosplat_model.gpu_memory import device_figures, out_of_memory
 from zoosplat_model.predictor import open_reader, pick_device
 from zoosplat_train import dynamic, ops, parallel, plots
 from zoosplat_train.parallel import Ranks
@@ -178,11 +178,9 @@ class _Training:
             "seconds": round(p.seconds, 3),
             "seconds_per_step": round((self.seconds() - self.begun_seconds) / max(steps, 1), 4),
             "utilisation": round(self.stepped / max(self.looped, 1e-9), 4),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "processes": self.ranks.size,
+            **device_figures(self.device),
         }
-        if self.device.type == "cuda":
-            figures["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return Result(len(self.frames), figures=figures)
 
     def _steps(self, epoch: int, position: int) -> list[list[int]]:
