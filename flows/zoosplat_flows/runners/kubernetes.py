@@ -376,9 +376,7 @@ def choose_profile(settings: Settings, nodes: list[Object] | None, wanted: str |
 
 
 def with_profile(settings: Settings, name: str, experiment: Experiment) -> Experiment:
-    # null is how a value of a chart is taken out; after `helm upgrade --reuse-values` it is still there.
-    given = {key: value for key, value in settings.profile(name).config.items() if value is not None}
-    return overlay(experiment, name, given)
+    return overlay(experiment, name, settings.profile(name).config)
 
 
 # -- pods in words ------------------------------------------------------------------------------------------------

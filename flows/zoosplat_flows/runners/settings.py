@@ -33,6 +33,11 @@ def _quantity(value: str) -> str:
     raise ValueError("must be an amount as Kubernetes writes it, such as 4, 500m or 16Gi")
 
 
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Without nulls: they take out a value of the chart, and are there after `helm upgrade --reuse-values`."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 Quantity = Annotated[str, AfterValidator(_quantity)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 
@@ -90,7 +95,7 @@ class Profile(_Section):
     gpus: Annotated[int, Field(ge=1)] = 1
     cpu: Quantity
     memory: Quantity
-    config: dict[str, Any] = {}
+    config: Annotated[dict[str, Any], AfterValidator(_given)] = {}
 
 
 # Named by the memory of one GPU, which `auto` goes by.
