@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import re
@@ -313,7 +314,9 @@ def page(trained: Path) -> Iterator[Page]:
         pytest.skip("no chromium on this machine")
     command = [str(Path(sys.executable).with_name("zoosplat")), "view", str(trained), "--port", "8301"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    # Ctrl-C ends it also where these tests run in the background, where shells have it ignored.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split()[0]
