@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoosplat_model import carving_gpu
+
 HIDDEN_WEIGHT = 0.25  # in a voxel's colour, of a view in which another voxel is in front of it
 
 BEHIND_WEIGHT = 0.02  # the same, in the colour that is looked up for a Gaussian
@@ -88,6 +90,11 @@ def carve(
     shape = points.shape[:3]
     half = footprint_px // 2
     used = mask.new_ones(n_views, dtype=torch.bool) if used is None else used
+    if points.is_cuda and points.dtype == torch.float32 and carving_gpu.works(points.get_device()):
+        matrices = (intrinsics[:, :, :, None] * world_to_camera[:, None, :3]).sum(2)  # cuBLAS would take longer
+        return carving_gpu.carve(
+            rgb, mask, matrices, points, voxel_size_m, footprint_px, fill_color, HIDDEN_WEIGHT, used
+        )
     used = used[:, None]
     x, y, depth = project(points.reshape(-1, 3).T, world_to_camera, intrinsics)
     in_window = (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)

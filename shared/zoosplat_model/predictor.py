@@ -18,6 +18,7 @@ from zoosplat.project import Project
 from zoosplat_model import checkpoints
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.rasterize import Rendering
+from zoosplat_model.recorded import Recorded
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 
 LANES = 4  # frames that a GPU works on at a time where one frame's kernels are too small to fill it
@@ -175,7 +176,7 @@ class _Lane:
         self.gaussians_of, self.function, self.record = gaussians_of, function, record
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.warm = False
-        self.recorded: tuple[torch.cuda.CUDAGraph, Frame, Tensor] | None = None
+        self.recorded: Recorded | None = None
 
     def __call__(self, frame: Frame) -> Tensor:
         if self.stream is None:
@@ -186,23 +187,18 @@ class _Lane:
             if not self.record or not self.warm:
                 self.warm = True  # libraries choose their kernels at the first call
                 return self._compute(frame)
-            graph, own, result = self.recorded = self.recorded or self._recording(frame)
-            for name in INPUTS:
-                getattr(own, name).copy_(getattr(frame, name))
-            graph.replay()
-            return result.clone()
+            inputs = [getattr(frame, name) for name in INPUTS]
+            if self.recorded is None:
+                # Lanes run at the same time, so each has memory of its own.
+                self.recorded = Recorded(self._compute_from(frame), inputs, inputs[0].device, stream=self.stream)
+            return self.recorded(inputs).clone()
 
     def _compute(self, frame: Frame) -> Tensor:
         return self.function(self.gaussians_of(frame))
 
-    def _recording(self, frame: Frame) -> tuple[torch.cuda.CUDAGraph, Frame, Tensor]:
-        """A graph with its input and output. Lanes run at the same time, so each has memory of its own."""
-        own = replace(frame, **{name: getattr(frame, name).clone() for name in INPUTS})
-        graph = torch.cuda.CUDAGraph()
-        # Other threads read frames meanwhile.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            result = self._compute(own)
-        return graph, own, result
+    def _compute_from(self, frame: Frame) -> Callable[..., Tensor]:
+        """As a function of the frame's tensors."""
+        return lambda *tensors: self._compute(replace(frame, **dict(zip(INPUTS, tensors, strict=True))))
 
 
 def _ended(frame: Frame, lane: _Lane, result: Tensor) -> tuple[int, Tensor]:

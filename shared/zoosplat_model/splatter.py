@@ -235,14 +235,16 @@ class PoseSplatter(nn.Module):
         self, volumes: Tensor, frames: Sequence[Frame], used: Tensor | None = None, mirrored: Tensor | None = None
     ) -> list[Gaussians]:
         """`forward` from the frames' carved volumes [B, 8, n1, n2, n3] on."""
-        if mirrored is None:
-            mirrored = torch.zeros(len(volumes), dtype=torch.bool, device=volumes.device)
-        turned = mirrored.view(-1, 1, 1, 1, 1)
-        volumes = torch.where(turned, volumes.flip(3), volumes)
+        turned = None if mirrored is None else mirrored.view(-1, 1, 1, 1, 1)
+        if turned is not None:
+            volumes = torch.where(turned, volumes.flip(3), volumes)
         low = volumes.is_cuda and self.precision == "auto"
         with torch.autocast(volumes.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
             features = self.refine(volumes).to(volumes.dtype)
-        features = torch.where(turned, features.flip(3), features)
+        if turned is not None:
+            features = torch.where(turned, features.flip(3), features)
+        if mirrored is None:
+            mirrored = torch.zeros(len(volumes), dtype=torch.bool, device=volumes.device)
         chosen = [None] * len(frames) if used is None else used
         return [self.gaussians_of(*of_frame) for of_frame in zip(features, mirrored, frames, chosen, strict=True)]
 

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zoosplat_model import carving_gpu
 from zoosplat_model.carving import carve, grid_points, look_up, rotation_about_z
 
 FILL = 0.38
@@ -118,9 +123,9 @@ def slow_twin(rgb: Any, mask: Any, pose: Any, k: Any, points: Any, voxel: float,
     return total.reshape(8, *points.shape[:3])
 
 
-@pytest.mark.parametrize("footprint", [1, 3])
-def test_agrees_with_a_slow_twin(footprint: int) -> None:
-    rng = np.random.default_rng(footprint)
+def scattered_views(seed: int) -> tuple[Any, ...]:
+    """Pictures, masks, poses and intrinsics of three cameras any way up, and points of 7^3 voxels; float64."""
+    rng = np.random.default_rng(seed)
     h, w = 14, 18
     axis = np.linspace(-0.5, 0.5, 7)
     points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1) + rng.uniform(-0.02, 0.02, 3)
@@ -134,6 +139,12 @@ def test_agrees_with_a_slow_twin(footprint: int) -> None:
         pose[v, :3, :3] = q * np.sign(np.linalg.det(q))
         pose[v, :3, 3] = np.array([0.05 * v, 0.03, 2.0])
         k[v] = np.array([[21, 0, 8.6], [0, 22, 6.4], [0, 0, 1]])
+    return rgb, mask, pose, k, points
+
+
+@pytest.mark.parametrize("footprint", [1, 3])
+def test_agrees_with_a_slow_twin(footprint: int) -> None:
+    rgb, mask, pose, k, points = scattered_views(footprint)
     expected = slow_twin(rgb, mask, pose, k, points, 1 / 6, footprint, FILL)
     tensor = torch.from_numpy
     found = carve(tensor(rgb), tensor(mask), tensor(pose), tensor(k), tensor(points), 1 / 6, footprint, FILL).numpy()
@@ -142,6 +153,65 @@ def test_agrees_with_a_slow_twin(footprint: int) -> None:
     assert ((expected[0] > 0) & (expected[0] < 1)).any()
     assert ((expected[5] > 0) & (expected[5] < 1)).any()
     np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+KERNELS = """
+import sys
+import numpy as np
+import torch
+from zoosplat_model import carving_gpu
+from zoosplat_model.carving import HIDDEN_WEIGHT
+rgb, mask, pose, k, points, used = (torch.from_numpy(v) for v in np.load(sys.argv[1]).values())
+sizes = 1 / 6, int(sys.argv[2]), 0.38, HIDDEN_WEIGHT
+volume = carving_gpu.carve(rgb, mask, k @ pose[:, :3], points, *sizes, used)
+np.save(sys.argv[3], volume.numpy())
+"""
+
+
+@pytest.mark.parametrize(("footprint", "used"), [(1, [1, 1, 1]), (3, [1, 0, 1])])
+def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: list[int]) -> None:
+    """The GPU's kernels in float32, without a GPU."""
+    pytest.importorskip("triton")
+    views = scattered_views(footprint)
+    counted = np.array(used, bool)
+    np.savez(tmp_path / "views.npz", *(v.astype(np.float32) for v in views), counted)
+    files = [str(tmp_path / name) for name in ("views.npz", "volume.npy")]
+    command = [sys.executable, "-c", KERNELS, files[0], str(footprint), files[1]]
+    subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    given: list[Any] = [*(torch.from_numpy(v) for v in views), 1 / 6, footprint, FILL, torch.from_numpy(counted)]
+    expected = carve(*given)
+    np.testing.assert_allclose(np.load(tmp_path / "volume.npy"), expected, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize(("footprint", "used"), [(1, [True] * 4), (3, [True] * 4), (5, [True, True, False, True])])
+def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) -> None:
+    """A sphere in 4 views, the last of which sees a piece of it cut off."""
+    assert carving_gpu.works(0)
+    y, x = torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij")
+    mask = ((x - 63.3).square() + (y - 47.1).square() < 30**2).double().repeat(4, 1, 1)
+    mask[3, 50:] = 0
+    rgb = torch.rand(4, 96, 128, 3, dtype=torch.float64)
+    pose = torch.eye(4, dtype=torch.float64).repeat(4, 1, 1)
+    for v in range(4):
+        angle = torch.tensor(1.1 * v, dtype=torch.float64)
+        pose[v, :3, :3] = rotation_about_z(angle)[[0, 2, 1]] * torch.tensor([[1], [-1], [1]])
+        pose[v, 2, 3] = 3
+    k = torch.tensor([[120.0, 0, 63.5], [0, 120.0, 47.5], [0, 0, 1]], dtype=torch.float64).repeat(4, 1, 1)
+    points = grid_points(2.2, 40, [(0, 40), (2, 38), (1, 40)]).double() + torch.tensor([0.0123, 0.0071, 0.0037])
+    tensors, sizes = (rgb, mask, pose, k, points), (2.2 / 39, footprint, FILL)
+    given: list[Any] = [*tensors, *sizes, torch.tensor(used)]
+    expected = carve(*given)
+    single: list[Any] = [*(v.float() for v in tensors), *sizes, torch.tensor(used)]
+    assert (expected[0] > 0.5).double().mean() > 0.1
+    # Where a voxel is just solid, or just hidden, rounding decides: on a CPU as here.
+    off = []
+    for device in ("cpu", "cuda"):
+        single = [v.to(device) if isinstance(v, torch.Tensor) else v for v in single]
+        off.append(((carve(*single).cpu() - expected).abs() > 1e-3).any(0).double().mean())
+    assert off[0] < 0.02
+    assert off[1] < 1.5 * off[0] + 1e-3
 
 
 def test_views_that_do_not_count_might_as_well_not_be_there() -> None:

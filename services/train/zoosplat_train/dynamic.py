@@ -147,7 +147,7 @@ class _Training:
 
     def _look(self, row: bool) -> None:
         trainer = self.trainer
-        assert trainer.figures is not None
+        trainer.make_room()
         loss, psnr = trainer.figures.tolist()
         if not math.isfinite(loss):
             raise UserError(

@@ -17,6 +17,7 @@ from zoosplat_model import checkpoints
 from zoosplat_model.frames import Frame, FrameReader, send
 from zoosplat_model.losses import Losses, frame_losses, soft_iou
 from zoosplat_model.rasterize import Pairs, Rendering
+from zoosplat_model.recorded import Recorded
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 from zoosplat_train.parallel import Ranks
 
@@ -88,8 +89,7 @@ def spread(frames: Sequence[int], most: int) -> list[int]:
 class Trainer:
     """The network, its optimiser, and one step of training.
 
-    On a GPU a step is one CUDA graph: launched one by one, its thousands of small kernels keep the GPU waiting. Of
-    several ranks it is two, between which their gradients are added up.
+    On a GPU a step is one CUDA graph, of several ranks two, between which their gradients are added up.
 
     Attributes:
         model, optimizer: Adam, with a higher rate for the head than for the U-Nets.
@@ -116,7 +116,7 @@ class Trainer:
         self.averaged.load_state_dict(self.model.state_dict())
         # gsplat waits for the GPU amid the gradients of surfels, which cannot be recorded.
         self.record = experiment.model.gaussian_mode == "3d"
-        self._recorded: dict[str, _Recorded] = {}
+        self._recorded: dict[str, Recorded] = {}
         self._warm: set[str] = set()
         self._pool: Any = None
         self.needed_pairs = torch.zeros((), dtype=torch.int64, device=device)
@@ -185,7 +185,7 @@ class Trainer:
                 most = ROOM * int(self.needed_pairs)
                 self._pairs = Pairs(-(-most // 4096) * 4096, self.needed_pairs)
                 self._pool = torch.cuda.graph_pool_handle()
-            self._recorded[name] = _Recorded(function, inputs, device, self._pool)
+            self._recorded[name] = Recorded(function, inputs, device, pool=self._pool)
         return self._recorded[name](inputs)
 
     def make_room(self, pairs: int) -> None:
@@ -331,29 +331,3 @@ def _as_laid_out(there: Tensor, value: Tensor) -> Tensor:
     long = [i for i, n in enumerate(value.shape) if n > 1]
     same = all(there.stride(i) == value.stride(i) for i in long)
     return there.as_strided(value.shape, value.stride()) if same else there
-
-
-class _Recorded:
-    """A function of tensors as a CUDA graph. Recording it does not run it.
-
-    Graphs of one `pool` share their memory: each result has to be used up before another of them runs.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        inputs: Sequence[Tensor],
-        device: torch.device,
-        pool: Any,
-    ) -> None:
-        self.inputs = [value.to(device, copy=True) for value in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads read frames meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = function(*self.inputs)
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        for own, value in zip(self.inputs, inputs, strict=True):
-            own.copy_(value, non_blocking=True)
-        self.graph.replay()
-        return self.output

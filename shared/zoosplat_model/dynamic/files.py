@@ -105,10 +105,16 @@ def write_checkpoint(
         max_radii2D=gaussians.max_radii2D,
         xyz_gradient_accum=gaussians.xyz_gradient_accum,
         denom=gaussians.denom,
-        optimizer=optimizer.state_dict(),
+        optimizer=_settled(optimizer.state_dict()),
         spatial_lr_scale=spatial_lr_scale,
     )
     _save(stores.join(url, checkpoint_name(stage, iteration)), (tuple(held), iteration))
+
+
+def _settled(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state with learning rates as numbers, which a GPU has as tensors."""
+    groups = [{**group, "lr": float(group["lr"]), "capturable": False} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def read_checkpoint(url: str) -> tuple[Checkpoint, Stage, int]:

@@ -102,10 +102,10 @@ class GaussianSet(nn.Module):
 
         The loss is a mean over the C views; each counts as if it were alone.
         """
-        size = gradient.new_tensor([width / 2, height / 2]) * len(gradient)
+        across, down = (gradient * len(gradient)).unbind(-1)
         seen = (radii > 0).to(gradient.dtype)
-        self.max_radii2D = torch.maximum(self.max_radii2D, radii.amax(0).to(gradient.dtype))
-        self.xyz_gradient_accum += ((gradient * size).norm(dim=-1) * seen).sum(0)[:, None]
+        torch.maximum(self.max_radii2D, radii.amax(0).to(gradient.dtype), out=self.max_radii2D)
+        self.xyz_gradient_accum += (torch.hypot(across * (width / 2), down * (height / 2)) * seen).sum(0)[:, None]
         self.denom += seen.sum(0)[:, None]
 
     def mean_gradient(self) -> Tensor:

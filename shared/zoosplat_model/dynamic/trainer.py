@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,13 @@ from zoosplat_model.dynamic.gaussians import NAMES, GaussianSet, colors_of
 from zoosplat_model.dynamic.hexplane import AXES, TIME, DeformationField, Deformed
 from zoosplat_model.dynamic.scene import Scene
 from zoosplat_model.dynamic.schedule import SH_EVERY, STAGES, Actions, Stage, actions, decayed
+from zoosplat_model.frames import send
 from zoosplat_model.metrics import ssim_map
-from zoosplat_model.rasterize import Rendering, Screen, rasterize
+from zoosplat_model.rasterize import Pairs, Rendering, Screen, rasterize
+from zoosplat_model.recorded import Recorded
 
 NEWEST = 0.4  # weight of the newest loss and PSNR in their averages
+ROOM = 2  # for pairs of Gaussians and tiles in a recorded iteration, over those that there have been
 
 
 def draw(
@@ -29,6 +35,7 @@ def draw(
     height: int,
     degree: int,
     screen: Screen | None = None,
+    pairs: Pairs | None = None,
 ) -> Rendering:
     """Render Gaussians on white, in the frame of reference and the units of `poses`; colours may exceed 1."""
     eyes = -(poses[:, :3, :3].mT @ poses[:, :3, 3:]).mT  # [C, 1, 3]
@@ -44,6 +51,7 @@ def draw(
         height,
         background=poses.new_ones(3),
         screen=screen,
+        pairs=pairs,
     )
 
 
@@ -52,6 +60,9 @@ class Trainer:
 
     Which frame and views an iteration takes, and what a split draws, depend on seed, stage and iteration alone.
 
+    On a GPU an iteration is a CUDA graph, recorded anew after each change of the set of Gaussians. Those that change
+    it run as on a CPU.
+
     Attributes:
         scene, gaussians, field: on one device.
         optimizer: Adam with a group for each attribute, for the decoder and for the planes.
@@ -59,7 +70,8 @@ class Trainer:
         active_sh_degree: degree of the harmonics of colour in use.
         spatial_lr_scale: factor on the learning rate of positions: the extent of the cameras.
         excluded_seconds: spent on changes of the set of Gaussians; who measures time takes them off and resets them.
-        figures: [2] averages of loss and PSNR over the last iterations, weight 0.4 for the newest, on the device.
+        figures: [2] averages of loss and PSNR over the last iterations, weight 0.4 for the newest, on the device; not
+            a number before the first.
     """
 
     def __init__(
@@ -71,7 +83,11 @@ class Trainer:
         self.spatial_lr_scale = scene.extent
         self.active_sh_degree = 0
         self.excluded_seconds = 0.0
-        self.figures: Tensor | None = None
+        self.figures = points.new_full((2,), math.nan)
+        self._graphs: dict[tuple[int, bool], Recorded] = {}
+        self._warm: set[tuple[int, bool]] = set()
+        self._needed_pairs = torch.zeros((), dtype=torch.int64, device=points.device)
+        self._pairs = Pairs(0, self._needed_pairs)
         self._order: tuple[tuple[str, int], list[int]] | None = None
         self.begin("coarse")
 
@@ -79,21 +95,23 @@ class Trainer:
         """Start a stage, with an optimiser and statistics that know nothing yet."""
         self.stage, self.iteration = stage, 0
         self.gaussians = GaussianSet(self.gaussians.values())
+        self._forget_graphs()
         self._make_optimizer()
 
     def _make_optimizer(self) -> None:
-        c, g = self.config, self.gaussians
-        rates = {
-            "f_dc": c.feature_lr,
-            "f_rest": c.feature_lr / 20,
-            "opacity": c.opacity_lr,
-            "scaling": c.scaling_lr,
-            "rotation": c.rotation_lr,
-        }
-        groups: list[dict[str, Any]] = [{"params": [getattr(g, n)], "lr": rates.get(n, 0.0), "name": n} for n in NAMES]
+        g = self.gaussians
+        groups: list[dict[str, Any]] = [{"params": [getattr(g, n)], "lr": 0.0, "name": n} for n in NAMES]
         groups.append({"params": self.field.layers(), "lr": 0.0, "name": "deformation"})
         groups.append({"params": self.field.grids(), "lr": 0.0, "name": "grid"})
         self.optimizer = torch.optim.Adam(groups, eps=1e-15, fused=True)
+        self._rates_on_device()
+
+    def _rates_on_device(self) -> None:
+        """A recorded iteration reads its learning rates from the device."""
+        gpu = self.gaussians.xyz.is_cuda
+        for group in self.optimizer.param_groups:
+            group["capturable"] = gpu
+            group["lr"] = self.gaussians.xyz.new_tensor(group["lr"]) if gpu else float(group["lr"])
 
     def restore(self, checkpoint: Checkpoint, stage: Stage, iteration: int) -> None:
         """Go on from a checkpoint of this scene and configuration. Raises what torch raises where it does not fit."""
@@ -104,59 +122,121 @@ class Trainer:
         self.field.load_state_dict(checkpoint.deformation)
         self._make_optimizer()
         self.optimizer.load_state_dict(checkpoint.optimizer)
+        self._rates_on_device()
         self.active_sh_degree, self.spatial_lr_scale = checkpoint.active_sh_degree, checkpoint.spatial_lr_scale
         self.stage, self.iteration = stage, iteration
 
     def step(self) -> None:
         """One iteration: render a frame, change the set of Gaussians where it is due, take a step of Adam."""
         self.iteration += 1
-        if self.iteration % SH_EVERY == 0:
-            self.active_sh_degree = min(self.active_sh_degree + 1, self.config.sh_degree)
-        self._set_rates()
+        if self.iteration % SH_EVERY == 0 and self.active_sh_degree < self.config.sh_degree:
+            self.active_sh_degree += 1
+            self._forget_graphs()
         frame, views = self._chosen()
         due = actions(self.iteration, self.stage, len(self.gaussians), self.config)
-        scene, g = self.scene, self.gaussians
-        height, width = scene.masks.shape[2:]
-        screen = None
-        if due.collect:
-            screen = Screen(g.xyz.new_zeros(len(views), len(g), 2, requires_grad=True))
-        rendering = self._draw(frame, views, screen)
-        truth = torch.stack([scene.pictures[frame, v] for v in views]).to(rendering.rgb.dtype) / 255
-        loss = self._loss(rendering, truth, frame, views)
+        scene, rates = self.scene, self._rates()
+        of_views = (scene.pictures, scene.masks, scene.poses, scene.intrinsics)
+        inputs = [*(torch.stack([values[frame, v] for v in views]) for values in of_views), scene.times[frame]]
+        if due.densify or due.prune or due.grow or due.reset:
+            self._backward(due.collect, *inputs)
+            self._change(due)
+            self._update(rates)
+        elif not inputs[0].is_cuda:
+            self._iterate(due.collect, *inputs, rates)
+        else:
+            self._replay(due.collect, [*inputs, send(torch.tensor(rates), inputs[0].device)])
+
+    def _replay(self, collect: bool, inputs: list[Tensor]) -> None:
+        """The iteration, recorded at the second of its kind; at the first, libraries choose their kernels."""
+        kind = len(inputs[0]), collect
+        if kind not in self._graphs:
+            if kind not in self._warm:
+                self._warm.add(kind)
+                self._iterate(collect, *inputs)
+                return
+            if not self._graphs:
+                self._pairs = Pairs(-(-ROOM * int(self._needed_pairs) // 4096) * 4096, self._needed_pairs)
+            self._graphs[kind] = Recorded(partial(self._iterate, collect), inputs, inputs[0].device)
+        self._graphs[kind](inputs)
+
+    def _forget_graphs(self) -> None:
+        """Record anew: something is not where it was, or has another size."""
+        if self._graphs:
+            torch.cuda.synchronize()  # one may be running
+        self._graphs.clear()
+        self._warm.clear()
+
+    def make_room(self) -> None:
+        """Record anew where Gaussians have come to cover more tiles than the recorded iteration has room for."""
+        if self._graphs and int(self._needed_pairs) > self._pairs.most:
+            self._forget_graphs()
+
+    def _iterate(self, collect: bool, *inputs: Any) -> Tensor:
+        """An iteration that does not change the set of Gaussians."""
+        *of_frame, rates = inputs
+        self._backward(collect, *of_frame)
+        self._update(rates)
+        return self.figures
+
+    def _backward(
+        self,
+        collect: bool,
+        pictures: Tensor,  # [V, h, w, 3] uint8
+        masks: Tensor,  # [V, h, w] bool
+        poses: Tensor,  # [V, 4, 4]
+        intrinsics: Tensor,  # [V, 3, 3]
+        moment: Tensor,  # []
+    ) -> None:
+        """Gradients, statistics and figures."""
+        g = self.gaussians
+        height, width = masks.shape[1:]
+        self.optimizer.zero_grad()
+        screen = Screen(g.xyz.new_zeros(len(poses), len(g), 2, requires_grad=True)) if collect else None
+        rendering = self._draw(poses, intrinsics, moment, width, height, screen)
+        truth = pictures.to(rendering.rgb.dtype) / 255
+        loss = self._loss(rendering, truth, masks)
         torch.autograd.backward(loss)
         self._smooth()
         with torch.no_grad():
             squared = (rendering.rgb.clamp(0, 1) - truth).square().mean((1, 2, 3))
             newest = torch.stack([loss, -10 * squared.clamp_min(1e-10).log10().mean()])
-            self.figures = newest if self.figures is None else torch.lerp(self.figures, newest, NEWEST)
+            average = torch.lerp(self.figures, newest, NEWEST)
+            self.figures.copy_(torch.where(self.figures.isnan(), newest, average))
         if screen is not None:
             assert screen.offsets.grad is not None
             assert screen.radii is not None
             g.collect(screen.offsets.grad, screen.radii, width, height)
-        self._change(due)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
-    def _draw(self, frame: int, views: list[int], screen: Screen | None = None) -> Rendering:
-        scene = self.scene
-        height, width = scene.masks.shape[2:]
+    def _update(self, rates: Sequence[float] | Tensor) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(rate) if isinstance(rate, Tensor) else group["lr"].fill_(rate)
+            else:
+                group["lr"] = float(rate)
+        self.optimizer.step()
+
+    def _draw(
+        self,
+        poses: Tensor,
+        intrinsics: Tensor,
+        moment: Tensor,
+        width: int,
+        height: int,
+        screen: Screen | None = None,
+    ) -> Rendering:
         deformed = self.gaussians.canonical()
         if self.stage == "fine":
-            deformed = self.field(deformed, scene.times[frame])
-        poses, intrinsics = (
-            torch.stack([values[frame, v] for v in views]) for values in (scene.poses, scene.intrinsics)
-        )
-        return draw(deformed, poses, intrinsics, width, height, self.active_sh_degree, screen)
+            deformed = self.field(deformed, moment)
+        return draw(deformed, poses, intrinsics, width, height, self.active_sh_degree, screen, self._pairs)
 
-    def _loss(self, rendering: Rendering, truth: Tensor, frame: int, views: list[int]) -> Tensor:
+    def _loss(self, rendering: Rendering, truth: Tensor, masks: Tensor) -> Tensor:
         c = self.config
         loss = (rendering.rgb - truth).abs().mean()
         if c.lambda_dssim > 0:
             similarity = ssim_map(rendering.rgb.permute(0, 3, 1, 2), truth.permute(0, 3, 1, 2))
             loss = loss + c.lambda_dssim * (1 - similarity.mean())
         if c.lambda_mask > 0:
-            masks = torch.stack([self.scene.masks[frame, v] for v in views]).to(truth.dtype)
-            loss = loss + c.lambda_mask * (rendering.alpha - masks).abs().mean()
+            loss = loss + c.lambda_mask * (rendering.alpha - masks.to(truth.dtype)).abs().mean()
         return loss
 
     def _smooth(self) -> None:
@@ -178,9 +258,8 @@ class Trainer:
         torch.autograd.backward(torch.stack([weight * part for weight, part in parts]).sum())
 
     def _change(self, due: Actions) -> None:
-        if not (due.densify or due.prune or due.grow or due.reset):
-            return
         c, g = self.config, self.gaussians
+        self._forget_graphs()
         if g.xyz.is_cuda:
             torch.cuda.synchronize(g.xyz.device)
         begun = time.monotonic()
@@ -199,17 +278,22 @@ class Trainer:
             torch.cuda.synchronize(g.xyz.device)
         self.excluded_seconds += time.monotonic() - begun
 
-    def _set_rates(self) -> None:
+    def _rates(self) -> list[float]:
+        """Learning rates of this iteration, of the optimiser's groups."""
         c, i = self.config, self.iteration
         steps = c.lr_steps or max(c.fine_iterations, 1)
         scale = self.spatial_lr_scale
         rates = {
             "xyz": scale * decayed(c.position_lr_init, c.position_lr_final, i, steps),
+            "f_dc": c.feature_lr,
+            "f_rest": c.feature_lr / 20,
+            "opacity": c.opacity_lr,
+            "scaling": c.scaling_lr,
+            "rotation": c.rotation_lr,
             "deformation": decayed(c.deformation_lr_init, c.deformation_lr_final, i, steps),
             "grid": decayed(c.grid_lr_init, c.grid_lr_final, i, steps),
         }
-        for group in self.optimizer.param_groups:
-            group["lr"] = rates.get(group["name"], group["lr"])
+        return [rates[group["name"]] for group in self.optimizer.param_groups]
 
     def _chosen(self) -> tuple[int, list[int]]:
         """Frame and views of this iteration: every frame once an epoch, some of its views."""
@@ -226,5 +310,8 @@ class Trainer:
     @torch.no_grad()
     def compare(self, frame: int) -> tuple[Tensor, Tensor]:
         """Truth and rendering of a frame's views, [V, h, w, 3] each, 0 to 1."""
-        truth = self.scene.pictures[frame].float() / 255
-        return truth, self._draw(frame, list(range(len(truth)))).rgb.clamp(0, 1)
+        scene = self.scene
+        truth = scene.pictures[frame].float() / 255
+        height, width = truth.shape[1:3]
+        place = scene.poses[frame], scene.intrinsics[frame], scene.times[frame]
+        return truth, self._draw(*place, width, height).rgb.clamp(0, 1)

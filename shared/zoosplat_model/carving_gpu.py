@@ -1,0 +1,205 @@
+"""Carving on a GPU as two Triton kernels, a thread for each voxel.
+
+In PyTorch's functions it is a hundred passes over arrays of all views of all voxels, for an animal that fills a few
+percent of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without
+    triton = None
+
+VOXELS = 128  # of a block of threads
+
+
+@functools.cache
+def works(device: int) -> bool:
+    """Whether Triton can compile here, which takes a C compiler besides the GPU."""
+    if triton is None:
+        return False
+    try:
+        cuda = torch.device("cuda", device)
+        one = torch.ones(1, 2, 2, device=cuda)
+        matrix = torch.eye(3, 4, device=cuda)[None]
+        used = torch.ones(1, dtype=torch.bool, device=cuda)
+        carve(one[..., None].expand(1, 2, 2, 3), one, matrix, one.new_ones(1, 1, 1, 3), 1.0, 1, 0.0, 0.5, used)
+    except Exception as error:
+        warnings.warn(f"Triton does not work ({error}): carving is slower; install a C compiler", stacklevel=2)
+        return False
+    return True
+
+
+def carve(
+    rgb: Tensor,
+    mask: Tensor,
+    matrices: Tensor,
+    points: Tensor,
+    voxel_size_m: float,
+    footprint_px: int,
+    fill_color: float,
+    hidden_weight: float,
+    used: Tensor,
+) -> Tensor:
+    """`carving.carve` of float32 tensors on one device; `matrices` [V, 3, 4] are intrinsics times poses."""
+    n_views, h, w = mask.shape
+    shape, half = points.shape[:3], footprint_px // 2
+    points = points.reshape(-1, 3).contiguous()
+    n = len(points)
+    layers = torch.cat([rgb * mask[..., None], mask[..., None]], -1).permute(0, 3, 1, 2)
+    layers = F.avg_pool2d(layers, footprint_px, stride=1, padding=half).permute(0, 2, 3, 1).contiguous()
+    mask, matrices, used = mask.contiguous(), matrices.contiguous(), used.to(torch.int32)
+    # Depths of the nearest solid voxels, of the smaller hull and of the larger one; as integers, for atomic minima:
+    # positive floats are in the order of their bits.
+    front = points.new_full((2, n_views, h, w), torch.inf)
+    hulls, volume = points.new_empty(2, n), points.new_empty(8, n)
+    blocks = (triton.cdiv(n, VOXELS),)
+    _hulls[blocks](points, matrices, layers, used, hulls, front.view(torch.int32), n, n_views, h, w, VOXELS)
+    front = -F.max_pool2d(-front, footprint_px, stride=1, padding=half)
+    _colors[blocks](
+        points, matrices, layers, mask, used, hulls, front, volume,
+        n, n_views, h, w, float(voxel_size_m), float(fill_color), float(hidden_weight), VOXELS,
+    )  # fmt: skip
+    return volume.view(8, *shape)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _projected(points_ptr, matrices_ptr, v, i, inside, h, w):  # type: ignore[no-untyped-def]
+        """Place (pixels) and depth of voxels i in view v, whether they lie in the window, and their nearest pixel."""
+        px = tl.load(points_ptr + 3 * i, mask=inside, other=0.0)
+        py = tl.load(points_ptr + 3 * i + 1, mask=inside, other=0.0)
+        pz = tl.load(points_ptr + 3 * i + 2, mask=inside, other=0.0)
+        m = matrices_ptr + 12 * v
+        x = tl.load(m) * px + tl.load(m + 1) * py + tl.load(m + 2) * pz + tl.load(m + 3)
+        y = tl.load(m + 4) * px + tl.load(m + 5) * py + tl.load(m + 6) * pz + tl.load(m + 7)
+        depth = tl.load(m + 8) * px + tl.load(m + 9) * py + tl.load(m + 10) * pz + tl.load(m + 11)
+        near = tl.maximum(depth, 1e-9)
+        # What is far outside stays outside, at numbers that are whole numbers too.
+        x = tl.minimum(tl.maximum(x / near, -2.0), w + 1.0)
+        y = tl.minimum(tl.maximum(y / near, -2.0), h + 1.0)
+        in_window = inside & (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
+        column = tl.minimum(tl.maximum(x + 0.5, 0.0), w - 1.0).to(tl.int32)
+        row = tl.minimum(tl.maximum(y + 0.5, 0.0), h - 1.0).to(tl.int32)
+        return x, y, depth, in_window, row * w + column
+
+    @triton.jit
+    def _layer(layers_ptr, v, x, y, h, w, channel, wanted):  # type: ignore[no-untyped-def]
+        """A channel of view v's layers [h, w, 4] at places: bilinear, 0 outside."""
+        left, top = tl.floor(x), tl.floor(y)
+        right_part, low_part = x - left, y - top
+        column, row = left.to(tl.int32), top.to(tl.int32)
+        total = x * 0.0
+        for dy in tl.static_range(2):
+            for dx in tl.static_range(2):
+                c, r = column + dx, row + dy
+                here = wanted & (c >= 0) & (c < w) & (r >= 0) & (r < h)
+                value = tl.load(layers_ptr + ((v * h + r) * w + c) * 4 + channel, mask=here, other=0.0)
+                across = right_part if dx == 1 else 1 - right_part
+                down = low_part if dy == 1 else 1 - low_part
+                total += across * down * value
+        return total
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _hulls(  # type: ignore[no-untyped-def]
+        points_ptr, matrices_ptr, layers_ptr, used_ptr, hulls_ptr, front_ptr, n, n_views, h, w, voxels: tl.constexpr
+    ):
+        """Occupancies of both hulls [2, n], and the depths of their solid voxels into the views' pixels [2, V, h w]."""
+        i = tl.program_id(0) * voxels + tl.arange(0, voxels)
+        inside = i < n
+        least = tl.full((voxels,), float("inf"), tl.float32)
+        second = tl.full((voxels,), float("inf"), tl.float32)
+        for v in range(n_views):
+            x, y, depth, _, _ = _projected(points_ptr, matrices_ptr, v, i, inside, h, w)
+            covered = _layer(layers_ptr, v, x, y, h, w, 3, inside & (depth > 0))
+            covered = tl.where(tl.load(used_ptr + v) != 0, covered, float("inf"))
+            second = tl.minimum(second, tl.maximum(least, covered))
+            least = tl.minimum(least, covered)
+        second = tl.where(second == float("inf"), least, second)
+        tl.store(hulls_ptr + i, least, mask=inside)
+        tl.store(hulls_ptr + n + i, second, mask=inside)
+        if tl.max(tl.where(inside, second, 0.0), 0) >= 0.5:
+            for v in range(n_views):
+                _, _, depth, in_window, nearest = _projected(points_ptr, matrices_ptr, v, i, inside, h, w)
+                bits = depth.to(tl.int32, bitcast=True)
+                at = front_ptr + v * h * w + nearest
+                tl.atomic_min(at, bits, mask=in_window & (least >= 0.5))
+                tl.atomic_min(at + n_views * h * w, bits, mask=in_window & (second >= 0.5))
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _colors(  # type: ignore[no-untyped-def]
+        points_ptr, matrices_ptr, layers_ptr, mask_ptr, used_ptr, hulls_ptr, front_ptr, volume_ptr,
+        n, n_views, h, w, voxel_size, fill_color, hidden_weight, voxels: tl.constexpr,
+    ):  # fmt: skip
+        """The volume [8, n] from the hulls and from what hides what."""
+        i = tl.program_id(0) * voxels + tl.arange(0, voxels)
+        inside = i < n
+        smaller = tl.load(hulls_ptr + i, mask=inside, other=0.0)
+        larger = tl.load(hulls_ptr + n + i, mask=inside, other=0.0)
+        red, green, blue = tl.zeros((voxels,), tl.float32), smaller * 0, smaller * 0
+        spread, seen_share, bare = smaller * 0, smaller * 0, smaller * 0
+        if tl.max(larger, 0) == 0:  # nothing here
+            red += fill_color
+            green += fill_color
+            blue += fill_color
+        else:
+            counted = 0
+            for v in range(n_views):
+                counted += tl.load(used_ptr + v)
+            for hull in tl.static_range(2):
+                occupied = (smaller if hull == 0 else larger) > 0
+                there = front_ptr + hull * n_views * h * w
+                weights, r, g, b = smaller * 0, smaller * 0, smaller * 0, smaller * 0
+                for v in range(n_views):
+                    x, y, depth, in_window, nearest = _projected(points_ptr, matrices_ptr, v, i, inside, h, w)
+                    front = tl.load(there + v * h * w + nearest, mask=inside, other=0.0)
+                    given = (tl.load(used_ptr + v) != 0) & (depth > 0)
+                    seen = depth <= front + voxel_size
+                    weight = tl.where(given, tl.where(seen, 1.0, hidden_weight), 0.0)
+                    weights += weight * _layer(layers_ptr, v, x, y, h, w, 3, occupied)
+                    r += weight * _layer(layers_ptr, v, x, y, h, w, 0, occupied)
+                    g += weight * _layer(layers_ptr, v, x, y, h, w, 1, occupied)
+                    b += weight * _layer(layers_ptr, v, x, y, h, w, 2, occupied)
+                    seen_share += tl.where(occupied & seen & given, 0.5, 0.0)
+                    if hull == 0:
+                        on_animal = tl.load(mask_ptr + v * h * w + nearest, mask=in_window, other=0.0) > 0.5
+                        alone = in_window & on_animal & (front == float("inf")) & (tl.load(used_ptr + v) != 0)
+                        bare += tl.where(alone & (larger > 0), 1.0, 0.0)
+                total = tl.maximum(weights, 1e-6)
+                r, g, b = r / total, g / total, b / total
+                off = smaller * 0
+                for v in range(n_views):
+                    x, y, depth, _, nearest = _projected(points_ptr, matrices_ptr, v, i, inside, h, w)
+                    front = tl.load(there + v * h * w + nearest, mask=inside, other=0.0)
+                    given = (tl.load(used_ptr + v) != 0) & (depth > 0)
+                    weight = tl.where(given, tl.where(depth <= front + voxel_size, 1.0, hidden_weight), 0.0)
+                    covered = _layer(layers_ptr, v, x, y, h, w, 3, occupied)
+                    own = tl.maximum(covered, 1e-3)
+                    off_r = _layer(layers_ptr, v, x, y, h, w, 0, occupied) / own - r
+                    off_g = _layer(layers_ptr, v, x, y, h, w, 1, occupied) / own - g
+                    off_b = _layer(layers_ptr, v, x, y, h, w, 2, occupied) / own - b
+                    off += weight * covered * (off_r * off_r + off_g * off_g + off_b * off_b)
+                spread += tl.where(occupied, 0.5 * tl.sqrt(off / total), 0.0)
+                red += 0.5 * tl.where(occupied, r, fill_color)
+                green += 0.5 * tl.where(occupied, g, fill_color)
+                blue += 0.5 * tl.where(occupied, b, fill_color)
+            seen_share /= n_views
+            bare /= counted
+        tl.store(volume_ptr + i, 0.5 * (smaller + larger), mask=inside)
+        tl.store(volume_ptr + n + i, red, mask=inside)
+        tl.store(volume_ptr + 2 * n + i, green, mask=inside)
+        tl.store(volume_ptr + 3 * n + i, blue, mask=inside)
+        tl.store(volume_ptr + 4 * n + i, smaller, mask=inside)
+        tl.store(volume_ptr + 5 * n + i, bare, mask=inside)
+        tl.store(volume_ptr + 6 * n + i, spread, mask=inside)
+        tl.store(volume_ptr + 7 * n + i, seen_share, mask=inside)
