@@ -119,7 +119,7 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
         cast = 0.0 if model.precision == "fp32" else 2.0 * weights
     unets = batch * size.voxels * model.num_unets * element * (8 + kept * model.base_filters) + cast
     volumes = batch * size.voxels * (128 + 16 * element)
-    carving = size.voxels * (93 * size.views + 56 + 32 * (batch - 1)) + 16 * size.views * size.pixels
+    carving = size.voxels * (40 + 32 * (batch - 1)) + 80 * size.views * size.pixels
     # Frames drawn before the last one wait for their gradients.
     pixels, gaussians = size.views * size.pixels, model.max_gaussians
     similarity = 190 if experiment.train.ssim_lambda > 0 else 0
@@ -138,8 +138,9 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
     most = CACHE_BYTES // (4 * frame)
     frames = most if size.frames is None else size.frames
     recording = 4 * frame * (min(frames, frames // 3 + VALID_FRAMES) if frames <= most else AHEAD)
-    # It runs once unrecorded, beside the memory that the recorded step keeps. Carving takes most of it.
-    alone = size.voxels * (93 * size.views + 56) + 16 * size.views * size.pixels
+    # It runs once unrecorded, beside the memory that the recorded step keeps: a volume, its way through the U-Nets, of
+    # which nothing is kept, and pictures.
+    alone = size.voxels * (168 + element * (16 + model.base_filters)) + 80 * size.views * size.pixels
     validation = UNUSED_ONCE * alone if model.gaussian_mode == "3d" else 0.0
     parts = {
         "CUDA": CONTEXT,
