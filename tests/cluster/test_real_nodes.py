@@ -31,7 +31,7 @@ from zoosplat_flows.runners.settings import Settings
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(os.environ.get("ZOOSPLAT_CI_CLUSTER") != "1", reason="set ZOOSPLAT_CI_CLUSTER=1"),
-    pytest.mark.timeout(1200),  # of the first test, which starts everything
+    pytest.mark.timeout(2400),  # of the first test, which starts everything and gives 7 GB of images to four nodes
 ]
 
 Object = dict[str, Any]
