@@ -52,13 +52,14 @@ state = "$node/state"
 END
 echo '{"cniVersion":"0.4.0","name":"lo","plugins":[{"type":"loopback"}]}' > "$node/cni/10-lo.conflist"
 # Unpacking gigabytes takes minutes: the next node with these images starts with links to what the first one unpacked.
-unpacked="$RUN/unpacked/$(echo "$@" | sha256sum | cut -c1-16)"
+unpacked="$RUN/unpacked/$([ $# -eq 0 ] || stat -c '%n %s %y' "$@" | sha256sum | cut -c1-16)"
+fresh=$([ -d "$node/data" ] || echo yes)
 linked() {  # FROM TO: a copy of containerd's folder, whose files never change, but for its databases
   cp -al "$1" "$2"
   find "$2" -name '*.db' -exec cp -p {} {}.own \; -exec mv -f {}.own {} \;
 }
 given=("$RUN/pause.tar" "$@")
-if [ $# -gt 0 ] && [ -d "$unpacked" ] && [ ! -d "$node/data" ]; then
+if [ $# -gt 0 ] && [ -n "$fresh" ] && [ -d "$unpacked" ]; then
   linked "$unpacked" "$node/data"
   given=()
 fi
@@ -70,7 +71,7 @@ for image in ${given[@]+"${given[@]}"}; do
   # Pods run on the unpacked layers; the packed ones, gigabytes for a node with GPU images, are not needed again.
   ctr content ls | awk '$2 ~ /[MG]i?B$/ {print $1}' | while read -r digest; do ctr content rm "$digest" > /dev/null; done
 done
-if [ $# -gt 0 ] && [ ! -d "$unpacked" ]; then
+if [ $# -gt 0 ] && [ -n "$fresh" ] && [ ! -d "$unpacked" ]; then
   sleep 2  # it still removes what the loop above has
   mkdir -p "$RUN/unpacked"
   linked "$node/data" "$unpacked.part"
