@@ -6,12 +6,11 @@ percent of them.
 
 from __future__ import annotations
 
-import functools
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from zoosplat_model import kernels
 
 try:
     import triton
@@ -22,21 +21,16 @@ except ImportError:  # CPU builds of torch come without
 VOXELS = 128  # of a block of threads
 
 
-@functools.cache
 def works(device: int) -> bool:
-    """Whether Triton can compile here, which takes a C compiler besides the GPU."""
-    if triton is None:
-        return False
-    try:
-        cuda = torch.device("cuda", device)
-        one = torch.ones(1, 2, 2, device=cuda)
-        matrix = torch.eye(3, 4, device=cuda)[None]
-        used = torch.ones(1, dtype=torch.bool, device=cuda)
-        carve(one[..., None].expand(1, 2, 2, 3), one, matrix, one.new_ones(1, 1, 1, 3), 1.0, 1, 0.0, 0.5, used)
-    except Exception as error:
-        warnings.warn(f"Triton does not work ({error}): carving is slower; install a C compiler", stacklevel=2)
-        return False
-    return True
+    """Whether the kernels run on this CUDA device."""
+    return kernels.work(_attempt, device)
+
+
+def _attempt(cuda: torch.device) -> None:
+    one = torch.ones(1, 2, 2, device=cuda)
+    matrix = torch.eye(3, 4, device=cuda)[None]
+    used = torch.ones(1, dtype=torch.bool, device=cuda)
+    carve(one[..., None].expand(1, 2, 2, 3), one, matrix, one.new_ones(1, 1, 1, 3), 1.0, 1, 0.0, 0.5, used)
 
 
 def carve(

@@ -6,13 +6,13 @@ dozen launches for each, converts layouts back and forth, and BatchNorm3d runs o
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from zoosplat_model import kernels
 
 EPSILON = 1e-5
 SLOPE = 0.01  # of the leaky ReLU
@@ -56,21 +56,12 @@ def halve(x: Tensor) -> Tensor:
 
 def _fits_kernels(x: Tensor) -> bool:
     # A row of the kernels' tiles is a voxel's channels, whose number Triton wants to be a power of 2.
-    return x.is_cuda and x.shape[1] & (x.shape[1] - 1) == 0 and _kernels_work(x.device.index)
+    return x.is_cuda and x.shape[1] & (x.shape[1] - 1) == 0 and kernels.work(_attempt, x.get_device())
 
 
-@functools.cache
-def _kernels_work(device: int) -> bool:
-    """Whether Triton can compile here, which takes a C compiler besides the GPU."""
-    if triton is None:
-        return False
-    try:
-        x = torch.zeros(1, 16, 2, 2, 2, device=f"cuda:{device}")
-        _Normalize.apply(x, x.new_ones(16), x.new_zeros(16))
-    except Exception as error:
-        warnings.warn(f"Triton does not work ({error}): training is slower; install a C compiler", stacklevel=2)
-        return False
-    return True
+def _attempt(cuda: torch.device) -> None:
+    x = torch.zeros(1, 16, 2, 2, 2, device=cuda)
+    _Normalize.apply(x, x.new_ones(16), x.new_zeros(16))
 
 
 if triton is not None:

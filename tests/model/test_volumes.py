@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from zoosplat_model import kernels
 from zoosplat_model.volumes import halve, normalize, normalize_plainly
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -59,3 +60,19 @@ def test_plain_functions_normalise_each_volume() -> None:
     y = normalize_plainly(x, torch.ones(3), torch.full((3,), 100.0))
     assert torch.allclose(y.mean((2, 3, 4)), torch.full((2, 3), 100.0), atol=1e-4)
     assert torch.allclose(y.var((2, 3, 4), correction=0), torch.ones(2, 3), atol=1e-3)
+
+
+def test_kernels_that_do_not_work_are_a_warning_once() -> None:
+    pytest.importorskip("triton")
+    tried = []
+
+    def attempt(device: torch.device) -> None:
+        tried.append(device)
+        if device.index == 1:
+            raise RuntimeError("no gcc")
+
+    with pytest.warns(UserWarning, match="no gcc.*install a C compiler"):
+        assert not kernels.work(attempt, 1)
+    assert not kernels.work(attempt, 1)
+    assert kernels.work(attempt, 0)
+    assert tried == [torch.device("cuda", 1), torch.device("cuda", 0)]

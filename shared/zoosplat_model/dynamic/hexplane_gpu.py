@@ -6,13 +6,13 @@ additions each. Here a launch does a level, and a point's 32 channels are one li
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from zoosplat_model import kernels
 
 try:
     import triton
@@ -24,19 +24,14 @@ POINTS = 16  # of a block of threads
 ELEMENTS = 1024
 
 
-@functools.cache
 def works(device: int) -> bool:
-    """Whether Triton can compile here, which takes a C compiler besides the GPU."""
-    if triton is None:
-        return False
-    try:
-        cuda = torch.device("cuda", device)
-        planes = [torch.ones(1, 32, 3, 3, device=cuda).contiguous(memory_format=torch.channels_last) for _ in range(6)]
-        sample(torch.zeros(1, 3, device=cuda), torch.zeros((), device=cuda), planes)
-    except Exception as error:
-        warnings.warn(f"Triton does not work ({error}): training is slower; install a C compiler", stacklevel=2)
-        return False
-    return True
+    """Whether the kernels run on this CUDA device."""
+    return kernels.work(_attempt, device)
+
+
+def _attempt(cuda: torch.device) -> None:
+    planes = [torch.ones(1, 32, 3, 3, device=cuda).contiguous(memory_format=torch.channels_last) for _ in range(6)]
+    sample(torch.zeros(1, 3, device=cuda), torch.zeros((), device=cuda), planes)
 
 
 def sample(places: Tensor, time: Tensor, planes: Sequence[Tensor]) -> Tensor:
