@@ -86,7 +86,7 @@ def test_prediction_is_within_15_percent_of_an_h200(
 
 # GiB of whole trainings of a recording of 300 frames on one H200, by benchmarks/profiles.py, when carving still was a
 # hundred passes over the volume (1.7, 3.2, 5.9, 11.6, 18.9), less what its kernels save in the first validation: the
-# tensors of two trainings took 0.11 and 0.13 GiB less at 0.49 million voxels. An estimate until measured again.
+# tensors of two trainings took 0.10 and 0.13 GiB less at 0.49 million voxels. An estimate until measured again.
 TRAINED = [
     ("", 0.336e6, 256 * 288, 1.6),
     ("12gb", 1.16e6, 352 * 480, 2.9),
