@@ -84,15 +84,13 @@ def test_prediction_is_within_15_percent_of_an_h200(
     assert steps / GIB == pytest.approx(measured, rel=0.15)
 
 
-# GiB of whole trainings of a recording of 300 frames on one H200, by benchmarks/profiles.py, when carving still was a
-# hundred passes over the volume (1.7, 3.2, 5.9, 11.6, 18.9), less what its kernels save in the first validation: the
-# tensors of two trainings took 0.10 and 0.13 GiB less at 0.49 million voxels. An estimate until measured again.
+# GiB of whole trainings of a recording of 300 frames on one H200, by benchmarks/profiles.py.
 TRAINED = [
-    ("", 0.336e6, 256 * 288, 1.6),
-    ("12gb", 1.16e6, 352 * 480, 2.9),
-    ("24gb", 2.03e6, 352 * 480, 5.4),
-    ("48gb", 4.64e6, 352 * 480, 10.5),
-    ("80gb", 4.67e6, 704 * 960, 18.2),
+    ("", 0.336e6, 256 * 288, 1.55),
+    ("12gb", 1.16e6, 352 * 480, 2.91),
+    ("24gb", 2.03e6, 352 * 480, 5.60),
+    ("48gb", 4.64e6, 352 * 480, 9.44),
+    ("80gb", 4.67e6, 704 * 960, 18.97),
 ]
 
 

@@ -195,7 +195,8 @@ def test_kernels_agree_with_plain_functions(time_range: Any) -> None:
     weight = torch.randn(5000, plain.width, dtype=torch.float64)
     exact, found = means.clone().requires_grad_(), means.float().cuda().requires_grad_()
     truth, ours = plain(exact, torch.tensor(0.37).double()), fast(found, torch.tensor(0.37).cuda())
-    assert (ours.cpu() - truth).abs().max() < 1e-5
+    # Products of six float32 interpolations, up to 3; a position among 64 cells is known to 4e-6 of a cell.
+    assert (ours.cpu() - truth).abs().max() < 5e-5
     torch.autograd.backward((truth * weight).sum())
     torch.autograd.backward((ours * weight.float().cuda()).sum())
     weights = (0.3, 0.2, 0.1)

@@ -5,6 +5,8 @@ import io
 import json
 import math
 import re
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,6 +277,27 @@ def test_time_limit_counts_what_earlier_runs_spent(tiny: Project, monkeypatch: p
     run_stage(STAGE, tiny)
     assert latest(tiny).step <= before.step + 1  # the limit of 30 s was over; the epoch is ended, and no other begun
     assert (tiny.read_mark("train") or {})["figures"]["best_step"] == latest(tiny).progress.best_step
+
+
+def test_time_that_runs_out_between_epochs_leaves_a_validated_model(
+    tiny: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(tiny, epochs=100000, max_minutes=60, valid_every=1000, save_every=1)
+    late = SimpleNamespace(seconds=0.0)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late.seconds)
+    monkeypatch.setattr(stage, "time", clock)
+    saved = stage._Training._save
+
+    def save(training: stage._Training) -> None:
+        saved(training)
+        late.seconds = 3600.0  # of a checkpoint that takes long to write
+
+    monkeypatch.setattr(stage._Training, "_save", save)
+    run_stage(STAGE, tiny)
+    best = checkpoints.load(tiny, "best")
+    assert best is not None
+    assert best.step == latest(tiny).step
+    assert "valid_iou" in latest(tiny).progress.history[-1]
 
 
 def test_no_frame_to_train_on_is_said_before_training(tiny: Project) -> None:

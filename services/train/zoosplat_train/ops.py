@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from zoosplat.config import Experiment, Train
 from zoosplat_model import checkpoints
 from zoosplat_model.frames import Frame, FrameReader, send
 from zoosplat_model.losses import Losses, frame_losses, soft_iou
-from zoosplat_model.rasterize import Pairs, Rendering
-from zoosplat_model.recorded import Recorded
+from zoosplat_model.rasterize import Rendering
+from zoosplat_model.recorded import Recorder
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 from zoosplat_train.parallel import Ranks
 
@@ -93,9 +93,8 @@ class Trainer:
 
     Attributes:
         model, optimizer: Adam, with a higher rate for the head than for the U-Nets.
-        record: whether a GPU replays recorded steps; else it runs them as a CPU does.
         averaged: the model with weights averaged over about the last tenth of the steps: what is validated and used.
-        needed_pairs: [] int64 on the device, pairs of Gaussians and tiles of the step that had most: see `make_room`.
+        recorder: runs steps, and knows how many pairs of Gaussians and tiles they needed.
     """
 
     def __init__(
@@ -114,13 +113,9 @@ class Trainer:
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=gpu)
         self.averaged = PoseSplatter.of(reader, experiment).on(device).requires_grad_(False)
         self.averaged.load_state_dict(self.model.state_dict())
+        self.recorder = Recorder(device, ROOM)
         # gsplat waits for the GPU amid the gradients of surfels, which cannot be recorded.
-        self.record = experiment.model.gaussian_mode == "3d"
-        self._recorded: dict[str, Recorded] = {}
-        self._warm: set[str] = set()
-        self._pool: Any = None
-        self.needed_pairs = torch.zeros((), dtype=torch.int64, device=device)
-        self._pairs = Pairs(0, self.needed_pairs)
+        self.recorder.record &= experiment.model.gaussian_mode == "3d"
         if self.ranks.size > 1:
             # Gradients, then losses, in one piece: one message to the other ranks.
             sizes = [p.numel() for p in self.model.parameters()]
@@ -164,35 +159,13 @@ class Trainer:
         used, chosen, numbers = (send(value, self.reader.device) for value in (used, torch.tensor(mirrored), numbers))
         inputs = [*(value for frame in frames for value in _tensors(frame)), used, chosen, numbers]
         if self.ranks.size == 1:
-            return self._run(f"step of {len(frames)}", self._step, inputs)
+            return self.recorder(f"step of {len(frames)}", self._step, inputs)
         if frames:
-            self._run(f"gradients of {len(frames)}", self._share, inputs)
+            self.recorder(f"gradients of {len(frames)}", self._share, inputs)
         else:  # the last step of an epoch may have fewer than there are ranks
             self._shared.zero_()
         self.ranks.add_up(self._shared)
-        return self._run("update", self._update_from_shared, [numbers])
-
-    def _run(self, name: str, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        """The function, recorded at its second call on a GPU; at the first, libraries choose their kernels."""
-        device = self.reader.device
-        if device.type == "cpu" or not self.record:
-            return function(*(value.to(device) for value in inputs))
-        if name not in self._recorded:
-            if name not in self._warm:
-                self._warm.add(name)
-                return function(*(value.to(device) for value in inputs))
-            if not self._recorded:
-                most = ROOM * int(self.needed_pairs)
-                self._pairs = Pairs(-(-most // 4096) * 4096, self.needed_pairs)
-                self._pool = torch.cuda.graph_pool_handle()
-            self._recorded[name] = Recorded(function, inputs, device, pool=self._pool)
-        return self._recorded[name](inputs)
-
-    def make_room(self, pairs: int) -> None:
-        """Record anew where the Gaussians have come to cover more tiles than the recorded step has room for."""
-        if self._recorded and pairs > self._pairs.most:
-            torch.cuda.synchronize()  # one may be running
-            self._recorded.clear()
+        return self.recorder("update", self._update_from_shared, [numbers])
 
     def _step(self, *inputs: Tensor) -> Tensor:
         losses = self._backward(*inputs)
@@ -257,7 +230,7 @@ class Trainer:
         sums = torch.zeros(len(VALID_FIGURES) + 1, dtype=torch.float64, device=self.reader.device)
         for frame in frames:
             out = send(torch.arange(n) == view_to_predict(frame.t, n), self.reader.device)
-            figures = self._run("validate", self._validate, [*_tensors(frame), out])
+            figures = self.recorder("validate", self._validate, [*_tensors(frame), out])
             sums += torch.cat([figures.double(), torch.ones_like(sums[:1])])
         self.ranks.add_up(sums)
         means = dict(zip(VALID_FIGURES, (sums[:-1] / sums[-1]).tolist(), strict=True))
@@ -303,7 +276,7 @@ class Trainer:
             self.reader.width,
             self.reader.height,
             self.reader.observed,
-            self._pairs,
+            self.recorder.pairs,
         )
 
     def _losses(self, frame: Frame, rendering: Rendering, counted: Tensor | None = None) -> Losses:

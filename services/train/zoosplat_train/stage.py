@@ -164,10 +164,12 @@ class _Training:
         board = plots.tensorboard(url, p.step) if self.ranks.first else nullcontext()
         # Frames are read ahead of the steps, from one epoch into the next.
         with board as self.board, closing(self.reader.prefetch(self._order())) as self.ahead:
-            # A run that was stopped when its time was up, but within an epoch, still has that to end.
-            while not self.is_over() or p.position > 0:
+            # A run that was stopped when its time was up, but within an epoch, still has that to end. Time that runs
+            # out while an epoch's checkpoint is written is noticed in the next one, for the last has to be validated.
+            over = self.is_over() and p.position == 0 and p.best is not None
+            while not over:
                 self._epoch()
-                self._end_epoch()
+                over = self._end_epoch()
         steps = p.step - self.begun_step
         figures: dict[str, Any] = {
             "train_loss": p.history[-1]["train_loss"],
@@ -221,8 +223,8 @@ class _Training:
             if self.is_over():
                 return
 
-    def _end_epoch(self) -> None:
-        """History, validation, plots and checkpoint; at the end of the training all of them."""
+    def _end_epoch(self) -> bool:
+        """History, validation, plots and checkpoint; at the end of the training all of them. Whether it is the end."""
         p, settings = self.progress, self.settings
         means = self._look()  # waits for the last step
         loop, steps = time.monotonic() - self.begun, self.busy.seconds()
@@ -245,13 +247,14 @@ class _Training:
             row |= figures
         p.history.append(row)
         if self.board is None:  # not the first rank
-            return
+            return over
         self.board.add(row)
         if over or (p.epoch % settings.plot_every == 0 and self._affords("plot")):
             self._plot()
         due = p.epoch % settings.save_every == 0 or self.best is not None
         if over or time.monotonic() - self.saved > SAVE_SECONDS or (due and self._affords("save")):
             self._save()
+        return over
 
     def _affords(self, what: str) -> bool:
         return self.spent[what] <= SHARE * (time.monotonic() - self.clock)
@@ -267,7 +270,7 @@ class _Training:
         return self._show(self._take())
 
     def _take(self) -> _Taken:
-        there = torch.cat([self.sums, self.trainer.needed_pairs.double()[None]]).to("cpu", non_blocking=True)
+        there = torch.cat([self.sums, self.trainer.recorder.pairs.needed.double()[None]]).to("cpu", non_blocking=True)
         event: Any = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -280,7 +283,7 @@ class _Training:
             taken.event.synchronize()
         p = self.progress
         *sums, pairs = taken.figures.tolist()
-        self.trainer.make_room(int(pairs))
+        self.trainer.recorder.make_room(int(pairs))
         means = {key: value / max(taken.position, 1) for key, value in zip(ops.TRAIN_FIGURES, sums, strict=True)}
         if not all(math.isfinite(value) for value in sums):
             raise self._diverged()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from zoosplat_model.dynamic.schedule import SH_EVERY, STAGES, Actions, Stage, ac
 from zoosplat_model.frames import send
 from zoosplat_model.metrics import ssim_map
 from zoosplat_model.rasterize import Pairs, Rendering, Screen, rasterize
-from zoosplat_model.recorded import Recorded
+from zoosplat_model.recorded import Recorder
 
 NEWEST = 0.4  # weight of the newest loss and PSNR in their averages
 ROOM = 2  # for pairs of Gaussians and tiles in a recorded iteration, over those that there have been
@@ -66,6 +65,7 @@ class Trainer:
     Attributes:
         scene, gaussians, field: on one device.
         optimizer: Adam with a group for each attribute, for the decoder and for the planes.
+        recorder: runs the iterations.
         stage, iteration: iterations of this stage that are done.
         active_sh_degree: degree of the harmonics of colour in use.
         spatial_lr_scale: factor on the learning rate of positions: the extent of the cameras.
@@ -84,10 +84,7 @@ class Trainer:
         self.active_sh_degree = 0
         self.excluded_seconds = 0.0
         self.figures = points.new_full((2,), math.nan)
-        self._graphs: dict[tuple[int, bool], Recorded] = {}
-        self._warm: set[tuple[int, bool]] = set()
-        self._needed_pairs = torch.zeros((), dtype=torch.int64, device=points.device)
-        self._pairs = Pairs(0, self._needed_pairs)
+        self.recorder = Recorder(points.device, ROOM)
         self._order: tuple[tuple[str, int], list[int]] | None = None
         self.begin("coarse")
 
@@ -95,7 +92,7 @@ class Trainer:
         """Start a stage, with an optimiser and statistics that know nothing yet."""
         self.stage, self.iteration = stage, 0
         self.gaussians = GaussianSet(self.gaussians.values())
-        self._forget_graphs()
+        self.recorder.forget()
         self._make_optimizer()
 
     def _make_optimizer(self) -> None:
@@ -131,45 +128,22 @@ class Trainer:
         self.iteration += 1
         if self.iteration % SH_EVERY == 0 and self.active_sh_degree < self.config.sh_degree:
             self.active_sh_degree += 1
-            self._forget_graphs()
+            self.recorder.forget()
         frame, views = self._chosen()
         due = actions(self.iteration, self.stage, len(self.gaussians), self.config)
-        scene, rates = self.scene, self._rates()
+        scene, rates = self.scene, send(torch.tensor(self._rates(), dtype=torch.float64), self.gaussians.xyz.device)
         of_views = (scene.pictures, scene.masks, scene.poses, scene.intrinsics)
         inputs = [*(torch.stack([values[frame, v] for v in views]) for values in of_views), scene.times[frame]]
         if due.densify or due.prune or due.grow or due.reset:
             self._backward(due.collect, *inputs)
             self._change(due)
             self._update(rates)
-        elif not inputs[0].is_cuda:
-            self._iterate(due.collect, *inputs, rates)
         else:
-            self._replay(due.collect, [*inputs, send(torch.tensor(rates), inputs[0].device)])
-
-    def _replay(self, collect: bool, inputs: list[Tensor]) -> None:
-        """The iteration, recorded at the second of its kind; at the first, libraries choose their kernels."""
-        kind = len(inputs[0]), collect
-        if kind not in self._graphs:
-            if kind not in self._warm:
-                self._warm.add(kind)
-                self._iterate(collect, *inputs)
-                return
-            if not self._graphs:
-                self._pairs = Pairs(-(-ROOM * int(self._needed_pairs) // 4096) * 4096, self._needed_pairs)
-            self._graphs[kind] = Recorded(partial(self._iterate, collect), inputs, inputs[0].device)
-        self._graphs[kind](inputs)
-
-    def _forget_graphs(self) -> None:
-        """Record anew: something is not where it was, or has another size."""
-        if self._graphs:
-            torch.cuda.synchronize()  # one may be running
-        self._graphs.clear()
-        self._warm.clear()
+            self.recorder((len(views), due.collect), partial(self._iterate, due.collect), [*inputs, rates])
 
     def make_room(self) -> None:
         """Record anew where Gaussians have come to cover more tiles than the recorded iteration has room for."""
-        if self._graphs and int(self._needed_pairs) > self._pairs.most:
-            self._forget_graphs()
+        self.recorder.make_room(int(self.recorder.pairs.needed))
 
     def _iterate(self, collect: bool, *inputs: Any) -> Tensor:
         """An iteration that does not change the set of Gaussians."""
@@ -207,10 +181,10 @@ class Trainer:
             assert screen.radii is not None
             g.collect(screen.offsets.grad, screen.radii, width, height)
 
-    def _update(self, rates: Sequence[float] | Tensor) -> None:
+    def _update(self, rates: Tensor) -> None:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(rate) if isinstance(rate, Tensor) else group["lr"].fill_(rate)
+                group["lr"].copy_(rate)
             else:
                 group["lr"] = float(rate)
         self.optimizer.step()
@@ -227,7 +201,7 @@ class Trainer:
         deformed = self.gaussians.canonical()
         if self.stage == "fine":
             deformed = self.field(deformed, moment)
-        return draw(deformed, poses, intrinsics, width, height, self.active_sh_degree, screen, self._pairs)
+        return draw(deformed, poses, intrinsics, width, height, self.active_sh_degree, screen, self.recorder.pairs)
 
     def _loss(self, rendering: Rendering, truth: Tensor, masks: Tensor) -> Tensor:
         c = self.config
@@ -259,7 +233,7 @@ class Trainer:
 
     def _change(self, due: Actions) -> None:
         c, g = self.config, self.gaussians
-        self._forget_graphs()
+        self.recorder.forget()
         if g.xyz.is_cuda:
             torch.cuda.synchronize(g.xyz.device)
         begun = time.monotonic()
