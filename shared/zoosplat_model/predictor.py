@@ -69,7 +69,7 @@ class Predictor:
             project: where.
             experiment: its configuration.
             device: see `pick_device`.
-            finished: False takes the best checkpoint so far of a training that has not ended.
+            finished: False takes the best checkpoint so far of a training that has not ended (dynamic: the newest).
 
         Raises:
             UserError: a stage is missing or was made with another configuration, or the device does not exist.
@@ -81,7 +81,7 @@ class Predictor:
         if experiment.train.method == "dynamic":
             from zoosplat_model.dynamic.predictor import DynamicPredictor
 
-            return DynamicPredictor(reader, project, experiment)
+            return DynamicPredictor(reader, project, experiment, finished=finished)
         model = PoseSplatter.of(reader, experiment).on(chosen)
         checkpoint = checkpoints.load(project, "best")
         if checkpoint is None:

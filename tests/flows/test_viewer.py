@@ -23,7 +23,11 @@ from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 from zoosplat import schema, stores
+from zoosplat.project import Project
+from zoosplat.stage import run_stage
 from zoosplat_flows.cli import app as cli
+from zoosplat_train import dynamic
+from zoosplat_train.stage import STAGE as TRAIN
 
 viewer = pytest.importorskip("zoosplat_flows.viewer.app", reason="viser is not installed; pip install zoosplat[view]")
 from zoosplat_flows.viewer import data, embedding_map  # noqa: E402
@@ -120,6 +124,37 @@ def test_shows_what_is_done(trained: Path, tmp_path: Path) -> None:
     best = copy / "model" / "best.json"
     best.write_text(best.read_text().replace('"valid_loss": ', '"valid_loss": 1'))
     assert state(str(copy)) not in seen
+
+
+def test_shows_what_dynamic_gaussians_have_come_to(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "project"
+    shutil.copytree(trained, copy)
+    (copy / "_marks" / "train.json").unlink()
+    project = Project.at(str(copy))
+    old = project.read_experiment()
+    few: dict[str, Any] = {"coarse_iterations": 6, "fine_iterations": 6, "initial_points": 200}
+    few |= {"multires": (1,), "resolution": 8, "time_resolution": 4}
+    train, changed = old.train.model_copy(update={"method": "dynamic"}), old.dynamic.model_copy(update=few)
+    project.write_experiment(old.model_copy(update={"train": train, "dynamic": changed}))
+    before = state(str(copy))
+    assert not Scene(str(copy)).has_model  # the checkpoint that is there is of the other trainer
+    monkeypatch.setattr(dynamic, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(dynamic, "LOOK_ITERATIONS", 1)
+
+    def stop(done: int, total: int, message: str) -> None:
+        if message.startswith("fine 4"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(TRAIN, project, progress=stop)
+    opened = Scene(str(copy))
+    opened.load_model("cpu")
+    assert (opened.notes, opened.training, opened.has_gaussians(7)) == ([], True, True)
+    assert opened.predictor is not None
+    assert opened.predictor.step == 9
+    assert state(str(copy)) != before
 
 
 def test_what_no_longer_fits_is_said(trained: Path, tmp_path: Path) -> None:

@@ -135,9 +135,26 @@ def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPat
             run_stage(STAGE, tiny, force=force, progress=stop)
         names = [n for n in stores.list_files(tiny.output_url("train")) if n.startswith("chkpnt")]
         assert names == ["chkpnt_coarse_9.pth" if force else "chkpnt_fine_14.pth"]
+        so_far = Predictor.open(tiny, tiny.read_experiment(), "cpu", finished=False)
+        assert so_far.step == (9 if force else 34)
+        so_far.gaussians(0)
     run_stage(STAGE, tiny, progress=stop)
     np.testing.assert_allclose(gaussians_of(tiny), whole, atol=1e-4)
     assert [float(row["step"]) for row in history(tiny)] == [5, 10, 15, 20, 25, 30, 35, 40]
+
+
+def test_the_last_checkpoint_is_the_result(tiny: Project) -> None:
+    configure(tiny)
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        Predictor.open(tiny, tiny.read_experiment(), "cpu", finished=False)
+    configure(tiny, checkpoint_iterations=(20,))
+    run_stage(STAGE, tiny)
+    result, newest = (Predictor.open(tiny, tiny.read_experiment(), "cpu", finished=f) for f in (True, False))
+    assert result.step == newest.step == 40
+    frame = result.reader.frame(3)
+    size = result.reader.width, result.reader.height
+    pictures = [p.render(p.gaussians(3), frame.world_to_camera, frame.intrinsics, *size).rgb for p in (result, newest)]
+    torch.testing.assert_close(*pictures)
 
 
 def test_a_given_start(tiny: Project, tmp_path: Path) -> None:

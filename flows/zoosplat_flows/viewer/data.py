@@ -146,8 +146,15 @@ def state(url: str) -> tuple[object, ...]:
     """Something that changes when there is more to see in a project, or other things; a few small reads."""
     project = Project.at(url)
     marks = [(project.read_mark(stage) or {}).get("digest") for stage in STAGES_SHOWN]
-    best = stores.read_json(stores.join(project.output_url("train"), "best.json")) or {}
-    return (*marks, best.get("checkpoint"), best.get("valid_loss"))
+    return (*marks, *_checkpoints(project))
+
+
+def _checkpoints(project: Project) -> tuple[object, object]:
+    """What a training that has not ended has to show so far, by method: None where there is nothing yet."""
+    url = project.output_url("train")
+    best = stores.read_json(stores.join(url, "best.json"))
+    dynamic = [name for name in stores.list_files(url) if name.startswith("chkpnt_")]
+    return best and (best.get("checkpoint"), best.get("valid_loss")), max(dynamic, default=None)
 
 
 class Scene:
@@ -190,8 +197,8 @@ class Scene:
             self._read_embedding()
         ready = all(group is not None for group in (self._masks, self._tracking, self._crop, self._images))
         self.training = self.project.read_mark("train") is None
-        best = stores.join(self.project.output_url("train"), "best.json")
-        self.has_model = ready and (not self.training or stores.exists(best))
+        found = _checkpoints(self.project)[self.experiment.train.method == "dynamic"]
+        self.has_model = ready and (not self.training or found is not None)
 
     def _open(self, stage: str) -> zarr.Group | None:
         """A stage's group; None where it is not there yet, or (with a note) no longer fits the configuration."""
@@ -242,7 +249,7 @@ class Scene:
             self.embedding = Embedding(place.astype(np.float32), valid.astype(bool) & np.isfinite(place).all(1))
 
     def load_model(self, device: str) -> None:
-        """The best checkpoint, where there is one; a note where it does not fit. UserError: no such device."""
+        """The best checkpoint, of dynamic Gaussians the newest; a note where none fits. UserError: no such device."""
         if not self.has_model:
             return
         from zoosplat_model.predictor import Predictor, pick_device

@@ -134,6 +134,29 @@ def read_checkpoint(url: str) -> tuple[Checkpoint, Stage, int]:
         raise UserError(f"{url}: not a checkpoint of dynamic Gaussians ({error})") from None
 
 
+def read_newest(url: str, field: DeformationField) -> tuple[dict[str, Tensor], int, Stage, int]:
+    """Gaussians, degree of their harmonics, stage and iteration of the newest checkpoint; it fills `field`. On the CPU.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another configuration.
+    """
+    own = checkpoints_in(url)
+    if not own:
+        raise UserError(f"{url}: no checkpoint yet; training writes one a minute")
+    where = stores.join(url, checkpoint_name(*own[-1]))
+    checkpoint, stage, iteration = read_checkpoint(where)
+    _fill(field, checkpoint.deformation, where)
+    return checkpoint.values(), checkpoint.active_sh_degree, stage, iteration
+
+
+def _fill(field: DeformationField, state: Any, where: str) -> None:
+    try:
+        field.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        first = str(error).splitlines()[-1].strip()
+        raise UserError(f"{where}: of another configuration ({first}); run stage train again with --force") from None
+
+
 # -- results ------------------------------------------------------------------------------------------------------
 def folder_of(url: str, stage: Stage, iteration: int) -> str:
     """The folder of a result below a model's URL."""
@@ -159,11 +182,7 @@ def read_result(url: str, stage: Stage, iteration: int, field: DeformationField)
     """
     folder = folder_of(url, stage, iteration)
     where = stores.join(folder, "deformation.pth")
-    try:
-        field.load_state_dict(_load(where))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        first = str(error).splitlines()[-1].strip()
-        raise UserError(f"{where}: of another configuration ({first}); run stage train again with --force") from None
+    _fill(field, _load(where), where)
     where = stores.join(folder, "point_cloud.ply")
     try:
         return from_ply(stores.read_bytes(where))

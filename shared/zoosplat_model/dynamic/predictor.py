@@ -11,10 +11,11 @@ from torch import Tensor
 from zoosplat.config import Experiment
 from zoosplat.project import Project
 from zoosplat_model.carving import rotation_about_z
-from zoosplat_model.dynamic.files import build_field, read_result
+from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet, colors_of
 from zoosplat_model.dynamic.hexplane import Deformed
 from zoosplat_model.dynamic.scene import Scale
+from zoosplat_model.dynamic.schedule import Stage
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering, rasterize
@@ -58,7 +59,7 @@ class ShadedGaussians(Gaussians):
 
 
 class DynamicPredictor(Predictor):
-    """The result of a project's dynamic training.
+    """The result of a project's dynamic training, or what it has come to.
 
     Attributes:
         reader: the project's frames.
@@ -67,15 +68,23 @@ class DynamicPredictor(Predictor):
 
     recordable = False  # they follow from its time
 
-    def __init__(self, reader: FrameReader, project: Project, experiment: Experiment) -> None:
-        """Read the result. Raises UserError where it is missing, damaged or of another configuration."""
-        config = experiment.dynamic
-        self.reader, self.step = reader, config.coarse_iterations + config.fine_iterations
-        self._moves = config.fine_iterations > 0
-        self._degree, self._scale = config.sh_degree, Scale.of(reader)
-        field = build_field(experiment)
-        last = ("fine", config.fine_iterations) if self._moves else ("coarse", config.coarse_iterations)
-        values = read_result(project.output_url("train"), last[0], last[1], field)  # type: ignore[arg-type]
+    def __init__(self, reader: FrameReader, project: Project, experiment: Experiment, *, finished: bool = True) -> None:
+        """Read the result, or the newest checkpoint of a training that is not finished.
+
+        Raises UserError where it is missing, damaged or of another configuration.
+        """
+        config, url = experiment.dynamic, project.output_url("train")
+        self.reader, self._scale = reader, Scale.of(reader)
+        stage: Stage = "fine" if config.fine_iterations > 0 else "coarse"
+        iteration = config.fine_iterations or config.coarse_iterations
+        field = files.build_field(experiment)
+        if finished:
+            values = files.read_result(url, stage, iteration, field)
+            self._degree = config.sh_degree
+        else:
+            values, self._degree, stage, iteration = files.read_newest(url, field)
+        self.step = iteration + (config.coarse_iterations if stage == "fine" else 0)
+        self._moves = stage == "fine"
         self._canonical = GaussianSet(values).to(reader.device).requires_grad_(False).canonical()
         self._field = field.to(reader.device).requires_grad_(False)
 
