@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,6 +243,19 @@ def test_a_failed_shard_is_all_that_runs_again(project: Project) -> None:
     counting = Counting()
     assert stage.run_stage(counting, project)
     assert counting.calls == ["shard 1", "shard 2", "finish"]
+
+
+def test_of_shards_that_fail_side_by_side_the_first_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads stand in for the processes here."""
+
+    def fail(counting: stage.Stage, url: str, digest: str, index: int, plan: stage.Plan) -> None:
+        time.sleep(0.0 if index else 0.5)  # the second is quicker
+        raise UserError(f"shard {index} is bad")
+
+    monkeypatch.setattr(stage, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(stage, "_shard_in_worker", fail)
+    with pytest.raises(UserError, match="shard 0 is bad"):
+        stage.run_stage(Counting(), project, workers=2)
 
 
 def test_another_version_runs_again(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

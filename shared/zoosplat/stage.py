@@ -383,7 +383,7 @@ def _run_in_processes(stage: Stage, ctx: Context, digest: str, plan: Plan, todo:
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(queue,)) as pool:
         pending = {pool.submit(_shard_in_worker, stage, ctx.project.url, digest, i, plan): i for i in todo}
         futures = dict(pending)
-        error: BaseException | None = None
+        errors: dict[int, BaseException] = {}
         while pending:
             ready, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             while not queue.empty():
@@ -392,14 +392,15 @@ def _run_in_processes(stage: Stage, ctx: Context, digest: str, plan: Plan, todo:
             for future in ready:
                 index = pending.pop(future)
                 done[index] = plan.shard(index).stop - plan.shard(index).start
-                if not future.cancelled() and future.exception() is not None and error is None:
+                error = None if future.cancelled() else future.exception()
+                if error is not None:
+                    errors[index] = error
                     # The others' finished work is kept; what has not begun is not begun.
-                    error = future.exception()
                     for other in futures:
                         other.cancel()
             ctx.progress(before + sum(done.values()), total, "")
-        if error is not None:
-            raise error
+        if errors:  # of those that ran at the same time the first: not whichever was quicker
+            raise errors[min(errors)]
 
 
 # -- command line -------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -480,8 +479,7 @@ def test_a_shard_that_always_crashes(
     run = pipelines.start(config, str(project), "--until", "crop")
     assert run.ended() == 1, run.out + run.err
     assert "center_rotation: failed, trying again" in run.out
-    # Whichever of the two comes to it first: the third decodes the second's frames on the way to its own.
-    assert re.search(r"in shard (1/3, kept frames 64 to 127|2/3, kept frames 128 to 143)\n", run.err), run.err
+    assert "in shard 1/3, kept frames 64 to 127" in run.err
     assert "zoosplat: center_rotation: exit status 1\n" in run.err
     assert "IsADirectoryError" in run.err
     assert "finished work is kept" in run.err
@@ -509,8 +507,7 @@ def test_a_shard_with_bad_input(
     assert run.ended() == 2, run.out + run.err
     assert "trying again" not in run.out
     assert "masks/1.mp4" in run.err
-    # Whichever of the two comes to it first: the third decodes the second's frames on the way to its own.
-    assert re.search(r"in shard (1/3, kept frames 64 to 127|2/3, kept frames 128 to 143)\n", run.err), run.err
+    assert "in shard 1/3, kept frames 64 to 127" in run.err
     assert "Traceback" not in run.err
     assert {p.name for p in (project / "_marks" / "ingest").glob("shard-*")} >= {"shard-00000-of-00003.json"}
     video.write_bytes(whole)
