@@ -150,11 +150,12 @@ def state(url: str) -> tuple[object, ...]:
 
 
 def _checkpoints(project: Project) -> tuple[object, object]:
-    """What a training that has not ended has to show so far, by method: None where there is nothing yet."""
+    """What a training that has not ended has to show so far, of pose_splatter and of dynamic; None: nothing yet."""
     url = project.output_url("train")
     best = stores.read_json(stores.join(url, "best.json"))
-    dynamic = [name for name in stores.list_files(url) if name.startswith("chkpnt_")]
-    return best and (best.get("checkpoint"), best.get("valid_loss")), max(dynamic, default=None)
+    dynamic = sorted(name for name in stores.list_files(url) if name.startswith("chkpnt_"))
+    shown = (best.get("checkpoint"), best.get("valid_loss")) if best else None
+    return shown, tuple(dynamic) or None
 
 
 class Scene:
