@@ -79,10 +79,6 @@ class Recorder:
             self._recorded[name] = Recorded(function, inputs, self.device, pool=self._pool)
         return self._recorded[name](inputs)
 
-    def __bool__(self) -> bool:
-        """Whether anything is recorded now."""
-        return bool(self._recorded)
-
     def forget(self) -> None:
         """Record anew: something is not where it was, or has another size."""
         if self._recorded:
