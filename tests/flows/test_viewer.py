@@ -154,7 +154,10 @@ def test_shows_what_dynamic_gaussians_have_come_to(
     assert (opened.notes, opened.training, opened.has_gaussians(7)) == ([], True, True)
     assert opened.predictor is not None
     assert opened.predictor.step == 9
-    assert state(str(copy)) != before
+    now = state(str(copy))
+    assert now != before
+    (copy / "model" / "chkpnt_fine_10.pth").touch()  # while the one of iteration 3 is kept
+    assert state(str(copy)) != now
 
 
 def test_what_no_longer_fits_is_said(trained: Path, tmp_path: Path) -> None:
