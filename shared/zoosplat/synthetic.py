@@ -42,7 +42,7 @@ _SPINE_R = (0.0050, 0.0095, 0.0137, 0.0150, 0.0142, 0.0123, 0.0107, 0.0100, 0.00
 _SPINE_Z = (0.0120, 0.0140, 0.0165, 0.0178, 0.0182, 0.0172, 0.0170, 0.0182, 0.0188, 0.0168, 0.0140)
 _PELVIS_S, _NECK_S, _TAIL_LENGTH = -0.022, 0.022, 0.070
 _STRIDE, _STANCE, _SPEED, _CYCLE_S = 0.050, 0.62, 0.14, 2.4
-_COAT, _LIMB, _PINK, _EYE, _EAR = range(5)
+COAT, LIMB, PINK, EYE, EAR = range(5)
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,14 @@ def _pulse(x: Any, start: float, end: float, ramp: float) -> Any:
     return _smoothstep(x, start, start + ramp) - _smoothstep(x, end - ramp, end)
 
 
-def _unit(v: Floats) -> Floats:
+def unit(v: Floats) -> Floats:
+    """Vectors [..., n] at length 1."""
     return np.asarray(v / np.linalg.norm(v, axis=-1, keepdims=True), float)
 
 
-def _axis_angle(axis: Sequence[float], angle_rad: float) -> Floats:
-    x, y, z = _unit(np.asarray(axis, float))
+def axis_angle(axis: Sequence[float], angle_rad: float) -> Floats:
+    """[3, 3] rotation by an angle about an axis (Rodrigues)."""
+    x, y, z = unit(np.asarray(axis, float))
     k = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
     return np.asarray(np.eye(3) + np.sin(angle_rad) * k + (1 - np.cos(angle_rad)) * k @ k, float)
 
@@ -130,7 +132,7 @@ def _distort(xy: Floats, coefficients: Floats) -> Floats:
 
 
 @dataclass
-class _Solids:
+class Solids:
     """The posed animal: P round cones (an ellipsoid is one with `radii`), arena frame, metres."""
 
     a: list[Floats] = field(default_factory=list)
@@ -148,9 +150,9 @@ class _Solids:
         length = float(np.linalg.norm(along))
         if length <= abs(ra - rb):  # one sphere holds the other: keep it only
             a, ra, along = (a, ra, along) if ra >= rb else (b, rb, along)
-            b, rb = a + 1e-6 * _unit(along), ra
-        left = _unit(np.cross(dorsal, along))
-        along = _unit(along)
+            b, rb = a + 1e-6 * unit(along), ra
+        left = unit(np.cross(dorsal, along))
+        along = unit(along)
         self._add(a, b, ra, rb, np.stack([along, left, np.cross(along, left)]), None, texture, material)
 
     def ellipsoid(self, centre: Floats, axes: Floats, radii: Sequence[float], material: int,
@@ -212,8 +214,8 @@ class Scene:
         """x_world = Q x_arena + o."""
         rng = np.random.default_rng((self.seed, 1))
         lean = rng.uniform(0, 2 * np.pi)
-        tilt = _axis_angle((np.cos(lean), np.sin(lean), 0.0), np.deg2rad(12.0))
-        return tilt @ _axis_angle((0, 0, 1), rng.uniform(0, 2 * np.pi)), rng.uniform(-0.1, 0.1, 3)
+        tilt = axis_angle((np.cos(lean), np.sin(lean), 0.0), np.deg2rad(12.0))
+        return tilt @ axis_angle((0, 0, 1), rng.uniform(0, 2 * np.pi)), rng.uniform(-0.1, 0.1, 3)
 
     @cached_property
     def _arena_cameras(self) -> tuple[Floats, Floats, Floats]:
@@ -242,7 +244,7 @@ class Scene:
     def _traits(self) -> dict[str, Floats]:
         """Seeded constants of the path, the movement and the coat."""
         rng = np.random.default_rng((self.seed, 2))
-        directions = _unit(rng.normal(size=(7, 3)))
+        directions = unit(rng.normal(size=(7, 3)))
         return {
             "start": rng.uniform(0, 2 * np.pi, 2),
             "wag": rng.uniform(0, 2 * np.pi, 4),
@@ -278,7 +280,7 @@ class Scene:
         length -= np.interp(0.0, u, length)
         return np.interp(np.arange(self.n_frames) / self.fps, times, walked), length, u + self._traits["start"][1]
 
-    def _pose(self, frame: int) -> tuple[_Solids, Floats, Floats]:
+    def _pose(self, frame: int) -> tuple[Solids, Floats, Floats]:
         """Solids, keypoints [K, 3] and forward direction [3] of a frame, arena frame."""
         walked, arc, arc_u = self._tables
         time_s, distance = frame / self.fps, walked[frame]
@@ -295,7 +297,7 @@ class Scene:
         def floor(s: Any, y: Any, z: Any) -> Floats:
             """Along the path, to the left of it, above the floor."""
             position, tangent = self._path(np.interp(distance + np.asarray(s, float), arc, arc_u))
-            tangent = _unit(tangent)
+            tangent = unit(tangent)
             flat = position + np.asarray(y, float)[..., None] * np.stack([-tangent[..., 1], tangent[..., 0]], -1)
             return np.concatenate([flat, np.broadcast_to(np.asarray(z, float)[..., None], (*flat.shape[:-1], 1))], -1)
 
@@ -314,12 +316,12 @@ class Scene:
             return floor(along - height * np.sin(tilt), y, pelvis_z + bob + lifted + height * np.cos(tilt))
 
         def axes_at(s: float, y: float, dz: float) -> Floats:
-            along = _unit(body(s + 1e-3, y, dz) - body(s - 1e-3, y, dz))
+            along = unit(body(s + 1e-3, y, dz) - body(s - 1e-3, y, dz))
             left = body(s, y + 1e-3, dz) - body(s, y - 1e-3, dz)
-            left = _unit(left - along * (left @ along))
+            left = unit(left - along * (left @ along))
             return np.stack([along, left, np.cross(along, left)])
 
-        solids = _Solids()
+        solids = Solids()
         points: dict[str, Floats] = {}
         # Finer than the stations, through a smooth radius, so that neither outline nor shading shows joints.
         fine = np.linspace(_SPINE_S[0], _SPINE_S[-1], 19)
@@ -328,23 +330,23 @@ class Scene:
         radius[1:-1] = (radius[:-2] + 2 * radius[1:-1] + radius[2:]) / 4
         for i in range(len(fine) - 1):
             stretch = (fine[i + 1] - fine[i]) / float(np.linalg.norm(spine[i + 1] - spine[i]))
-            solids.cone(spine[i], spine[i + 1], radius[i], radius[i + 1], back[i] - spine[i], _COAT,
+            solids.cone(spine[i], spine[i + 1], radius[i], radius[i + 1], back[i] - spine[i], COAT,
                         (float(fine[i]), 0.0, 0.0, stretch))  # fmt: skip
         points["nose"] = body(0.0525, 0, -0.0003)
-        solids.ellipsoid(points["nose"], axes_at(0.0525, 0, 0), (0.0016, 0.0019, 0.0015), _PINK)
+        solids.ellipsoid(points["nose"], axes_at(0.0525, 0, 0), (0.0016, 0.0019, 0.0015), PINK)
         for name, left in (("left", 1.0), ("right", -1.0)):
             eye = body(0.0405, left * 0.0062, 0.0032)
-            solids.ellipsoid(eye, axes_at(0.0405, 0, 0), (0.0019, 0.0019, 0.0019), _EYE)
+            solids.ellipsoid(eye, axes_at(0.0405, 0, 0), (0.0019, 0.0019, 0.0019), EYE)
             ear = body(0.0265, left * 0.0092, 0.0098)
             along, aside, above = axes_at(0.030, 0, 0)
-            face = _unit(along + 0.75 * left * aside + 0.25 * above)  # the pinna's opening looks forward and out
-            rise = _unit(above + 0.55 * left * aside - face * ((above + 0.55 * left * aside) @ face))
-            solids.ellipsoid(ear, np.stack([face, np.cross(rise, face), rise]), (0.0013, 0.0060, 0.0068), _EAR)
+            face = unit(along + 0.75 * left * aside + 0.25 * above)  # the pinna's opening looks forward and out
+            rise = unit(above + 0.55 * left * aside - face * ((above + 0.55 * left * aside) @ face))
+            solids.ellipsoid(ear, np.stack([face, np.cross(rise, face), rise]), (0.0013, 0.0060, 0.0068), EAR)
             points[f"{name}_eye"], points[f"{name}_ear"] = eye, ear
 
             haunch_s = -0.0195
             haunch = body(haunch_s, left * 0.0085, -0.0045)
-            solids.ellipsoid(haunch, axes_at(haunch_s, 0, 0), (0.0110, 0.0068, 0.0105), _COAT,
+            solids.ellipsoid(haunch, axes_at(haunch_s, 0, 0), (0.0110, 0.0068, 0.0105), COAT,
                              (haunch_s, left * 0.0085, -0.0045, 1.0))  # fmt: skip
             up = np.array([0.0, 0.0, 1.0])
             for limb, s, spread, offset in (("fore", 0.014, 0.0085, 0.0), ("hind", -0.020, 0.0125, 0.5)):
@@ -365,8 +367,8 @@ class Scene:
                     drop = body(s + 0.009, left * 0.0080, -0.0200) - hang
                     paw, toe = paw + raised * (hang - paw), toe + raised * (hang + drop - toe)
                     heel = paw
-                solids.cone(hip, heel, 0.0052 if limb == "fore" else 0.0060, 0.0021, up, _LIMB)
-                solids.cone(heel, toe, 0.0019, 0.0018, up, _PINK)
+                solids.cone(hip, heel, 0.0052 if limb == "fore" else 0.0060, 0.0021, up, LIMB)
+                solids.cone(heel, toe, 0.0019, 0.0018, up, PINK)
                 points[f"{name}_{limb}_paw"] = (heel + toe) / 2
 
         along_tail = np.linspace(0.0, 1.0, 11)
@@ -377,13 +379,13 @@ class Scene:
         tail = floor(tail_s, sway, tail_z)
         thick = 0.0029 - 0.0020 * along_tail**0.7
         for i in range(len(tail) - 1):
-            solids.cone(tail[i], tail[i + 1], float(thick[i]), float(thick[i + 1]), np.array([0.0, 0.0, 1.0]), _PINK,
+            solids.cone(tail[i], tail[i + 1], float(thick[i]), float(thick[i + 1]), np.array([0.0, 0.0, 1.0]), PINK,
                         (float(tail_s[i]), 0.0, 0.0, -1.0))  # fmt: skip
 
         for name, s in (("head", 0.034), ("neck", 0.022), ("shoulders", 0.014), ("mid_trunk", 0.0), ("pelvis", -0.022)):
             points[name] = body(s, 0, 0)
         points["tail_base"], points["tail_mid"], points["tail_tip"] = tail[0], tail[5], tail[-1]
-        forward = _unit((points["shoulders"] - points["pelvis"]) * (1, 1, 0))
+        forward = unit((points["shoulders"] - points["pelvis"]) * (1, 1, 0))
         return solids, np.stack([points[name] for name in KEYPOINT_NAMES]), forward
 
     def inside(self, frame: int, points: Floats) -> Bools:
@@ -402,11 +404,11 @@ class Scene:
             solids, points, forward = self._pose(frame)
             keypoints.append(points @ to_world.T + origin)
             forwards.append(to_world @ forward)
-            centroids.append(to_world @ _centroid(solids, 1.5e-3) + origin)
+            centroids.append(to_world @ centroid(solids, 1.5e-3) + origin)
         forward_world = np.stack(forwards)
         up = self.up
         axis = np.cross(up, (0.0, 0.0, 1.0))
-        level = _axis_angle(tuple(axis), float(np.arctan2(np.linalg.norm(axis), up[2]))) if axis.any() else np.eye(3)
+        level = axis_angle(tuple(axis), float(np.arctan2(np.linalg.norm(axis), up[2]))) if axis.any() else np.eye(3)
         flat = forward_world @ level.T
         stacked = np.stack(keypoints)
         root = stacked[:, KEYPOINT_NAMES.index("pelvis")]
@@ -419,14 +421,16 @@ class Scene:
         return None if self.distortion is None else np.append(self.distortion, 0.0)[:5]
 
     @cached_property
-    def _views(self) -> dict[int, _View]:
+    def _views(self) -> dict[int, tuple[View, NDArray[np.float32]]]:
         return {}
 
-    def _render(self, solids: _Solids, frame: int, camera: int) -> tuple[NDArray[np.uint8], Bools]:
+    def _render(self, solids: Solids, frame: int, camera: int) -> tuple[NDArray[np.uint8], Bools]:
         if camera not in self._views:
-            self._views[camera] = _View(self, camera)
-        view = self._views[camera]
-        picture = view.background.copy()
+            intrinsic, rotation, translation = (part[camera] for part in self._arena_cameras)
+            view = View(intrinsic, rotation, translation, self.width, self.height, self._coefficients)
+            self._views[camera] = view, view.backdrop(self.seed)
+        view, background = self._views[camera]
+        picture = background.copy()
         mask = np.zeros((self.height, self.width), bool)
         drawn = view.cast(solids, self)
         if drawn is not None:
@@ -446,10 +450,11 @@ class Scene:
 
 
 _NOISE_MARGIN = 97
-_LIGHT = _unit(np.array([0.35, -0.25, 0.9]))
+_LIGHT = unit(np.array([0.35, -0.25, 0.9]))
 
 
-def _centroid(solids: _Solids, cell_m: float) -> Floats:
+def centroid(solids: Solids, cell_m: float) -> Floats:
+    """Centroid [3] of the volume, by counting cells."""
     ends = np.concatenate([solids.a, solids.b])
     reach = np.concatenate([solids.ra, solids.rb])[:, None]
     low = (ends - reach).min(0)
@@ -465,15 +470,28 @@ def _centroid(solids: _Solids, cell_m: float) -> Floats:
     return np.asarray(low + (np.argwhere(occupied).mean(0) + 0.5) * cell_m, float)
 
 
-class _View:
-    """One camera: the rays of its picture at twice the resolution, arena frame, and the static background."""
+class View:
+    """One camera: the rays of its picture at twice the resolution, arena frame.
 
-    def __init__(self, scene: Scene, camera: int) -> None:
-        intrinsic, rotation, translation = (part[camera] for part in scene._arena_cameras)
-        self.intrinsic, self.rotation, self.translation = intrinsic, rotation, translation
-        self.distortion = scene._coefficients
+    Args:
+        intrinsic: [3, 3] calibration pixels.
+        rotation, translation: [3, 3] and [3] metres, x_cam = R x_arena + t.
+        width, height: of the picture, pixels.
+        distortion: [5] of OpenCV, or None.
+    """
+
+    def __init__(
+        self,
+        intrinsic: Floats,
+        rotation: Floats,
+        translation: Floats,
+        width: int,
+        height: int,
+        distortion: Floats | None = None,
+    ) -> None:
+        self.intrinsic, self.rotation, self.translation, self.distortion = intrinsic, rotation, translation, distortion
         self.centre = -rotation.T @ translation
-        self.size = (2 * scene.height, 2 * scene.width)
+        self.size = (2 * height, 2 * width)
         # Half pixels: sample j of the fine picture lies at pixel (j + 0.5) / 2 - 0.5.
         x = ((np.arange(self.size[1]) + 0.5) / 2 - 0.5 - intrinsic[0, 2]) / intrinsic[0, 0]
         y = ((np.arange(self.size[0]) + 0.5) / 2 - 0.5 - intrinsic[1, 2]) / intrinsic[1, 1]
@@ -483,12 +501,11 @@ class _View:
             for _ in range(30):  # fixed point; contracts for the mild lenses that the model describes
                 straight = straight + seen - _distort(straight, self.distortion)
         rays = np.concatenate([straight, np.ones((*self.size, 1))], -1) @ rotation
-        self.rays = np.ascontiguousarray(np.moveaxis(_unit(rays), -1, 0))
-        self.background = self._backdrop(scene)
+        self.rays = np.ascontiguousarray(np.moveaxis(unit(rays), -1, 0))
 
-    def _backdrop(self, scene: Scene) -> NDArray[np.float32]:
-        """A pale round table on a grey ground, the pattern fixed on the floor, so that the views agree."""
-        rng = np.random.default_rng((scene.seed, 5))
+    def backdrop(self, seed: int) -> NDArray[np.float32]:
+        """A pale round table on a grey ground [h, w, 3], the pattern fixed on the floor, so that the views agree."""
+        rng = np.random.default_rng((seed, 5))
         waves, phases = rng.normal(size=(5, 2)) * 45, rng.uniform(0, 2 * np.pi, 5)
         depth = -self.centre[2] / np.minimum(self.rays[2], -1e-3)
         x, y = self.centre[0] + depth * self.rays[0], self.centre[1] + depth * self.rays[1]
@@ -501,7 +518,7 @@ class _View:
         fine = grey[..., None] * np.array([1.0, 0.985, 0.955])
         return np.asarray(_halve(fine), np.float32)
 
-    def _boxes(self, solids: _Solids) -> NDArray[np.int64]:
+    def _boxes(self, solids: Solids) -> NDArray[np.int64]:
         """Boxes [P, 4] (first row, end row, first column, end column) on the fine picture that hold every solid."""
         corners = np.stack(np.meshgrid(*([(-1.0, 1.0)] * 3), indexing="ij"), -1).reshape(8, 3)
         ends = np.stack([solids.a, solids.b], 1) @ self.rotation.T + self.translation
@@ -517,8 +534,11 @@ class _View:
         low, high = np.clip(low[:, ::-1], 0, limit), np.clip(high[:, ::-1], 0, limit)
         return np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], 1).astype(np.int64)
 
-    def cast(self, solids: _Solids, scene: Scene) -> tuple[slice, slice, Floats, Floats] | None:
-        """Rows and columns of the animal's box, its colour times coverage [h, w, 3] (0..255), coverage [h, w]."""
+    def cast(self, solids: Solids, scene: Scene) -> tuple[slice, slice, Floats, Floats] | None:
+        """Rows and columns of the animal's box, its colour times coverage [h, w, 3] (0..255), coverage [h, w].
+
+        The coat is that of `scene`. None where the picture shows nothing of the animal.
+        """
         boxes = self._boxes(solids)
         boxes = np.where((boxes[:, :1] < boxes[:, 1:2]) & (boxes[:, 2:3] < boxes[:, 3:]), boxes, -1)
         shown = np.flatnonzero(boxes[:, 0] >= 0)
@@ -543,7 +563,7 @@ class _View:
         box = (slice(top // 2, bottom // 2), slice(left // 2, right // 2))
         return *box, _halve(fine), _halve((which >= 0).astype(float))
 
-    def _hit(self, solids: _Solids, i: int, rays: Floats) -> Floats:
+    def _hit(self, solids: Solids, i: int, rays: Floats) -> Floats:
         """Distance along unit rays [3, h, w] to solid i, inf where it is missed."""
         radii = solids.radii[i]
         with np.errstate(invalid="ignore"):
@@ -579,7 +599,7 @@ def _halve(fine: Floats) -> Floats:
     return (fine[0::2, 0::2] + fine[1::2, 0::2] + fine[0::2, 1::2] + fine[1::2, 1::2]) / 4
 
 
-def _shade(solids: _Solids, ids: NDArray[np.int16], hits: Floats, scene: Scene) -> Floats:
+def _shade(solids: Solids, ids: NDArray[np.int16], hits: Floats, scene: Scene) -> Floats:
     """Colour [N, 3] (0..255) of surface points [N, 3] on solids ids [N]: no term depends on the camera."""
     axes, material = np.stack(solids.axes)[ids], np.array(solids.material)[ids]
     local = np.einsum("nij,nj->ni", axes, hits - np.stack(solids.a)[ids])
@@ -592,7 +612,7 @@ def _shade(solids: _Solids, ids: NDArray[np.int16], hits: Floats, scene: Scene) 
     ellipsoid = radii[:, 0] > 0
     round_slant = local - axial[:, None] * (1.0, 0.0, 0.0)
     slant = np.where(ellipsoid[:, None], local / np.where(radii > 0, radii, 1.0) ** 2, round_slant)
-    normal = _unit(np.einsum("nij,ni->nj", axes, slant))
+    normal = unit(np.einsum("nij,ni->nj", axes, slant))
 
     traits = scene._traits
     texture = np.array(solids.texture)[ids]
