@@ -551,3 +551,16 @@ def test_describe_documents_every_key() -> None:
                 leaves(getattr(section, name))
 
     leaves(e)
+
+
+def test_weights_to_start_from(tmp_path: Path) -> None:
+    text = (CONFIGS / "mouse_6cam.yaml").read_text()
+    assert read_config(str(CONFIGS / "mouse_6cam.yaml")).train.start_from == "animals"
+    file = tmp_path / "mouse.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"model\.base_filters = 8: train\.start_from = animals are weights .* with 16"):
+        read_config(str(file), ["model.base_filters=8"])
+    file.write_text(text.replace("start_from: animals", "start_from: ../other mouse"))
+    assert read_config(str(file)).train.start_from == str(tmp_path.parent / "other mouse")
+    file.write_text(text.replace("start_from: animals", "start_from: s3://lab/results/mouse 6"))
+    assert read_config(str(file), ["model.base_filters=8"]).train.start_from == "s3://lab/results/mouse 6"

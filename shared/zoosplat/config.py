@@ -20,6 +20,8 @@ from zoosplat.errors import UserError
 
 CROP_MULTIPLE = 16
 MAX_BYTES = 1 << 20
+ANIMALS = "animals"  # what train.start_from calls the weights that come with the package
+OF_ANIMALS = {"network": "zoosplat", "num_unets": 3, "base_filters": 16, "poolings": 3, "bottleneck": 0}
 
 
 def _printable(value: str) -> str:
@@ -198,6 +200,10 @@ class Train(_Section):
     method: Literal["pose_splatter", "dynamic"] = Field(
         default="pose_splatter",
         description="one network for all frames, or Gaussians and their motion optimised for all frames; see dynamic",
+    )
+    start_from: Text | None = Field(
+        default=None,
+        description="weights to begin with: animals, learned from random ones; or a project, or a .safetensors file",
     )
     lr: Positive = Field(default=1e-4, description="learning rate of Adam")
     epochs: Count = Field(default=50, description="passes over the training frames")
@@ -566,10 +572,20 @@ def _load(text: str, folder: str, overrides: Sequence[str]) -> Loaded:
         native, notes, project = raw, [], None
     for override in overrides:
         _override(native, override)
-    data, dynamic = native.get("data"), native.get("dynamic")
-    paths = ((data, "directory"), (native, "reuse"), (dynamic, "initial_ply"), (dynamic, "start_checkpoint"))
+    data, train, dynamic = native.get("data"), native.get("train"), native.get("dynamic")
+    paths = (
+        (data, "directory"),
+        (native, "reuse"),
+        (train, "start_from"),
+        (dynamic, "initial_ply"),
+        (dynamic, "start_checkpoint"),
+    )
     for section, key in paths:
-        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key].strip():
+        if (
+            isinstance(section, dict)
+            and isinstance(section.get(key), str)
+            and section[key].strip() not in ("", ANIMALS)
+        ):
             section[key] = classic.resolve(folder, section[key])
     return Loaded(_validate(native), notes, project)
 
@@ -666,6 +682,13 @@ def _problems(e: Experiment, n_cameras: int, width: int | None, height: int | No
             f"train.gpus = {e.train.gpus}: they share the frames of a step, which has train.batch_frames = "
             f"{e.train.batch_frames}; nearest: {e.train.batch_frames}, or more frames"
         )
+    if e.train.start_from == ANIMALS:
+        for key, needed in OF_ANIMALS.items():
+            if (given := getattr(e.model, key)) != needed:
+                yield (
+                    f"model.{key} = {given}: train.start_from = {ANIMALS} are weights of a network with {needed}; set "
+                    f"it so, or train.start_from to null"
+                )
     if e.model.min_gaussians > e.model.max_gaussians:
         limit = e.model.max_gaussians
         yield f"model.min_gaussians = {e.model.min_gaussians}: exceeds model.max_gaussians = {limit}; nearest: {limit}"

@@ -33,7 +33,7 @@ class Film(NamedTuple):
         world_to_camera: [V, 4, 4] metres.
         centers: [N, 3] metres, centroid of the animal's volume.
         headings: [N] radians about +z.
-        reach: [N, 3] metres, from the centre to the farthest of the animal along its own axes.
+        reach: [N, 3] metres, from the centre to the farthest joint, nose or tip along the animal's own axes.
     """
 
     rgb: NDArray[np.uint8]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -97,12 +97,14 @@ class Trainer:
         recorder: runs steps, and knows how many pairs of Gaussians and tiles they needed.
     """
 
+    network: ClassVar[type[PoseSplatter]] = PoseSplatter
+
     def __init__(
         self, reader: FrameReader, experiment: Experiment, device: torch.device, ranks: Ranks | None = None
     ) -> None:
         self.reader, self.settings, self.ranks = reader, experiment.train, ranks or Ranks()
         torch.manual_seed(experiment.train.seed)
-        self.model = PoseSplatter.of(reader, experiment).on(device)
+        self.model = self.network.of(reader, experiment).on(device)
         refine = list(self.model.refine.parameters())
         inside = {id(p) for p in refine}
         rest = [p for p in self.model.parameters() if id(p) not in inside]
@@ -111,7 +113,7 @@ class Trainer:
         for group in groups:  # a recorded step reads its rate from the device
             group["lr"] = torch.zeros((), device=device) if gpu else 0.0
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=gpu)
-        self.averaged = PoseSplatter.of(reader, experiment).on(device).requires_grad_(False)
+        self.averaged = self.network.of(reader, experiment).on(device).requires_grad_(False)
         self.averaged.load_state_dict(self.model.state_dict())
         self.recorder = Recorder(device, ROOM)
         # gsplat waits for the GPU amid the gradients of surfels, which cannot be recorded.

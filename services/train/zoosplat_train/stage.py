@@ -22,7 +22,7 @@ from zoosplat_model.checkpoints import Progress
 from zoosplat_model.frames import FrameReader
 from zoosplat_model.gpu_memory import device_figures, out_of_memory
 from zoosplat_model.predictor import open_reader, pick_device
-from zoosplat_train import dynamic, ops, parallel, plots
+from zoosplat_train import dynamic, ops, parallel, plots, start
 from zoosplat_train.parallel import Ranks
 
 SHARE = 0.02  # of the time, that plots and checkpoints each may take; then they wait for a later epoch
@@ -135,6 +135,9 @@ class _Training:
             self.trainer.model.load_state_dict(found.model)
             self.trainer.averaged.load_state_dict(found.average)
             checkpoints.restore_state(self.trainer.model, self.trainer.optimizer, found.optimizer)
+        elif self.settings.start_from is not None:
+            for model in (self.trainer.model, self.trainer.averaged):
+                start.begin(model, self.settings.start_from)
         if self.ranks.agreed(self.progress.step) != self.progress.step:
             raise UserError(f"{self.ctx.project.url}: the checkpoint changed while it was read; let one run work on it")
         self.ranks.copy(self.trainer.state())

@@ -1,0 +1,69 @@
+"""Weights that a training begins with instead of random ones: `train.start_from`."""
+
+from __future__ import annotations
+
+import importlib.resources
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from zoosplat import stores
+from zoosplat.config import ANIMALS
+from zoosplat.errors import UserError
+from zoosplat.project import Project
+from zoosplat_model import checkpoints
+from zoosplat_model.splatter import PoseSplatter
+
+OF_THE_RIG = "camera_color"  # the only parameter that says something about the cameras; it begins anew
+KEYS = "model.network, num_unets, base_filters, poolings and bottleneck"
+
+
+def begin(model: PoseSplatter, start_from: str) -> None:
+    """Give a new network the weights that another one has learned.
+
+    Nothing of a network depends on the size of the volume (without `model.bottleneck`) or the number of cameras, so it
+    can have learned from other recordings, rigs and grids.
+
+    Args:
+        model: on any device; all its parameters but the cameras' colours are replaced.
+        start_from: `animals`, the URL of a project or of a .safetensors file that `write` wrote.
+
+    Raises:
+        UserError: there are no such weights, or they are those of a network of another architecture.
+    """
+    weights = _read(start_from)
+    own = {name: value for name, value in model.state_dict().items() if name != OF_THE_RIG}
+    others = {name: value for name, value in weights.items() if name != OF_THE_RIG}
+    differ = sorted(n for n in own.keys() | others.keys() if n not in own or n not in others)
+    differ += sorted(n for n in own.keys() & others.keys() if own[n].shape != others[n].shape)
+    if differ:
+        raise UserError(
+            f"train.start_from = {start_from}: weights of another network ({differ[0]} differs, one of "
+            f"{len(differ)}); set {KEYS} to what they were there, or train.start_from to null"
+        )
+    model.load_state_dict({**model.state_dict(), **others})
+
+
+def write(url: str, model: PoseSplatter) -> None:
+    """Write a network's weights for other trainings to begin with: half precision, without the cameras' colours."""
+    kept = {name: value for name, value in model.state_dict().items() if name != OF_THE_RIG}
+    stores.write_bytes(url, safetensors.torch.save({k: v.half().cpu().contiguous() for k, v in kept.items()}))
+
+
+def _read(start_from: str) -> dict[str, Tensor]:
+    if start_from == ANIMALS:
+        data = (importlib.resources.files("zoosplat_train") / "animals.safetensors").read_bytes()
+        return safetensors.torch.load(data)
+    url = stores.normalize(start_from)
+    if url.endswith(".safetensors"):
+        try:
+            return safetensors.torch.load(stores.read_bytes(url))
+        except FileNotFoundError:
+            raise UserError(f"{url}: no such file; check train.start_from") from None
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{url}: not a file of weights ({error}); check train.start_from") from None
+    found = checkpoints.load(Project.at(url), "best")
+    if found is None:
+        raise UserError(f"{url}: no project with a trained model; check train.start_from")
+    return found.average

@@ -1,0 +1,183 @@
+"""Weights that a training begins with, and how those of random animals are made."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from zoosplat import random_animals
+from zoosplat.config import OF_ANIMALS, Experiment
+from zoosplat.errors import UserError
+from zoosplat.project import Project
+from zoosplat.stage import run_stage
+from zoosplat_model import checkpoints
+from zoosplat_model.checkpoints import Checkpoint
+from zoosplat_model.predictor import open_reader
+from zoosplat_model.splatter import PoseSplatter
+from zoosplat_train import ops, pretrain, stage, start
+from zoosplat_train.pretrain import SHOWN, Animals
+from zoosplat_train.stage import STAGE
+
+CPU = torch.device("cpu")
+
+
+def configure(project: Project, model: dict[str, Any] | None = None, **train: Any) -> None:
+    old = project.read_experiment()
+    new = {"train": old.train.model_copy(update=train), "model": old.model.model_copy(update=model or {})}
+    project.write_experiment(old.model_copy(update=new))
+
+
+def untrained(project: Project) -> PoseSplatter:
+    experiment = project.read_experiment()
+    return PoseSplatter.of(open_reader(project, experiment, CPU), experiment)
+
+
+def of(project: Project, pointer: checkpoints.Pointer) -> Checkpoint:
+    found = checkpoints.load(project, pointer)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def trained(tiny: Project) -> Project:
+    """Without a perceptron at the bottom, which would tie the weights to the volume."""
+    configure(tiny, {"bottleneck": 0}, epochs=6, valid_every=6)
+    run_stage(STAGE, tiny)
+    return tiny
+
+
+def stop_in_the_second_epoch(done: int, total: int, message: str) -> None:
+    if "epoch 2" in message:
+        raise KeyboardInterrupt
+
+
+# -- train.start_from ---------------------------------------------------------------------------------------------
+def test_a_training_goes_on_from_what_another_one_learned(
+    trained: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "LOOK_STEPS", 1)
+    monkeypatch.setattr(stage, "SHARE", math.inf)  # every epoch is saved
+    learned = of(trained, "best").average
+    other = Project.at(str(shutil.copytree(trained.url, tmp_path / "other")))
+    shutil.rmtree(other.path("model"))
+    configure(other, epochs=2, lr=1e-9, valid_every=1, start_from=trained.url)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(STAGE, other, progress=stop_in_the_second_epoch)
+    for name, value in of(other, "best").average.items():
+        if name != "camera_color":
+            torch.testing.assert_close(value, learned[name], rtol=0, atol=1e-6)
+    assert of(other, "best").average["camera_color"].abs().max() < 1e-6  # those of the other rig say nothing
+    assert learned["camera_color"].abs().max() > 1e-4
+
+    shutil.rmtree(trained.path("model"))  # what a training has begun it ends without
+    run_stage(STAGE, other)
+    assert of(other, "latest").progress.epoch == 2
+
+
+def test_weights_of_a_file_are_those_that_were_written(trained: Project, tmp_path: Path) -> None:
+    model = untrained(trained)
+    model.load_state_dict(of(trained, "best").average)
+    file = str(tmp_path / "weights.safetensors")
+    start.write(file, model)
+    again = untrained(trained)
+    start.begin(again, file)
+    for name, value in again.state_dict().items():
+        if name != "camera_color":
+            torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-6)
+            assert value.dtype == torch.float32
+
+
+def test_the_animals_that_come_with_the_package_fit_their_network(tiny: Project) -> None:
+    configure(tiny, {**OF_ANIMALS, "network": "zoosplat"})
+    model = untrained(tiny)
+    start.begin(model, "animals")
+    last = model.refine.unets[-1].last  # type: ignore[union-attr]
+    assert all(parameter.abs().max() > 1e-3 for parameter in last.parameters())  # all zero before
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_weights_that_cannot_be_used_are_a_line(trained: Project, tmp_path: Path) -> None:
+    model = untrained(trained)
+    with pytest.raises(UserError, match=r"no project with a trained model; check train\.start_from"):
+        start.begin(model, str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"nothing\.safetensors: no such file; check train\.start_from"):
+        start.begin(model, str(tmp_path / "nothing.safetensors"))
+    (tmp_path / "text.safetensors").write_text("not weights at all")
+    with pytest.raises(UserError, match=r"text\.safetensors: not a file of weights"):
+        start.begin(model, str(tmp_path / "text.safetensors"))
+    with pytest.raises(UserError, match=r"weights of another network .*set model\.network, num_unets, base_filters"):
+        start.begin(model, "animals")
+    configure(trained, {"base_filters": 8})
+    with pytest.raises(UserError, match="weights of another network"):
+        start.begin(untrained(trained), trained.url)
+
+
+# -- random animals -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def animals() -> Animals:
+    return Animals([random_animals.film(rig, 10) for rig in range(2)], CPU)
+
+
+@pytest.fixture(scope="module")
+def small() -> Experiment:
+    names = [f"{c}.mp4" for c in range(SHOWN)]
+    return Experiment.model_validate(
+        {
+            "data": {"directory": "/none", "videos": names, "masks": names, "calibration": "none.h5"},
+            "center_rotation": {"ell": pretrain.ELL_M},
+            "crop": {"ell": pretrain.ELL_M},
+            "model": {"base_filters": 2, "num_unets": 1, "poolings": 2},
+            "train": {"lr": 3e-3, "device": "cpu"},
+        }
+    )
+
+
+def test_what_is_carved_is_what_a_rig_of_these_views_alone_would_carve(animals: Animals, small: Experiment) -> None:
+    rng = np.random.default_rng(2)
+    while True:
+        frame, carved = animals.shown(3, rng)
+        if len(carved) == 4:
+            break
+    used = torch.tensor([c in carved for c in range(SHOWN)])
+    volume = pretrain._OfRigs.of(animals, small).carve(frame, used)
+    alone = PoseSplatter.of(animals, small)
+    alone.seen = torch.tensor(carved)
+    torch.testing.assert_close(volume, alone.carve(frame), rtol=1e-5, atol=1e-5)
+    assert volume[0].max() > 0.9
+
+
+def test_animals_of_all_scales_lie_in_the_volume_and_in_their_pictures(animals: Animals, small: Experiment) -> None:
+    model, rng, distances = PoseSplatter.of(animals, small), np.random.default_rng(4), []
+    for t in range(6):
+        frame, carved = animals.shown(t, rng)
+        assert 3 <= len(carved) <= 5
+        used = torch.tensor([[c in carved for c in range(SHOWN)]])
+        with torch.no_grad():  # the hull, for an untrained network changes nothing
+            gaussians = model([frame], used)[0].to_world(frame.center, frame.angle)
+            alpha = model.render(gaussians, frame.world_to_camera, frame.intrinsics, 288, 256).alpha
+        drawn, truth = alpha > 0.5, frame.mask > 0.5
+        iou = (drawn & truth).sum((1, 2)) / (drawn | truth).sum((1, 2))
+        assert iou[: len(carved)].min() > 0.7
+        distances.append(float(frame.world_to_camera[0, :3, 3].norm()))
+    assert max(distances) > 1.3 * min(distances)
+
+
+def test_pretraining_learns_and_its_file_begins_a_training(
+    animals: Animals, small: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untouched = pretrain.test(ops.Trainer(animals, small, CPU), animals)
+    model = pretrain.pretrain(animals, small, seconds=15.0)
+    file = str(tmp_path / "small.safetensors")
+    start.write(file, model)
+    trainer = pretrain._Trainer(animals, small, CPU)
+    start.begin(trainer.averaged, file)
+    carved, other = pretrain.test(trainer, animals)
+    assert other > untouched[1]
+    assert carved > 0.8
+    assert '"other_iou"' in capsys.readouterr().out
