@@ -560,6 +560,7 @@ def test_weights_to_start_from(tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=r"model\.base_filters = 8: train\.start_from = animals are weights .* with 16"):
         read_config(str(file), ["model.base_filters=8"])
+    assert read_config(str(file), ["model.base_filters=8", "train.start_from=random"]).train.start_from == "random"
     file.write_text(text.replace("start_from: animals", "start_from: ../other mouse"))
     assert read_config(str(file)).train.start_from == str(tmp_path.parent / "other mouse")
     file.write_text(text.replace("start_from: animals", "start_from: s3://lab/results/mouse 6"))

@@ -24,7 +24,8 @@ FULL = 1152 * 1024
 
 
 def experiment(**changes: Any) -> Experiment:
-    changes = {"ingest__image_downsample": 4, "model__base_filters": 8} | changes
+    changes = {"ingest__image_downsample": 4, "model__base_filters": 8, "model__poolings": 4} | changes
+    changes["train__start_from"] = "random"
     return read_config(MOUSE, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
 
 
@@ -87,7 +88,7 @@ def test_prediction_is_within_15_percent_of_an_h200(
 # GiB of whole trainings of a recording of 300 frames on one H200, by benchmarks/profiles.py.
 TRAINED = [
     ("", 0.336e6, 256 * 288, 1.55),
-    ("12gb", 1.16e6, 352 * 480, 2.91),
+    ("12gb", 2.03e6, 352 * 480, 3.26),
     ("24gb", 2.03e6, 352 * 480, 5.60),
     ("48gb", 4.64e6, 352 * 480, 9.44),
     ("80gb", 4.67e6, 704 * 960, 18.97),

@@ -20,7 +20,7 @@ from zoosplat.errors import UserError
 
 CROP_MULTIPLE = 16
 MAX_BYTES = 1 << 20
-ANIMALS = "animals"  # what train.start_from calls the weights that come with the package
+RANDOM, ANIMALS = "random", "animals"  # of train.start_from; the latter are weights that come with the package
 OF_ANIMALS = {"network": "zoosplat", "num_unets": 3, "base_filters": 16, "poolings": 3, "bottleneck": 0}
 
 
@@ -201,9 +201,10 @@ class Train(_Section):
         default="pose_splatter",
         description="one network for all frames, or Gaussians and their motion optimised for all frames; see dynamic",
     )
-    start_from: Text | None = Field(
-        default=None,
-        description="weights to begin with: animals, learned from random ones; or a project, or a .safetensors file",
+    start_from: Text = Field(
+        default=RANDOM,
+        description="weights to begin with: random; animals, that have learned from random animals (a network of 3 "
+        "U-Nets, 16 filters, 3 poolings); or a project, or a .safetensors file",
     )
     lr: Positive = Field(default=1e-4, description="learning rate of Adam")
     epochs: Count = Field(default=50, description="passes over the training frames")
@@ -581,12 +582,10 @@ def _load(text: str, folder: str, overrides: Sequence[str]) -> Loaded:
         (dynamic, "start_checkpoint"),
     )
     for section, key in paths:
-        if (
-            isinstance(section, dict)
-            and isinstance(section.get(key), str)
-            and section[key].strip() not in ("", ANIMALS)
-        ):
-            section[key] = classic.resolve(folder, section[key])
+        written = section.get(key) if isinstance(section, dict) else None
+        names_weights = key == "start_from" and written in (RANDOM, ANIMALS)
+        if isinstance(section, dict) and isinstance(written, str) and written.strip() and not names_weights:
+            section[key] = classic.resolve(folder, written)
     return Loaded(_validate(native), notes, project)
 
 
@@ -687,7 +686,7 @@ def _problems(e: Experiment, n_cameras: int, width: int | None, height: int | No
             if (given := getattr(e.model, key)) != needed:
                 yield (
                     f"model.{key} = {given}: train.start_from = {ANIMALS} are weights of a network with {needed}; set "
-                    f"it so, or train.start_from to null"
+                    f"it so, or train.start_from to {RANDOM}"
                 )
     if e.model.min_gaussians > e.model.max_gaussians:
         limit = e.model.max_gaussians

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from zoosplat.config import CROP_MULTIPLE, Experiment
+from zoosplat.config import CROP_MULTIPLE, RANDOM, Experiment
 from zoosplat.project import Project
 from zoosplat.schema import read
 
@@ -205,6 +205,8 @@ def advice(experiment: Experiment, room: float, sizes: Sizes | None = None) -> s
         "model.base_filters": model.base_filters,
         "model.max_gaussians": model.max_gaussians,
     }
+    if experiment.train.start_from != RANDOM:  # weights of a network of this size
+        del halves["model.bottleneck"], halves["model.base_filters"]
     dynamic = experiment.train.method == "dynamic"
     if dynamic:
         halves = {"dynamic.max_gaussians": experiment.dynamic.max_gaussians, "dynamic.views": experiment.dynamic.views}

@@ -135,7 +135,7 @@ class _Training:
             self.trainer.model.load_state_dict(found.model)
             self.trainer.averaged.load_state_dict(found.average)
             checkpoints.restore_state(self.trainer.model, self.trainer.optimizer, found.optimizer)
-        elif self.settings.start_from is not None:
+        else:
             for model in (self.trainer.model, self.trainer.averaged):
                 start.begin(model, self.settings.start_from)
         if self.ranks.agreed(self.progress.step) != self.progress.step:

@@ -9,7 +9,7 @@ import safetensors.torch
 from torch import Tensor
 
 from zoosplat import stores
-from zoosplat.config import ANIMALS
+from zoosplat.config import ANIMALS, RANDOM
 from zoosplat.errors import UserError
 from zoosplat.project import Project
 from zoosplat_model import checkpoints
@@ -27,11 +27,14 @@ def begin(model: PoseSplatter, start_from: str) -> None:
 
     Args:
         model: on any device; all its parameters but the cameras' colours are replaced.
-        start_from: `animals`, the URL of a project or of a .safetensors file that `write` wrote.
+        start_from: `random` (nothing changes), `animals`, the URL of a project or of a .safetensors file that `write`
+            wrote.
 
     Raises:
         UserError: there are no such weights, or they are those of a network of another architecture.
     """
+    if start_from == RANDOM:
+        return
     weights = _read(start_from)
     own = {name: value for name, value in model.state_dict().items() if name != OF_THE_RIG}
     others = {name: value for name, value in weights.items() if name != OF_THE_RIG}
@@ -40,7 +43,7 @@ def begin(model: PoseSplatter, start_from: str) -> None:
     if differ:
         raise UserError(
             f"train.start_from = {start_from}: weights of another network ({differ[0]} differs, one of "
-            f"{len(differ)}); set {KEYS} to what they were there, or train.start_from to null"
+            f"{len(differ)}); set {KEYS} to what they were there, or train.start_from to {RANDOM}"
         )
     model.load_state_dict({**model.state_dict(), **others})
 
