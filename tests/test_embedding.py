@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import zarr
 from typer.testing import CliRunner
 
 from zoosplat import schema, stores
@@ -241,11 +242,31 @@ def test_the_stage_writes_group_and_table(tmp_path: Path) -> None:
             assert (tmp_path / "a" / name).read_bytes() == data, name
 
 
+def test_fitted_to_all_frames_it_tells_what_the_first_third_does_not_show(tmp_path: Path) -> None:
+    told = {}
+    for fit_to in ("third", "all"):
+        project = project_of(tmp_path / fit_to, fit_to=fit_to)
+        features = schema.array(zarr.open_group(project.path("features.zarr"), mode="r+"), "features")
+        later = np.where(np.arange(90) < 60, 0.0, np.sin(np.arange(90)))  # in the last third, in a direction of its own
+        own = np.linalg.qr(np.random.default_rng(9).normal(size=(3, 40)).T, mode="complete")[0][:, 20]
+        features[...] = np.asarray(features[...]) + 5 * later[:, None] * own
+        assert run_stage(STAGE, project)
+        group = project.open_input("embedding")
+        found, valid = schema.read(group, "embedding").astype(float), schema.read(group, "valid").astype(bool)
+        x = np.column_stack([found[valid], np.ones(valid.sum())])
+        residual = later[valid] - x @ np.linalg.lstsq(x, later[valid], rcond=None)[0]
+        told[fit_to] = 1 - residual.var() / later[valid].var()
+        assert group.attrs["fit_to"] == fit_to
+        assert group.attrs["training_frames"] == (29 if fit_to == "third" else 88)
+    assert told["third"] < 0.5
+    assert told["all"] > 0.99
+
+
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = project_of(tmp_path / "a", invalid=tuple(range(29)))
     assert main(STAGE, ["--project", project.url]) == 2
     error = capsys.readouterr().err
-    assert "1 of the first third of 90 frames have a visual hull, too few to fit an embedding" in error
+    assert "1 of the first 30 of 90 frames have a visual hull, too few to fit an embedding" in error
     assert error.count("\n") == 1
     stores.delete(project.mark_url("features"))
     assert main(STAGE, ["--project", project.url]) == 2

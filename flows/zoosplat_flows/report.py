@@ -272,7 +272,8 @@ def _behaviour(project: Project, experiment: Experiment, stages: dict[str, Stage
     shares, (before, after) = np.array(attributes["explained_variance"]), attributes["heading_r2"]
     facts = {
         "descriptor": f"{attributes['encoder']}, {attributes['descriptor']} numbers a frame",
-        "dimensions": f"{len(shares)}, fitted to {attributes['training_frames']} frames of the first third",
+        "dimensions": f"{len(shares)}, fitted to {attributes['training_frames']} frames"
+        f"{' of the first third' if attributes.get('fit_to', 'third') == 'third' else ''}",
         "explained": f"{100 * shares.sum():.1f} % of their variance",
         "heading": f"R2 of telling it at other times {before:.2f} before, {after:.2f} after its removal (weight "
         f"{attributes['heading_removal']:g})",

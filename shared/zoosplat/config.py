@@ -359,6 +359,11 @@ class Embedding(_Section):
     """Coordinates of behaviour, and what is alike."""
 
     dimensions: Count = Field(default=50, description="of the embedding")
+    fit_to: Literal["third", "all"] = Field(
+        default="third",
+        description="frames whose descriptors decide what the dimensions tell: the first third, as for training; or "
+        "all, for behaviour that comes later too",
+    )
     neighbours: Count = Field(default=8, description="most alike frames that are listed for each frame")
     apart_s: Weight = Field(default=1.0, description="seconds between a frame and its neighbours, at least")
     states: Count = Field(default=8, description="clusters of frames")

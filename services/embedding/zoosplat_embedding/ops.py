@@ -19,6 +19,7 @@ Ints = npt.NDArray[np.int32]
 
 CANDIDATES = 200  # components that the embedding is chosen from
 FOLDS = 5  # of contiguous frames, on which it is tried whether the heading can be told
+FLOOR = 10.0  # added to variances, in means of them: what hardly changes is noise, and is not to count as much
 TELLS = 0.05  # R2 of the heading from which on it is removed
 STRENGTHS = (0.0, 1.0, 10.0, 1e6)
 RIDGE = 1e-3  # of the sum of squares
@@ -70,7 +71,7 @@ def fit(features: Floats, headings: Floats, train: Bools, dimensions: int) -> Pr
     """
     mean = features[train].mean(0, dtype=np.float64)
     variance = features[train].var(0, dtype=np.float64)
-    scale = np.sqrt(variance + variance.mean())
+    scale = np.sqrt(variance + FLOOR * variance.mean())
     scale[scale == 0] = 1
     standard = ((features - mean) / scale).astype(np.float32)
     _, lengths, directions = np.linalg.svd(standard[train], full_matrices=False)

@@ -26,7 +26,7 @@ class Recording:
     Attributes:
         kind: what descriptors must have in common to be embedded together.
         features: [T, D] float32, NaN where not valid.
-        valid: [T] bool; of the training third: `train` [T] bool.
+        valid: [T] bool; those to be fitted to: `train` [T] bool.
         centers: [T, 3] m.
         covariances: [T, 3, 3] m^2.
         headings: [T] rad.
@@ -55,10 +55,11 @@ class Recording:
         if len(features) != len(valid):
             where = project.output_url("features")
             raise UserError(f"{where}: {len(features)} frames, tracking has {len(valid)}; run stage features again")
-        train = valid & (np.arange(len(valid)) < len(valid) // 3)
+        third = len(valid) if experiment.embedding.fit_to == "all" else len(valid) // 3
+        train = valid & (np.arange(len(valid)) < third)
         if train.sum() < FEWEST:
             raise UserError(
-                f"{project.url}: {train.sum()} of the first third of {len(valid)} frames have a visual hull, too few "
+                f"{project.url}: {train.sum()} of the first {third} of {len(valid)} frames have a visual hull, too few "
                 "to fit an embedding; keep more frames (ingest.frame_jump, ingest.max_frames) or check the masks"
             )
         attributes: dict[str, Any] = {**group.attrs}
@@ -82,7 +83,7 @@ def embed(
     """Embed recordings together: arrays and attributes of embedding.zarr, a row for each kept frame of each.
 
     Args:
-        recordings: of one kind; fitted on the training thirds of all.
+        recordings: of one kind; fitted to the first thirds of all, or to all frames of all.
         settings: as in the configuration.
         progress: told how many of four steps are done.
     """
@@ -128,6 +129,7 @@ def embed(
     attributes = {
         **recordings[0].kind,
         "descriptor": int(features.shape[1]),
+        "fit_to": settings.fit_to,
         "training_frames": int(train.sum()),
         "explained_variance": [round(float(share), 6) for share in projection.explained],
         "heading_removal": projection.strength,
