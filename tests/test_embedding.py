@@ -266,7 +266,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     project = project_of(tmp_path / "a", invalid=tuple(range(29)))
     assert main(STAGE, ["--project", project.url]) == 2
     error = capsys.readouterr().err
-    assert "1 of the first 30 of 90 frames have a visual hull, too few to fit an embedding" in error
+    assert "1 of the first third of 90 frames have a visual hull, too few to fit an embedding" in error
     assert error.count("\n") == 1
     stores.delete(project.mark_url("features"))
     assert main(STAGE, ["--project", project.url]) == 2
@@ -274,7 +274,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_recordings_embedded_together(tmp_path: Path) -> None:
-    first, second = project_of(tmp_path / "a"), project_of(tmp_path / "b", seed=1, n=60, invalid=())
+    first, second = project_of(tmp_path / "a"), project_of(tmp_path / "b", seed=1, n=60, invalid=(), fit_to="all")
     output = tmp_path / "both"
     run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
     assert run.exit_code == 0, run.output
@@ -284,7 +284,7 @@ def test_recordings_embedded_together(tmp_path: Path) -> None:
     assert found["recording"].tolist() == [0] * 90 + [1] * 60
     assert found["t"].tolist() == [*range(90), *range(60)]
     assert dict(group.attrs)["recordings"] == [first.url, second.url]
-    assert dict(group.attrs)["training_frames"] == 29 + 20
+    assert dict(group.attrs)["training_frames"] == 29 + 20  # settings are those of the first
     # Rows of the other recording are among the neighbours, also at the same time.
     near = found["neighbours"][90:]
     assert (found["recording"][near] == 0).any()

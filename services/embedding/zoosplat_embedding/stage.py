@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Recording:
     fps: float
 
     @classmethod
-    def read(cls, project: Project, experiment: Experiment) -> Recording:
+    def read(cls, project: Project, experiment: Experiment, fit_to: Literal["third", "all"]) -> Recording:
         """Raises UserError where a stage is missing or was made with another configuration."""
         group = project.open_input("features", experiment)
         tracking, images = project.open_input("center_rotation", experiment), project.open_input("pack", experiment)
@@ -55,12 +55,12 @@ class Recording:
         if len(features) != len(valid):
             where = project.output_url("features")
             raise UserError(f"{where}: {len(features)} frames, tracking has {len(valid)}; run stage features again")
-        third = len(valid) if experiment.embedding.fit_to == "all" else len(valid) // 3
-        train = valid & (np.arange(len(valid)) < third)
+        train = valid & (np.arange(len(valid)) < (len(valid) if fit_to == "all" else len(valid) // 3))
         if train.sum() < FEWEST:
+            part = "" if fit_to == "all" else "the first third of "
             raise UserError(
-                f"{project.url}: {train.sum()} of the first {third} of {len(valid)} frames have a visual hull, too few "
-                "to fit an embedding; keep more frames (ingest.frame_jump, ingest.max_frames) or check the masks"
+                f"{project.url}: {train.sum()} of {part}{len(valid)} frames have a visual hull, too few to fit an "
+                "embedding; keep more frames (ingest.frame_jump, ingest.max_frames) or check the masks"
             )
         attributes: dict[str, Any] = {**group.attrs}
         jump, fps = int(str(images.attrs["frame_jump"])), float(str(images.attrs["fps"]))
@@ -178,12 +178,12 @@ class Embed(Stage):
     """Coordinates of behaviour from the descriptors, a map of them, what is alike, and states."""
 
     def prepare(self, ctx: Context) -> Plan:
-        recording = Recording.read(ctx.project, ctx.experiment)
+        recording = Recording.read(ctx.project, ctx.experiment, ctx.experiment.embedding.fit_to)
         stores.delete(ctx.project.path(CSV))
         return Plan((0, len(recording.valid)))
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
-        recording = Recording.read(ctx.project, ctx.experiment)
+        recording = Recording.read(ctx.project, ctx.experiment, ctx.experiment.embedding.fit_to)
         frames = shard.stop
 
         def progress(done: int) -> None:
@@ -215,9 +215,9 @@ def embed_together(projects: Sequence[Project], output: str) -> list[str]:
     Raises:
         UserError: a project lacks its features, or their kinds differ.
     """
-    recordings = []
+    recordings, settings = [], projects[0].read_experiment().embedding
     for project in projects:
-        recordings.append(Recording.read(project, project.read_experiment()))
+        recordings.append(Recording.read(project, project.read_experiment(), settings.fit_to))
         first = recordings[0].kind
         for key, value in recordings[-1].kind.items():
             if first.get(key) != value:
@@ -225,6 +225,6 @@ def embed_together(projects: Sequence[Project], output: str) -> list[str]:
                     f"{project.url}: {key} of the features is {value}, but {first.get(key)} in {projects[0].url}; set "
                     f"features.{key.removesuffix('_m')} to the same in both and run stage features again"
                 )
-    arrays, attributes = embed(recordings, projects[0].read_experiment().embedding)
+    arrays, attributes = embed(recordings, settings)
     write(output, arrays, {**attributes, "recordings": [project.url for project in projects]})
     return list(_warnings(arrays, attributes))
