@@ -74,9 +74,8 @@ def test_the_place_of_an_animal_holds_all_of_its_pictures(film: Film) -> None:
         c, s = np.cos(film.headings[i]), np.sin(film.headings[i])
         corners = film.centers[i] + (signs * (film.reach[i] + 0.015)) @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
         for v in range(VIEWS):
-            image = (corners @ film.world_to_camera[v, :3, :3].T + film.world_to_camera[v, :3, 3]) @ film.intrinsics[
-                v
-            ].T
+            pose = film.world_to_camera[v]
+            image = (corners @ pose[:3, :3].T + pose[:3, 3]) @ film.intrinsics[v].T
             pixels = image[:, :2] / image[:, 2:]
             rows, columns = np.nonzero(film.mask[i, v])
             assert (pixels.min(0) < (columns.min() + 2, rows.min() + 2)).all()

@@ -95,6 +95,7 @@ class Trainer:
         model, optimizer: Adam, with a higher rate for the head than for the U-Nets.
         averaged: the model with weights averaged over about the last tenth of the steps: what is validated and used.
         recorder: runs steps, and knows how many pairs of Gaussians and tiles they needed.
+        network: class of the model.
     """
 
     network: ClassVar[type[PoseSplatter]] = PoseSplatter

@@ -23,9 +23,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from zoosplat import random_animals
-from zoosplat.config import Experiment
+from zoosplat.config import OF_ANIMALS, Experiment
 from zoosplat.random_animals import HEIGHT, VIEWS, WIDTH, Film
 from zoosplat_model.frames import Frame, FrameReader, send
+from zoosplat_model.losses import soft_iou
 from zoosplat_model.predictor import pick_device
 from zoosplat_model.splatter import PoseSplatter
 from zoosplat_train import ops, start
@@ -55,6 +56,7 @@ class Animals(FrameReader):
         self.ell_m, self.grid_size, self.volume_idx = ELL_M, GRID, CROP
         self.voxel_size_m = ELL_M / (GRID - 1)
         self.n_frames = sum(len(film.centers) for film in films)
+        self.tested = min(TESTED, self.n_frames // 8)
         self.pictures = [
             torch.cat([torch.from_numpy(film.rgb), torch.from_numpy(film.mask)[..., None]], -1).to(device)
             for film in films
@@ -116,14 +118,13 @@ class _Trainer(ops.Trainer):
 def test(trainer: ops.Trainer, animals: Animals) -> tuple[float, float]:
     """Mean IoU of animals that were not trained on: in views that they are carved from, and in others."""
     rng, figures = np.random.default_rng(1), []
-    for t in range(min(TESTED, animals.n_frames // 8)):
+    for t in range(animals.tested):
         frame, carved = animals.shown(t, rng)
         used = send(torch.tensor([[c in carved for c in range(SHOWN)]]), animals.device)
         with torch.no_grad():
             gaussians = trainer.averaged.eval()([frame], used)[0].to_world(frame.center, frame.angle)
             alpha = trainer.averaged.render(gaussians, frame.world_to_camera, frame.intrinsics, WIDTH, HEIGHT).alpha
-        drawn, truth = alpha > 0.5, frame.mask > 0.5
-        iou = (drawn & truth).sum((1, 2)) / (drawn | truth).sum((1, 2)).clamp_min(1)
+        iou = soft_iou((alpha > 0.5).to(frame.mask.dtype), frame.mask)
         figures.append((iou[: len(carved)].mean(), iou[len(carved) :].mean()))
     first, second = torch.tensor(figures).mean(0).tolist()
     return first, second
@@ -132,7 +133,6 @@ def test(trainer: ops.Trainer, animals: Animals) -> tuple[float, float]:
 def pretrain(animals: Animals, experiment: Experiment, seconds: float) -> PoseSplatter:
     """Train for some seconds; the network with averaged weights."""
     trainer, rng = _Trainer(animals, experiment, animals.device), np.random.default_rng(0)
-    tested = min(TESTED, animals.n_frames // 8)
     settings = experiment.train.model_copy(update={"jitter_voxels": JITTER_VOXELS, "jitter_radians": JITTER_RADIANS})
     sums, step, began = (
         torch.zeros(len(ops.TRAIN_FIGURES), dtype=torch.float64, device=animals.device),
@@ -142,7 +142,7 @@ def pretrain(animals: Animals, experiment: Experiment, seconds: float) -> PoseSp
     with Progress() as progress:
         bar = progress.add_task("pretraining", total=seconds)
         while (spent := time.monotonic() - began) < seconds:
-            frame, carved = animals.shown(int(rng.integers(tested, animals.n_frames)), rng)
+            frame, carved = animals.shown(int(rng.integers(animals.tested, animals.n_frames)), rng)
             frame = ops.jitter(frame, settings, step, animals.voxel_size_m)
             rate = ops.learning_rate(experiment.train.lr, spent / seconds)
             sums += trainer.step([frame], [carved], [bool(rng.random() < ops.MIRROR)], rate, step)
@@ -171,7 +171,7 @@ def main() -> None:
             "data": {"directory": "/none", "videos": names, "masks": names, "calibration": "none.h5"},
             "center_rotation": {"ell": ELL_M},
             "crop": {"ell": ELL_M, "grid_size": GRID},
-            "model": {"base_filters": args.filters, "poolings": 3},
+            "model": {**OF_ANIMALS, "base_filters": args.filters},
             "train": {"lr": LEARNING_RATE, "opacity_lambda": 0.03, "device": args.device},
         }
     )

@@ -136,8 +136,8 @@ class _Training:
             self.trainer.averaged.load_state_dict(found.average)
             checkpoints.restore_state(self.trainer.model, self.trainer.optimizer, found.optimizer)
         else:
-            for model in (self.trainer.model, self.trainer.averaged):
-                start.begin(model, self.settings.start_from)
+            start.begin(self.trainer.model, self.settings.start_from)
+            self.trainer.averaged.load_state_dict(self.trainer.model.state_dict())
         if self.ranks.agreed(self.progress.step) != self.progress.step:
             raise UserError(f"{self.ctx.project.url}: the checkpoint changed while it was read; let one run work on it")
         self.ranks.copy(self.trainer.state())

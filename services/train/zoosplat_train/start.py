@@ -36,16 +36,15 @@ def begin(model: PoseSplatter, start_from: str) -> None:
     if start_from == RANDOM:
         return
     weights = _read(start_from)
-    own = {name: value for name, value in model.state_dict().items() if name != OF_THE_RIG}
-    others = {name: value for name, value in weights.items() if name != OF_THE_RIG}
-    differ = sorted(n for n in own.keys() | others.keys() if n not in own or n not in others)
-    differ += sorted(n for n in own.keys() & others.keys() if own[n].shape != others[n].shape)
+    own, others = ({n: v for n, v in found.items() if n != OF_THE_RIG} for found in (model.state_dict(), weights))
+    shapes, given = ({n: v.shape for n, v in found.items()} for found in (own, others))
+    differ = sorted(n for n in shapes.keys() | given.keys() if shapes.get(n) != given.get(n))
     if differ:
         raise UserError(
             f"train.start_from = {start_from}: weights of another network ({differ[0]} differs, one of "
             f"{len(differ)}); set {KEYS} to what they were there, or train.start_from to {RANDOM}"
         )
-    model.load_state_dict({**model.state_dict(), **others})
+    model.load_state_dict(others, strict=False)
 
 
 def write(url: str, model: PoseSplatter) -> None:
