@@ -27,7 +27,8 @@ options=(--network host)
 if [[ ${engine[0]} == *podman ]]; then
   cache=$HOME/.cache/zoosplat/containers/cache
   mkdir -p "$cache"
-  options+=(--isolation chroot --format docker --volume "$cache:/root/.cache")
+  home=~root  # of the builder's user, the same in the image
+  options+=(--isolation chroot --format docker --volume "$cache:$home/.cache")
   # Where a proxy signs the connections, the builder must trust this machine's authorities; the images never hold them.
   ca=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
   [ ! -f "$ca" ] || options+=(--volume "$ca:/etc/ssl/certs/ca-certificates.crt:ro")

@@ -31,8 +31,8 @@ CPU = [spec.name for spec in PREPROCESSING]
 MEBIBYTE = 2**20
 
 LOOK = r"""
-import importlib.util as u, json, os, pathlib, shutil, sys
-site = pathlib.Path("/opt/venv")
+import importlib.util as u, json, os, pathlib, pwd, shutil, sys
+site, root = pathlib.Path("/opt/venv"), pwd.getpwuid(0).pw_dir
 write = {}
 for place in ("/app/x", "/opt/venv/x", "/x", "/tmp/x"):
     try:
@@ -46,7 +46,7 @@ print(json.dumps({
     "stages": [s for s in stages if u.find_spec("zoosplat_" + s)],
     "tools": [t for t in ("gcc", "cc", "g++", "git", "make", "nvcc", "uv", "ninja", "curl") if shutil.which(t)],
     "tests": [str(p) for p in site.rglob("tests") if p.is_dir()][:5],
-    "caches": [p for p in ("/root/.cache/pip", "/root/.cache/uv", "/tmp/tools", "/src") if os.path.exists(p)],
+    "caches": [p for p in (root + "/.cache/pip", root + "/.cache/uv", "/tmp/tools", "/src") if os.path.exists(p)],
     "environment": sorted(os.environ), "home": os.environ["HOME"], "cwd": os.getcwd(),
 }))
 """
