@@ -204,7 +204,10 @@ def _evaluation(project: Project, experiment: Experiment, stages: dict[str, Stag
             rows = _read_csv(stores.join(url, name))
             tables.append({"split": split[1], **_metrics(rows)})
     over_time = [_over_time(_read_csv(stores.join(url, n))) for n in files if re.fullmatch(r"frames_\w+\.csv", n)]
-    return {"tables": tables, "gallery": _gallery(url, files), "over_time": over_time}
+    fitted = ""
+    if experiment.train.method == "dynamic" or experiment.train.fit_to == "all":
+        fitted = "Trained on all frames: observed views are training data, only held-out ones are new to the model."
+    return {"tables": tables, "gallery": _gallery(url, files), "over_time": over_time, "fitted": fitted}
 
 
 def _over_time(rows: list[dict[str, str]]) -> str:

@@ -195,11 +195,16 @@ class Model(_Section):
 
 
 class Train(_Section):
-    """Training, on the first third of the frames."""
+    """Training, on the first third of the frames unless `fit_to` says otherwise."""
 
     method: Literal["pose_splatter", "dynamic"] = Field(
         default="pose_splatter",
         description="one network for all frames, or Gaussians and their motion optimised for all frames; see dynamic",
+    )
+    fit_to: Literal["third", "all"] = Field(
+        default="third",
+        description="frames to train on: the first third, so that metrics of the others are of frames never seen; or "
+        "all but those that validate, for the best reconstruction: then only held-out views are new to it",
     )
     start_from: Text = Field(
         default=RANDOM,
@@ -396,7 +401,7 @@ class Experiment(_Section):
     crop: Crop = Field(description="the box round the animal that the model works in")
     pack: Pack = Field(default=Pack(), description="which part of each image is stored")
     model: Model = Field(default=Model(), description="the network and its Gaussians")
-    train: Train = Field(default=Train(), description="training, on the first third of the frames")
+    train: Train = Field(default=Train(), description="training")
     dynamic: Dynamic = Field(default=Dynamic(), description="the second trainer, optimised for one recording")
     evaluate: Evaluate = Field(default=Evaluate(), description="metrics and gallery")
     render: Render = Field(default=Render(), description="pictures and films")

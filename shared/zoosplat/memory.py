@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
         pixels: of a view's window.
         views: that are observed.
         cameras: all of them, held-out ones too.
-        frames: kept frames, a third of which is trained on; None: not known, then as many as stay on the GPU.
+        frames: kept frames; None: not known, then as many as stay on the GPU.
     """
 
     voxels: int
@@ -137,10 +137,11 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
     frame = size.cameras * size.pixels  # 4 bytes a pixel as it is stored, 16 as it is used
     most = CACHE_BYTES // (4 * frame)
     frames = most if size.frames is None else size.frames
-    recording = 4 * frame * (min(frames, frames // 3 + VALID_FRAMES) if frames <= most else AHEAD)
+    shown = frames if experiment.train.fit_to == "all" else min(frames, frames // 3 + VALID_FRAMES)
+    recording = 4 * frame * (shown if frames <= most else AHEAD)
     # It runs once unrecorded, beside the memory that the recorded step keeps: a volume, its way through the U-Nets, of
     # which nothing is kept, and pictures.
-    alone = size.voxels * (168 + element * (16 + model.base_filters)) + 80 * size.views * size.pixels
+    alone = size.voxels * (120 + element * (16 + model.base_filters)) + 80 * size.views * size.pixels
     validation = UNUSED_ONCE * alone if model.gaussian_mode == "3d" else 0.0
     parts = {
         "CUDA": CONTEXT,

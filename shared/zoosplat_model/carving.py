@@ -183,7 +183,8 @@ def _sample(rgb: Tensor, mask: Tensor, x: Tensor, y: Tensor, footprint_px: int) 
     """Picture x mask [V, N, 3] and mask [V, N] at [V, N] pixels: bilinear, means over footprints, 0 outside."""
     h, w = mask.shape[1:]
     layers = torch.cat([rgb * mask[..., None], mask[..., None]], -1).permute(0, 3, 1, 2)
-    layers = F.avg_pool2d(layers, footprint_px, stride=1, padding=footprint_px // 2)
+    if footprint_px > 1:
+        layers = F.avg_pool2d(layers, footprint_px, stride=1, padding=footprint_px // 2)
     # align_corners: -1 and 1 are the centres of the first and last pixel.
     place = torch.stack([x * (2 / max(w - 1, 1)) - 1, y * (2 / max(h - 1, 1)) - 1], -1)
     found = F.grid_sample(layers, place[:, :, None], mode="bilinear", padding_mode="zeros", align_corners=True)

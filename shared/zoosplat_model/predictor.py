@@ -87,7 +87,7 @@ class Predictor:
         if checkpoint is None:
             raise UserError(f"{project.output_url('train')}: no checkpoint; run stage train again with --force")
         model.load_state_dict(checkpoint.average)
-        return cls(reader, model, checkpoint.step)
+        return cls(reader, model.only_applied(), checkpoint.step)
 
     @torch.no_grad()
     def gaussians(self, t: int) -> Gaussians:

@@ -202,6 +202,14 @@ class PoseSplatter(nn.Module):
             self.refine.to(memory_format=torch.channels_last_3d)
         return self.to(device)
 
+    def only_applied(self) -> PoseSplatter:
+        """In evaluation mode, for good: on a GPU convolutions' weights are kept in the precision they compute in."""
+        if self.points.is_cuda and self.precision == "auto" and isinstance(self.refine, UNetStack):
+            for module in self.refine.modules():
+                if isinstance(module, nn.Conv3d):  # autocast would convert them for every frame
+                    module.to(torch.bfloat16)
+        return self.eval()
+
     @torch.no_grad()
     def carve(self, frame: Frame, used: Tensor | None = None) -> Tensor:
         """Volume [8, n1, n2, n3] of a frame, from the `used` ([V] bool) of its V observed views (default: all)."""

@@ -2,7 +2,8 @@
 
 Where it differs from the published network, for speed:
 - The first halving folds 2 x 2 x 2 voxels into channels, and the last doubling unfolds them: convolutions of a few
-  channels at full resolution take most of the time and hardly use the hardware. No voxel is lost.
+  channels at full resolution take most of the time and hardly use the hardware. No voxel is lost. U-Nets in a row hand
+  folded volumes on, so that all is folded and unfolded once.
 - Channels are normalised by the mean and variance of their own volume: BatchNorm3d at batch size 1 does the same with
   one GPU block a channel, and keeps running statistics that do not fit afterwards.
 And for better pictures:
@@ -80,10 +81,10 @@ def doubled(x: Tensor) -> Tensor:
 
 
 class UNet(nn.Module):
-    """A 3D U-Net whose last layer starts at zero, so that its output is 0 at first.
+    """A 3D U-Net of folded volumes, whose last layer starts at zero, so that its output is 0 at first.
 
     Args:
-        n_out: channels of the output; the input has 8.
+        n_out: channels of the unfolded output; the input has 8.
         base_filters: channels double with each halving, from this at full resolution, where nothing is computed.
         poolings: halvings of the resolution, the first by folding.
         bottleneck: width of the multilayer perceptron at the bottom, into which the volume there is flattened; 0: none.
@@ -103,8 +104,8 @@ class UNet(nn.Module):
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, 8, n1, n2, n3] -> [B, n_out, n1, n2, n3]
-        x = self.down[0](fold(x).contiguous(memory_format=torch.channels_last_3d))
+    def forward(self, x: Tensor) -> Tensor:  # [B, 64, n1 / 2, n2 / 2, n3 / 2] -> [B, 8 n_out, n1 / 2, n2 / 2, n3 / 2]
+        x = self.down[0](x)
         skips = []
         for block in self.down[1:]:
             skips.append(x)
@@ -113,7 +114,7 @@ class UNet(nn.Module):
             x = x + self.bottom(x.flatten(1)).view(x.shape)
         for block, skip in zip(reversed(self.up), reversed(skips), strict=True):
             x = block(torch.cat([doubled(x), skip], 1))
-        return unfold(self.last(x))
+        return self.last(x)  # type: ignore[no-any-return]
 
 
 class UNetStack(nn.Module):
@@ -130,8 +131,14 @@ class UNetStack(nn.Module):
         self.unets = nn.ModuleList(UNet(n, base_filters, poolings, bottleneck, shape) for n in outputs)
 
     def forward(self, volume: Tensor) -> Tensor:
-        x, rest = volume[:, :REFINED_CHANNELS], volume[:, REFINED_CHANNELS:]
+        x, rest = (
+            fold(part).contiguous(memory_format=torch.channels_last_3d)
+            for part in (volume[:, :REFINED_CHANNELS], volume[:, REFINED_CHANNELS:])
+        )
+        kind = volume.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else volume.dtype
+        rest = rest.to(low)
         for unet in self.unets:
-            change = unet(torch.cat([x, rest], 1))
+            change = unet(torch.cat([x.to(low), rest], 1))
             x = F.pad(x, (0, 0) * 3 + (0, change.shape[1] - x.shape[1])) + change
-        return x
+        return unfold(x)

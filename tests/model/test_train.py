@@ -122,6 +122,18 @@ def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> N
     assert {ops.view_to_predict(t, 4) for t in range(0, 96, 4)} == {0, 1, 2, 3}
 
 
+def test_all_frames_but_those_that_validate_can_be_trained_on(tiny: Project) -> None:
+    configure(tiny, fit_to="all", epochs=2)
+    reader = open_reader(tiny, tiny.read_experiment(), torch.device("cpu"))
+    validate = reader.split("valid")
+    rest = [t for t in range(reader.n_frames) if reader.valid[t] and t not in validate]
+    assert stage._frames(reader, tiny.read_experiment().train) == (rest, validate)
+    assert stage._frames(reader, Train()) == (reader.split("train"), validate)
+    assert len(rest) > len(reader.split("train"))
+    assert run_stage(STAGE, tiny)
+    assert latest(tiny).progress.step == 2 * len(rest)
+
+
 # -- the stage ----------------------------------------------------------------------------------------------------
 def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(tiny, epochs=14, valid_every=4, plot_every=7, save_every=14)

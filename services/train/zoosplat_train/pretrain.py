@@ -1,6 +1,6 @@
 """Learn what animals look like from random ones: how `animals.safetensors` was made, and how to make another.
 
-    python -m zoosplat_train.pretrain OUT.safetensors [--animals 6400] [--minutes 7.2] [--filters 16]
+    python -m zoosplat_train.pretrain OUT.safetensors [--animals 6400] [--minutes 7.2] [--start-from animals]
 
 The network is a recording's own, and so is a step of its training; but every step shows another animal, in six views
 of a random rig. It is carved from three to five of them, and all six count in the loss: so the network learns what
@@ -23,7 +23,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from zoosplat import random_animals
-from zoosplat.config import OF_ANIMALS, Experiment
+from zoosplat.config import OF_ANIMALS, RANDOM, Experiment
 from zoosplat.random_animals import HEIGHT, VIEWS, WIDTH, Film
 from zoosplat_model.frames import Frame, FrameReader, send
 from zoosplat_model.losses import soft_iou
@@ -31,7 +31,7 @@ from zoosplat_model.predictor import pick_device
 from zoosplat_model.splatter import PoseSplatter
 from zoosplat_train import ops, start
 
-RIGS = 16  # each films an equal share of the animals
+RIGS = 32  # each films an equal share of the animals
 SHOWN = 6  # views of a step
 CARVED = (3, 4, 4, 5)  # of these, each as often
 FEWEST = 4  # cameras that a rig has: with three views one is left out
@@ -133,6 +133,8 @@ def test(trainer: ops.Trainer, animals: Animals) -> tuple[float, float]:
 def pretrain(animals: Animals, experiment: Experiment, seconds: float) -> PoseSplatter:
     """Train for some seconds; the network with averaged weights."""
     trainer, rng = _Trainer(animals, experiment, animals.device), np.random.default_rng(0)
+    start.begin(trainer.model, experiment.train.start_from)
+    trainer.averaged.load_state_dict(trainer.model.state_dict())
     settings = experiment.train.model_copy(update={"jitter_voxels": JITTER_VOXELS, "jitter_radians": JITTER_RADIANS})
     sums, step, began = (
         torch.zeros(len(ops.TRAIN_FIGURES), dtype=torch.float64, device=animals.device),
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--animals", type=int, default=6400)
     parser.add_argument("--minutes", type=float, default=7.2)
     parser.add_argument("--filters", type=int, default=16, help="model.base_filters")
+    parser.add_argument("--start-from", default=RANDOM, help="weights to go on from, as train.start_from")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     names = [f"{c}.mp4" for c in range(SHOWN)]
@@ -172,7 +175,12 @@ def main() -> None:
             "center_rotation": {"ell": ELL_M},
             "crop": {"ell": ELL_M, "grid_size": GRID},
             "model": {**OF_ANIMALS, "base_filters": args.filters},
-            "train": {"lr": LEARNING_RATE, "opacity_lambda": 0.03, "device": args.device},
+            "train": {
+                "lr": LEARNING_RATE,
+                "opacity_lambda": 0.03,
+                "start_from": args.start_from,
+                "device": args.device,
+            },
         }
     )
     began, each = time.monotonic(), -(-args.animals // RIGS)

@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from zoosplat import stores
+from zoosplat.config import Train as Settings
 from zoosplat.errors import UserError
 from zoosplat.memory import VALID_FRAMES
 from zoosplat.stage import Context, Plan, Result, Shard, Stage
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
-from zoosplat_model.frames import FrameReader
+from zoosplat_model.frames import FrameReader, Split
 from zoosplat_model.gpu_memory import device_figures, out_of_memory
 from zoosplat_model.predictor import open_reader, pick_device
 from zoosplat_train import dynamic, ops, parallel, plots, start
@@ -31,16 +32,17 @@ LOOK_STEPS = 10  # steps between readings of the loss
 
 
 class Train(Stage):
-    """Train the network on the first third of the frames, or dynamic Gaussians on all of them."""
+    """Train the network on the first third of the frames or on all, or dynamic Gaussians on all of them."""
 
     def prepare(self, ctx: Context) -> Plan:
         parallel.number(ctx.experiment)
         reader = open_reader(ctx.project, ctx.experiment, torch.device("cpu"))
         if ctx.experiment.train.method == "dynamic":
             return dynamic.prepare(reader, ctx.project.url)
-        if not reader.split("train"):
+        if not _frames(reader, ctx.experiment.train)[0]:
+            part = "" if ctx.experiment.train.fit_to == "all" else " of the first third"
             raise UserError(
-                f"{ctx.project.url}: no frame of the first third has a visual hull, so there is nothing to train on; "
+                f"{ctx.project.url}: no frame{part} has a visual hull, so there is nothing to train on; "
                 "see the warnings of stage center_rotation, or keep more frames"
             )
         warnings: tuple[str, ...] = ()
@@ -57,6 +59,15 @@ class Train(Stage):
         if size > 1:
             return parallel.start(train, ctx, size)
         return train(ctx, pick_device(ctx.experiment.train.device), Ranks())
+
+
+def _frames(reader: FrameReader, settings: Settings) -> tuple[list[int], list[int]]:
+    """Those to train on and those to validate with, of which none is in both."""
+    valid = ops.spread(reader.split("valid"), VALID_FRAMES)
+    if settings.fit_to == "third":
+        return reader.split("train"), valid
+    every = {t for split in get_args(Split) for t in reader.split(split)}
+    return sorted(every - set(valid)), valid
 
 
 def train(ctx: Context, device: torch.device, ranks: Ranks) -> Result:
@@ -126,8 +137,7 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.settings = self.ctx.experiment.train
-        self.frames = self.reader.split("train")
-        self.valid_frames = ops.spread(self.reader.split("valid"), VALID_FRAMES)
+        self.frames, self.valid_frames = _frames(self.reader, self.settings)
         self.trainer = ops.Trainer(self.reader, self.ctx.experiment, self.device, self.ranks)
         found = checkpoints.load(self.ctx.project, "latest")
         if found is not None:
