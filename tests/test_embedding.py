@@ -99,6 +99,41 @@ def test_adversarial_axes_of_full_strength_are_uncorrelated_with_the_target() ->
     np.testing.assert_allclose((scores @ plain).var(0, ddof=1), values, rtol=1e-9)
 
 
+def test_what_animals_do_in_general_has_a_direction_in_few_frames() -> None:
+    """A posture that the training third does not show, as rearing, but that other animals take."""
+    rng = np.random.default_rng(6)
+    n = 600
+    pose = rng.normal(size=(n, 6))
+    pose[:200, 5] = 0
+    directions = np.linalg.qr(rng.normal(size=(80, 6)))[0].T
+    features = pose @ directions + rng.normal(size=(n, 80)) * 0.03
+    others = rng.normal(size=(400, 6)) @ directions + rng.normal(size=(400, 80)) * 0.03
+    train, later = np.arange(n) < 200, np.arange(n) >= 200
+    told = []
+    for variation in (None, others - others.mean(0), 1e-3 * (others - others.mean(0))):
+        found = ops.fit(features, rng.uniform(-3, 3, n), train, 6, variation)
+        assert found.strength == 0
+        x = found(features)[later]
+        x, aim = x - x.mean(0), pose[later, 5] - pose[later, 5].mean()
+        told.append(1 - ((aim - x @ np.linalg.lstsq(x, aim, rcond=None)[0]) ** 2).sum() / (aim**2).sum())
+    assert told[0] < 0.5
+    assert told[1] > 0.9
+    assert told[2] == pytest.approx(told[1], abs=1e-3)  # its own scale says nothing
+
+
+def test_the_more_frames_there_are_the_less_other_animals_count() -> None:
+    rng = np.random.default_rng(7)
+    features = walk(rng, 20_000, 3, 40) @ rng.normal(size=(3, 12)) + rng.normal(size=(20_000, 12)) * 0.05
+    everywhere = rng.normal(size=(50, 12))
+    angles = []
+    for n in (200, 20_000):
+        headings, train = rng.uniform(-3, 3, n), np.ones(n, bool)
+        plain, informed = (ops.fit(features[:n], headings, train, 3, v).matrix for v in (None, everywhere))
+        cosines = np.linalg.svd(plain.T @ informed, compute_uv=False)
+        angles.append(np.arccos(np.clip(cosines.min(), -1, 1)))
+    assert angles[1] < 0.2 * angles[0]
+
+
 # -- what is alike --------------------------------------------------------------------------------------------------
 def test_neighbours_are_those_of_a_search_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "BLOCK", 7)

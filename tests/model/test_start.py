@@ -16,12 +16,13 @@ from zoosplat.config import OF_ANIMALS, Experiment
 from zoosplat.errors import UserError
 from zoosplat.project import Project
 from zoosplat.stage import run_stage
+from zoosplat_model import animals as of_animals
 from zoosplat_model import checkpoints
+from zoosplat_model.animals import SHOWN, Animals, OfRigs
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_model.predictor import open_reader
 from zoosplat_model.splatter import PoseSplatter
 from zoosplat_train import ops, pretrain, stage, start
-from zoosplat_train.pretrain import SHOWN, Animals
 from zoosplat_train.stage import STAGE
 
 CPU = torch.device("cpu")
@@ -131,8 +132,8 @@ def small() -> Experiment:
     return Experiment.model_validate(
         {
             "data": {"directory": "/none", "videos": names, "masks": names, "calibration": "none.h5"},
-            "center_rotation": {"ell": pretrain.ELL_M},
-            "crop": {"ell": pretrain.ELL_M},
+            "center_rotation": {"ell": of_animals.ELL_M},
+            "crop": {"ell": of_animals.ELL_M},
             "model": {"base_filters": 2, "num_unets": 1, "poolings": 2},
             "train": {"lr": 3e-3, "device": "cpu"},
         }
@@ -146,7 +147,7 @@ def test_what_is_carved_is_what_a_rig_of_these_views_alone_would_carve(animals: 
         if len(carved) == 4:
             break
     used = torch.tensor([c in carved for c in range(SHOWN)])
-    volume = pretrain._OfRigs.of(animals, small).carve(frame, used)
+    volume = OfRigs.of(animals, small).carve(frame, used)
     alone = PoseSplatter.of(animals, small)
     alone.seen = torch.tensor(carved)
     torch.testing.assert_close(volume, alone.carve(frame), rtol=1e-5, atol=1e-5)

@@ -22,6 +22,7 @@ FOLDS = 5  # of contiguous frames, on which it is tried whether the heading can 
 FLOOR = 10.0  # added to variances, in means of them: what hardly changes is noise, and is not to count as much
 TELLS = 0.05  # R2 of the heading from which on it is removed
 STRENGTHS = (0.0, 1.0, 10.0, 1e6)
+ANIMALS = 1.0  # training frames that the variation among animals counts as much as
 RIDGE = 1e-3  # of the sum of squares
 SPEED_S = 0.1  # over which speed is taken
 MOST_MAPPED = 20_000  # frames that make the map; more are placed among them
@@ -53,10 +54,14 @@ class Projection:
         return np.asarray(((features - self.mean) / self.scale) @ self.matrix, dtype=np.float32)
 
 
-def fit(features: Floats, headings: Floats, train: Bools, dimensions: int) -> Projection:
+def fit(
+    features: Floats, headings: Floats, train: Bools, dimensions: int, variation: Floats | None = None
+) -> Projection:
     """Fit an embedding that says as much as it can about the descriptors and nothing about the heading.
 
-    Descriptors are standardised (those that hardly change less so), reduced to their principal components, and of these
+    Descriptors are standardised (those that hardly change less so), reduced to their principal components (of the
+    training frames and, as if they were one frame more, of animals in general: what an animal does later than in the
+    training frames would have no direction otherwise), and of these
     adversarial PCA (Carson, Talbot, Carlson: AugmentedPCA, arXiv 2201.02547) takes the directions W, orthonormal, with
     the largest tr W'(C - s B)W, where C is the components' covariance and B the part of it that is linear in the
     heading's cosine and sine, all from the training frames. The weight s is the smallest of 0, 1, 10 and 10^6 at which
@@ -68,22 +73,29 @@ def fit(features: Floats, headings: Floats, train: Bools, dimensions: int) -> Pr
         headings: [N] radians.
         train: [N] which rows standardisation, components and directions come from; at least two.
         dimensions: E.
+        variation: [R, D] how descriptors vary among animals: rows whose Gram matrix is their covariance, up to a
+            factor. Default: not known.
     """
     mean = features[train].mean(0, dtype=np.float64)
     variance = features[train].var(0, dtype=np.float64)
     scale = np.sqrt(variance + FLOOR * variance.mean())
     scale[scale == 0] = 1
     standard = ((features - mean) / scale).astype(np.float32)
-    _, lengths, directions = np.linalg.svd(standard[train], full_matrices=False)
+    rows = standard[train]
+    if variation is not None:
+        others = variation / scale
+        of_each = (rows**2).sum() / len(rows) / max(float((others**2).sum()), 1e-30)
+        rows = np.concatenate([rows, others * np.sqrt(ANIMALS * of_each)])
+    _, lengths, directions = np.linalg.svd(rows, full_matrices=False)
     rank = int((lengths > 1e-5 * max(lengths[0], 1e-30)).sum())
     kept = directions[: min(rank, max(CANDIDATES, dimensions))].T.astype(np.float64)  # [D, P]
-    scores = standard @ kept
+    scores, known = standard @ kept, rows[train.sum() :] @ kept
     target = np.stack([np.cos(headings), np.sin(headings)], 1)
     before = told(scores[:, :dimensions], target)
     strength, after = 0.0, before
     axes: Floats = np.eye(kept.shape[1])
     for strength in STRENGTHS:
-        axes = adversarial_axes(scores[train], target[train], strength)[:, :dimensions]
+        axes = adversarial_axes(scores[train], target[train], strength, known)[:, :dimensions]
         after = told(scores @ axes, target)
         if after <= TELLS:
             break
@@ -98,16 +110,19 @@ def fit(features: Floats, headings: Floats, train: Bools, dimensions: int) -> Pr
     return Projection(mean, scale, matrix, explained, strength, (before, after))
 
 
-def adversarial_axes(scores: Floats, target: Floats, strength: float) -> Floats:
+def adversarial_axes(scores: Floats, target: Floats, strength: float, known: Floats | None = None) -> Floats:
     """[P, P] orthonormal directions of adversarial PCA, the best first: eigenvectors of C - strength B.
 
     Args:
         scores: [N, P].
         target: [N, K] what they shall not tell.
         strength: of B, the covariance of the part of `scores` that is linear in `target`.
+        known: [R, P] rows of mean 0 that C is of too, and B is not.
     """
     centered, aims = scores - scores.mean(0), target - target.mean(0)
     covariance, cross = centered.T @ centered, centered.T @ aims
+    if known is not None:
+        covariance = covariance + known.T @ known
     linear = cross @ np.linalg.pinv(aims.T @ aims) @ cross.T
     _, vectors = np.linalg.eigh(covariance - strength * linear)
     return np.asarray(vectors[:, ::-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,7 +97,8 @@ def embed(
     t = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
     times = np.concatenate([np.arange(len(r.valid)) / r.fps for r in recordings])
 
-    projection = ops.fit(features[valid], headings[valid], train[valid], settings.dimensions)
+    variation = _variation(recordings[0].kind["encoder"], features.shape[1])
+    projection = ops.fit(features[valid], headings[valid], train[valid], settings.dimensions, variation)
     embedding = np.full((len(valid), settings.dimensions), np.nan, np.float32)
     embedding[valid] = projection(features[valid])
     progress(1)
@@ -139,6 +141,15 @@ def embed(
         "fps": [r.fps for r in recordings],
     }
     return arrays, attributes
+
+
+def _variation(encoder: str, size: int) -> ops.Floats | None:
+    """How descriptors of random animals vary, if they are of this encoder and size: `zoosplat_features.animals`."""
+    if encoder != "gaussians":
+        return None
+    with (importlib.resources.files("zoosplat_embedding") / "animals.npz").open("rb") as file:
+        factor = np.load(file, allow_pickle=False)["factor"].astype(np.float64)
+    return factor if factor.shape[1] == size else None
 
 
 def write(folder: str, arrays: dict[str, Any], attributes: dict[str, Any]) -> None:

@@ -1,0 +1,57 @@
+"""How descriptors of animals differ from each other: how `zoosplat_embedding/animals.npz` was made.
+
+    python -m zoosplat_features.animals OUT.npz WEIGHTS.safetensors [--animals 800]
+
+Random animals (`zoosplat_model.animals`), each in another posture and of another build, are reconstructed by the
+network whose weights `zoosplat_train.pretrain` wrote, and described by the encoder `gaussians`. An embedding that is
+fitted to few frames knows from it in which directions descriptors move when animals do what those do not show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import safetensors.torch
+import torch
+from rich.progress import track
+
+from zoosplat_features.encoders import GaussiansEncoder
+from zoosplat_model.animals import ELL_M, SHOWN, Animals, OfRigs, experiment, films
+from zoosplat_model.frames import send
+from zoosplat_model.predictor import pick_device
+
+DIRECTIONS = 60  # the rest of the variance is noise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("output", metavar="OUT.npz")
+    parser.add_argument("weights", metavar="WEIGHTS.safetensors")
+    parser.add_argument("--animals", type=int, default=800)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    began, filmed = time.monotonic(), films(args.animals)
+    device = pick_device(args.device)
+    animals = Animals(filmed, device)
+    print(f"{animals.n_frames} animals in {time.monotonic() - began:.0f} s", flush=True)
+    model = OfRigs.of(animals, experiment(device=args.device)).on(device)
+    model.load_state_dict(safetensors.torch.load_file(args.weights), strict=False)
+    encode, rng, found = GaussiansEncoder(ELL_M / 2), np.random.default_rng(0), []
+    for t in track(range(animals.n_frames), "describing"):
+        frame, carved = animals.shown(t, rng)
+        used = send(torch.tensor([[c in carved for c in range(SHOWN)]]), device)
+        with torch.no_grad():
+            found.append(encode(model.eval()([frame], used)[0]).cpu().numpy())
+    values = np.stack(found).astype(np.float64)
+    _, lengths, axes = np.linalg.svd(values - values.mean(0), full_matrices=False)
+    factor = lengths[:DIRECTIONS, None] * axes[:DIRECTIONS]
+    share = (lengths[:DIRECTIONS] ** 2).sum() / (lengths**2).sum()
+    # As the Gram matrix of its rows it is their covariance, but for a factor, by which half precision has room.
+    np.savez_compressed(args.output, factor=(factor / np.abs(factor).max()).astype(np.float16))
+    print(f"{len(factor)} directions, {share:.3f} of the variance")
+
+
+if __name__ == "__main__":
+    main()
