@@ -17,7 +17,8 @@ from zoosplat.errors import UserError
 from zoosplat.pipeline import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.stage import main, run_stage
-from zoosplat_features import encoders, ops
+from zoosplat_embedding.stage import _variation
+from zoosplat_features import animals, encoders, ops
 from zoosplat_features.stage import STAGE
 from zoosplat_model import checkpoints
 from zoosplat_model.predictor import Predictor, open_reader
@@ -295,6 +296,19 @@ def test_images_from_a_file_and_bad_input(
     stores.delete(project.mark_url("train"))
     assert main(STAGE, ["--project", project.url]) == 2
     assert "run stage train first" in capsys.readouterr().err
+
+
+def test_variation_among_animals_is_their_covariance_and_what_embeddings_know_fits() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(500, 20)) @ rng.normal(size=(20, 90)) * 1e-4 + 0.3
+    factor, share = animals.variation(values)
+    found, truth = factor.astype(float).T @ factor.astype(float), np.cov(values.T)
+    assert share == pytest.approx(1)
+    np.testing.assert_allclose(found / np.trace(found), truth / np.trace(truth), atol=1e-4)
+    known = _variation("gaussians", ops.cylinder_size())
+    assert known is not None
+    assert known.shape == (animals.DIRECTIONS, ops.cylinder_size())
+    assert _variation("images", 5120) is None
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import argparse
 import time
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 from rich.progress import track
@@ -23,6 +24,17 @@ from zoosplat_model.frames import send
 from zoosplat_model.predictor import pick_device
 
 DIRECTIONS = 60  # the rest of the variance is noise
+
+
+def variation(descriptors: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float16], float]:
+    """[60, D] rows whose Gram matrix is, up to a factor, the covariance of descriptors [N, D]; the share that it has.
+
+    The factor is such that half precision has room.
+    """
+    _, lengths, axes = np.linalg.svd(descriptors - descriptors.mean(0), full_matrices=False)
+    rows = lengths[:DIRECTIONS, None] * axes[:DIRECTIONS]
+    share = (lengths[:DIRECTIONS] ** 2).sum() / (lengths**2).sum()
+    return (rows / np.abs(rows).max()).astype(np.float16), float(share)
 
 
 def main() -> None:
@@ -44,12 +56,8 @@ def main() -> None:
         used = send(torch.tensor([[c in carved for c in range(SHOWN)]]), device)
         with torch.no_grad():
             found.append(encode(model.eval()([frame], used)[0]).cpu().numpy())
-    values = np.stack(found).astype(np.float64)
-    _, lengths, axes = np.linalg.svd(values - values.mean(0), full_matrices=False)
-    factor = lengths[:DIRECTIONS, None] * axes[:DIRECTIONS]
-    share = (lengths[:DIRECTIONS] ** 2).sum() / (lengths**2).sum()
-    # As the Gram matrix of its rows it is their covariance, but for a factor, by which half precision has room.
-    np.savez_compressed(args.output, factor=(factor / np.abs(factor).max()).astype(np.float16))
+    factor, share = variation(np.stack(found).astype(np.float64))
+    np.savez_compressed(args.output, factor=factor)
     print(f"{len(factor)} directions, {share:.3f} of the variance")
 
 
