@@ -147,7 +147,7 @@ def test_runner_reads_the_settings(tmp_path: Path) -> None:
 def test_overlays_are_keys_of_the_experiment(tmp_path: Path, experiment: Experiment) -> None:
     read = settings(render(), tmp_path)
     gaussians = [overlay(experiment, n, read.profile(n).config).model.max_gaussians for n in read.ordered()]
-    assert gaussians == [64000, 64000, 64000, 128000]
+    assert gaussians == [64000, 64000, 96000, 128000]
 
 
 def test_numbers_survive_rendering(tmp_path: Path, experiment: Experiment) -> None:
