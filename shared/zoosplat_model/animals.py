@@ -15,7 +15,7 @@ from zoosplat import random_animals
 from zoosplat.config import OF_ANIMALS, RANDOM, Experiment
 from zoosplat.random_animals import HEIGHT, VIEWS, WIDTH, Film
 from zoosplat_model.frames import Frame, FrameReader, send
-from zoosplat_model.splatter import PoseSplatter
+from zoosplat_model.splatter import Gaussians, PoseSplatter
 
 RIGS = 32  # each films an equal share of the animals
 SHOWN = 6  # views of a frame
@@ -117,3 +117,11 @@ class OfRigs(PoseSplatter):
         if used is not None:
             volume[7:] *= len(used) / used.sum().clamp_min(FEWEST)  # the share of the views that see a voxel
         return volume
+
+
+@torch.no_grad()
+def reconstruct(model: PoseSplatter, frame: Frame, carved: Sequence[int]) -> Gaussians:
+    """Gaussians in the animal's frame, carved from these of its views."""
+    used = send(torch.tensor([[c in carved for c in range(SHOWN)]]), frame.rgb.device)
+    gaussians: Gaussians = model.eval()([frame], used)[0]
+    return gaussians

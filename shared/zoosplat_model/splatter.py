@@ -203,12 +203,12 @@ class PoseSplatter(nn.Module):
         return self.to(device)
 
     def only_applied(self) -> PoseSplatter:
-        """In evaluation mode, for good: on a GPU convolutions' weights are kept in the precision they compute in."""
+        """Not to be trained any more: on a GPU, convolutions' weights are kept in the precision they compute in."""
         if self.points.is_cuda and self.precision == "auto" and isinstance(self.refine, UNetStack):
             for module in self.refine.modules():
                 if isinstance(module, nn.Conv3d):  # autocast would convert them for every frame
                     module.to(torch.bfloat16)
-        return self.eval()
+        return self
 
     @torch.no_grad()
     def carve(self, frame: Frame, used: Tensor | None = None) -> Tensor:

@@ -61,10 +61,10 @@ def fit(
 
     Descriptors are standardised (those that hardly change less so), reduced to their principal components (of the
     training frames and, as if they were one frame more, of animals in general: what an animal does later than in the
-    training frames would have no direction otherwise), and of these
-    adversarial PCA (Carson, Talbot, Carlson: AugmentedPCA, arXiv 2201.02547) takes the directions W, orthonormal, with
-    the largest tr W'(C - s B)W, where C is the components' covariance and B the part of it that is linear in the
-    heading's cosine and sine, all from the training frames. The weight s is the smallest of 0, 1, 10 and 10^6 at which
+    training frames would have no direction otherwise), and of these adversarial PCA (Carson, Talbot, Carlson:
+    AugmentedPCA, arXiv 2201.02547) takes the directions W, orthonormal, with the largest tr W'(C - s B)W, where C is
+    the components' covariance and B the part of it that is linear in the heading's cosine and sine in the training
+    frames. The weight s is the smallest of 0, 1, 10 and 10^6 at which
     ridge regression does not tell the heading of a fifth of the frames from the other four (R2 of 0.05). So a posture
     that the animal happened to take while it headed east is not removed, unless it tells east at other times too.
 

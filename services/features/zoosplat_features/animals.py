@@ -15,12 +15,10 @@ import time
 import numpy as np
 import numpy.typing as npt
 import safetensors.torch
-import torch
 from rich.progress import track
 
 from zoosplat_features.encoders import GaussiansEncoder
-from zoosplat_model.animals import ELL_M, SHOWN, Animals, OfRigs, experiment, films
-from zoosplat_model.frames import send
+from zoosplat_model.animals import ELL_M, Animals, OfRigs, experiment, films, reconstruct
 from zoosplat_model.predictor import pick_device
 
 DIRECTIONS = 60  # the rest of the variance is noise
@@ -53,9 +51,7 @@ def main() -> None:
     encode, rng, found = GaussiansEncoder(ELL_M / 2), np.random.default_rng(0), []
     for t in track(range(animals.n_frames), "describing"):
         frame, carved = animals.shown(t, rng)
-        used = send(torch.tensor([[c in carved for c in range(SHOWN)]]), device)
-        with torch.no_grad():
-            found.append(encode(model.eval()([frame], used)[0]).cpu().numpy())
+        found.append(encode(reconstruct(model, frame, carved)).cpu().numpy())
     factor, share = variation(np.stack(found).astype(np.float64))
     np.savez_compressed(args.output, factor=factor)
     print(f"{len(factor)} directions, {share:.3f} of the variance")

@@ -19,8 +19,7 @@ from rich.progress import Progress
 
 from zoosplat.config import RANDOM, Experiment
 from zoosplat.random_animals import HEIGHT, WIDTH
-from zoosplat_model.animals import SHOWN, Animals, OfRigs, experiment, films
-from zoosplat_model.frames import send
+from zoosplat_model.animals import Animals, OfRigs, experiment, films, reconstruct
 from zoosplat_model.losses import soft_iou
 from zoosplat_model.predictor import pick_device
 from zoosplat_model.splatter import PoseSplatter
@@ -34,15 +33,14 @@ class _Trainer(ops.Trainer):
     network = OfRigs
 
 
+@torch.no_grad()
 def test(trainer: ops.Trainer, animals: Animals) -> tuple[float, float]:
     """Mean IoU of animals that were not trained on: in views that they are carved from, and in others."""
     rng, figures = np.random.default_rng(1), []
     for t in range(animals.tested):
         frame, carved = animals.shown(t, rng)
-        used = send(torch.tensor([[c in carved for c in range(SHOWN)]]), animals.device)
-        with torch.no_grad():
-            gaussians = trainer.averaged.eval()([frame], used)[0].to_world(frame.center, frame.angle)
-            alpha = trainer.averaged.render(gaussians, frame.world_to_camera, frame.intrinsics, WIDTH, HEIGHT).alpha
+        gaussians = reconstruct(trainer.averaged, frame, carved).to_world(frame.center, frame.angle)
+        alpha = trainer.averaged.render(gaussians, frame.world_to_camera, frame.intrinsics, WIDTH, HEIGHT).alpha
         iou = soft_iou((alpha > 0.5).to(frame.mask.dtype), frame.mask)
         figures.append((iou[: len(carved)].mean(), iou[len(carved) :].mean()))
     first, second = torch.tensor(figures).mean(0).tolist()
