@@ -147,7 +147,7 @@ def _front(depth: Tensor, nearest: Tensor, solid: Tensor, h: int, w: int, footpr
     """Depth [V, N] of the nearest solid point in the picture round each point; its pixel is `nearest` [V, N]."""
     buffer = depth.new_full((len(depth), h * w), torch.inf)
     buffer.scatter_reduce_(1, nearest, torch.where(solid, depth, torch.inf), "amin")
-    front = -F.max_pool2d(-buffer.view(-1, 1, h, w), footprint_px, stride=1, padding=footprint_px // 2)
+    front = carving_gpu.least_around(buffer.view(-1, h, w), footprint_px)
     return front.flatten(1).gather(1, nearest)
 
 

@@ -34,6 +34,18 @@ def red_and_blue(side: int) -> Tensor:
     return rgb
 
 
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 14), (4, 6, 5)])
+def test_the_least_around_a_pixel_is_that_of_pooling(size: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(size)
+    values = torch.rand(shape)
+    values[values > 0.7] = torch.inf
+    found = carving_gpu.least_around(values, size)
+    pooled = -torch.nn.functional.max_pool2d(-values.view(-1, 1, *shape[-2:]), size, stride=1, padding=size // 2)
+    assert torch.equal(found, pooled.view(shape))
+    assert found.is_contiguous()  # a kernel reads it
+
+
 def test_hand_worked_voxels() -> None:
     pose, k = opposite_cameras(10.0, 3.0, 9)
     mask = torch.ones(2, 9, 9, dtype=torch.float64)
