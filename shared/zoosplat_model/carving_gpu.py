@@ -50,7 +50,7 @@ def carve(
     points = points.reshape(-1, 3).contiguous()
     n = len(points)
     layers = torch.cat([rgb * mask[..., None], mask[..., None]], -1).permute(0, 3, 1, 2)
-    # Channels first: the kernel for channels last takes several times as long for four of them.
+    # Channels first: the other layout's kernel took 0.14 ms of a frame's 2.4 on an H200.
     layers = F.avg_pool2d(layers.contiguous(), footprint_px, stride=1, padding=footprint_px // 2)
     layers = layers.permute(0, 2, 3, 1).contiguous()
     mask, matrices, used = mask.contiguous(), matrices.contiguous(), used.to(torch.int32)
@@ -71,7 +71,8 @@ def carve(
 def least_around(values: Tensor, size: int) -> Tensor:
     """The least in the window of `size` (odd) pixels round each of [..., h, w]; what is outside does not count.
 
-    `-F.max_pool2d(-values, size, 1, size // 2)` takes several times as long on a GPU, as it also keeps where they are.
+    As `-F.max_pool2d(-values, size, 1, size // 2)`, which also finds where they are, and took 0.1 ms of a frame's
+    2.4 on an H200.
     """
     for axis, padding in ((-1, (size // 2, size // 2)), (-2, (0, 0, size // 2, size // 2))):
         wide = F.pad(values, padding, value=torch.inf)
