@@ -29,7 +29,8 @@ def main() -> None:
     scene = Scene(device)
     model = PoseSplatter.of(scene, settings(args.overrides)).on(device).eval()  # type: ignore[arg-type]
     frames = [scene.frame(t) for t in range(args.frames)]
-    volumes = torch.stack([model.carve(frame) for frame in frames])
+    observed = [model.observe(frame) for frame in frames]
+    volumes = torch.stack([model.carve(views) for views in observed])
 
     def render(carved: torch.Tensor) -> list[Rendering]:
         views = list(range(CAMERAS))
@@ -42,11 +43,11 @@ def main() -> None:
                 scene.height,
                 views,
             )
-            for frame, gaussians in zip(frames, model.reconstruct(carved, frames), strict=True)
+            for frame, gaussians in zip(frames, model.reconstruct(carved, observed), strict=True)
         ]
 
     def whole() -> list[Rendering]:
-        return render(torch.stack([model.carve(frame) for frame in frames]))
+        return render(torch.stack([model.carve(model.observe(frame)) for frame in frames]))
 
     cases: dict[str, Callable[[], object]] = {
         "volume to 6 views": lambda: render(volumes),

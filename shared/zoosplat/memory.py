@@ -80,7 +80,7 @@ def parameters(experiment: Experiment, voxels: int) -> int:
         bottom = 2 * width * widths[-1] * (voxels >> 3 * model.poolings) + width**2
     else:
         widths = [model.base_filters << level for level in range(1, model.poolings + 1)]
-        blocks = [*pairwise([64, *widths]), *((deep + here, here) for here, deep in pairwise(widths))]
+        blocks = [*pairwise([72, *widths]), *((deep + here, here) for here, deep in pairwise(widths))]
         doublings = 33 * widths[0]  # the last one, which unfolds
         bottom = 2 * model.bottleneck * widths[-1] * (voxels >> 3 * model.poolings)
     convolutions: int = sum(27 * (a * b + b * b) + 4 * b for a, b in blocks)
@@ -117,7 +117,7 @@ def training(experiment: Experiment, sizes: Sizes | None = None) -> dict[str, fl
             kept *= PLAIN
         element = 4 if model.precision == "fp32" else 2
         cast = 0.0 if model.precision == "fp32" else 2.0 * weights
-    unets = batch * size.voxels * model.num_unets * element * (8 + kept * model.base_filters) + cast
+    unets = batch * size.voxels * model.num_unets * element * (9 + kept * model.base_filters) + cast
     volumes = batch * size.voxels * (128 + 16 * element)
     carving = size.voxels * (40 + 32 * (batch - 1)) + 80 * size.views * size.pixels
     # Frames drawn before the last one wait for their gradients.

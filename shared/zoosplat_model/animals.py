@@ -15,7 +15,7 @@ from zoosplat import random_animals
 from zoosplat.config import OF_ANIMALS, RANDOM, Experiment
 from zoosplat.random_animals import HEIGHT, VIEWS, WIDTH, Film
 from zoosplat_model.frames import Frame, FrameReader, send
-from zoosplat_model.splatter import Gaussians, PoseSplatter
+from zoosplat_model.splatter import Gaussians, Observed, PoseSplatter
 
 RIGS = 32  # each films an equal share of the animals
 SHOWN = 6  # views of a frame
@@ -112,8 +112,8 @@ class OfRigs(PoseSplatter):
     """A network that takes the views it is carved from for the whole rig."""
 
     @torch.no_grad()
-    def carve(self, frame: Frame, used: Tensor | None = None) -> Tensor:
-        volume = super().carve(frame, used)
+    def carve(self, views: Observed, used: Tensor | None = None) -> Tensor:
+        volume = super().carve(views, used)
         if used is not None:
             volume[7:] *= len(used) / used.sum().clamp_min(FEWEST)  # the share of the views that see a voxel
         return volume

@@ -143,6 +143,58 @@ def carve(
     return whole.view(8, *shape)
 
 
+def needed(
+    occupancy: Tensor,  # [n1, n2, n3] any real numbers
+    hull: Tensor,  # [n1, n2, n3] above 0 where there may be animal
+    mask: Tensor,  # [V, h, w]
+    world_to_camera: Tensor,  # [V, 4, 4]
+    intrinsics: Tensor,  # [V, 3, 3]
+    points: Tensor,  # [n1, n2, n3, 3] world, metres; its origin is about where the animal is
+    voxel_size_m: float,
+    slope: float,
+    middle: float,
+    used: Tensor | None = None,  # [V] bool
+) -> Tensor:
+    """How much the masks of the V given views need a voxel: 1 / (animal on its line of sight, in voxels), at most 1.
+
+    Where a mask shows animal, some voxel on the line of sight has to be it. So a voxel of a hull that is one voxel
+    thick, in any view, is animal for sure, and so is one, if all others on its line have been taken away; of one amid
+    twenty nothing is known. No network finds that out by itself: it would have to know where the cameras are.
+
+    Voxels count with sigmoid(slope (occupancy - middle)). In each view they are counted in pixels of a voxel's size at
+    the animal, and what is on a line is a mean over nine of these (tent weights 1 2 1 each way).
+
+    Returns:
+        [n1, n2, n3] float32, the most of all `used` views (default: all) that have animal in their mask there; 0
+        outside the hull.
+    """
+    used = mask.new_ones(len(mask), dtype=torch.bool) if used is None else used
+    if points.is_cuda and points.dtype == torch.float32 and carving_gpu.works(points.get_device()):
+        matrices = (intrinsics[:, :, :, None] * world_to_camera[:, None, :3]).sum(2)
+        return carving_gpu.needed(
+            occupancy, hull, mask, matrices, intrinsics, points, voxel_size_m, slope, middle, used
+        )
+    h, w = mask.shape[1:]
+    inside = (hull > 0).flatten()
+    kept = torch.arange(len(inside), device=points.device) if points.is_cuda else torch.nonzero(inside)[:, 0]
+    x, y, depth = project(points.reshape(-1, 3)[kept].T, world_to_camera, intrinsics)
+    counted = used[:, None] & (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
+    counted = counted & inside[kept]
+    focal = (intrinsics[:, 0, 0] * intrinsics[:, 1, 1]).sqrt()[:, None]
+    per_pixel = (world_to_camera[:, 2, 3, None] / (focal * voxel_size_m)).clamp(max=1)  # of the larger pixels
+    column, row = (((v + 0.5).clamp(0, n - 1) * per_pixel).long() for v, n in ((x, w), (y, h)))
+    opacity = torch.sigmoid(slope * (occupancy.flatten()[kept] - middle))
+    counts = mask.new_zeros(len(mask), h * w)
+    counts.scatter_add_(1, row * w + column, counted * opacity)
+    tent = mask.new_tensor([0.25, 0.5, 0.25])
+    counts = F.conv2d(counts.view(-1, 1, h, w), (tent[:, None] * tent)[None, None], padding=1).flatten(1)
+    thick = counts.gather(1, row * w + column) * (focal * voxel_size_m * per_pixel / depth.clamp_min(1e-9)).square()
+    nearest = (y + 0.5).clamp(0, h - 1).long() * w + (x + 0.5).clamp(0, w - 1).long()
+    on_animal = counted & (mask.flatten(1).gather(1, nearest) > 0.5)
+    found = (on_animal / thick.clamp_min(1)).amax(0)
+    return found.new_zeros(len(inside)).index_copy(0, kept, found).view(occupancy.shape)
+
+
 def _front(depth: Tensor, nearest: Tensor, solid: Tensor, h: int, w: int, footprint_px: int) -> Tensor:
     """Depth [V, N] of the nearest solid point in the picture round each point; its pixel is `nearest` [V, N]."""
     buffer = depth.new_full((len(depth), h * w), torch.inf)

@@ -72,7 +72,8 @@ class Predictor:
             finished: False takes the best checkpoint so far of a training that has not ended (dynamic: the newest).
 
         Raises:
-            UserError: a stage is missing or was made with another configuration, or the device does not exist.
+            UserError: a stage is missing or was made with another configuration or version, or the device does not
+                exist.
         """
         chosen = pick_device(device)
         if finished:
@@ -86,7 +87,11 @@ class Predictor:
         checkpoint = checkpoints.load(project, "best")
         if checkpoint is None:
             raise UserError(f"{project.output_url('train')}: no checkpoint; run stage train again with --force")
-        model.load_state_dict(checkpoint.average)
+        try:
+            model.load_state_dict(checkpoint.average)
+        except RuntimeError:  # names or shapes differ
+            url = project.output_url("train")
+            raise UserError(f"{url}: weights of another version's network; run stage train again") from None
         return cls(reader, model.only_applied(), checkpoint.step)
 
     @torch.no_grad()

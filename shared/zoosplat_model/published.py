@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoosplat_model.frames import Frame
-from zoosplat_model.splatter import REACH, Gaussians, PoseSplatter
+from zoosplat_model.splatter import REACH, Gaussians, Observed, PoseSplatter
 from zoosplat_model.unet import FEATURE_CHANNELS, REFINED_CHANNELS
 
 BOTTLENECK = 512
@@ -115,7 +114,7 @@ class PublishedStack(nn.Module):
         outputs = [REFINED_CHANNELS] * (num_unets - 1) + [FEATURE_CHANNELS - REFINED_CHANNELS]
         self.unets = nn.ModuleList(PublishedUNet(n, base_filters, poolings, bottleneck, shape) for n in outputs)
 
-    def forward(self, volume: Tensor) -> Tensor:
+    def forward(self, volume: Tensor, needed: object = None) -> Tensor:
         x = volume[:, :REFINED_CHANNELS]
         with torch.autocast(x.device.type, enabled=False):
             for unet in self.unets[:-1]:
@@ -150,7 +149,7 @@ class PublishedSplatter(PoseSplatter):
         self.log_scale = nn.Parameter(torch.tensor(FIRST_LOG_SCALE + math.log(unit_m)))  # of metres
         del self.camera_color
 
-    def gaussians_of(self, features: Tensor, mirrored: Tensor, frame: Frame, used: Tensor | None) -> Gaussians:
+    def gaussians_of(self, features: Tensor, mirrored: Tensor, views: Observed, used: Tensor | None) -> Gaussians:
         flat = features.flatten(1)
         chosen, threshold = thresholded(flat[0].detach(), self.min_gaussians, self.max_gaussians)
         kept = flat.index_select(1, chosen).T

@@ -4,6 +4,8 @@ Where it differs from the published network, for speed and better pictures:
 - Its units are voxels, so nothing depends on the size of the animal or the unit of the calibration.
 - It starts as the coloured hull: occupancy drives the opacity, and colours and sizes are changes to the voxel's own.
   A voxel at the limit of selection has an opacity too small to be drawn, so selection causes no jumps.
+- Each U-Net is told how much the masks need every voxel, by what those before it have left (`carving.needed`): it can
+  put back what they took too much of.
 - Colours are looked up in the pictures once more where the Gaussians have come to lie, with their own occlusion: a
   carved voxel's are means over its footprint, too coarse for eyes, and go by the hull's occlusion.
 - Each camera has a small learned colour transformation, because real cameras differ in exposure and colour.
@@ -21,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoosplat.config import Experiment
-from zoosplat_model.carving import carve, grid_points, look_up, rotation_about_z
+from zoosplat_model import carving_gpu
+from zoosplat_model.carving import carve, grid_points, look_up, needed, rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.rasterize import Pairs, Rendering, rasterize
 from zoosplat_model.unet import FEATURE_CHANNELS, UNetStack
@@ -75,6 +78,22 @@ class Gaussians(NamedTuple):
         return self._replace(scales=(self.scales**2 + LOW_PASS * pixel_m**2).sqrt())
 
 
+class Observed(NamedTuple):
+    """The V observed views of a frame.
+
+    Attributes:
+        rgb: [V, h, w, 3] 0 to 1.
+        mask: [V, h, w] 0 or 1.
+        world_to_camera: [V, 4, 4] from the animal's frame.
+        intrinsics: [V, 3, 3] calibration pixels.
+    """
+
+    rgb: Tensor
+    mask: Tensor
+    world_to_camera: Tensor
+    intrinsics: Tensor
+
+
 def quaternion_product(a: Tensor, b: Tensor) -> Tensor:
     """Hamilton product [..., 4] of quaternions (w, x, y, z): first the rotation `b`, then `a`."""
     aw, ax, ay, az = a.unbind(-1)
@@ -113,12 +132,7 @@ def surface_first(occupancy: Tensor) -> Tensor:
     So where there are more voxels than Gaussians, `select` leaves out those that nobody sees: all voxels up to `DEPTH`
     away, along each axis, hold something too.
     """
-    least = -occupancy[None, None]
-    for axis in range(3):  # one axis at a time
-        size = [1, 1, 1]
-        size[axis] = 2 * DEPTH + 1
-        least = F.max_pool3d(least, size, stride=1, padding=[n // 2 for n in size])
-    deep = -least[0, 0] > SOLID_VOXEL
+    deep = carving_gpu.least_around(occupancy, 2 * DEPTH + 1, (-1, -2, -3)) > SOLID_VOXEL
     return torch.where(deep, LEAST_OCCUPANCY * 1.001, occupancy).flatten()
 
 
@@ -211,19 +225,17 @@ class PoseSplatter(nn.Module):
         return self
 
     @torch.no_grad()
-    def carve(self, frame: Frame, used: Tensor | None = None) -> Tensor:
+    def observe(self, frame: Frame) -> Observed:
+        """The frame's observed views, their cameras placed in the animal's frame."""
+        place = F.pad(torch.cat([rotation_about_z(frame.angle), frame.center[:, None]], 1), (0, 0, 0, 1))
+        place[3, 3:].fill_(1)  # from the animal's frame to the world
+        seen = self.seen
+        return Observed(frame.rgb[seen], frame.mask[seen], frame.world_to_camera[seen] @ place, frame.intrinsics[seen])
+
+    @torch.no_grad()
+    def carve(self, views: Observed, used: Tensor | None = None) -> Tensor:
         """Volume [8, n1, n2, n3] of a frame, from the `used` ([V] bool) of its V observed views (default: all)."""
-        return carve(
-            frame.rgb[self.seen],
-            frame.mask[self.seen],
-            frame.world_to_camera[self.seen] @ self._place(frame),
-            frame.intrinsics[self.seen],
-            self.points,
-            self.voxel_size_m,
-            self.footprint_px,
-            self.fill_color,
-            used,
-        )
+        return carve(*views, self.points, self.voxel_size_m, self.footprint_px, self.fill_color, used)
 
     def forward(
         self, frames: Sequence[Frame], used: Tensor | None = None, mirrored: Tensor | None = None
@@ -235,28 +247,43 @@ class PoseSplatter(nn.Module):
             used: [frames, V] bool, which of the V observed views each is carved from (default: all).
             mirrored: [frames] bool, which of them the network sees mirrored, left for right (default: none).
         """
+        observed = [self.observe(frame) for frame in frames]
         chosen = [None] * len(frames) if used is None else used
-        volumes = torch.stack([self.carve(frame, u) for frame, u in zip(frames, chosen, strict=True)])
-        return self.reconstruct(volumes, frames, used, mirrored)
+        volumes = torch.stack([self.carve(views, u) for views, u in zip(observed, chosen, strict=True)])
+        return self.reconstruct(volumes, observed, used, mirrored)
 
     def reconstruct(
-        self, volumes: Tensor, frames: Sequence[Frame], used: Tensor | None = None, mirrored: Tensor | None = None
+        self, volumes: Tensor, observed: Sequence[Observed], used: Tensor | None = None, mirrored: Tensor | None = None
     ) -> list[Gaussians]:
         """`forward` from the frames' carved volumes [B, 8, n1, n2, n3] on."""
-        turned = None if mirrored is None else mirrored.view(-1, 1, 1, 1, 1)
-        if turned is not None:
-            volumes = torch.where(turned, volumes.flip(3), volumes)
+        chosen = [None] * len(observed) if used is None else used
+        hulls = volumes[:, 0]
+
+        def turned(values: Tensor) -> Tensor:
+            """[B, ..., n1, n2, n3] as the network sees them, and back again."""
+            if mirrored is None:
+                return values
+            return torch.where(mirrored.view(-1, *[1] * (values.ndim - 1)), values.flip(-2), values)
+
+        def needs(occupancies: Tensor) -> Tensor:
+            with torch.autocast(volumes.device.type, enabled=False):
+                each = zip(turned(occupancies), hulls, observed, chosen, strict=True)
+                return turned(torch.stack([self._needed(*of_frame) for of_frame in each]))
+
         low = volumes.is_cuda and self.precision == "auto"
         with torch.autocast(volumes.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
-            features = self.refine(volumes).to(volumes.dtype)
-        if turned is not None:
-            features = torch.where(turned, features.flip(3), features)
+            features = turned(self.refine(turned(volumes), needs).to(volumes.dtype))
         if mirrored is None:
             mirrored = torch.zeros(len(volumes), dtype=torch.bool, device=volumes.device)
-        chosen = [None] * len(frames) if used is None else used
-        return [self.gaussians_of(*of_frame) for of_frame in zip(features, mirrored, frames, chosen, strict=True)]
+        return [self.gaussians_of(*one) for one in zip(features, mirrored, observed, chosen, strict=True)]
 
-    def gaussians_of(self, features: Tensor, mirrored: Tensor, frame: Frame, used: Tensor | None) -> Gaussians:
+    @torch.no_grad()
+    def _needed(self, occupancy: Tensor, hull: Tensor, views: Observed, used: Tensor | None) -> Tensor:
+        """How much the views that a frame is carved from need each voxel [n1, n2, n3] of this occupancy."""
+        steps = OPACITY_SLOPE, OPACITY_MIDDLE
+        return needed(occupancy, hull, *views[1:], self.points, self.voxel_size_m, *steps, used)
+
+    def gaussians_of(self, features: Tensor, mirrored: Tensor, views: Observed, used: Tensor | None) -> Gaussians:
         """Gaussians in the animal's frame from features [8, n1, n2, n3]: occupancy, colour and four more.
 
         Where the network saw the mirror image (`mirrored` [] bool), offsets and orientations are mirrored back.
@@ -274,7 +301,7 @@ class PoseSplatter(nn.Module):
         opacities = torch.where(drawn, opacities, 0)
         means = self.points.reshape(-1, 3)[chosen] + REACH * self.voxel_size_m * torch.tanh(offsets) * side[:3]
         base = kept[:, 1:4]
-        looked_up, seen = self._look_up(frame, means.detach(), opacities.detach() > SOLID, used)
+        looked_up, seen = self._look_up(views, means.detach(), opacities.detach() > SOLID, used)
         base = base + torch.sigmoid(FIRST_TRUST + trust) * seen[:, None] * (looked_up - base)
         return Gaussians(
             means=means,
@@ -285,26 +312,9 @@ class PoseSplatter(nn.Module):
         )
 
     @torch.no_grad()
-    def _look_up(self, frame: Frame, means: Tensor, solid: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _look_up(self, views: Observed, means: Tensor, solid: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor]:
         """Colours [M, 3] of Gaussians in the pictures that they are carved from, and whether there are any [M]."""
-        return look_up(
-            frame.rgb[self.seen],
-            frame.mask[self.seen],
-            frame.world_to_camera[self.seen] @ self._place(frame),
-            frame.intrinsics[self.seen],
-            means,
-            solid,
-            self.voxel_size_m,
-            self.footprint_px,
-            used,
-        )
-
-    @staticmethod
-    def _place(frame: Frame) -> Tensor:
-        """[4, 4] from the animal's frame to the world."""
-        place = F.pad(torch.cat([rotation_about_z(frame.angle), frame.center[:, None]], 1), (0, 0, 0, 1))
-        place[3, 3:].fill_(1)
-        return place
+        return look_up(*views, means, solid, self.voxel_size_m, self.footprint_px, used)
 
     def _head(self, features: Tensor) -> Tensor:
         """[M, 8] to [M, 15]."""

@@ -14,7 +14,7 @@ And for better pictures:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from zoosplat_model.volumes import halve, normalize
 
 VOLUME_CHANNELS = 8  # of a carved volume; the first 4, occupancy and colour, are what is refined
+INPUT_CHANNELS = VOLUME_CHANNELS + 1  # of a U-Net: how much the masks need each voxel, too
 REFINED_CHANNELS = 4
 FEATURE_CHANNELS = 8
+FILTER_LENGTH = 3**-0.5  # norm of a filter in a new network: PyTorch draws from +- 1 / sqrt(number of its weights)
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
@@ -58,10 +60,10 @@ class _Block(nn.Module):
 
 
 def fold(x: Tensor) -> Tensor:
-    """[B, c, n1, n2, n3] -> [B, 8 c, n1 / 2, n2 / 2, n3 / 2]: blocks of 2 x 2 x 2 voxels to channels."""
+    """[B, c, n1, n2, n3] -> [B, 8 c, n1 / 2, n2 / 2, n3 / 2], channels last: blocks of 2 x 2 x 2 voxels to channels."""
     b, c, n1, n2, n3 = x.shape
-    x = x.reshape(b, c, n1 // 2, 2, n2 // 2, 2, n3 // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(b, 8 * c, n1 // 2, n2 // 2, n3 // 2)
+    x = x.reshape(b, c, n1 // 2, 2, n2 // 2, 2, n3 // 2, 2).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return x.reshape(b, n1 // 2, n2 // 2, n3 // 2, 8 * c).permute(0, 4, 1, 2, 3)
 
 
 def unfold(x: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class UNet(nn.Module):
     """A 3D U-Net of folded volumes, whose last layer starts at zero, so that its output is 0 at first.
 
     Args:
-        n_out: channels of the unfolded output; the input has 8.
+        n_out: channels of the unfolded output; the input has 9.
         base_filters: channels double with each halving, from this at full resolution, where nothing is computed.
         poolings: halvings of the resolution, the first by folding.
         bottleneck: width of the multilayer perceptron at the bottom, into which the volume there is flattened; 0: none.
@@ -95,7 +97,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [base_filters << level for level in range(1, poolings + 1)]
         flat = widths[-1] * math.prod(n >> poolings for n in shape)
-        self.down = nn.ModuleList(_Block(a, b) for a, b in pairwise([8 * VOLUME_CHANNELS, *widths]))
+        self.down = nn.ModuleList(_Block(a, b) for a, b in pairwise([8 * INPUT_CHANNELS, *widths]))
         self.bottom: nn.Module | None = None
         if bottleneck:
             self.bottom = nn.Sequential(nn.Linear(flat, bottleneck), nn.LeakyReLU(0.01), nn.Linear(bottleneck, flat))
@@ -104,7 +106,7 @@ class UNet(nn.Module):
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, 64, n1 / 2, n2 / 2, n3 / 2] -> [B, 8 n_out, n1 / 2, n2 / 2, n3 / 2]
+    def forward(self, x: Tensor) -> Tensor:  # [B, 72, n1 / 2, n2 / 2, n3 / 2] -> [B, 8 n_out, n1 / 2, n2 / 2, n3 / 2]
         x = self.down[0](x)
         skips = []
         for block in self.down[1:]:
@@ -120,9 +122,10 @@ class UNet(nn.Module):
 class UNetStack(nn.Module):
     """U-Nets in a row: volumes [B, 8, n1, n2, n3] to features [B, 8, n1, n2, n3].
 
-    All see the volume's last 4 channels and refine its first 4. All but the last are residual. The last adds to its
-    input, in the first 4 of its 8 channels. As every U-Net starts at zero, the first 4 features are the volume's own at
-    first, exactly, and the others 0.
+    All see the volume's last 4 channels and refine its first 4. Each is told how much the masks need a voxel, by the
+    occupancy that it is given: what those before took too much of, it can put back. All but the last are residual. The
+    last adds to its input, in the first 4 of its 8 channels. As every U-Net starts at zero, the first 4 features are
+    the volume's own at first, exactly, and the others 0.
     """
 
     def __init__(self, num_unets: int, base_filters: int, poolings: int, bottleneck: int, shape: Sequence[int]) -> None:
@@ -130,15 +133,27 @@ class UNetStack(nn.Module):
         outputs = [REFINED_CHANNELS] * (num_unets - 1) + [FEATURE_CHANNELS]
         self.unets = nn.ModuleList(UNet(n, base_filters, poolings, bottleneck, shape) for n in outputs)
 
-    def forward(self, volume: Tensor) -> Tensor:
-        x, rest = (
-            fold(part).contiguous(memory_format=torch.channels_last_3d)
-            for part in (volume[:, :REFINED_CHANNELS], volume[:, REFINED_CHANNELS:])
-        )
+    def forward(self, volume: Tensor, needed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Features of volumes; `needed` is asked for a number for each voxel of occupancies [B, n1, n2, n3]."""
         kind = volume.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else volume.dtype
-        rest = rest.to(low)
+        x, rest = fold(volume[:, :REFINED_CHANNELS]), fold(volume[:, REFINED_CHANNELS:].to(low))
         for unet in self.unets:
-            change = unet(torch.cat([x.to(low), rest], 1))
+            need = fold(needed(unfold(x.detach()[:, :8])[:, 0])[:, None].to(low))
+            change = unet(torch.cat([x.to(low), rest, need], 1))
             x = F.pad(x, (0, 0) * 3 + (0, change.shape[1] - x.shape[1])) + change
         return unfold(x)
+
+    @torch.no_grad()
+    def shorten_filters(self) -> None:
+        """Give every filter the length that it has in a new network. What the stack makes of a volume stays the same.
+
+        What a filter finds is normalised, so its length means nothing; but Adam makes it longer with every step, and
+        turns a long one by less. Those of a network that has learned for long would hardly learn more.
+        """
+        for block in self.modules():
+            if isinstance(block, _Block):
+                for convolution in (block.first, block.second):
+                    weight = convolution.weight
+                    length = weight.flatten(1).norm(dim=1).clamp_min(1e-6)
+                    weight *= (FILTER_LENGTH / length).view(-1, 1, 1, 1, 1)

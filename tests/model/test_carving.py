@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoosplat_model import carving_gpu
-from zoosplat_model.carving import carve, grid_points, look_up, rotation_about_z
+from zoosplat_model.carving import carve, grid_points, look_up, needed, rotation_about_z
 
 FILL = 0.38
 
@@ -167,16 +167,64 @@ def test_agrees_with_a_slow_twin(footprint: int) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
+def slow_need(occupancy: Any, hull: Any, mask: Any, pose: Any, k: Any, points: Any, voxel: float) -> Any:
+    """The docstring of `needed`, voxel by voxel and view by view, sigmoid(8 (occupancy - 0.4)); every view is used."""
+    h, w = mask.shape[1:]
+    flat, found = points.reshape(-1, 3), np.zeros(points.shape[:3]).reshape(-1)
+    for v in range(len(mask)):
+        camera = flat @ pose[v, :3, :3].T + pose[v, :3, 3]
+        depth = camera[:, 2]
+        x, y = (camera @ k[v].T)[:, :2].T / depth
+        focal = np.sqrt(k[v, 0, 0] * k[v, 1, 1])
+        pixel = max(focal * voxel / pose[v, 2, 3], 1)  # larger ones, of a voxel's size where the points' origin is
+        cells = [(int((y[i] + 0.5) // pixel), int((x[i] + 0.5) // pixel)) for i in range(len(flat))]
+        visible = (x > -0.5) & (x < w - 0.5) & (y > -0.5) & (y < h - 0.5) & (hull.reshape(-1) > 0)
+        for i in np.nonzero(visible)[0]:
+            if not mask[v, int(y[i] + 0.5), int(x[i] + 0.5)]:
+                continue
+            total = 0.0
+            for j in np.nonzero(visible)[0]:
+                rows, columns = abs(cells[i][0] - cells[j][0]), abs(cells[i][1] - cells[j][1])
+                if rows <= 1 and columns <= 1:
+                    tent = (0.5 if rows == 0 else 0.25) * (0.5 if columns == 0 else 0.25)
+                    total += tent / (1 + np.exp(-8 * (occupancy.reshape(-1)[j] - 0.4)))
+            thick = total * (focal * voxel / depth[i] / pixel) ** 2
+            found[i] = max(found[i], 1 / max(thick, 1))
+    return found.reshape(points.shape[:3])
+
+
+def random_occupancy(points: Any) -> tuple[Any, Any]:
+    rng = np.random.default_rng(3)
+    return rng.uniform(-0.2, 1.2, points.shape[:3]), rng.uniform(size=points.shape[:3]) * (points[..., 0] < 0.2)
+
+
+def test_need_agrees_with_a_slow_twin() -> None:
+    _, mask, pose, k, points = scattered_views(5)
+    occupancy, hull = random_occupancy(points)
+    expected = slow_need(occupancy, hull, mask, pose, k, points, 1 / 6)
+    tensors: list[Any] = [torch.from_numpy(v) for v in (occupancy, hull, mask, pose, k, points)]
+    sizes = [1 / 6, 8.0, 0.4]
+    found = needed(*tensors, *sizes).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+    assert (expected[hull <= 0] == 0).all()
+    assert np.ptp(expected[expected > 0]) > 0.5
+    # Where all others on its lines of sight are gone, a voxel is needed.
+    alone = np.where(np.arange(occupancy.size).reshape(occupancy.shape) == occupancy.argmax(), 1.0, -10)
+    assert needed(torch.from_numpy(alone), *tensors[1:], *sizes).max() == 1
+
+
 KERNELS = """
 import sys
 import numpy as np
 import torch
 from zoosplat_model import carving_gpu
 from zoosplat_model.carving import HIDDEN_WEIGHT
-rgb, mask, pose, k, points, used = (torch.from_numpy(v) for v in np.load(sys.argv[1]).values())
+given = (torch.from_numpy(v) for v in np.load(sys.argv[1]).values())
+rgb, mask, pose, k, points, used, occupancy, hull = given
 sizes = 1 / 6, int(sys.argv[2]), 0.38, HIDDEN_WEIGHT
 volume = carving_gpu.carve(rgb, mask, k @ pose[:, :3], points, *sizes, used)
-np.save(sys.argv[3], volume.numpy())
+need = carving_gpu.needed(occupancy, hull, mask, k @ pose[:, :3], k, points, 1 / 6, 8.0, 0.4, used)
+np.save(sys.argv[3], torch.cat([volume, need[None]]).numpy())
 """
 
 
@@ -186,13 +234,18 @@ def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: l
     pytest.importorskip("triton")
     views = scattered_views(footprint)
     counted = np.array(used, bool)
-    np.savez(tmp_path / "views.npz", *(v.astype(np.float32) for v in views), counted)
+    occupancy, hull = random_occupancy(views[-1])
+    single = [v.astype(np.float32) for v in (*views, occupancy, hull)]
+    np.savez(tmp_path / "views.npz", *single[:5], counted, *single[5:])
     files = [str(tmp_path / name) for name in ("views.npz", "volume.npy")]
     command = [sys.executable, "-c", KERNELS, files[0], str(footprint), files[1]]
     subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     given: list[Any] = [*(torch.from_numpy(v) for v in views), 1 / 6, footprint, FILL, torch.from_numpy(counted)]
-    expected = carve(*given)
-    np.testing.assert_allclose(np.load(tmp_path / "volume.npy"), expected, atol=1e-4)
+    found = np.load(tmp_path / "volume.npy")
+    np.testing.assert_allclose(found[:8], carve(*given), atol=1e-4)
+    asked: list[Any] = [*(torch.from_numpy(v) for v in (occupancy, hull, *views[1:])), 1 / 6, 8.0, 0.4]
+    need = needed(*[*asked, torch.from_numpy(counted)])
+    np.testing.assert_allclose(found[8], need, atol=2e-3)  # whole numbers of thousandths are counted
 
 
 @pytest.mark.gpu
@@ -224,6 +277,13 @@ def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) ->
         off.append(((carve(*single).cpu() - expected).abs() > 1e-3).any(0).double().mean())
     assert off[0] < 0.02
     assert off[1] < 1.5 * off[0] + 1e-3
+    of_hull: list[Any] = [expected[0] - 0.1 * torch.rand_like(expected[0]), expected[0], *tensors[1:]]
+    of_hull += [2.2 / 39, 16.0, 0.75, torch.tensor(used)]
+    need = needed(*of_hull)
+    on_gpu: list[Any] = [v.float().cuda() if isinstance(v, torch.Tensor) else v for v in of_hull[:-1]]
+    found = needed(*[*on_gpu, torch.tensor(used).cuda()]).cpu()
+    assert ((found - need).abs() > 0.01).double().mean() < 0.02
+    assert (need > 0.2).double().mean() > 0.01
 
 
 def test_views_that_do_not_count_might_as_well_not_be_there() -> None:

@@ -126,7 +126,7 @@ def test_gaussians_by_hand(tiny: Project) -> None:
     for layer in (model.head[0], model.head[2]):
         torch.nn.init.normal_(layer.weight, std=0.5)  # type: ignore[arg-type]
     features = torch.rand(8, 16, 16, 16) * 2
-    plain = model.gaussians_of(features, torch.tensor(False), frame, None)
+    plain = model.gaussians_of(features, torch.tensor(False), model.observe(frame), None)
     indices, threshold = thresholded(features[0].flatten(), 64, 2000)
     # The cameras are 0.4 m round the centre and 0.2 m up: their own centre is as high, 0.4 m away.
     assert float(model.log_scale) == pytest.approx(math.log(0.4) - 5.5, abs=1e-5)

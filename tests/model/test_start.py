@@ -58,6 +58,13 @@ def stop_in_the_second_epoch(done: int, total: int, message: str) -> None:
         raise KeyboardInterrupt
 
 
+def without_lengths(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Filters of length 1: only what they look for is handed on."""
+    if "refine" in name and name.endswith(("first.weight", "second.weight")):
+        value = value / torch.linalg.vector_norm(value.flatten(1), dim=1).view(-1, 1, 1, 1, 1)
+    return value
+
+
 # -- train.start_from ---------------------------------------------------------------------------------------------
 def test_a_training_goes_on_from_what_another_one_learned(
     trained: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -72,7 +79,8 @@ def test_a_training_goes_on_from_what_another_one_learned(
         run_stage(STAGE, other, progress=stop_in_the_second_epoch)
     for name, value in of(other, "best").average.items():
         if name != "camera_color":
-            torch.testing.assert_close(value, learned[name], rtol=0, atol=1e-6)
+            found, expected = (without_lengths(name, v) for v in (value, learned[name]))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert of(other, "best").average["camera_color"].abs().max() < 1e-6  # those of the other rig say nothing
     assert learned["camera_color"].abs().max() > 1e-4
 
@@ -90,7 +98,8 @@ def test_weights_of_a_file_are_those_that_were_written(trained: Project, tmp_pat
     start.begin(again, file)
     for name, value in again.state_dict().items():
         if name != "camera_color":
-            torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-6)
+            found, expected = (without_lengths(name, v) for v in (value, model.state_dict()[name]))
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
             assert value.dtype == torch.float32
 
 
@@ -147,10 +156,11 @@ def test_what_is_carved_is_what_a_rig_of_these_views_alone_would_carve(animals: 
         if len(carved) == 4:
             break
     used = torch.tensor([c in carved for c in range(SHOWN)])
-    volume = OfRigs.of(animals, small).carve(frame, used)
+    model = OfRigs.of(animals, small)
+    volume = model.carve(model.observe(frame), used)
     alone = PoseSplatter.of(animals, small)
     alone.seen = torch.tensor(carved)
-    torch.testing.assert_close(volume, alone.carve(frame), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(volume, alone.carve(alone.observe(frame)), rtol=1e-5, atol=1e-5)
     assert volume[0].max() > 0.9
 
 

@@ -18,7 +18,7 @@ from zoosplat.errors import UserError
 from zoosplat.project import Project
 from zoosplat.stage import Stage, main, run_stage
 from zoosplat_evaluate.stage import STAGE as EVALUATE
-from zoosplat_model import checkpoints
+from zoosplat_model import checkpoints, unet
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_model.frames import FrameReader
 from zoosplat_model.losses import frame_losses
@@ -176,6 +176,11 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     inside, mask = rendering.alpha > 0.5, frame.mask > 0
     iou = (inside & mask).sum((1, 2)) / (inside | mask).sum((1, 2))
     assert iou.min() > 0.8  # the held-out view of a test frame too
+
+    with monkeypatch.context() as patch:  # as if networks had had other inputs when this one was trained
+        patch.setattr(unet, "INPUT_CHANNELS", unet.INPUT_CHANNELS + 1)
+        with pytest.raises(UserError, match="model: weights of another version's network; run stage train again"):
+            Predictor.open(tiny, tiny.read_experiment(), "cpu")
 
 
 @pytest.mark.parametrize("batch_frames", [1, 2])

@@ -14,6 +14,7 @@ from zoosplat.errors import UserError
 from zoosplat.project import Project
 from zoosplat_model import checkpoints
 from zoosplat_model.splatter import PoseSplatter
+from zoosplat_model.unet import UNetStack
 
 OF_THE_RIG = "camera_color"  # the only parameter that says something about the cameras; it begins anew
 KEYS = "model.network, num_unets, base_filters, poolings and bottleneck"
@@ -23,7 +24,8 @@ def begin(model: PoseSplatter, start_from: str) -> None:
     """Give a new network the weights that another one has learned.
 
     Nothing of a network depends on the size of the volume (without `model.bottleneck`) or the number of cameras, so it
-    can have learned from other recordings, rigs and grids.
+    can have learned from other recordings, rigs and grids. Its filters are made as long as a new network's: steps of
+    the same `train.lr` turn them as fast.
 
     Args:
         model: on any device; all its parameters but the cameras' colours are replaced.
@@ -45,6 +47,8 @@ def begin(model: PoseSplatter, start_from: str) -> None:
             f"{len(differ)}); set {KEYS} to what they were there, or train.start_from to {RANDOM}"
         )
     model.load_state_dict(others, strict=False)
+    if isinstance(model.refine, UNetStack):
+        model.refine.shorten_filters()
 
 
 def write(url: str, model: PoseSplatter) -> None:
