@@ -91,7 +91,8 @@ class Predictor:
             model.load_state_dict(checkpoint.average)
         except RuntimeError:  # names or shapes differ
             url = project.output_url("train")
-            raise UserError(f"{url}: weights of another version's network; run stage train again") from None
+            why = "does not fit the configuration, or is another version's; run stage train again with --force"
+            raise UserError(f"{url}: the checkpoint {why}") from None
         return cls(reader, model.only_applied(), checkpoint.step)
 
     @torch.no_grad()

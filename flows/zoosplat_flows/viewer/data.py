@@ -260,10 +260,6 @@ class Scene:
             self.predictor = Predictor.open(self.project, self.experiment, device, finished=not self.training)
         except UserError as error:
             self.notes.append(str(error))
-        except RuntimeError as error:  # from load_state_dict: that of an earlier configuration, until the first new one
-            if "state_dict" not in str(error):
-                raise
-            self.notes.append(f"{self.project.output_url('train')}: the checkpoint does not fit the configuration")
 
     # -- frames -------------------------------------------------------------------------------------------------
     def pictures(self, t: int) -> list[media.Picture]:
