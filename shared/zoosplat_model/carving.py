@@ -52,6 +52,18 @@ def project(points: Tensor, world_to_camera: Tensor, intrinsics: Tensor) -> tupl
     return in_image[:, 0] * inverse, in_image[:, 1] * inverse, depth
 
 
+def _pixels(x: Tensor, y: Tensor, depth: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+    """Which projected points [V, N] lie in the h x w window, and the index of each one's nearest pixel there."""
+    in_window = (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
+    column, row = (x + 0.5).clamp_(0, w - 1).int(), (y + 0.5).clamp_(0, h - 1).int()
+    return in_window, (row * w + column).long()
+
+
+def _matrices(world_to_camera: Tensor, intrinsics: Tensor) -> Tensor:
+    """[V, 3, 4] from the world to pixels, as the kernels want them: cuBLAS would take longer."""
+    return (intrinsics[:, :, :, None] * world_to_camera[:, None, :3]).sum(2)
+
+
 def carve(
     rgb: Tensor,  # [V, h, w, 3] float32, 0 to 1
     mask: Tensor,  # [V, h, w] float32, 0 or 1
@@ -91,15 +103,13 @@ def carve(
     half = footprint_px // 2
     used = mask.new_ones(n_views, dtype=torch.bool) if used is None else used
     if points.is_cuda and points.dtype == torch.float32 and carving_gpu.works(points.get_device()):
-        matrices = (intrinsics[:, :, :, None] * world_to_camera[:, None, :3]).sum(2)  # cuBLAS would take longer
+        matrices = _matrices(world_to_camera, intrinsics)
         return carving_gpu.carve(
             rgb, mask, matrices, points, voxel_size_m, footprint_px, fill_color, HIDDEN_WEIGHT, used
         )
     used = used[:, None]
     x, y, depth = project(points.reshape(-1, 3).T, world_to_camera, intrinsics)
-    in_window = (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
-    column, row = (x + 0.5).clamp_(0, w - 1).int(), (y + 0.5).clamp_(0, h - 1).int()
-    nearest = (row * w + column).long()
+    in_window, nearest = _pixels(x, y, depth, h, w)
 
     kept: Tensor | None = None
     if not points.is_cuda:
@@ -170,7 +180,7 @@ def needed(
     """
     used = mask.new_ones(len(mask), dtype=torch.bool) if used is None else used
     if points.is_cuda and points.dtype == torch.float32 and carving_gpu.works(points.get_device()):
-        matrices = (intrinsics[:, :, :, None] * world_to_camera[:, None, :3]).sum(2)
+        matrices = _matrices(world_to_camera, intrinsics)
         return carving_gpu.needed(
             occupancy, hull, mask, matrices, intrinsics, points, voxel_size_m, slope, middle, used
         )
@@ -178,18 +188,18 @@ def needed(
     inside = (hull > 0).flatten()
     kept = torch.arange(len(inside), device=points.device) if points.is_cuda else torch.nonzero(inside)[:, 0]
     x, y, depth = project(points.reshape(-1, 3)[kept].T, world_to_camera, intrinsics)
-    counted = used[:, None] & (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
-    counted = counted & inside[kept]
+    in_window, nearest = _pixels(x, y, depth, h, w)
+    counted = used[:, None] & in_window & inside[kept]
     focal = (intrinsics[:, 0, 0] * intrinsics[:, 1, 1]).sqrt()[:, None]
     per_pixel = (world_to_camera[:, 2, 3, None] / (focal * voxel_size_m)).clamp(max=1)  # of the larger pixels
     column, row = (((v + 0.5).clamp(0, n - 1) * per_pixel).long() for v, n in ((x, w), (y, h)))
+    cell = row * w + column
     opacity = torch.sigmoid(slope * (occupancy.flatten()[kept] - middle))
     counts = mask.new_zeros(len(mask), h * w)
-    counts.scatter_add_(1, row * w + column, counted * opacity)
+    counts.scatter_add_(1, cell, counted * opacity)
     tent = mask.new_tensor([0.25, 0.5, 0.25])
     counts = F.conv2d(counts.view(-1, 1, h, w), (tent[:, None] * tent)[None, None], padding=1).flatten(1)
-    thick = counts.gather(1, row * w + column) * (focal * voxel_size_m * per_pixel / depth.clamp_min(1e-9)).square()
-    nearest = (y + 0.5).clamp(0, h - 1).long() * w + (x + 0.5).clamp(0, w - 1).long()
+    thick = counts.gather(1, cell) * (focal * voxel_size_m * per_pixel / depth.clamp_min(1e-9)).square()
     on_animal = counted & (mask.flatten(1).gather(1, nearest) > 0.5)
     found = (on_animal / thick.clamp_min(1)).amax(0)
     return found.new_zeros(len(inside)).index_copy(0, kept, found).view(occupancy.shape)
@@ -220,8 +230,7 @@ def look_up(
     """
     h, w = mask.shape[1:]
     x, y, depth = project(points.T, world_to_camera, intrinsics)
-    in_window = (depth > 0) & (x >= -0.5) & (x < w - 0.5) & (y >= -0.5) & (y < h - 0.5)
-    nearest = ((y + 0.5).clamp(0, h - 1).int() * w + (x + 0.5).clamp(0, w - 1).int()).long()
+    in_window, nearest = _pixels(x, y, depth, h, w)
     samples, covered = _sample(rgb, mask, x, y, 1)
     front = _front(depth, nearest, in_window & solid, h, w, footprint_px)
     weight = torch.where(depth <= front + 2 * voxel_size_m, 1.0, BEHIND_WEIGHT) * in_window
