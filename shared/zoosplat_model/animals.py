@@ -28,14 +28,14 @@ TESTED = 200  # animals that are never trained on
 LEARNING_RATE = 5e-4
 
 
-def films(animals: int) -> list[Film]:
-    """At least so many animals, on all CPU cores: minutes for thousands.
+def films(animals: int, first: int = 0) -> list[Film]:
+    """At least so many animals, of rigs from number `first` on, on all CPU cores: minutes for thousands.
 
     Processes are forked, and must not inherit a GPU: so one is to be used only after this.
     """
     each = -(-animals // RIGS)
     with multiprocessing.get_context("fork").Pool(min(RIGS, len(os.sched_getaffinity(0)))) as pool:
-        return pool.starmap(random_animals.film, [(rig, each) for rig in range(RIGS)], chunksize=1)
+        return pool.starmap(random_animals.film, [(first + rig, each) for rig in range(RIGS)], chunksize=1)
 
 
 def experiment(*, device: str, filters: int = 16, start_from: str = RANDOM) -> Experiment:

@@ -5,7 +5,7 @@ All cameras here are in calibration pixels: the centre of the top-left pixel is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +153,7 @@ def carve(
     return whole.view(8, *shape)
 
 
-def needed(
-    occupancy: Tensor,  # [n1, n2, n3] any real numbers
+def need(
     hull: Tensor,  # [n1, n2, n3] above 0 where there may be animal
     mask: Tensor,  # [V, h, w]
     world_to_camera: Tensor,  # [V, 4, 4]
@@ -164,7 +163,7 @@ def needed(
     slope: float,
     middle: float,
     used: Tensor | None = None,  # [V] bool
-) -> Tensor:
+) -> Callable[[Tensor], Tensor]:
     """How much the masks of the V given views need a voxel: 1 / (animal on its line of sight, in voxels), at most 1.
 
     Where a mask shows animal, some voxel on the line of sight has to be it. So a voxel of a hull that is one voxel
@@ -175,34 +174,37 @@ def needed(
     the animal, and what is on a line is a mean over nine of these (tent weights 1 2 1 each way).
 
     Returns:
+        A function of occupancies [n1, n2, n3], any real numbers, to be asked as often as these change. It gives
         [n1, n2, n3] float32, the most of all `used` views (default: all) that have animal in their mask there; 0
         outside the hull.
     """
     used = mask.new_ones(len(mask), dtype=torch.bool) if used is None else used
     if points.is_cuda and points.dtype == torch.float32 and carving_gpu.works(points.get_device()):
         matrices = _matrices(world_to_camera, intrinsics)
-        return carving_gpu.needed(
-            occupancy, hull, mask, matrices, intrinsics, points, voxel_size_m, slope, middle, used
-        )
+        return carving_gpu.need(hull, mask, matrices, intrinsics, points, voxel_size_m, slope, middle, used)
     h, w = mask.shape[1:]
     inside = (hull > 0).flatten()
     kept = torch.arange(len(inside), device=points.device) if points.is_cuda else torch.nonzero(inside)[:, 0]
     x, y, depth = project(points.reshape(-1, 3)[kept].T, world_to_camera, intrinsics)
     in_window, nearest = _pixels(x, y, depth, h, w)
     counted = used[:, None] & in_window & inside[kept]
+    on_animal = counted & (mask.flatten(1).gather(1, nearest) > 0.5)
     focal = (intrinsics[:, 0, 0] * intrinsics[:, 1, 1]).sqrt()[:, None]
     per_pixel = (world_to_camera[:, 2, 3, None] / (focal * voxel_size_m)).clamp(max=1)  # of the larger pixels
     column, row = (((v + 0.5).clamp(0, n - 1) * per_pixel).long() for v, n in ((x, w), (y, h)))
     cell = row * w + column
-    opacity = torch.sigmoid(slope * (occupancy.flatten()[kept] - middle))
-    counts = mask.new_zeros(len(mask), h * w)
-    counts.scatter_add_(1, cell, counted * opacity)
+    size = (focal * voxel_size_m * per_pixel / depth.clamp_min(1e-9)).square()  # of a voxel, in those
     tent = mask.new_tensor([0.25, 0.5, 0.25])
-    counts = F.conv2d(counts.view(-1, 1, h, w), (tent[:, None] * tent)[None, None], padding=1).flatten(1)
-    thick = counts.gather(1, cell) * (focal * voxel_size_m * per_pixel / depth.clamp_min(1e-9)).square()
-    on_animal = counted & (mask.flatten(1).gather(1, nearest) > 0.5)
-    found = (on_animal / thick.clamp_min(1)).amax(0)
-    return found.new_zeros(len(inside)).index_copy(0, kept, found).view(occupancy.shape)
+    window = (tent[:, None] * tent)[None, None]
+
+    def needed(occupancy: Tensor) -> Tensor:
+        opacity = torch.sigmoid(slope * (occupancy.flatten()[kept] - middle))
+        counts = mask.new_zeros(len(mask), h * w).scatter_add_(1, cell, counted * opacity)
+        counts = F.conv2d(counts.view(-1, 1, h, w), window, padding=1).flatten(1)
+        found = (on_animal / (counts.gather(1, cell) * size).clamp_min(1)).amax(0)
+        return found.new_zeros(len(inside)).index_copy(0, kept, found).view(occupancy.shape)
+
+    return needed
 
 
 def _front(depth: Tensor, nearest: Tensor, solid: Tensor, h: int, w: int, footprint_px: int) -> Tensor:

@@ -6,7 +6,7 @@ percent of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,8 @@ def _attempt(cuda: torch.device) -> None:
     used = torch.ones(1, dtype=torch.bool, device=cuda)
     points = one.new_ones(1, 1, 1, 3)
     carve(one[..., None].expand(1, 2, 2, 3), one, matrix, points, 1.0, 1, 0.0, 0.5, used)
-    needed(one[:, :1, :1], one[:, :1, :1], one, matrix, matrix[:, :, :3], points, 1.0, 1.0, 0.0, used)
+    voxel = one[:, :1, :1]
+    need(voxel, one, matrix, matrix[:, :, :3], points, 1.0, 1.0, 0.0, used)(voxel)
 
 
 def carve(
@@ -73,8 +74,7 @@ def carve(
     return volume.view(8, *shape)
 
 
-def needed(
-    occupancy: Tensor,
+def need(
     hull: Tensor,
     mask: Tensor,
     matrices: Tensor,
@@ -84,19 +84,24 @@ def needed(
     slope: float,
     middle: float,
     used: Tensor,
-) -> Tensor:
-    """`carving.needed` of float32 tensors on one device; `matrices` [V, 3, 4] are intrinsics times poses."""
+) -> Callable[[Tensor], Tensor]:
+    """`carving.need` of float32 tensors on one device; `matrices` [V, 3, 4] are intrinsics times poses."""
     n_views, h, w = mask.shape
-    occupancy, hull, mask, points = (v.contiguous() for v in (occupancy, hull, mask, points))
-    n = occupancy.numel()
-    counts = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
-    found = torch.empty_like(occupancy)
-    given = (hull, points, matrices.contiguous(), intrinsics.contiguous(), used.to(torch.int32))
+    hull, mask, points, matrices, intrinsics = (v.contiguous() for v in (hull, mask, points, matrices, intrinsics))
+    n = hull.numel()
+    given = (hull, points, matrices, intrinsics, used.to(torch.int32))
     sizes = (n, n_views, h, w, float(voxel_size_m))
     blocks = (triton.cdiv(n, VOXELS),)
-    _count[blocks](occupancy, *given, counts, *sizes, float(slope), float(middle), OPAQUE, VOXELS)
-    _needed[blocks](found, *given, mask, counts, *sizes, OPAQUE, VOXELS)
-    return found
+
+    def needed(occupancy: Tensor) -> Tensor:
+        occupancy = occupancy.contiguous()
+        counts = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
+        found = torch.empty_like(occupancy)
+        _count[blocks](occupancy, *given, counts, *sizes, float(slope), float(middle), OPAQUE, VOXELS)
+        _needed[blocks](found, *given, mask, counts, *sizes, OPAQUE, VOXELS)
+        return found
+
+    return needed
 
 
 def least_around(values: Tensor, size: int, axes: Sequence[int] = (-1, -2)) -> Tensor:

@@ -4,7 +4,7 @@ Where it differs from the published network, for speed and better pictures:
 - Its units are voxels, so nothing depends on the size of the animal or the unit of the calibration.
 - It starts as the coloured hull: occupancy drives the opacity, and colours and sizes are changes to the voxel's own.
   A voxel at the limit of selection has an opacity too small to be drawn, so selection causes no jumps.
-- Each U-Net is told how much the masks need every voxel, by what those before it have left (`carving.needed`): it can
+- Each U-Net is told how much the masks need every voxel, by what those before it have left (`carving.need`): it can
   put back what they took too much of.
 - Colours are looked up in the pictures once more where the Gaussians have come to lie, with their own occlusion: a
   carved voxel's are means over its footprint, too coarse for eyes, and go by the hull's occlusion.
@@ -14,7 +14,7 @@ Where it differs from the published network, for speed and better pictures:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from zoosplat.config import Experiment
 from zoosplat_model import carving_gpu
-from zoosplat_model.carving import carve, grid_points, look_up, needed, rotation_about_z
+from zoosplat_model.carving import carve, grid_points, look_up, need, rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.rasterize import Pairs, Rendering, rasterize
 from zoosplat_model.unet import FEATURE_CHANNELS, UNetStack
@@ -257,7 +257,7 @@ class PoseSplatter(nn.Module):
     ) -> list[Gaussians]:
         """`forward` from the frames' carved volumes [B, 8, n1, n2, n3] on."""
         chosen = [None] * len(observed) if used is None else used
-        hulls = volumes[:, 0]
+        needs = [self._need(*of_frame) for of_frame in zip(volumes[:, 0], observed, chosen, strict=True)]
 
         def turned(values: Tensor) -> Tensor:
             """[B, ..., n1, n2, n3] as the network sees them, and back again."""
@@ -265,23 +265,22 @@ class PoseSplatter(nn.Module):
                 return values
             return torch.where(mirrored.view(-1, *[1] * (values.ndim - 1)), values.flip(-2), values)
 
-        def needs(occupancies: Tensor) -> Tensor:
-            with torch.autocast(volumes.device.type, enabled=False):
-                each = zip(turned(occupancies), hulls, observed, chosen, strict=True)
-                return turned(torch.stack([self._needed(*of_frame) for of_frame in each]))
+        def needed(occupancies: Tensor) -> Tensor:
+            with torch.no_grad(), torch.autocast(volumes.device.type, enabled=False):
+                each = zip(needs, turned(occupancies), strict=True)
+                return turned(torch.stack([need(occupancy) for need, occupancy in each]))
 
         low = volumes.is_cuda and self.precision == "auto"
         with torch.autocast(volumes.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
-            features = turned(self.refine(turned(volumes), needs).to(volumes.dtype))
+            features = turned(self.refine(turned(volumes), needed).to(volumes.dtype))
         if mirrored is None:
             mirrored = torch.zeros(len(volumes), dtype=torch.bool, device=volumes.device)
         return [self.gaussians_of(*one) for one in zip(features, mirrored, observed, chosen, strict=True)]
 
     @torch.no_grad()
-    def _needed(self, occupancy: Tensor, hull: Tensor, views: Observed, used: Tensor | None) -> Tensor:
-        """How much the views that a frame is carved from need each voxel [n1, n2, n3] of this occupancy."""
-        steps = OPACITY_SLOPE, OPACITY_MIDDLE
-        return needed(occupancy, hull, *views[1:], self.points, self.voxel_size_m, *steps, used)
+    def _need(self, hull: Tensor, views: Observed, used: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """How much the views that a frame is carved from need each voxel, as a function of occupancy."""
+        return need(hull, *views[1:], self.points, self.voxel_size_m, OPACITY_SLOPE, OPACITY_MIDDLE, used)
 
     def gaussians_of(self, features: Tensor, mirrored: Tensor, views: Observed, used: Tensor | None) -> Gaussians:
         """Gaussians in the animal's frame from features [8, n1, n2, n3]: occupancy, colour and four more.

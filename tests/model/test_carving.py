@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoosplat_model import carving_gpu
-from zoosplat_model.carving import carve, grid_points, look_up, needed, rotation_about_z
+from zoosplat_model.carving import carve, grid_points, look_up, need, rotation_about_z
 
 FILL = 0.38
 
@@ -168,7 +168,7 @@ def test_agrees_with_a_slow_twin(footprint: int) -> None:
 
 
 def slow_need(occupancy: Any, hull: Any, mask: Any, pose: Any, k: Any, points: Any, voxel: float) -> Any:
-    """The docstring of `needed`, voxel by voxel and view by view, sigmoid(8 (occupancy - 0.4)); every view is used."""
+    """The docstring of `need`, voxel by voxel and view by view, sigmoid(8 (occupancy - 0.4)); every view is used."""
     h, w = mask.shape[1:]
     flat, found = points.reshape(-1, 3), np.zeros(points.shape[:3]).reshape(-1)
     for v in range(len(mask)):
@@ -204,13 +204,13 @@ def test_need_agrees_with_a_slow_twin() -> None:
     expected = slow_need(occupancy, hull, mask, pose, k, points, 1 / 6)
     tensors: list[Any] = [torch.from_numpy(v) for v in (occupancy, hull, mask, pose, k, points)]
     sizes = [1 / 6, 8.0, 0.4]
-    found = needed(*tensors, *sizes).numpy()
+    found = need(*tensors[1:], *sizes)(tensors[0]).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-10)
     assert (expected[hull <= 0] == 0).all()
     assert np.ptp(expected[expected > 0]) > 0.5
     # Where all others on its lines of sight are gone, a voxel is needed.
     alone = np.where(np.arange(occupancy.size).reshape(occupancy.shape) == occupancy.argmax(), 1.0, -10)
-    assert needed(torch.from_numpy(alone), *tensors[1:], *sizes).max() == 1
+    assert need(*tensors[1:], *sizes)(torch.from_numpy(alone)).max() == 1
 
 
 KERNELS = """
@@ -223,8 +223,8 @@ given = (torch.from_numpy(v) for v in np.load(sys.argv[1]).values())
 rgb, mask, pose, k, points, used, occupancy, hull = given
 sizes = 1 / 6, int(sys.argv[2]), 0.38, HIDDEN_WEIGHT
 volume = carving_gpu.carve(rgb, mask, k @ pose[:, :3], points, *sizes, used)
-need = carving_gpu.needed(occupancy, hull, mask, k @ pose[:, :3], k, points, 1 / 6, 8.0, 0.4, used)
-np.save(sys.argv[3], torch.cat([volume, need[None]]).numpy())
+need = carving_gpu.need(hull, mask, k @ pose[:, :3], k, points, 1 / 6, 8.0, 0.4, used)
+np.save(sys.argv[3], torch.cat([volume, need(occupancy)[None]]).numpy())
 """
 
 
@@ -243,9 +243,9 @@ def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: l
     given: list[Any] = [*(torch.from_numpy(v) for v in views), 1 / 6, footprint, FILL, torch.from_numpy(counted)]
     found = np.load(tmp_path / "volume.npy")
     np.testing.assert_allclose(found[:8], carve(*given), atol=1e-4)
-    asked: list[Any] = [*(torch.from_numpy(v) for v in (occupancy, hull, *views[1:])), 1 / 6, 8.0, 0.4]
-    need = needed(*[*asked, torch.from_numpy(counted)])
-    np.testing.assert_allclose(found[8], need, atol=2e-3)  # whole numbers of thousandths are counted
+    asked: list[Any] = [*(torch.from_numpy(v) for v in (hull, *views[1:])), 1 / 6, 8.0, 0.4]
+    needed = need(*[*asked, torch.from_numpy(counted)])(torch.from_numpy(occupancy))
+    np.testing.assert_allclose(found[8], needed, atol=2e-3)  # whole numbers of thousandths are counted
 
 
 @pytest.mark.gpu
@@ -277,13 +277,13 @@ def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) ->
         off.append(((carve(*single).cpu() - expected).abs() > 1e-3).any(0).double().mean())
     assert off[0] < 0.02
     assert off[1] < 1.5 * off[0] + 1e-3
-    of_hull: list[Any] = [expected[0] - 0.1 * torch.rand_like(expected[0]), expected[0], *tensors[1:]]
-    of_hull += [2.2 / 39, 16.0, 0.75, torch.tensor(used)]
-    need = needed(*of_hull)
-    on_gpu: list[Any] = [v.float().cuda() if isinstance(v, torch.Tensor) else v for v in of_hull[:-1]]
-    found = needed(*[*on_gpu, torch.tensor(used).cuda()]).cpu()
-    assert ((found - need).abs() > 0.01).double().mean() < 0.02
-    assert (need > 0.2).double().mean() > 0.01
+    occupancy = expected[0] - 0.1 * torch.rand_like(expected[0])
+    of_hull: list[Any] = [expected[0], *tensors[1:], 2.2 / 39, 16.0, 0.75]
+    needed = need(*[*of_hull, torch.tensor(used)])(occupancy)
+    on_gpu: list[Any] = [v.float().cuda() if isinstance(v, torch.Tensor) else v for v in of_hull]
+    found = need(*[*on_gpu, torch.tensor(used).cuda()])(occupancy.float().cuda()).cpu()
+    assert ((found - needed).abs() > 0.01).double().mean() < 0.02
+    assert (needed > 0.2).double().mean() > 0.01
 
 
 def test_views_that_do_not_count_might_as_well_not_be_there() -> None:

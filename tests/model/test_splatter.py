@@ -323,8 +323,8 @@ def test_a_mirrored_network_gives_mirrored_gaussians(
     volumes = model.carve(observed[0])[None]
     with torch.no_grad():
         turned = model.reconstruct(volumes, observed, mirrored=torch.tensor([True]))[0]
-        needed = model._needed  # which knows where the cameras are: it is asked of what they see
-        monkeypatch.setattr(model, "_needed", lambda o, hull, *of: needed(o.flip(1), hull.flip(1), *of).flip(1))
+        need = model._need  # which knows where the cameras are: it is asked of what they see
+        monkeypatch.setattr(model, "_need", lambda hull, *of: lambda o: need(hull.flip(1), *of)(o.flip(1)).flip(1))
         plain = model.reconstruct(volumes.flip(3), observed)[0]
     assert len(plain.means) > 50
     ends = model.points[0, 0, 0, 1] + model.points[0, -1, 0, 1]

@@ -23,6 +23,7 @@ from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_model.predictor import open_reader
 from zoosplat_model.splatter import PoseSplatter
 from zoosplat_train import ops, pretrain, stage, start
+from zoosplat_train.parallel import Ranks
 from zoosplat_train.stage import STAGE
 
 CPU = torch.device("cpu")
@@ -184,7 +185,7 @@ def test_pretraining_learns_and_its_file_begins_a_training(
     animals: Animals, small: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     untouched = pretrain.test(ops.Trainer(animals, small, CPU), animals)
-    model = pretrain.pretrain(animals, small, seconds=15.0)
+    model = pretrain.pretrain(animals, small, 15.0, Ranks())
     file = str(tmp_path / "small.safetensors")
     start.write(file, model)
     trainer = pretrain._Trainer(animals, small, CPU)

@@ -240,9 +240,19 @@ def join(train: Train, ctx: Context) -> Result:
     return _train_under_torchrun(train, ctx)
 
 
-def _train_under_torchrun(train: Train, ctx: Context) -> Result:
-    device = device_of(ctx.experiment, int(os.environ["LOCAL_RANK"]))
+@contextmanager
+def joined(experiment: Experiment) -> Iterator[tuple[torch.device, Ranks]]:
+    """This process's device and number among those that torchrun has started; alone, without torchrun."""
+    if not by_torchrun():
+        yield pick_device(experiment.train.device), Ranks()
+        return
+    device = device_of(experiment, int(os.environ["LOCAL_RANK"]))
     with _joined(device) as ranks:
+        yield device, ranks
+
+
+def _train_under_torchrun(train: Train, ctx: Context) -> Result:
+    with joined(ctx.experiment) as (device, ranks):
         return train(ctx, device, ranks)
 
 

@@ -1,16 +1,19 @@
 """Learn what animals look like from random ones: how `animals.safetensors` was made, and how to make another.
 
     python -m zoosplat_train.pretrain OUT.safetensors [--animals 6400] [--minutes 7.2] [--start-from animals]
+    torchrun --standalone --nproc_per_node 4 -m zoosplat_train.pretrain OUT.safetensors ...
 
 The network is a recording's own, and so is a step of its training; but every step shows another animal, in six views
 of a random rig. It is carved from three to five of them, and all six count in the loss: so the network learns what
-hulls of few views have too much of, on any side. `train.start_from` names what it has learned.
+hulls of few views have too much of, on any side. `train.start_from` names what it has learned. Under torchrun each GPU
+has so many animals of its own, and shows one of them in each step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 
 import numpy as np
@@ -19,14 +22,14 @@ from rich.progress import Progress
 
 from zoosplat.config import RANDOM, Experiment
 from zoosplat.random_animals import HEIGHT, WIDTH
-from zoosplat_model.animals import Animals, OfRigs, experiment, films, reconstruct
+from zoosplat_model.animals import RIGS, Animals, OfRigs, experiment, films, reconstruct
 from zoosplat_model.losses import soft_iou
-from zoosplat_model.predictor import pick_device
 from zoosplat_model.splatter import PoseSplatter
-from zoosplat_train import ops, start
+from zoosplat_train import ops, parallel, start
+from zoosplat_train.parallel import Ranks
 
 JITTER_VOXELS, JITTER_RADIANS = 4.0, 0.6
-LOOK_STEPS = 500
+LOOK_STEPS, CLOCK_STEPS = 500, 20
 
 
 class _Trainer(ops.Trainer):
@@ -47,29 +50,33 @@ def test(trainer: ops.Trainer, animals: Animals) -> tuple[float, float]:
     return first, second
 
 
-def pretrain(animals: Animals, chosen: Experiment, seconds: float) -> PoseSplatter:
+def pretrain(animals: Animals, chosen: Experiment, seconds: float, ranks: Ranks) -> PoseSplatter:
     """Train for some seconds; the network with averaged weights."""
-    trainer, rng = _Trainer(animals, chosen, animals.device), np.random.default_rng(0)
+    trainer, rng = _Trainer(animals, chosen, animals.device, ranks), np.random.default_rng(ranks.rank)
     start.begin(trainer.model, chosen.train.start_from)
     trainer.averaged.load_state_dict(trainer.model.state_dict())
     settings = chosen.train.model_copy(update={"jitter_voxels": JITTER_VOXELS, "jitter_radians": JITTER_RADIANS})
     sums = torch.zeros(len(ops.TRAIN_FIGURES), dtype=torch.float64, device=animals.device)
-    step, began = 0, time.monotonic()
-    with Progress() as progress:
+    step, spent, began = 0, 0.0, time.monotonic()
+    with Progress(disable=not ranks.first) as progress:
         bar = progress.add_task("pretraining", total=seconds)
-        while (spent := time.monotonic() - began) < seconds:
+        while spent < seconds:
             frame, carved = animals.shown(int(rng.integers(animals.tested, animals.n_frames)), rng)
             frame = ops.jitter(frame, settings, step, animals.voxel_size_m)
             rate = ops.learning_rate(settings.lr, spent / seconds)
-            sums += trainer.step([frame], [carved], [bool(rng.random() < ops.MIRROR)], rate, step)
+            sums += trainer.step([frame], [carved], [bool(rng.random() < ops.MIRROR)], rate, step, ranks.size)
             step += 1
+            if step % CLOCK_STEPS == 0:
+                spent = ranks.agreed(time.monotonic() - began)
             if step % LOOK_STEPS == 0:
                 trainer.recorder.make_room(int(trainer.recorder.pairs.needed))
-                progress.update(bar, completed=spent, description=f"step {step} loss {sums[0] / LOOK_STEPS:.3f}")
+                loss = sums[0] / (LOOK_STEPS * ranks.size)
+                progress.update(bar, completed=spent, description=f"step {step} loss {loss:.3f}")
                 sums.zero_()
     carved_iou, other_iou = test(trainer, animals)
     figures = {"animals": animals.n_frames, "steps": step, "seconds": round(time.monotonic() - began, 1)}
-    print(json.dumps({**figures, "carved_iou": round(carved_iou, 4), "other_iou": round(other_iou, 4)}))
+    if ranks.first:
+        print(json.dumps({**figures, "carved_iou": round(carved_iou, 4), "other_iou": round(other_iou, 4)}))
     return trainer.averaged
 
 
@@ -80,13 +87,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.2)
     parser.add_argument("--filters", type=int, default=16, help="model.base_filters")
     parser.add_argument("--start-from", default=RANDOM, help="weights to go on from, as train.start_from")
+    parser.add_argument("--first-rig", type=int, default=0, help="rigs from this number on: others, other animals")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     chosen = experiment(filters=args.filters, start_from=args.start_from, device=args.device)
-    began, filmed = time.monotonic(), films(args.animals)
-    animals = Animals(filmed, pick_device(args.device))
-    print(f"{animals.n_frames} animals in {time.monotonic() - began:.0f} s", flush=True)
-    start.write(args.output, pretrain(animals, chosen, 60 * args.minutes))
+    began, rank = time.monotonic(), int(os.environ.get("RANK", 0))
+    filmed = films(args.animals, args.first_rig + rank * RIGS)
+    with parallel.joined(chosen) as (device, ranks):
+        animals = Animals(filmed, device)
+        print(f"{animals.n_frames} animals in {time.monotonic() - began:.0f} s", flush=True)
+        trained = pretrain(animals, chosen, 60 * args.minutes, ranks)
+        if ranks.first:
+            start.write(args.output, trained)
 
 
 if __name__ == "__main__":
