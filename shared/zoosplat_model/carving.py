@@ -230,14 +230,16 @@ def look_up(
 
     Solid points hide what lies more than two voxels behind them in the pictures of a voxel.
     """
+    used = mask.new_ones(len(mask), dtype=torch.bool) if used is None else used
+    if points.is_cuda and points.dtype == torch.float32 and carving_gpu.works(points.get_device()):
+        matrices = _matrices(world_to_camera, intrinsics)
+        return carving_gpu.look_up(rgb, mask, matrices, points, solid, voxel_size_m, footprint_px, BEHIND_WEIGHT, used)
     h, w = mask.shape[1:]
     x, y, depth = project(points.T, world_to_camera, intrinsics)
     in_window, nearest = _pixels(x, y, depth, h, w)
     samples, covered = _sample(rgb, mask, x, y, 1)
     front = _front(depth, nearest, in_window & solid, h, w, footprint_px)
-    weight = torch.where(depth <= front + 2 * voxel_size_m, 1.0, BEHIND_WEIGHT) * in_window
-    if used is not None:
-        weight = weight * used[:, None]
+    weight = torch.where(depth <= front + 2 * voxel_size_m, 1.0, BEHIND_WEIGHT) * (in_window & used[:, None])
     total = (weight * covered).sum(0)
     return (weight[..., None] * samples).sum(0) / total.clamp_min(1e-6)[:, None], total > 0.01
 

@@ -218,13 +218,18 @@ import sys
 import numpy as np
 import torch
 from zoosplat_model import carving_gpu
-from zoosplat_model.carving import HIDDEN_WEIGHT
+from zoosplat_model.carving import BEHIND_WEIGHT, HIDDEN_WEIGHT
 given = (torch.from_numpy(v) for v in np.load(sys.argv[1]).values())
 rgb, mask, pose, k, points, used, occupancy, hull = given
 sizes = 1 / 6, int(sys.argv[2]), 0.38, HIDDEN_WEIGHT
 volume = carving_gpu.carve(rgb, mask, k @ pose[:, :3], points, *sizes, used)
 need = carving_gpu.need(hull, mask, k @ pose[:, :3], k, points, 1 / 6, 8.0, 0.4, used)
-np.save(sys.argv[3], torch.cat([volume, need(occupancy)[None]]).numpy())
+solid = (hull > 0.5).flatten()
+colors, seen = carving_gpu.look_up(
+    rgb, mask, k @ pose[:, :3], points.reshape(-1, 3), solid, 1 / 6, sizes[1], BEHIND_WEIGHT, used
+)
+least = carving_gpu._least_of_windows(occupancy, 3, (-1, -2, -3))
+np.savez(sys.argv[3], volume=volume, need=need(occupancy), colors=colors, seen=seen, least=least)
 """
 
 
@@ -237,15 +242,23 @@ def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: l
     occupancy, hull = random_occupancy(views[-1])
     single = [v.astype(np.float32) for v in (*views, occupancy, hull)]
     np.savez(tmp_path / "views.npz", *single[:5], counted, *single[5:])
-    files = [str(tmp_path / name) for name in ("views.npz", "volume.npy")]
+    files = [str(tmp_path / name) for name in ("views.npz", "found.npz")]
     command = [sys.executable, "-c", KERNELS, files[0], str(footprint), files[1]]
     subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     given: list[Any] = [*(torch.from_numpy(v) for v in views), 1 / 6, footprint, FILL, torch.from_numpy(counted)]
-    found = np.load(tmp_path / "volume.npy")
-    np.testing.assert_allclose(found[:8], carve(*given), atol=1e-4)
+    found = np.load(files[1])
+    np.testing.assert_allclose(found["volume"], carve(*given), atol=1e-4)
     asked: list[Any] = [*(torch.from_numpy(v) for v in (hull, *views[1:])), 1 / 6, 8.0, 0.4]
     needed = need(*[*asked, torch.from_numpy(counted)])(torch.from_numpy(occupancy))
-    np.testing.assert_allclose(found[8], needed, atol=2e-3)  # whole numbers of thousandths are counted
+    np.testing.assert_allclose(found["need"], needed, atol=2e-3)  # whole numbers of thousandths are counted
+    tensors: list[Any] = [torch.from_numpy(v) for v in (*views[:4], views[4].reshape(-1, 3), (hull > 0.5).flatten())]
+    tensors += [1 / 6, footprint, torch.from_numpy(counted)]
+    colors, seen = look_up(*tensors)
+    assert 0.1 < seen.double().mean() < 0.9
+    np.testing.assert_array_equal(found["seen"], seen)
+    np.testing.assert_allclose(found["colors"][seen], colors[seen], atol=1e-4)
+    least = carving_gpu.least_around(torch.from_numpy(single[-2]), 3, (-1, -2, -3))
+    np.testing.assert_array_equal(found["least"], least)
 
 
 @pytest.mark.gpu
@@ -284,6 +297,19 @@ def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) ->
     found = need(*[*on_gpu, torch.tensor(used).cuda()])(occupancy.float().cuda()).cpu()
     assert ((found - needed).abs() > 0.01).double().mean() < 0.02
     assert (needed > 0.2).double().mean() > 0.01
+    surface = points[expected[0] > 0.3]
+    asked: list[Any] = [*tensors[:4], surface, torch.rand(len(surface)) > 0.2, *sizes[:2], torch.tensor(used)]
+    colors, seen = look_up(*asked)
+    on_gpu = [v.cuda() if isinstance(v, torch.Tensor) else v for v in asked]
+    on_gpu = [v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v for v in on_gpu]
+    found, found_seen = (v.cpu() for v in look_up(*on_gpu))
+    assert (found_seen != seen).double().mean() < 0.02
+    assert ((found - colors).abs() > 1e-3).any(1).double().mean() < 0.02
+    values = torch.rand(3, 40, 33, 20)
+    assert torch.equal(
+        carving_gpu.least_around(values.cuda(), 5, (-1, -2, -3)).cpu(),
+        carving_gpu.least_around(values, 5, (-1, -2, -3)),
+    )
 
 
 def test_views_that_do_not_count_might_as_well_not_be_there() -> None:
