@@ -132,7 +132,7 @@ def test_training_without_kernels_names_the_command(monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         UserError, match="not compiled: run `zoosplat doctor --build-kernels` on this machine, or set tr"
     ):
-        gsplat_cuda._gsplat()
+        gsplat_cuda.load()
 
     class Failing:
         def __getattr__(self, name: str) -> object:
@@ -140,4 +140,4 @@ def test_training_without_kernels_names_the_command(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(sys.modules, "gsplat.cuda._backend", Failing())
     with pytest.raises(UserError, match="cannot be had: Error building extension 'gsplat_cuda'; run `zoosplat doctor"):
-        gsplat_cuda._gsplat()
+        gsplat_cuda.load()

@@ -299,12 +299,14 @@ def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) ->
     assert (needed > 0.2).double().mean() > 0.01
     surface = points[expected[0] > 0.3]
     asked: list[Any] = [*tensors[:4], surface, torch.rand(len(surface)) > 0.2, *sizes[:2], torch.tensor(used)]
-    colors, seen = look_up(*asked)
-    on_gpu = [v.cuda() if isinstance(v, torch.Tensor) else v for v in asked]
-    on_gpu = [v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v for v in on_gpu]
-    found, found_seen = (v.cpu() for v in look_up(*on_gpu))
-    assert (found_seen != seen).double().mean() < 0.02
-    assert ((found - colors).abs() > 1e-3).any(1).double().mean() < 0.02
+    colors, _ = look_up(*asked)
+    off = []
+    for device in ("cpu", "cuda"):
+        moved: list[Any] = [v.to(device) if isinstance(v, torch.Tensor) else v for v in asked]
+        moved = [v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in moved]
+        off.append(((look_up(*moved)[0].cpu() - colors).abs() > 1e-3).any(1).double().mean())
+    assert off[0] < 0.03
+    assert off[1] < 1.5 * off[0] + 1e-3
     values = torch.rand(3, 40, 33, 20)
     assert torch.equal(
         carving_gpu.least_around(values.cuda(), 5, (-1, -2, -3)).cpu(),

@@ -16,7 +16,7 @@ from zoosplat import schema, stores
 from zoosplat.config import Train
 from zoosplat.errors import UserError
 from zoosplat.project import Project
-from zoosplat.stage import Stage, main, run_stage
+from zoosplat.stage import Context, Stage, main, run_stage
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_model import checkpoints, unet
 from zoosplat_model.checkpoints import Checkpoint
@@ -26,6 +26,7 @@ from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 from zoosplat_render.stage import STAGE as RENDER
 from zoosplat_train import ops, plots, stage
+from zoosplat_train.parallel import Ranks
 from zoosplat_train.stage import STAGE
 
 
@@ -294,6 +295,26 @@ def test_time_limit_counts_what_earlier_runs_spent(tiny: Project, monkeypatch: p
     run_stage(STAGE, tiny)
     assert latest(tiny).step <= before.step + 1  # the limit of 30 s was over; the epoch is ended, and no other begun
     assert (tiny.read_mark("train") or {})["figures"]["best_step"] == latest(tiny).progress.best_step
+
+
+def test_kernels_are_loaded_before_the_clock_runs_by_one_process_first(
+    tiny: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(stage, "load_kernels", lambda device: events.append("load"))
+    monkeypatch.setattr(Ranks, "agreed", lambda ranks, value: events.append("agreed") or value)  # type: ignore[func-returns-value]
+    begin = stage._Training.__post_init__
+
+    def begun(training: stage._Training) -> None:
+        events.append("clock")
+        begin(training)
+
+    monkeypatch.setattr(stage._Training, "__post_init__", begun)
+    run_stage(STAGE, tiny)
+    assert events[:4] == ["load", "agreed", "load", "clock"]
+    events.clear()
+    stage._load_kernels(Context(tiny, tiny.read_experiment(), lambda *of: None), torch.device("cpu"), Ranks(1, 2))
+    assert events == ["agreed", "load"]
 
 
 def test_time_that_runs_out_between_epochs_leaves_a_validated_model(

@@ -23,6 +23,7 @@ from zoosplat_model.checkpoints import Progress
 from zoosplat_model.frames import FrameReader, Split
 from zoosplat_model.gpu_memory import device_figures, out_of_memory
 from zoosplat_model.predictor import open_reader, pick_device
+from zoosplat_model.rasterize import load_kernels
 from zoosplat_train import dynamic, ops, parallel, plots, start
 from zoosplat_train.parallel import Ranks
 
@@ -79,11 +80,22 @@ def train(ctx: Context, device: torch.device, ranks: Ranks) -> Result:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks.size)))
     else:
         torch.backends.cudnn.benchmark = True
+    _load_kernels(ctx, device, ranks)
     reader = open_reader(ctx.project, ctx.experiment, device)
     with out_of_memory(ctx.project, ctx.experiment, "train"):
         if ctx.experiment.train.method == "dynamic":
             return dynamic.run(ctx, reader, device)
         return _Training(ctx, reader, device, ranks).run()
+
+
+def _load_kernels(ctx: Context, device: torch.device, ranks: Ranks) -> None:
+    """Before any clock runs. One process compiles them, if need be; two at once spoil each other's files."""
+    if device.type == "cuda":
+        ctx.progress(0, 1, "loading gsplat's kernels (compiled at the first use on a machine, for some minutes)")
+    if ranks.first:
+        load_kernels(device)
+    ranks.agreed(0.0)  # the others wait for the first
+    load_kernels(device)
 
 
 class _Busy:

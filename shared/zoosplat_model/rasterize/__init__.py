@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Pairs", "Rendering", "Screen", "rasterize"]
+__all__ = ["Pairs", "Rendering", "Screen", "load_kernels", "rasterize"]
 
 
 class Rendering(NamedTuple):
@@ -46,6 +46,20 @@ class Screen:
 
     offsets: Tensor
     radii: Tensor | None = None
+
+
+def load_kernels(device: torch.device) -> None:
+    """Have at hand what draws on a device, so that the first picture does not wait for it.
+
+    Where gsplat finds a CUDA toolkit it compiles its kernels at their first use on a machine, which takes minutes.
+
+    Raises:
+        UserError: there is no gsplat for this GPU.
+    """
+    if device.type == "cuda":
+        from . import gsplat_cuda
+
+        gsplat_cuda.load()
 
 
 def rasterize(

@@ -41,7 +41,7 @@ def render(
         raise UserError(f"rasteriser backend gsplat needs CUDA tensors, these are on {means.device}: {instead}")
     if means.dtype.itemsize != 4:
         raise UserError(f"rasteriser backend gsplat needs float32, not {means.dtype}: {instead}")
-    gsplat = _gsplat()
+    gsplat = load()
 
     # gsplat pads the channel counts it was not compiled for with uninitialised memory, whose gradients can be NaN.
     channels, views = colors.shape[-1], len(world_to_camera)
@@ -70,7 +70,7 @@ def render(
     return rgb[..., :channels], alpha[..., 0]
 
 
-def _gsplat() -> Any:
+def load() -> Any:
     """gsplat with its kernels. Nothing is drawn on the CPU instead, which takes minutes a frame, unless asked for."""
     remedy = "run `zoosplat doctor --build-kernels` on this machine, or set train.device, evaluate.device and "
     remedy += "render.device to cpu"
