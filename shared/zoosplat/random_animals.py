@@ -21,7 +21,6 @@ UP = np.array([0.0, 0.0, 1.0])
 STATIONS = 18  # along the spine
 FIRST_S, LENGTH_S = -0.036, 0.0865  # the coat's pattern along the spine, as in `synthetic`
 TAIL = 14
-BELOW_FLOOR = 0.002  # bodies are pressed flat there
 
 
 class Film(NamedTuple):
@@ -122,16 +121,14 @@ class _Body:
             solids.cone(self.points[i], self.points[i + 1], self.radii[i], self.radii[i + 1], self.axes[i, 2], COAT,
                         texture)  # fmt: skip
         for _ in range(self.rng.integers(0, 4)):  # so that trunks are not all round
-            aside, above = self.rng.normal(0, 0.25), self.rng.uniform(-0.5, 0.4)
-            centre, axes, _ = self.at(self.rng.uniform(0.05, 0.7), aside, above)
-            sizes = [self.girth * self.rng.uniform(*r) for r in ((0.5, 1.7), (0.5, 1.2), (0.5, 1.2))]
-            sizes = np.minimum(sizes, centre[2] + BELOW_FLOOR)
+            centre, axes, _ = self.at(self.rng.uniform(0.1, 0.62), 0, self.rng.uniform(-0.3, 0.2))
+            sizes = [self.girth * self.rng.uniform(*r) for r in ((0.8, 1.7), (0.75, 1.15), (0.75, 1.15))]
             solids.ellipsoid(centre, axes, sizes, COAT, (float(self.pattern_s[7]), 0, 0, 1))
 
     def head(self, solids: Solids) -> None:
         nose, axes, radius = self.at(0.99, 0, 0)
         solids.ellipsoid(nose, axes, (0.6 * radius, 0.7 * radius, 0.6 * radius), PINK)
-        size = self.rng.uniform(0.35, 0.9) * self.girth * self.rng.choice([0.6, 1])
+        size = self.rng.uniform(0.35, 0.7) * self.girth * self.rng.choice([0.6, 1])
         ears_at = self.rng.uniform(0.76, 0.84)
         for side in (1.0, -1.0):
             eye, axes, radius = self.at(ears_at + 0.08, 0.62 * side, 0.45)
@@ -155,8 +152,7 @@ class _Body:
         level = np.array([1.0, 1.0, 0.0])
         for side in (1.0, -1.0):
             hip, axes, _ = self.at(hips, side * rng.uniform(0.5, 0.8), -rng.uniform(0.1, 0.5))
-            haunch = girth * rng.uniform((0.5, 0.3, 0.5), (1.2, 0.7, 1.2))
-            haunch = np.minimum(haunch, max(hip[2], thin) + BELOW_FLOOR)
+            haunch = [girth * rng.uniform(*r) for r in ((0.5, 0.8), (0.3, 0.5), (0.5, 0.85))]
             solids.ellipsoid(hip, axes, haunch, COAT, (float(self.pattern_s[4]), 0.008 * side, -0.004, 1))
             ahead, aside = self.axes[3, 0] * level, self.axes[3, 1]
             foot = on_floor(hip + girth * (rng.uniform(-1, 1.2) * ahead + side * rng.uniform(0, 0.6) * aside))
@@ -193,8 +189,7 @@ class _Body:
         length = rng.uniform(0.3, 1.1) * self.length
         yaw = np.pi + self.yaw[0] + np.cumsum(_wave(rng, TAIL, 4, 0.16))
         pitch = np.append(rng.uniform(-0.6, 0.3), _wave(rng, TAIL - 1, 4, 0.25))
-        root, tip = rng.uniform(0.15, 0.45), rng.uniform(0.03, 0.12)
-        radii = self.girth * (root + (tip - root) * np.linspace(0, 1, TAIL) ** rng.uniform(0.4, 1.2))
+        radii = np.linspace(rng.uniform(0.15, 0.32), rng.uniform(0.03, 0.1), TAIL) * self.girth
         here = self.points[0]
         if here[2] > 0.03:
             pitch -= np.linspace(0.6, 0, TAIL)
