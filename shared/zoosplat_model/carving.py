@@ -102,7 +102,7 @@ def carve(
     shape = points.shape[:3]
     half = footprint_px // 2
     used = mask.new_ones(n_views, dtype=torch.bool) if used is None else used
-    if points.is_cuda and points.dtype == torch.float32 and carving_gpu.works(points.get_device()):
+    if carving_gpu.takes(points):
         matrices = _matrices(world_to_camera, intrinsics)
         return carving_gpu.carve(
             rgb, mask, matrices, points, voxel_size_m, footprint_px, fill_color, HIDDEN_WEIGHT, used
@@ -179,7 +179,7 @@ def need(
         outside the hull.
     """
     used = mask.new_ones(len(mask), dtype=torch.bool) if used is None else used
-    if points.is_cuda and points.dtype == torch.float32 and carving_gpu.works(points.get_device()):
+    if carving_gpu.takes(points):
         matrices = _matrices(world_to_camera, intrinsics)
         return carving_gpu.need(hull, mask, matrices, intrinsics, points, voxel_size_m, slope, middle, used)
     h, w = mask.shape[1:]
@@ -231,7 +231,7 @@ def look_up(
     Solid points hide what lies more than two voxels behind them in the pictures of a voxel.
     """
     used = mask.new_ones(len(mask), dtype=torch.bool) if used is None else used
-    if points.is_cuda and points.dtype == torch.float32 and carving_gpu.works(points.get_device()):
+    if carving_gpu.takes(points):
         matrices = _matrices(world_to_camera, intrinsics)
         return carving_gpu.look_up(rgb, mask, matrices, points, solid, voxel_size_m, footprint_px, BEHIND_WEIGHT, used)
     h, w = mask.shape[1:]

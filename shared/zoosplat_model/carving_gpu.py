@@ -29,6 +29,11 @@ def works(device: int) -> bool:
     return kernels.work(_attempt, device)
 
 
+def takes(values: Tensor) -> bool:
+    """Whether the kernels can work on these: float32 on a GPU where they run."""
+    return values.is_cuda and values.dtype == torch.float32 and works(values.get_device())
+
+
 def _attempt(cuda: torch.device) -> None:
     one = torch.ones(1, 2, 2, device=cuda)
     matrix = torch.eye(3, 4, device=cuda)[None]
@@ -140,7 +145,7 @@ def least_around(values: Tensor, size: int, axes: Sequence[int] = (-1, -2)) -> T
     Args:
         axes: counted from the last, which is -1.
     """
-    if values.is_cuda and values.dtype == torch.float32 and works(values.get_device()):
+    if takes(values):
         return _least_of_windows(values, size, axes)
     for axis in axes:
         wide = F.pad(values, [*[0, 0] * (-1 - axis), size // 2, size // 2], value=torch.inf)
