@@ -143,16 +143,18 @@ def test_runs_from_s3_to_s3(stage: str, engine: list[str], s3: S3, bucket: str) 
 @pytest.mark.usefixtures("s3_here")
 @pytest.mark.parametrize("stage", CPU)
 def test_the_same_objects_as_without_a_container(
-    stage: str, engine: list[str], s3: S3, bucket: str, stages: Any, tmp_path: Path
+    stage: str, engine: list[str], s3: S3, bucket: str, tmp_path: Path
 ) -> None:
     """A container's groups are those of a process of this machine, byte for byte."""
     inspected(engine, stage)
     project = tmp_path / "project"
     project.mkdir()
     (project / "experiment.yaml").write_bytes(s3.read(bucket, "p/experiment.yaml"))
+    env = {**os.environ, **s3.env}
+    env.pop("OPENBLAS_CORETYPE", None)  # not known in there: other kernels round otherwise
     for name in CPU[: CPU.index(stage) + 1]:
-        outcome = stages(name, str(project), env=s3.env)
-        assert (outcome.status, outcome.err) == (0, "")
+        command = [sys.executable, "-m", f"zoosplat_{name}", "--project", str(project)]
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
     group = STAGES[stage].writes
     prefix = f"p/{group}/"
     there = {k.removeprefix(prefix): s3.read(bucket, k) for k in s3.objects(bucket) if k.startswith(prefix)}
