@@ -171,7 +171,6 @@ def main() -> None:
             servers.pipeline("render", f"project={project}", "profile=12gb", 'force=["render"]', quiet=True)
             rows = placements(servers.env["PREFECT_API_URL"])
         local = [config, "--project", f"s3://{servers.bucket}/local", "--until", "pack"]
-        os.environ.pop("OPENBLAS_CORETYPE", None)  # pods do not know it, and other kernels round otherwise
         servers.run(str(Path(prefect()).parent / "zoosplat"), "run", *local)
         n = same_objects(servers.bucket, "cluster", "local")
         print(f"demo: {n} objects of the stages before the model are, byte for byte, those of a local run")

@@ -125,9 +125,11 @@ class Servers:
 
     def run(self, *command: str, quiet: bool = True) -> str:
         """Run a command of the environment. Raises SystemExit with what it has printed where it fails."""
+        env = {**os.environ, **self.env}
+        env.pop("OPENBLAS_CORETYPE", None)  # containers do not know it, and other BLAS kernels round otherwise
         done = subprocess.run(
             command,
-            env={**os.environ, **self.env},
+            env=env,
             stdout=subprocess.PIPE if quiet else None,
             stderr=subprocess.STDOUT if quiet else None,
             text=True,
