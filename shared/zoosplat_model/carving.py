@@ -115,7 +115,7 @@ def carve(
     if not points.is_cuda:
         # Only voxels that can be touched by the larger hull matter from here on: a few percent of the grid.
         near = F.max_pool2d(mask[:, None], footprint_px + 2, stride=1, padding=half + 1)
-        touched = in_window & (near.flatten(1).gather(1, nearest) > 0.5)
+        touched = (depth > 0) & (near.flatten(1).gather(1, nearest) > 0.5)
         kept = torch.nonzero((~used | touched).sum(0) >= n_views - 1)[:, 0]
         x, y, depth, nearest, in_window = (v[:, kept] for v in (x, y, depth, nearest, in_window))
     samples, covered = _sample(rgb, mask, x, y, footprint_px)

@@ -167,6 +167,14 @@ def test_agrees_with_a_slow_twin(footprint: int) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
+def test_a_voxel_beyond_the_window_whose_footprint_reaches_into_it_is_carved_too() -> None:
+    rgb, mask, pose, k, points = scattered_views(7)
+    expected = slow_twin(rgb, mask, pose, k, points, 1 / 6, 7, FILL)
+    tensor = torch.from_numpy
+    found = carve(tensor(rgb), tensor(mask), tensor(pose), tensor(k), tensor(points), 1 / 6, 7, FILL).numpy()
+    np.testing.assert_allclose(found[[0, 4]], expected[[0, 4]], atol=1e-10)
+
+
 def slow_need(occupancy: Any, hull: Any, mask: Any, pose: Any, k: Any, points: Any, voxel: float) -> Any:
     """The docstring of `need`, voxel by voxel and view by view, sigmoid(8 (occupancy - 0.4)); every view is used."""
     h, w = mask.shape[1:]
@@ -233,7 +241,7 @@ np.savez(sys.argv[3], volume=volume, need=need(occupancy), colors=colors, seen=s
 """
 
 
-@pytest.mark.parametrize(("footprint", "used"), [(1, [1, 1, 1]), (3, [1, 0, 1])])
+@pytest.mark.parametrize(("footprint", "used"), [(1, [1, 1, 1]), (3, [1, 0, 1]), (7, [1, 1, 1])])
 def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: list[int]) -> None:
     """The GPU's kernels in float32, without a GPU."""
     pytest.importorskip("triton")
@@ -263,7 +271,9 @@ def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: l
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize(("footprint", "used"), [(1, [True] * 4), (3, [True] * 4), (5, [True, True, False, True])])
+@pytest.mark.parametrize(
+    ("footprint", "used"), [(1, [True] * 4), (3, [True] * 4), (5, [True, True, False, True]), (7, [True] * 4)]
+)
 def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) -> None:
     """A sphere in 4 views, the last of which sees a piece of it cut off."""
     assert carving_gpu.works(0)
