@@ -16,7 +16,7 @@ running statistics would not belong to averaged weights. All in float32, whateve
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -165,6 +165,9 @@ class PublishedSplatter(PoseSplatter):
             opacities=torch.where(probability > PROBABILITY, opacities, 0),
             colors=torch.sigmoid(colors),
         )
+
+    def _need(self, hull: Tensor, views: Observed, used: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return torch.zeros_like  # its U-Nets do not ask
 
     def _color_change(self, cameras: Sequence[int | None]) -> Tensor:
         return self.points.new_zeros(len(cameras), 3, 4)

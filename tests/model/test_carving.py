@@ -276,6 +276,7 @@ def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: l
 )
 def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) -> None:
     """A sphere in 4 views, the last of which sees a piece of it cut off."""
+    torch.manual_seed(0)
     assert carving_gpu.works(0)
     y, x = torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij")
     mask = ((x - 63.3).square() + (y - 47.1).square() < 30**2).double().repeat(4, 1, 1)
