@@ -59,7 +59,8 @@ frames/s reconstructed | held-out IoU | PSNR | SSIM | observed IoU | PSNR |
 def experiments(config: str, names: list[str], overrides: list[str]) -> dict[str, Experiment]:
     """The configuration under each profile, measured on pictures that all of them can be averaged to."""
     sets = {name: [*([] if name == "default" else profile_overrides(name)), *overrides] for name in names}
-    coarsest = math.lcm(*(read_config(config, given).ingest.image_downsample for given in sets.values()))
+    read = [read_config(config, given) for given in sets.values()]
+    coarsest = math.lcm(*(e.ingest.image_downsample for e in read), *(e.evaluate.image_downsample or 1 for e in read))
     return {
         name: read_config(config, [*given, f"evaluate.image_downsample={coarsest}"]) for name, given in sets.items()
     }
