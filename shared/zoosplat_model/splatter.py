@@ -9,6 +9,7 @@ Where it differs from the published network, for speed and better pictures:
 - Colours are looked up in the pictures once more where the Gaussians have come to lie, with their own occlusion: a
   carved voxel's are means over its footprint, too coarse for eyes, and go by the hull's occlusion.
 - Each camera has a small learned colour transformation, because real cameras differ in exposure and colour.
+- Once it has learned, Gaussians that float beside the animal are not drawn (`pieces.attached`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from zoosplat.config import Experiment
 from zoosplat_model import carving_gpu
 from zoosplat_model.carving import carve, grid_points, look_up, need, rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model.pieces import attached
 from zoosplat_model.rasterize import Pairs, Rendering, rasterize
 from zoosplat_model.unet import FEATURE_CHANNELS, UNetStack
 
@@ -39,6 +41,7 @@ SOLID = 0.3  # opacity from which on a Gaussian hides what is behind it, when co
 FIRST_TRUST = 2.0  # logit of the share of the looked-up colour
 HEAD_PARTS = 128  # of the head's products on a GPU
 WIDEST = 4.0  # voxels, of a Gaussian's standard deviation
+CELL = 2  # voxels: nearer than one cell of that edge, at least, Gaussians are of one piece
 
 
 class Gaussians(NamedTuple):
@@ -299,6 +302,8 @@ class PoseSplatter(nn.Module):
         opacities = torch.sigmoid(opacities[:, 0] + OPACITY_SLOPE * (kept[:, 0] - OPACITY_MIDDLE))
         opacities = torch.where(drawn, opacities, 0)
         means = self.points.reshape(-1, 3)[chosen] + REACH * self.voxel_size_m * torch.tanh(offsets) * side[:3]
+        if not self.training:
+            opacities = torch.where(self._attached(means, opacities), opacities, 0)
         base = kept[:, 1:4]
         looked_up, seen = self._look_up(views, means.detach(), opacities.detach() > SOLID, used)
         base = base + torch.sigmoid(FIRST_TRUST + trust) * seen[:, None] * (looked_up - base)
@@ -309,6 +314,13 @@ class PoseSplatter(nn.Module):
             opacities=opacities,
             colors=torch.sigmoid(colors + torch.logit(base.clamp(0.02, 0.98))),
         )
+
+    @torch.no_grad()
+    def _attached(self, means: Tensor, opacities: Tensor) -> Tensor:
+        """Which Gaussians [M] are not beside the animal, but part of it."""
+        shape = [-(-n // CELL) for n in self.points.shape[:3]]
+        corner = self.points[0, 0, 0] - self.voxel_size_m / 2  # so that each cell has `CELL` voxels along an axis
+        return attached(means, opacities, corner, CELL * self.voxel_size_m, shape)
 
     @torch.no_grad()
     def _look_up(self, views: Observed, means: Tensor, solid: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -209,6 +209,25 @@ def test_it_starts_as_the_coloured_hull(reader: FrameReader, tiny: Project) -> N
 
 
 @torch.no_grad()
+def test_what_floats_beside_the_animal_is_drawn_in_training_only(reader: FrameReader, tiny: Project) -> None:
+    model, frame = PoseSplatter.of(reader, tiny.read_experiment()), reader.frame(4)
+    observed = model.observe(frame)
+    volume = model.carve(observed)
+    volume[0] = 0
+    volume[0, :5, :5, :5] = 1
+    volume[0, -4, -4, -4] = 1
+    in_training = model.reconstruct(volume[None], [observed])[0].opacities
+    after = model.eval().reconstruct(volume[None], [observed])[0].opacities
+    assert (in_training > 0.5).sum() == 5**3 + 1
+    assert (after > 0.5).sum() == 5**3
+    volume[0, -4:] = 1  # not a speck, but half of an animal
+    assert torch.equal(
+        model.reconstruct(volume[None], [observed])[0].opacities > 0.5,
+        (model.train().reconstruct(volume[None], [observed])[0].opacities > 0.5),
+    )
+
+
+@torch.no_grad()
 def test_pictures_do_not_depend_on_the_unit_of_length(reader: FrameReader, tiny: Project) -> None:
     model, frame = excited(reader, tiny), reader.frame(2)
     points = grid_points(1000 * reader.ell_m, reader.grid_size, reader.volume_idx)

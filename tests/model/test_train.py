@@ -106,7 +106,7 @@ def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> N
     held_out = chosen.model_copy(update={"holdout_views": (left_out, *chosen.holdout_views)})
     images, tracking, crop = (tiny.open_input(name) for name in ("pack", "center_rotation", "crop"))
     model = PoseSplatter.of(FrameReader(images, tracking, crop, held_out), held_out)
-    model.load_state_dict(trainer.averaged.state_dict())
+    model.eval().load_state_dict(trainer.averaged.state_dict())
     frame = reader.frame(t)
     size = reader.width, reader.height
     losses = []
