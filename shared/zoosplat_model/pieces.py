@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoosplat_model import kernels
+from zoosplat_model.carving_gpu import least_around
 
 try:
     import triton
@@ -24,6 +24,7 @@ SOLID = 0.3  # opacity from which on a Gaussian holds pieces together
 LOOSE = 0.05  # share of the solid cells outside of the largest piece, at most; with more, masks have cut the animal
 GAUSSIANS, WORDS, WARPS = 128, 2048, 16  # of a block of threads
 WORD = 32  # bits
+AXES = (-1, -2, -3)
 
 
 def attached(means: Tensor, opacities: Tensor, corner: Tensor, cell_m: float, shape: Sequence[int]) -> Tensor:
@@ -41,22 +42,24 @@ def attached(means: Tensor, opacities: Tensor, corner: Tensor, cell_m: float, sh
     places = ((means - corner) / cell_m).floor().unbind(1)
     x, y, z = (place.clamp(0, n - 1).long() for place, n in zip(places, shape, strict=True))
     solid = means.new_zeros(shape).index_put((x, y, z), (opacities > SOLID).to(means.dtype), accumulate=True) > 0
-    piece = F.max_pool3d(largest_piece(solid)[None].float(), 3, 1, 1)[0]
-    return piece[x, y, z] > 0
+    beside = least_around(torch.where(largest_piece(solid), 0.0, 1.0), 3, AXES)
+    return beside[x, y, z] == 0
 
 
 def largest_piece(solid: Tensor) -> Tensor:
     """The cells [n1, n2, n3] of the piece that has 95% of the `solid` ones (bool), or all cells where none has."""
-    labels = torch.arange(1, solid.numel() + 1, device=solid.device, dtype=torch.float64).view(solid.shape) * solid
+    n = solid.numel()
+    cells = torch.arange(n, device=solid.device, dtype=torch.float32).view(solid.shape)  # exact up to 2^24
+    labels = torch.where(solid, cells, n)
     for _ in range(sum(solid.shape)):  # a longer way through a piece is not gone
-        spread = F.max_pool3d(labels[None], 3, 1, 1)[0] * solid
+        spread = torch.where(solid, least_around(labels, 3, AXES), n)
         if not solid.is_cuda and torch.equal(spread, labels):  # a GPU is not waited for
             break
         labels = spread
     labels = labels.long()
-    sizes = labels.new_zeros(solid.numel() + 1).scatter_add(0, labels.flatten(), solid.flatten().long())
+    sizes = labels.new_zeros(n + 1).scatter_add(0, labels.flatten(), solid.flatten().long())
     size, largest = sizes.max(0)
-    return (labels == largest) | (size < (1 - LOOSE) * solid.sum())
+    return (labels == largest) | (size < ((1 - LOOSE) * solid.sum()).clamp_min(1))
 
 
 def _attempt(cuda: torch.device) -> None:
