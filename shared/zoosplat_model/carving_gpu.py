@@ -32,7 +32,7 @@ def works(device: int) -> bool:
 
 def takes(values: Tensor) -> bool:
     """Whether the kernels can work on these: float32 on a GPU where they run."""
-    return values.is_cuda and values.dtype == torch.float32 and works(values.get_device())
+    return kernels.take(_attempt, values)
 
 
 def _attempt(cuda: torch.device) -> None:

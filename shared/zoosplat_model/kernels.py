@@ -14,6 +14,11 @@ except ImportError:  # CPU builds of torch come without
     triton = None
 
 
+def take(attempt: Callable[[torch.device], object], values: torch.Tensor) -> bool:
+    """Whether kernels of float32, of which `attempt` tells whether they run, can work on these."""
+    return values.is_cuda and values.dtype == torch.float32 and work(attempt, values.get_device())
+
+
 @functools.cache
 def work(attempt: Callable[[torch.device], object], device: int) -> bool:
     """Whether `attempt`, given a CUDA device by its number, compiles and runs: that takes a C compiler besides the GPU.

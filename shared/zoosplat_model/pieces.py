@@ -37,7 +37,7 @@ def attached(means: Tensor, opacities: Tensor, corner: Tensor, cell_m: float, sh
         cell_m: their edge, metres.
         shape: how many there are, along x, y and z.
     """
-    if means.is_cuda and means.dtype == torch.float32 and kernels.work(_attempt, means.get_device()):
+    if kernels.take(_attempt, means):
         return _attached(means, opacities, corner, cell_m, shape)
     places = ((means - corner) / cell_m).floor().unbind(1)
     x, y, z = (place.clamp(0, n - 1).long() for place, n in zip(places, shape, strict=True))

@@ -54,7 +54,7 @@ def test_what_belongs_to_the_animal_is_its_largest_piece(shape: tuple[int, int, 
 def test_a_long_tail_belongs_to_it_and_a_speck_does_not() -> None:
     solid = torch.zeros(40, 24, 20, dtype=torch.bool)
     solid[4:14, 4:14, 4:14] = True
-    speck = solid.clone()
+    speck = torch.zeros_like(solid)
     for i in range(26):  # by its corners only
         solid[13 + i, 13 - i % 2, 13] = True
     speck[20, 20, 2:5] = True
