@@ -229,6 +229,9 @@ class Train(_Section):
     )
     jitter_voxels: Weight = Field(default=2.0, description="how far the animal's place is off at most, in training")
     jitter_radians: Weight = Field(default=0.3, description="how far its heading is off at most, in training")
+    jitter_tilt: Weight = Field(
+        default=0.0, description="how far it is tilted at most, in training, radians: for poses like rearing"
+    )
     valid_every: Count = Field(default=1, description="epochs between validations")
     plot_every: Count = Field(default=1, description="epochs between plots")
     save_every: Count = Field(default=1, description="epochs between checkpoints")

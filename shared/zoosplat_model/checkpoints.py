@@ -38,8 +38,9 @@ class Progress:
         seconds: spent so far, over all resumptions.
         sums: of the running epoch's training losses, by name, and "frames".
         history: a row for each finished epoch: epoch, step, seconds, train and valid figures.
-        best: lowest validation loss so far; None before the first validation.
-        best_step: the checkpoint that has it.
+        best: validation loss of the checkpoint to use; None before the first validation.
+        best_step: the checkpoint to use.
+        least_losses: of each validation frame, at the validation with the lowest mean so far.
     """
 
     epoch: int = 0
@@ -50,6 +51,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     best: float | None = None
     best_step: int | None = None
+    least_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

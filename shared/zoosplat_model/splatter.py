@@ -61,11 +61,19 @@ class Gaussians(NamedTuple):
     opacities: Tensor
     colors: Tensor
 
-    def to_world(self, center: Tensor, angle: Tensor) -> Gaussians:
-        """From the animal's frame to the world: turned by `angle` [] radians about +z, moved to `center` [3] metres."""
+    def to_world(self, center: Tensor, angle: Tensor, tilt: Tensor | None = None) -> Gaussians:
+        """From the animal's frame to the world: first tilted, then turned about +z, then moved.
+
+        Args:
+            center: [3] metres.
+            angle: [] radians.
+            tilt: [3] rotation vector, radians; None: none.
+        """
         zero = torch.zeros_like(angle)
         turn = torch.stack([torch.cos(angle / 2), zero, zero, torch.sin(angle / 2)])
-        means = self.means @ rotation_about_z(angle).T + center
+        if tilt is not None:
+            turn = quaternion_product(turn, torch.cat([torch.cos(tilt.norm() / 2)[None], _half_sine(tilt)]))
+        means = self.means @ orientation(angle, tilt).T + center
         return self._replace(means=means, quats=quaternion_product(turn, self.quats))
 
     def smoothed(self, pixel_m: float) -> Gaussians:
@@ -95,6 +103,23 @@ class Observed(NamedTuple):
     mask: Tensor
     world_to_camera: Tensor
     intrinsics: Tensor
+
+
+def orientation(angle: Tensor, tilt: Tensor | None) -> Tensor:
+    """[3, 3] rotation from the animal's frame to the world's axes: by `tilt` ([3] rotation vector), then about +z."""
+    turn = rotation_about_z(angle)
+    if tilt is None:
+        return turn
+    x, y, z = _half_sine(tilt)
+    zero = torch.zeros_like(x)
+    across = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).reshape(3, 3)
+    # Rodrigues' formula in half angles: no division by the sine of a small angle.
+    return turn + turn @ (2 * torch.cos(tilt.norm() / 2) * across + 2 * across @ across)
+
+
+def _half_sine(vector: Tensor) -> Tensor:
+    """The rotation vector's axis times the sine of half its angle."""
+    return vector / 2 * torch.sinc(vector.norm() / (2 * math.pi))
 
 
 def quaternion_product(a: Tensor, b: Tensor) -> Tensor:
@@ -230,7 +255,7 @@ class PoseSplatter(nn.Module):
     @torch.no_grad()
     def observe(self, frame: Frame) -> Observed:
         """The frame's observed views, their cameras placed in the animal's frame."""
-        place = F.pad(torch.cat([rotation_about_z(frame.angle), frame.center[:, None]], 1), (0, 0, 0, 1))
+        place = F.pad(torch.cat([orientation(frame.angle, frame.tilt), frame.center[:, None]], 1), (0, 0, 0, 1))
         place[3, 3:].fill_(1)  # from the animal's frame to the world
         seen = self.seen
         return Observed(frame.rgb[seen], frame.mask[seen], frame.world_to_camera[seen] @ place, frame.intrinsics[seen])

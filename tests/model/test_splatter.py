@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from zoosplat_model.frames import FrameReader
 from zoosplat_model.losses import frame_losses, soft_iou
 from zoosplat_model.metrics import ssim_map
 from zoosplat_model.predictor import open_reader, pick_device
-from zoosplat_model.splatter import Gaussians, PoseSplatter, quaternion_product, select, surface_first
+from zoosplat_model.splatter import Gaussians, PoseSplatter, orientation, quaternion_product, select, surface_first
 from zoosplat_model.unet import UNetStack, convolve, fold, unfold
 
 CPU = torch.device("cpu")
@@ -156,6 +157,13 @@ def test_to_world_turns_means_and_covariances() -> None:
     torch.testing.assert_close(placed.means, gaussians.means @ turn.T + center)
     torch.testing.assert_close(covariances(placed), turn @ covariances(gaussians) @ turn.T)
     assert torch.equal(placed.colors, gaussians.colors)
+    for vector in ([0.4, -0.7, 0.0], [1.2, 0.5, -2.0], [1e-9, 0.0, 0.0], [0.0, 0.0, 0.0]):
+        tilt = torch.tensor(vector, dtype=torch.float64)
+        whole = turn @ torch.from_numpy(cv2.Rodrigues(tilt.numpy())[0])
+        torch.testing.assert_close(orientation(angle, tilt), whole)
+        placed = gaussians.to_world(center, angle, tilt)
+        torch.testing.assert_close(placed.means, gaussians.means @ whole.T + center)
+        torch.testing.assert_close(covariances(placed), whole @ covariances(gaussians) @ whole.T)
 
 
 def excited(reader: FrameReader, project: Project) -> PoseSplatter:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_model import checkpoints, unet
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_model.frames import FrameReader
-from zoosplat_model.losses import frame_losses
+from zoosplat_model.losses import frame_losses, soft_iou
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 from zoosplat_render.stage import STAGE as RENDER
@@ -92,6 +93,66 @@ def test_jitter_keeps_the_picture_and_moves_the_grid(tiny: Project) -> None:
     assert 0.2 < max(abs(float(m.angle - frame.angle)) for m in moved) < 0.3 + 1e-6
     assert all(m.rgb is frame.rgb for m in moved)
     assert torch.equal(ops.jitter(frame, Train(), 3, 0.01).center, moved[3].center)
+    assert all(m.tilt is None for m in moved)
+    tilts = [ops.jitter(frame, Train(jitter_tilt=0.5), epoch, 0.01).tilt for epoch in range(200)]
+    directions = torch.stack([tilt for tilt in tilts if tilt is not None])
+    assert len(directions) == 200
+    assert (directions[:, 2] == 0).all()
+    assert 0.47 < directions.norm(dim=1).max() < 0.5
+    assert directions.norm(dim=1).min() < 0.03
+    assert all((directions[:, i] * sign).max() > 0.4 for i in (0, 1) for sign in (1, -1))
+
+
+@torch.no_grad()
+def test_what_the_network_sees_tilted_stands_where_it_stood(tiny: Project) -> None:
+    """The masks are met as well with a tilt that is undone, and not with one that is forgotten."""
+    chosen, cpu = tiny.read_experiment(), torch.device("cpu")
+    reader = open_reader(tiny, chosen, cpu)
+    trainer = ops.Trainer(reader, chosen, cpu)
+    frame = reader.frame(0)
+    mask = frame.mask[trainer.model.seen]
+
+    def iou(tilt: torch.Tensor | None, undone: torch.Tensor | None) -> float:
+        gaussians = trainer.model([replace(frame, tilt=tilt)])[0]
+        alpha = trainer._render(replace(frame, tilt=undone), gaussians).alpha
+        return float(soft_iou((alpha > 0.5).float(), mask).mean())
+
+    for vector in ([0.5, 0, 0], [0, -0.5, 0], [0.3, 0.4, 0]):
+        tilt = torch.tensor(vector)
+        assert iou(tilt, tilt) > iou(None, None) - 0.02
+        assert iou(tilt, None) < iou(None, None) - 0.03  # least about the long axis, to which it is almost round
+
+
+def test_worse_is_what_cannot_be_chance() -> None:
+    least = [0.2, 0.4, 0.3, 0.5]
+    assert not ops.significantly_worse(least, least)
+    assert not ops.significantly_worse([0.1, 0.3, 0.2, 0.4], least)
+    assert ops.significantly_worse([loss + 0.001 for loss in least], least)  # each of them
+    # Differences 0.3, -0.1, 0, 0: their mean 0.05, their standard error sqrt(0.09 / 3) / 2 = 0.0866.
+    assert not ops.significantly_worse([0.5, 0.3, 0.3, 0.5], least)
+    assert ops.significantly_worse([0.5, 0.4, 0.5, 0.5], least)  # 0.3, 0, 0.2, 0: 0.125, 0.075
+    assert ops.significantly_worse([0.3], [0.2])
+    assert not ops.significantly_worse([0.2], [0.2])
+
+
+def test_the_latest_that_is_not_worse_is_used(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([[0.5, 0.5, 0.5], [0.2, 0.4, 0.3], [0.3, 0.4, 0.4], [0.2, 0.6, 0.2], [0.21, 0.41, 0.31]])
+
+    def validate(_self: Any, _frames: Any, _total: int) -> tuple[dict[str, float], list[float]]:
+        losses = next(told)
+        return {"valid_loss": sum(losses) / 3}, losses
+
+    monkeypatch.setattr(ops.Trainer, "validate", validate)
+    configure(tiny, epochs=5)
+    assert run_stage(STAGE, tiny)
+    progress = latest(tiny).progress
+    steps = [int(row["step"]) for row in progress.history]
+    assert progress.best_step == steps[3]  # 0, 0.2, -0.1 more than the least: its mean is below its standard error
+    assert progress.best == pytest.approx(1 / 3)
+    assert progress.least_losses == [0.2, 0.4, 0.3]
+    best = checkpoints.load(tiny, "best")
+    assert best is not None
+    assert best.step == steps[3]
 
 
 @torch.no_grad()
@@ -101,7 +162,8 @@ def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> N
     t = reader.split("valid")[0]
     left_out = reader.observed[ops.view_to_predict(t, len(reader.observed))]
     trainer = ops.Trainer(reader, chosen, cpu)
-    figures = trainer.validate([reader.frame(t)])
+    figures, losses = trainer.validate([reader.frame(t)], 1)
+    assert losses == [figures["valid_loss"]]
 
     held_out = chosen.model_copy(update={"holdout_views": (left_out, *chosen.holdout_views)})
     images, tracking, crop = (tiny.open_input(name) for name in ("pack", "center_rotation", "crop"))
@@ -140,7 +202,8 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     configure(tiny, epochs=14, valid_every=4, plot_every=7, save_every=14)
     reader = open_reader(tiny, tiny.read_experiment(), torch.device("cpu"))
     untrained = ops.Trainer(reader, tiny.read_experiment(), torch.device("cpu"))
-    first = untrained.validate(reader.prefetch(reader.split("valid")))
+    frames = reader.split("valid")
+    first, _ = untrained.validate(reader.prefetch(frames), len(frames))
     plotted, preview = [], plots.preview
 
     def counted(*args: Any) -> bytes:
@@ -156,14 +219,14 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     assert [int(r["step"]) for r in rows] == list(range(2, 29, 2))
     assert len(plotted) == 2
     valid = {int(r["step"]): float(r["valid_loss"]) for r in rows if r["valid_loss"]}
-    best = min(valid, key=lambda step: valid[step])
-    assert valid[best] < 0.9 * first["valid_loss"]
+    pointer = stores.read_json(tiny.path("model", "best.json")) or {}
+    best = pointer["step"]
+    assert min(valid.values()) <= valid[best] < 0.9 * first["valid_loss"]
+    assert valid[best] == min(valid.values()) or best > min(valid, key=lambda step: valid[step])
 
     figures = (tiny.read_mark("train") or {})["figures"]
     assert figures["steps"] == 28
     assert figures["best_valid_loss"] == pytest.approx(valid[best])
-    pointer = stores.read_json(tiny.path("model", "best.json")) or {}
-    assert pointer["step"] == best
     written = list(stores.list_files(tiny.path("model")))
     assert {"loss.png", "preview.png", "latest.json", "best.json"} <= set(written)
     assert any(name.startswith("tensorboard/events") for name in written)

@@ -28,7 +28,6 @@ HEAD_RATE = 3.0  # the head's learning rate over that of the U-Nets
 MAX_GRADIENT = 1.0  # norm
 DRAWN = 0.02  # opacity from which on a Gaussian counts as drawn
 ROOM = 3  # for pairs of Gaussians and tiles in a recorded step, over those of the first steps
-N_TENSORS = 6  # of a frame, in a step
 N_LOSSES = len(Losses._fields)
 TRAIN_FIGURES = ("train_loss", "train_soft_iou_loss", "train_color_loss", "train_ssim_loss", "train_gradient")
 VALID_FIGURES = ("valid_loss", "valid_iou", "valid_psnr", "valid_left_out_iou")
@@ -56,13 +55,18 @@ def carving_views(observed: Sequence[int], settings: Train, epoch: int, t: int) 
 def jitter(frame: Frame, settings: Train, epoch: int, voxel_size_m: float) -> Frame:
     """The frame with the animal's centre and heading off by up to `jitter_voxels` (each axis) and `jitter_radians`.
 
-    Carving and Gaussians both go by them, so the truth stays the same while the network sees another volume. Without
-    it, a few dozen training frames are learned by heart.
+    And tilted, about any horizontal axis, by up to `jitter_tilt`. Carving and Gaussians both go by them, so the truth
+    stays the same while the network sees another volume. Without it, a few dozen training frames are learned by heart.
     """
     rng = np.random.default_rng([settings.seed, epoch, 2, frame.t])
     shift = torch.tensor(rng.uniform(-1, 1, 3) * settings.jitter_voxels * voxel_size_m, dtype=frame.center.dtype)
     turn = rng.uniform(-1, 1) * settings.jitter_radians
-    return replace(frame, center=frame.center + send(shift, frame.center.device), angle=frame.angle + turn)
+    moved = replace(frame, center=frame.center + send(shift, frame.center.device), angle=frame.angle + turn)
+    if settings.jitter_tilt == 0:
+        return moved
+    towards, size = rng.uniform(0, 2 * math.pi), rng.uniform(0, settings.jitter_tilt)
+    tilt = torch.tensor([size * math.cos(towards), size * math.sin(towards), 0], dtype=frame.center.dtype)
+    return replace(moved, tilt=send(tilt, frame.center.device))
 
 
 def is_mirrored(seed: int, epoch: int, t: int) -> bool:
@@ -84,6 +88,17 @@ def spread(frames: Sequence[int], most: int) -> list[int]:
     """At most `most` of the frames, evenly spread."""
     n = min(len(frames), most)
     return [frames[(2 * i + 1) * len(frames) // (2 * n)] for i in range(n)]
+
+
+def significantly_worse(losses: Sequence[float], least: Sequence[float]) -> bool:
+    """Whether the mean of frames' losses is above that of `least`, of the same frames, by more than its standard error.
+
+    The one-standard-error rule (Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 7.10), of the
+    frames' differences.
+    """
+    differences = np.subtract(losses, least)
+    spread = differences.std(ddof=1) if len(differences) > 1 else 0.0
+    return bool(differences.mean() > spread / math.sqrt(len(differences)))
 
 
 class Trainer:
@@ -190,7 +205,8 @@ class Trainer:
     def _backward(self, *inputs: Tensor) -> Tensor:
         """Gradients of this rank's part of the mean loss; [4] sums of its losses."""
         *values, used, mirrored, numbers = inputs
-        frames = [_frame(values[i : i + N_TENSORS]) for i in range(0, len(values), N_TENSORS)]
+        each = len(values) // len(used)
+        frames = [_frame(values[i : i + each]) for i in range(0, len(values), each)]
         self.optimizer.zero_grad()
         predicted = self.model(frames, used, mirrored)
         losses = [self._losses(frame, self._render(frame, g)) for frame, g in zip(frames, predicted, strict=True)]
@@ -219,27 +235,32 @@ class Trainer:
         return torch.cat([losses.double(), (gradient / weight).double()[None]])
 
     @torch.no_grad()
-    def validate(self, frames: Iterable[Frame]) -> dict[str, float]:
+    def validate(self, frames: Iterable[Frame], total: int) -> tuple[dict[str, float], list[float]]:
         """Means over frames, named by `VALID_FIGURES`: loss, IoU at alpha > 0.5 and PSNR of windows, and IoU of a view.
 
         Each frame is carved twice: from all observed views, and, where three remain, without one of them. The loss is
         the mean of that of all views in the first case and of the left-out one in the second: so the checkpoint with
         the least of it is good in observed views and in new ones, of which training sees nothing.
 
-        Of several ranks, each gives its own frames, and gets the means over those of all.
+        Args:
+            frames: of several ranks those of this one, as `Ranks.share` gives them.
+            total: frames of all ranks.
+
+        Returns:
+            The means, and each frame's loss, over all ranks.
         """
         self.averaged.eval()
         n = len(self.reader.observed)
-        sums = torch.zeros(len(VALID_FIGURES) + 1, dtype=torch.float64, device=self.reader.device)
-        for frame in frames:
+        table = torch.zeros(total, len(VALID_FIGURES), dtype=torch.float64, device=self.reader.device)
+        for i, frame in enumerate(frames):
             out = send(torch.arange(n) == view_to_predict(frame.t, n), self.reader.device)
             figures = self.recorder("validate", self._validate, [*_tensors(frame), out])
-            sums += torch.cat([figures.double(), torch.ones_like(sums[:1])])
-        self.ranks.add_up(sums)
-        means = dict(zip(VALID_FIGURES, (sums[:-1] / sums[-1]).tolist(), strict=True))
+            table[self.ranks.rank + i * self.ranks.size] = figures.double()
+        self.ranks.add_up(table)
+        means = dict(zip(VALID_FIGURES, table.mean(0).tolist(), strict=True))
         if n < 4:
             del means["valid_left_out_iou"]
-        return means
+        return means, table[:, 0].tolist()
 
     @torch.no_grad()
     def _validate(self, *inputs: Tensor) -> Tensor:
@@ -271,7 +292,7 @@ class Trainer:
 
     def _render(self, frame: Frame, gaussians: Gaussians) -> Rendering:
         seen = self.model.seen
-        placed = gaussians.to_world(frame.center, frame.angle)
+        placed = gaussians.to_world(frame.center, frame.angle, frame.tilt)
         return self.model.render(
             placed,
             frame.world_to_camera[seen],
@@ -290,13 +311,14 @@ class Trainer:
 
 def _tensors(frame: Frame) -> list[Tensor]:
     """What a step needs of a frame."""
-    return [frame.rgb, frame.mask, frame.intrinsics, frame.world_to_camera, frame.center, frame.angle]
+    tilt = [] if frame.tilt is None else [frame.tilt]
+    return [frame.rgb, frame.mask, frame.intrinsics, frame.world_to_camera, frame.center, frame.angle, *tilt]
 
 
 def _frame(values: Sequence[Tensor]) -> Frame:
     """The frame again; time and place in the picture play no part."""
-    rgb, mask, intrinsics, world_to_camera, center, angle = values
-    return Frame(-1, rgb, mask, intrinsics, world_to_camera, torch.empty(0), center, angle)
+    rgb, mask, intrinsics, world_to_camera, center, angle, *tilt = values
+    return Frame(-1, rgb, mask, intrinsics, world_to_camera, torch.empty(0), center, angle, *tilt)
 
 
 def _as_laid_out(there: Tensor, value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count, islice
+from statistics import fmean
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -261,14 +262,18 @@ class _Training:
         over = self.is_over()
         if over or p.epoch % settings.valid_every == 0:
             figures: dict[str, float] = {}
+            losses = [row["train_loss"]]
             if self.valid_frames:
-                figures = self.trainer.validate(self.reader.prefetch(self.ranks.share(self.valid_frames)))
-            loss = figures.get("valid_loss", row["train_loss"])
-            if not math.isfinite(loss):
+                frames = self.reader.prefetch(self.ranks.share(self.valid_frames))
+                figures, losses = self.trainer.validate(frames, len(self.valid_frames))
+            if not all(math.isfinite(loss) for loss in losses):
                 raise self._diverged()
-            if p.best is None or loss < p.best:
-                p.best, p.best_step = loss, p.step
+            # What has learned for longer, at a lower rate, is used unless validation frames tell that it is worse.
+            if not (p.least_losses and ops.significantly_worse(losses, p.least_losses)):
+                p.best, p.best_step = fmean(losses), p.step
                 self.best = {k: v.clone() for k, v in self.trainer.averaged.state_dict().items()}
+            if not p.least_losses or fmean(losses) < fmean(p.least_losses):
+                p.least_losses = losses
             row |= figures
         p.history.append(row)
         if self.board is None:  # not the first rank

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from zoosplat.config import Experiment
 from zoosplat.project import Project
-from zoosplat_model.carving import rotation_about_z
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet, colors_of
 from zoosplat_model.dynamic.hexplane import Deformed
@@ -19,7 +18,7 @@ from zoosplat_model.dynamic.schedule import Stage
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering, rasterize
-from zoosplat_model.splatter import Gaussians
+from zoosplat_model.splatter import Gaussians, orientation
 
 
 class ShadedGaussians(Gaussians):
@@ -51,10 +50,10 @@ class ShadedGaussians(Gaussians):
         new.harmonics, new.axes = self.harmonics, self.axes
         return new
 
-    def to_world(self, center: Tensor, angle: Tensor) -> ShadedGaussians:
-        new = super().to_world(center, angle)
+    def to_world(self, center: Tensor, angle: Tensor, tilt: Tensor | None = None) -> ShadedGaussians:
+        new = super().to_world(center, angle, tilt)
         assert isinstance(new, ShadedGaussians)
-        new.axes = rotation_about_z(angle) @ self.axes
+        new.axes = orientation(angle, tilt) @ self.axes
         return new
 
 
