@@ -34,7 +34,7 @@ class Frame:
         origin: [C, 2] int64, x, y of the window's corner in the whole frame.
         center: [3] float32, metres, the animal's centre in the world.
         angle: [] float32, radians, its heading about +z.
-        tilt: [3] float32, rotation vector in the animal's frame, radians, before that about +z; None: it stands.
+        tilt: [4] float32, unit quaternion (w, x, y, z), its turn before that about +z; None: it stands.
     """
 
     t: int

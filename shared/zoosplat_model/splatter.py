@@ -29,6 +29,7 @@ from zoosplat_model.carving import carve, grid_points, look_up, need, rotation_a
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.pieces import attached
 from zoosplat_model.rasterize import Pairs, Rendering, rasterize
+from zoosplat_model.rasterize.torch_cpu import rotations
 from zoosplat_model.unet import FEATURE_CHANNELS, UNetStack
 
 LEAST_OCCUPANCY = 0.25  # of a selected voxel
@@ -67,12 +68,12 @@ class Gaussians(NamedTuple):
         Args:
             center: [3] metres.
             angle: [] radians.
-            tilt: [3] rotation vector, radians; None: none.
+            tilt: [4] unit quaternion (w, x, y, z); None: none.
         """
         zero = torch.zeros_like(angle)
         turn = torch.stack([torch.cos(angle / 2), zero, zero, torch.sin(angle / 2)])
         if tilt is not None:
-            turn = quaternion_product(turn, torch.cat([torch.cos(tilt.norm() / 2)[None], _half_sine(tilt)]))
+            turn = quaternion_product(turn, tilt)
         means = self.means @ orientation(angle, tilt).T + center
         return self._replace(means=means, quats=quaternion_product(turn, self.quats))
 
@@ -106,20 +107,9 @@ class Observed(NamedTuple):
 
 
 def orientation(angle: Tensor, tilt: Tensor | None) -> Tensor:
-    """[3, 3] rotation from the animal's frame to the world's axes: by `tilt` ([3] rotation vector), then about +z."""
+    """[3, 3] rotation from the animal's frame to the world's axes: by `tilt` ([4] quaternion), then about +z."""
     turn = rotation_about_z(angle)
-    if tilt is None:
-        return turn
-    x, y, z = _half_sine(tilt)
-    zero = torch.zeros_like(x)
-    across = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).reshape(3, 3)
-    # Rodrigues' formula in half angles: no division by the sine of a small angle.
-    return turn + turn @ (2 * torch.cos(tilt.norm() / 2) * across + 2 * across @ across)
-
-
-def _half_sine(vector: Tensor) -> Tensor:
-    """The rotation vector's axis times the sine of half its angle."""
-    return vector / 2 * torch.sinc(vector.norm() / (2 * math.pi))
+    return turn if tilt is None else turn @ rotations(tilt[None])[0]
 
 
 def quaternion_product(a: Tensor, b: Tensor) -> Tensor:

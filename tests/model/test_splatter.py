@@ -158,8 +158,9 @@ def test_to_world_turns_means_and_covariances() -> None:
     torch.testing.assert_close(covariances(placed), turn @ covariances(gaussians) @ turn.T)
     assert torch.equal(placed.colors, gaussians.colors)
     for vector in ([0.4, -0.7, 0.0], [1.2, 0.5, -2.0], [1e-9, 0.0, 0.0], [0.0, 0.0, 0.0]):
-        tilt = torch.tensor(vector, dtype=torch.float64)
-        whole = turn @ torch.from_numpy(cv2.Rodrigues(tilt.numpy())[0])
+        half = np.linalg.norm(vector) / 2
+        tilt = torch.tensor([math.cos(half), *(np.array(vector) / 2 * np.sinc(half / np.pi))], dtype=torch.float64)
+        whole = turn @ torch.from_numpy(cv2.Rodrigues(np.array(vector))[0])
         torch.testing.assert_close(orientation(angle, tilt), whole)
         placed = gaussians.to_world(center, angle, tilt)
         torch.testing.assert_close(placed.means, gaussians.means @ whole.T + center)

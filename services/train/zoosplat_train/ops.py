@@ -64,8 +64,9 @@ def jitter(frame: Frame, settings: Train, epoch: int, voxel_size_m: float) -> Fr
     moved = replace(frame, center=frame.center + send(shift, frame.center.device), angle=frame.angle + turn)
     if settings.jitter_tilt == 0:
         return moved
-    towards, size = rng.uniform(0, 2 * math.pi), rng.uniform(0, settings.jitter_tilt)
-    tilt = torch.tensor([size * math.cos(towards), size * math.sin(towards), 0], dtype=frame.center.dtype)
+    towards, half = rng.uniform(0, 2 * math.pi), rng.uniform(0, settings.jitter_tilt) / 2
+    axis = np.array([math.cos(towards), math.sin(towards), 0])
+    tilt = torch.tensor([math.cos(half), *(math.sin(half) * axis)], dtype=frame.center.dtype)
     return replace(moved, tilt=send(tilt, frame.center.device))
 
 
@@ -97,8 +98,8 @@ def significantly_worse(losses: Sequence[float], least: Sequence[float]) -> bool
     frames' differences.
     """
     differences = np.subtract(losses, least)
-    spread = differences.std(ddof=1) if len(differences) > 1 else 0.0
-    return bool(differences.mean() > spread / math.sqrt(len(differences)))
+    deviation = differences.std(ddof=1) if len(differences) > 1 else 0.0
+    return bool(differences.mean() > deviation / math.sqrt(len(differences)))
 
 
 class Trainer:

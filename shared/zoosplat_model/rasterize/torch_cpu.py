@@ -87,7 +87,7 @@ def render(
     return image[..., :channels], image[..., channels]
 
 
-def _rotation(quats: Tensor) -> Tensor:
+def rotations(quats: Tensor) -> Tensor:
     """Rotation matrices [N, 3, 3] of quaternions [N, 4] (w, x, y, z)."""
     w, x, y, z = F.normalize(quats, dim=-1).unbind(-1)
     rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)]
@@ -130,7 +130,7 @@ def _project_3d(
     margin_x, margin_y = 0.15 * w / fx, 0.15 * h / fy
     jx = fx * torch.clamp(x, -cx / fx - margin_x, (w - cx) / fx + margin_x)
     jy = fy * torch.clamp(y, -cy / fy - margin_y, (h - cy) / fy + margin_y)
-    axes = (w2c[:, None, :3, :3] @ (_rotation(quats) * scales[:, None])) * rz[..., None, None]
+    axes = (w2c[:, None, :3, :3] @ (rotations(quats) * scales[:, None])) * rz[..., None, None]
     ax = fx[..., None] * axes[..., 0, :] - jx[..., None] * axes[..., 2, :]
     ay = fy[..., None] * axes[..., 1, :] - jy[..., None] * axes[..., 2, :]
     xx, yy, xy = (ax * ax).sum(-1) + LOW_PASS_3D, (ay * ay).sum(-1) + LOW_PASS_3D, (ax * ay).sum(-1)
@@ -156,7 +156,7 @@ def _project_2d(
     z = camera[..., 2]
     visible = (z > NEAR) & (z < FAR) & (opacities >= ALPHA_MIN)
     camera = torch.where(visible[..., None], camera, camera.new_tensor([0.0, 0.0, 1.0]))
-    axes = w2c[:, None, :3, :3] @ (_rotation(quats)[..., :2] * scales[:, None, :2])
+    axes = w2c[:, None, :3, :3] @ (rotations(quats)[..., :2] * scales[:, None, :2])
     mx, my, mz = torch.cat([axes, camera[..., None]], -1).unbind(-2)
     fx, fy, cx, cy = (k[..., None] for k in _pinhole(intrinsics))
     mx, my = fx * mx + cx * mz, fy * my + cy * mz
