@@ -224,6 +224,9 @@ class Train(_Section):
         default=0.0,
         description="weight of the Gaussians' mean opacity: none where no view needs one; 0.03 pays on clean masks",
     )
+    deep_lambda: Weight = Field(
+        default=0.0, description="weight of what the U-Nets leave to the last one; 0.1 pays where poses differ much"
+    )
     leave_out: Annotated[Weight, Field(le=1)] = Field(
         default=0.7, description="share of steps that carve without one of the views, a lesson for new views; 0 to 1"
     )

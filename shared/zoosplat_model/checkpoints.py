@@ -40,7 +40,7 @@ class Progress:
         history: a row for each finished epoch: epoch, step, seconds, train and valid figures.
         best: validation loss of the checkpoint to use; None before the first validation.
         best_step: the checkpoint to use.
-        least_losses: of each validation frame, at the validation with the lowest mean so far.
+        least_losses: of each validation frame, at the validation with the lowest mean.
     """
 
     epoch: int = 0

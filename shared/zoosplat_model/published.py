@@ -114,12 +114,12 @@ class PublishedStack(nn.Module):
         outputs = [REFINED_CHANNELS] * (num_unets - 1) + [FEATURE_CHANNELS - REFINED_CHANNELS]
         self.unets = nn.ModuleList(PublishedUNet(n, base_filters, poolings, bottleneck, shape) for n in outputs)
 
-    def forward(self, volume: Tensor, needed: object = None) -> Tensor:
+    def forward(self, volume: Tensor, needed: object = None) -> tuple[Tensor, list[Tensor]]:
         x = volume[:, :REFINED_CHANNELS]
         with torch.autocast(x.device.type, enabled=False):
             for unet in self.unets[:-1]:
                 x = x + unet(x)
-            return torch.cat([x, self.unets[-1](x)], 1)
+            return torch.cat([x, self.unets[-1](x)], 1), []
 
 
 class PublishedSplatter(PoseSplatter):

@@ -106,6 +106,28 @@ class Observed(NamedTuple):
     intrinsics: Tensor
 
 
+def indecision(earlier: Sequence[Tensor], last: Tensor, hull: Tensor) -> Tensor:
+    """How far the occupancies before the last U-Net are from what it makes of them; [], above 0.
+
+    The cross entropy of their opacities with the last ones, which are taken as given: a mean over the hull's voxels,
+    summed over the U-Nets. Deep supervision (Lee et al. 2015, arXiv 1409.5185) by the network's own result (Zhang et
+    al. 2019, arXiv 1905.08094). Without, the last U-Net alone takes away what is no animal, and none is left that the
+    masks could tell what it took too much of.
+
+    Args:
+        earlier: [B, n1, n2, n3] each.
+        last: [B, n1, n2, n3].
+        hull: [B, n1, n2, n3] bool.
+    """
+    result = torch.sigmoid(OPACITY_SLOPE * (last.detach() - OPACITY_MIDDLE))
+    total = last.new_zeros(())
+    for occupancy in earlier:
+        logits = OPACITY_SLOPE * (occupancy - OPACITY_MIDDLE)
+        each = nn.functional.binary_cross_entropy_with_logits(logits, result, reduction="none")
+        total = total + torch.where(hull, each, 0).sum()
+    return total / hull.sum().clamp_min(1)
+
+
 def orientation(angle: Tensor, tilt: Tensor | None) -> Tensor:
     """[3, 3] rotation from the animal's frame to the world's axes: by `tilt` ([4] quaternion), then about +z."""
     turn = rotation_about_z(angle)
@@ -265,15 +287,32 @@ class PoseSplatter(nn.Module):
             used: [frames, V] bool, which of the V observed views each is carved from (default: all).
             mirrored: [frames] bool, which of them the network sees mirrored, left for right (default: none).
         """
-        observed = [self.observe(frame) for frame in frames]
-        chosen = [None] * len(frames) if used is None else used
-        volumes = torch.stack([self.carve(views, u) for views, u in zip(observed, chosen, strict=True)])
+        volumes, observed = self._carved(frames, used)
         return self.reconstruct(volumes, observed, used, mirrored)
+
+    def learn(self, frames: Sequence[Frame], used: Tensor, mirrored: Tensor) -> tuple[list[Gaussians], Tensor]:
+        """As `forward`, and the U-Nets' `indecision` over all of the hulls' voxels."""
+        volumes, observed = self._carved(frames, used)
+        features, earlier = self._refined(volumes, observed, used, mirrored)
+        undecided = indecision(earlier, features[:, 0], volumes[:, 0] > 0)
+        return self._gaussians(features, observed, used, mirrored), undecided
 
     def reconstruct(
         self, volumes: Tensor, observed: Sequence[Observed], used: Tensor | None = None, mirrored: Tensor | None = None
     ) -> list[Gaussians]:
         """`forward` from the frames' carved volumes [B, 8, n1, n2, n3] on."""
+        features, _ = self._refined(volumes, observed, used, mirrored)
+        return self._gaussians(features, observed, used, mirrored)
+
+    def _carved(self, frames: Sequence[Frame], used: Tensor | None) -> tuple[Tensor, list[Observed]]:
+        observed = [self.observe(frame) for frame in frames]
+        chosen = [None] * len(frames) if used is None else used
+        return torch.stack([self.carve(views, u) for views, u in zip(observed, chosen, strict=True)]), observed
+
+    def _refined(
+        self, volumes: Tensor, observed: Sequence[Observed], used: Tensor | None, mirrored: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Features [B, 8, n1, n2, n3], and the occupancies before the last U-Net."""
         chosen = [None] * len(observed) if used is None else used
         needs = [self._need(*of_frame) for of_frame in zip(volumes[:, 0], observed, chosen, strict=True)]
 
@@ -290,9 +329,15 @@ class PoseSplatter(nn.Module):
 
         low = volumes.is_cuda and self.precision == "auto"
         with torch.autocast(volumes.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
-            features = turned(self.refine(turned(volumes), needed).to(volumes.dtype))
+            features, earlier = self.refine(turned(volumes), needed)
+        return turned(features.to(volumes.dtype)), [turned(occupancy) for occupancy in earlier]
+
+    def _gaussians(
+        self, features: Tensor, observed: Sequence[Observed], used: Tensor | None, mirrored: Tensor | None
+    ) -> list[Gaussians]:
+        chosen = [None] * len(observed) if used is None else used
         if mirrored is None:
-            mirrored = torch.zeros(len(volumes), dtype=torch.bool, device=volumes.device)
+            mirrored = torch.zeros(len(features), dtype=torch.bool, device=features.device)
         return [self.gaussians_of(*one) for one in zip(features, mirrored, observed, chosen, strict=True)]
 
     @torch.no_grad()

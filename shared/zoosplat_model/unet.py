@@ -133,16 +133,22 @@ class UNetStack(nn.Module):
         outputs = [REFINED_CHANNELS] * (num_unets - 1) + [FEATURE_CHANNELS]
         self.unets = nn.ModuleList(UNet(n, base_filters, poolings, bottleneck, shape) for n in outputs)
 
-    def forward(self, volume: Tensor, needed: Callable[[Tensor], Tensor]) -> Tensor:
-        """Features of volumes; `needed` is asked for a number for each voxel of occupancies [B, n1, n2, n3]."""
+    def forward(self, volume: Tensor, needed: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Features of volumes; `needed` is asked for a number for each voxel of occupancies [B, n1, n2, n3].
+
+        Returns:
+            The features, and the occupancy [B, n1, n2, n3] that each U-Net but the last has left.
+        """
         kind = volume.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else volume.dtype
         x, rest = fold(volume[:, :REFINED_CHANNELS]), fold(volume[:, REFINED_CHANNELS:].to(low))
+        occupancies = []
         for unet in self.unets:
-            need = fold(needed(unfold(x.detach()[:, :8])[:, 0])[:, None].to(low))
+            occupancies.append(unfold(x[:, :8])[:, 0])
+            need = fold(needed(occupancies[-1].detach())[:, None].to(low))
             change = unet(torch.cat([x.to(low), rest, need], 1))
             x = F.pad(x, (0, 0) * 3 + (0, change.shape[1] - x.shape[1])) + change
-        return unfold(x)
+        return unfold(x), occupancies[1:]
 
     @torch.no_grad()
     def shorten_filters(self) -> None:

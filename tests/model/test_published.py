@@ -68,7 +68,7 @@ def test_the_stack_is_its_formulas_and_each_volume_has_its_own_statistics() -> N
     torch.manual_seed(0)
     stack = excited(PublishedStack(3, 2, 2, 5, (8, 4, 12)))
     volumes = torch.randn(2, 8, 8, 4, 12, dtype=torch.float64)
-    found = stack(volumes)
+    found, _ = stack(volumes)
     for i in range(2):
         x = volumes[i : i + 1, :4]
         for unet in stack.unets[:-1]:
@@ -79,7 +79,7 @@ def test_the_stack_is_its_formulas_and_each_volume_has_its_own_statistics() -> N
 
 def test_the_stack_starts_as_the_identity() -> None:
     volumes = torch.randn(1, 8, 16, 16, 16)
-    features = PublishedStack(2, 2, 3, 8, (16, 16, 16))(volumes)
+    features, _ = PublishedStack(2, 2, 3, 8, (16, 16, 16))(volumes)
     assert torch.equal(features[:, :4], volumes[:, :4])
     assert not features[:, 4:].any()
 

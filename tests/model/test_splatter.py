@@ -19,7 +19,15 @@ from zoosplat_model.frames import FrameReader
 from zoosplat_model.losses import frame_losses, soft_iou
 from zoosplat_model.metrics import ssim_map
 from zoosplat_model.predictor import open_reader, pick_device
-from zoosplat_model.splatter import Gaussians, PoseSplatter, orientation, quaternion_product, select, surface_first
+from zoosplat_model.splatter import (
+    Gaussians,
+    PoseSplatter,
+    indecision,
+    orientation,
+    quaternion_product,
+    select,
+    surface_first,
+)
 from zoosplat_model.unet import UNetStack, convolve, fold, unfold
 
 CPU = torch.device("cpu")
@@ -51,8 +59,10 @@ def test_the_stack_starts_as_the_identity(num_unets: int, poolings: int) -> None
         asked.append(occupancies)
         return torch.rand_like(occupancies)
 
-    features = stack(volume, needed)
+    features, earlier = stack(volume, needed)
     assert features.shape == (2, 8, 16, 32, 16)
+    assert len(earlier) == num_unets - 1
+    assert all(torch.equal(occupancies, volume[:, 0]) for occupancies in earlier)
     assert len(asked) == num_unets  # of the occupancy that each is given
     assert all(torch.equal(occupancies, volume[:, 0]) for occupancies in asked)
     assert torch.equal(features[:, :4], volume[:, :4])
@@ -64,6 +74,42 @@ def test_the_stack_starts_as_the_identity(num_unets: int, poolings: int) -> None
     assert all(g is not None and g.abs().max() > 0 for g in gradients.values())
 
 
+def test_what_earlier_u_nets_leave_is_what_later_ones_are_given() -> None:
+    torch.manual_seed(0)
+    stack = UNetStack(3, 4, 2, 0, (8, 16, 8))
+    for name, parameter in stack.named_parameters():
+        if name.endswith("last.weight"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    asked: list[torch.Tensor] = []
+
+    def needed(occupancies: torch.Tensor) -> torch.Tensor:
+        asked.append(occupancies)
+        return torch.zeros_like(occupancies)
+
+    volume = torch.randn(2, 8, 8, 16, 8)
+    features, earlier = stack(volume, needed)
+    assert all(torch.equal(a, b) for a, b in zip(asked[1:], earlier, strict=True))
+    assert not torch.equal(earlier[0], volume[:, 0])
+    assert not torch.equal(earlier[1], features[:, 0])
+    total = indecision(earlier, features[:, 0], volume[:, 0] > 0)
+    torch.autograd.backward(total)
+    gradients = [p.grad for name, p in stack.named_parameters() if name.endswith("last.weight")]
+    assert [g is not None for g in gradients] == [True, True, False]  # the last one is not to follow them
+
+
+def test_indecision_is_a_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second, last = torch.rand(3, 2, 4, 3, 5, dtype=torch.float64, generator=generator) + 0.3
+    hull = torch.rand(2, 4, 3, 5, generator=generator) > 0.4
+    expected = 0.0
+    for earlier in (first, second):
+        p, q = (1 / (1 + np.exp(-16 * (x.numpy()[hull.numpy()] - 0.75))) for x in (last, earlier))
+        expected += float(-(p * np.log(q) + (1 - p) * np.log(1 - q)).mean())
+    assert float(indecision([first, second], last, hull)) == pytest.approx(expected)
+    assert float(indecision([], last, hull)) == 0
+    assert float(indecision([first], last, hull & False)) == 0
+
+
 def test_shorter_filters_find_the_same() -> None:
     torch.manual_seed(0)
     new = UNetStack(2, 4, 3, 0, (16, 32, 16))
@@ -71,10 +117,10 @@ def test_shorter_filters_find_the_same() -> None:
     for parameter in new.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     volume = torch.rand(1, 8, 16, 32, 16)
-    expected = new(volume, torch.zeros_like)
+    expected, _ = new(volume, torch.zeros_like)
     last = {name: p.detach().clone() for name, p in new.named_parameters() if "last" in name}
     new.shorten_filters()
-    found = new(volume, torch.zeros_like)
+    found, _ = new(volume, torch.zeros_like)
     assert (found - expected).abs().max() < 0.01 * expected.std()  # variances have an epsilon
     for name, parameter in new.named_parameters():
         if name in last:

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import statistics
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ from zoosplat_model.losses import frame_losses, soft_iou
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.splatter import Gaussians, PoseSplatter
 from zoosplat_render.stage import STAGE as RENDER
-from zoosplat_train import ops, plots, stage
+from zoosplat_train import ops, plots, stage, start
 from zoosplat_train.parallel import Ranks
 from zoosplat_train.stage import STAGE
 
@@ -140,37 +139,80 @@ def test_worse_is_what_cannot_be_chance() -> None:
     assert not ops.significantly_worse([0.2], [0.2])
 
 
-def latest_not_worse(validated: list[list[float]]) -> int:
-    """Which of some validations the rule takes: each against the least before it."""
-    taken = 0
-    for i in range(1, len(validated)):
-        least = min(validated[:i], key=statistics.fmean)
-        off = [a - b for a, b in zip(validated[i], least, strict=True)]
-        if statistics.fmean(off) <= statistics.stdev(off) / len(off) ** 0.5:
-            taken = i
-    return taken
+def test_blended_weights_lie_between() -> None:
+    early = {"weight": torch.tensor([1.0, 2.0]), "batches": torch.tensor(3)}
+    late = {"weight": torch.tensor([2.0, 0.0]), "batches": torch.tensor(7)}
+    found = ops.blend(early, late, 0.25)
+    assert found["weight"].tolist() == [1.25, 1.5]
+    assert found["batches"] == 7
+    assert (early["weight"].tolist(), late["weight"].tolist()) == ([1, 2], [2, 0])
 
 
-def test_the_latest_that_is_not_worse_is_used(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = [[0.5, 0.5, 0.5], [0.2, 0.4, 0.3], [0.3, 0.4, 0.4], [0.2, 0.6, 0.2], [0.21, 0.41, 0.31]]
-    telling = iter(told)
+LEAST = [0.2, 0.4, 0.3]
+WORSE, AS_GOOD = [0.21, 0.41, 0.31], [0.2, 0.6, 0.2]  # 0, 0.2, -0.1 more: the mean is below its standard error
 
-    def validate(_self: Any, _frames: Any, _total: int) -> tuple[dict[str, float], list[float]]:
-        losses = next(telling)
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize(
+    ("told", "share"),
+    [
+        ([AS_GOOD], 1.0),
+        ([WORSE, WORSE, AS_GOOD], 0.75),
+        ([WORSE] * 8, 0.0),
+        ([[0.1, 0.1, 0.1]], 1.0),
+    ],
+)
+def test_as_much_of_the_last_weights_is_used_as_is_not_worse(
+    tiny: Project, monkeypatch: pytest.MonkeyPatch, told: list[list[float]], share: float, interrupted: bool
+) -> None:
+    """Validation is told: the second epoch's weights are the best; then come the fourth's, the last, and blends."""
+    told, validated = [[0.5, 0.5, 0.5], LEAST, [0.3, 0.5, 0.4], *told], []
+
+    def validate(trainer: ops.Trainer, _frames: Any, _total: int) -> tuple[dict[str, float], list[float]]:
+        validated.append({k: v.clone() for k, v in trainer.averaged.state_dict().items()})
+        losses = told[len(validated) - 1]
         return {"valid_loss": sum(losses) / 3}, losses
 
     monkeypatch.setattr(ops.Trainer, "validate", validate)
-    configure(tiny, epochs=5)
+    configure(tiny, epochs=4)
+    if interrupted:
+        monkeypatch.setattr(stage, "SHARE", 1.0)
+        monkeypatch.setattr(stage, "LOOK_STEPS", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(STAGE, tiny, progress=Stopper(5))
+        assert len(validated) == latest(tiny).progress.epoch == 2
     assert run_stage(STAGE, tiny)
-    progress = latest(tiny).progress
-    steps = [int(row["step"]) for row in progress.history]
-    assert progress.best_step == steps[3]  # 0, 0.2, -0.1 more than the least: its mean is below its standard error
-    assert latest_not_worse(told) == 3
-    assert progress.best == pytest.approx(1 / 3)
-    assert progress.least_losses == [0.2, 0.4, 0.3]
-    best = checkpoints.load(tiny, "best")
+    assert len(validated) == len(told)
+    early, late = validated[1], validated[3]
+    for i, weights in enumerate(validated[3:]):
+        for name, value in weights.items():
+            torch.testing.assert_close(value, i / 8 * early[name] + (1 - i / 8) * late[name])
+    progress, best = latest(tiny).progress, checkpoints.load(tiny, "best")
     assert best is not None
-    assert best.step == steps[3]
+    steps = [int(row["step"]) for row in progress.history]
+    assert best.step == progress.best_step == steps[3 if share else 1]
+    assert progress.best == pytest.approx(sum(told[-1] if share else LEAST) / 3)
+    for name, value in best.average.items():
+        torch.testing.assert_close(value, (1 - share) * early[name] + share * late[name])
+    for name, value in latest(tiny).average.items():
+        torch.testing.assert_close(value, (best.average if share else late)[name], rtol=0, atol=0)
+    assert progress.history[3]["valid_loss"] == pytest.approx(sum(told[3]) / 3)
+
+
+@pytest.mark.parametrize("deep_lambda", [0.0, 0.5])
+def test_earlier_u_nets_learn_what_the_last_one_makes_of_it(tiny: Project, deep_lambda: float) -> None:
+    chosen, cpu = tiny.read_experiment(), torch.device("cpu")
+    chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"deep_lambda": deep_lambda})})
+    reader = open_reader(tiny, chosen, cpu)
+    trainer, frame = ops.Trainer(reader, chosen, cpu), reader.frame(0)
+    start.begin(trainer.model, "random")
+    used, mirrored = torch.ones(1, len(reader.observed), dtype=torch.bool), torch.tensor([False])
+    undecided = []
+    for i in range(60):
+        if i % 10 == 0:
+            undecided.append(trainer.model.learn([frame], used, mirrored)[1].item())
+        trainer.step([frame], [reader.observed], [False], 3e-3, i)
+    assert (undecided[-1] < 0.75 * undecided[0]) == (deep_lambda > 0)
 
 
 @torch.no_grad()
@@ -229,14 +271,6 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
         return preview(*args)
 
     monkeypatch.setattr(plots, "preview", counted)
-    validated, validate = [], ops.Trainer.validate
-
-    def kept(*args: Any) -> tuple[dict[str, float], list[float]]:
-        means, losses = validate(*args)
-        validated.append(losses)
-        return means, losses
-
-    monkeypatch.setattr(ops.Trainer, "validate", kept)
     assert run_stage(STAGE, tiny)
     assert not run_stage(STAGE, tiny)
     rows = list(csv.DictReader(io.StringIO(stores.read_bytes(tiny.path("model", "history.csv")).decode())))
@@ -245,10 +279,10 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     assert [int(r["step"]) for r in rows] == list(range(2, 29, 2))
     assert len(plotted) == 2
     valid = {int(r["step"]): float(r["valid_loss"]) for r in rows if r["valid_loss"]}
-    pointer = stores.read_json(tiny.path("model", "best.json")) or {}
-    best = pointer["step"]
+    best = min(valid, key=lambda step: valid[step])
+    assert best == 28  # or blends would be tried
     assert valid[best] < 0.9 * first["valid_loss"]
-    assert best == list(valid)[latest_not_worse(validated)]
+    assert (stores.read_json(tiny.path("model", "best.json")) or {})["step"] == best
 
     figures = (tiny.read_mark("train") or {})["figures"]
     assert figures["steps"] == 28

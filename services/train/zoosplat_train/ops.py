@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -100,6 +100,15 @@ def significantly_worse(losses: Sequence[float], least: Sequence[float]) -> bool
     differences = np.subtract(losses, least)
     deviation = differences.std(ddof=1) if len(differences) > 1 else 0.0
     return bool(differences.mean() > deviation / math.sqrt(len(differences)))
+
+
+def blend(early: Mapping[str, Tensor], late: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Weights of one network at two times of its training, blended; `share` is that of the late ones, as are counts.
+
+    Late weights know poses like those of the training frames better, early ones still know others; what is between has
+    much of both (Wortsman et al. 2022, Robust fine-tuning of zero-shot models, arXiv 2109.01903, eq. 1).
+    """
+    return {k: torch.lerp(early[k], v, share) if v.is_floating_point() else v.clone() for k, v in late.items()}
 
 
 class Trainer:
@@ -209,12 +218,14 @@ class Trainer:
         each = len(values) // len(used)
         frames = [_frame(values[i : i + each]) for i in range(0, len(values), each)]
         self.optimizer.zero_grad()
-        predicted = self.model(frames, used, mirrored)
+        predicted, undecided = self.model.learn(frames, used, mirrored)
         losses = [self._losses(frame, self._render(frame, g)) for frame, g in zip(frames, predicted, strict=True)]
         total = torch.stack([loss.total for loss in losses]).sum()
         if self.settings.opacity_lambda > 0:
             opaque = [g.opacities.sum() / (g.opacities.detach() > DRAWN).sum().clamp_min(1) for g in predicted]
             total = total + self.settings.opacity_lambda * torch.stack(opaque).sum()
+        if self.settings.deep_lambda > 0:
+            total = total + self.settings.deep_lambda * len(frames) * undecided
         torch.autograd.backward(total * numbers[2])
         return torch.stack([torch.stack([*loss]) for loss in losses]).detach().double().sum(0)
 

@@ -167,7 +167,9 @@ class _Training:
         self.steps_per_epoch = -(-len(self.frames) // self.settings.batch_frames)
         self.sums = torch.zeros(len(ops.TRAIN_FIGURES), dtype=torch.float64, device=self.device)
         self.sums += torch.tensor([self.progress.sums.get(k, 0.0) for k in ops.TRAIN_FIGURES], device=self.device)
-        self.best: dict[str, torch.Tensor] | None = None  # until it is saved
+        best = None if self.progress.best is None else checkpoints.load(self.ctx.project, "best")
+        self.best = None if best is None else {k: v.to(self.device) for k, v in best.average.items()}
+        self.best_is_saved = True
         self.spent = {"plot": 0.0, "save": 0.0}
         self.clock = self.saved = time.monotonic()
         self.begun_seconds, self.begun_step = self.progress.seconds, self.progress.step
@@ -264,16 +266,14 @@ class _Training:
             figures: dict[str, float] = {}
             losses = [row["train_loss"]]
             if self.valid_frames:
-                frames = self.reader.prefetch(self.ranks.share(self.valid_frames))
-                figures, losses = self.trainer.validate(frames, len(self.valid_frames))
+                figures, losses = self._validate()
             if not all(math.isfinite(loss) for loss in losses):
                 raise self._diverged()
-            # What has learned for longer, at a lower rate, is used unless validation frames tell that it is worse.
-            if not (p.least_losses and ops.significantly_worse(losses, p.least_losses)):
-                p.best, p.best_step = fmean(losses), p.step
-                self.best = {k: v.clone() for k, v in self.trainer.averaged.state_dict().items()}
             if not p.least_losses or fmean(losses) < fmean(p.least_losses):
                 p.least_losses = losses
+                self._keep(losses)
+            elif over and self.valid_frames:
+                self._blend(losses)
             row |= figures
         p.history.append(row)
         if self.board is None:  # not the first rank
@@ -281,10 +281,36 @@ class _Training:
         self.board.add(row)
         if over or (p.epoch % settings.plot_every == 0 and self._affords("plot")):
             self._plot()
-        due = p.epoch % settings.save_every == 0 or self.best is not None
+        due = p.epoch % settings.save_every == 0 or not self.best_is_saved
         if over or time.monotonic() - self.saved > SAVE_SECONDS or (due and self._affords("save")):
             self._save()
         return over
+
+    def _validate(self) -> tuple[dict[str, float], list[float]]:
+        frames = self.reader.prefetch(self.ranks.share(self.valid_frames))
+        return self.trainer.validate(frames, len(self.valid_frames))
+
+    def _keep(self, losses: list[float]) -> None:
+        """The averaged weights, as those to use."""
+        self.progress.best, self.progress.best_step = fmean(losses), self.progress.step
+        self.best = {k: v.clone() for k, v in self.trainer.averaged.state_dict().items()}
+        self.best_is_saved = False
+
+    def _blend(self, losses: list[float]) -> None:
+        """Use the last weights, or as much of them in a blend with the best as is not worse in validation frames.
+
+        They have learned for longer, at a lower rate; in frames like those that they learn from they are better.
+        """
+        early, late = self.best, {k: v.clone() for k, v in self.trainer.averaged.state_dict().items()}
+        assert early is not None
+        for eighths in range(8, 0, -1):
+            if eighths < 8:
+                self.trainer.averaged.load_state_dict(ops.blend(early, late, eighths / 8))
+                _, losses = self._validate()
+            if not ops.significantly_worse(losses, self.progress.least_losses):
+                self._keep(losses)
+                return
+        self.trainer.averaged.load_state_dict(late)
 
     def _affords(self, what: str) -> bool:
         return self.spent[what] <= SHARE * (time.monotonic() - self.clock)
@@ -340,14 +366,13 @@ class _Training:
             p.sums = dict(zip(ops.TRAIN_FIGURES, self.sums.tolist(), strict=True))
             average = trainer.averaged.state_dict()
             keep = self.settings.keep_last
-            checkpoints.save(
-                self.ctx.project, trainer.model, trainer.optimizer, average, p, keep_last=keep, best=self.best
-            )
+            best = None if self.best_is_saved else self.best
+            checkpoints.save(self.ctx.project, trainer.model, trainer.optimizer, average, p, keep_last=keep, best=best)
             url = self.ctx.project.output_url("train")
             stores.write_bytes(stores.join(url, "history.csv"), plots.history_csv(p.history))
             if self.board is not None:
                 self.board.upload()
-        self.best, self.saved = None, time.monotonic()
+        self.best_is_saved, self.saved = True, time.monotonic()
 
     def _plot(self) -> None:
         with self._counted("plot"):
