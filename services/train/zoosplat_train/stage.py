@@ -168,8 +168,7 @@ class _Training:
         self.sums = torch.zeros(len(ops.TRAIN_FIGURES), dtype=torch.float64, device=self.device)
         self.sums += torch.tensor([self.progress.sums.get(k, 0.0) for k in ops.TRAIN_FIGURES], device=self.device)
         best = None if self.progress.best is None else checkpoints.load(self.ctx.project, "best")
-        self.best = None if best is None else {k: v.to(self.device) for k, v in best.average.items()}
-        self.best_is_saved = True
+        self.best, self.best_is_saved = None if best is None else best.average, True
         self.spent = {"plot": 0.0, "save": 0.0}
         self.clock = self.saved = time.monotonic()
         self.begun_seconds, self.begun_step = self.progress.seconds, self.progress.step
@@ -293,15 +292,18 @@ class _Training:
     def _keep(self, losses: list[float]) -> None:
         """The averaged weights, as those to use."""
         self.progress.best, self.progress.best_step = fmean(losses), self.progress.step
-        self.best = {k: v.clone() for k, v in self.trainer.averaged.state_dict().items()}
-        self.best_is_saved = False
+        self.best, self.best_is_saved = self._average(), False
+
+    def _average(self) -> dict[str, torch.Tensor]:
+        """A copy of the averaged weights, which takes no memory of the GPU."""
+        return {k: v.to("cpu", copy=True) for k, v in self.trainer.averaged.state_dict().items()}
 
     def _blend(self, losses: list[float]) -> None:
         """Use the last weights, or as much of them in a blend with the best as is not worse in validation frames.
 
         They have learned for longer, at a lower rate; in frames like those that they learn from they are better.
         """
-        early, late = self.best, {k: v.clone() for k, v in self.trainer.averaged.state_dict().items()}
+        early, late = self.best, self._average()
         assert early is not None
         for eighths in range(8, 0, -1):
             if eighths < 8:
