@@ -218,14 +218,17 @@ class Trainer:
         each = len(values) // len(used)
         frames = [_frame(values[i : i + each]) for i in range(0, len(values), each)]
         self.optimizer.zero_grad()
-        predicted, undecided = self.model.learn(frames, used, mirrored)
+        undecided: float | Tensor = 0.0
+        if self.settings.deep_lambda > 0:
+            predicted, undecided = self.model.learn(frames, used, mirrored)
+        else:
+            predicted = self.model(frames, used, mirrored)
         losses = [self._losses(frame, self._render(frame, g)) for frame, g in zip(frames, predicted, strict=True)]
         total = torch.stack([loss.total for loss in losses]).sum()
         if self.settings.opacity_lambda > 0:
             opaque = [g.opacities.sum() / (g.opacities.detach() > DRAWN).sum().clamp_min(1) for g in predicted]
             total = total + self.settings.opacity_lambda * torch.stack(opaque).sum()
-        if self.settings.deep_lambda > 0:
-            total = total + self.settings.deep_lambda * len(frames) * undecided
+        total = total + self.settings.deep_lambda * len(frames) * undecided
         torch.autograd.backward(total * numbers[2])
         return torch.stack([torch.stack([*loss]) for loss in losses]).detach().double().sum(0)
 
