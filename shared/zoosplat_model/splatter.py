@@ -128,6 +128,13 @@ def indecision(earlier: Sequence[Tensor], last: Tensor, hull: Tensor) -> Tensor:
     return total / hull.sum().clamp_min(1)
 
 
+def turned(values: Tensor, mirrored: Tensor | None) -> Tensor:
+    """[B, ..., n1, n2, n3] as the network sees them, left for right where `mirrored` ([B] bool), and back again."""
+    if mirrored is None:
+        return values
+    return torch.where(mirrored.view(-1, *[1] * (values.ndim - 1)), values.flip(-2), values)
+
+
 def orientation(angle: Tensor, tilt: Tensor | None) -> Tensor:
     """[3, 3] rotation from the animal's frame to the world's axes: by `tilt` ([4] quaternion), then about +z."""
     turn = rotation_about_z(angle)
@@ -294,6 +301,7 @@ class PoseSplatter(nn.Module):
         """As `forward`, and the U-Nets' `indecision` over all of the hulls' voxels."""
         volumes, observed = self._carved(frames, used)
         features, earlier = self._refined(volumes, observed, used, mirrored)
+        earlier = [turned(occupancy, mirrored) for occupancy in earlier]
         undecided = indecision(earlier, features[:, 0], volumes[:, 0] > 0)
         return self._gaussians(features, observed, used, mirrored), undecided
 
@@ -312,25 +320,19 @@ class PoseSplatter(nn.Module):
     def _refined(
         self, volumes: Tensor, observed: Sequence[Observed], used: Tensor | None, mirrored: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Features [B, 8, n1, n2, n3], and the occupancies before the last U-Net."""
+        """Features [B, 8, n1, n2, n3], and the occupancies before the last U-Net, as the network sees them."""
         chosen = [None] * len(observed) if used is None else used
         needs = [self._need(*of_frame) for of_frame in zip(volumes[:, 0], observed, chosen, strict=True)]
 
-        def turned(values: Tensor) -> Tensor:
-            """[B, ..., n1, n2, n3] as the network sees them, and back again."""
-            if mirrored is None:
-                return values
-            return torch.where(mirrored.view(-1, *[1] * (values.ndim - 1)), values.flip(-2), values)
-
         def needed(occupancies: Tensor) -> Tensor:
             with torch.no_grad(), torch.autocast(volumes.device.type, enabled=False):
-                each = zip(needs, turned(occupancies), strict=True)
-                return turned(torch.stack([need(occupancy) for need, occupancy in each]))
+                each = zip(needs, turned(occupancies, mirrored), strict=True)
+                return turned(torch.stack([need(occupancy) for need, occupancy in each]), mirrored)
 
         low = volumes.is_cuda and self.precision == "auto"
         with torch.autocast(volumes.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
-            features, earlier = self.refine(turned(volumes), needed)
-        return turned(features.to(volumes.dtype)), [turned(occupancy) for occupancy in earlier]
+            features, earlier = self.refine(turned(volumes, mirrored), needed)
+        return turned(features.to(volumes.dtype), mirrored), earlier
 
     def _gaussians(
         self, features: Tensor, observed: Sequence[Observed], used: Tensor | None, mirrored: Tensor | None
