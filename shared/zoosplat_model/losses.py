@@ -15,6 +15,7 @@ class Losses(NamedTuple):
     total: Tensor
     soft_iou: Tensor  # 1 - soft IoU
     color: Tensor  # sum |rgb error| / mask area
+    square: Tensor  # sum of squared rgb errors / mask area
     dissimilarity: Tensor  # 1 - SSIM
 
 
@@ -32,10 +33,14 @@ def frame_losses(
     img_lambda: float,
     ssim_lambda: float,
     counted: Tensor | None = None,  # [V] bool
+    square_lambda: float = 0.0,
 ) -> Losses:
     """(1 - soft IoU) + img_lambda * sum|error| / mask area + ssim_lambda * (1 - SSIM), means over the views.
 
-    The colour error is summed over pixels and channels. Views that are not `counted` (default: all are) are left out,
+    And square_lambda * sum(error^2) / mask area, which is not of the paper. The others are least where what is likelier
+    than not is drawn as if it were certain; squares, where it is drawn as likely as it is.
+
+    Errors of colour are summed over pixels and channels. Views that are not `counted` (default: all are) are left out,
     and so are those with an empty mask: it says that the animal is hidden from them, not that it is not there.
     """
     area = mask.sum((1, 2))
@@ -44,9 +49,12 @@ def frame_losses(
     shape = (weight * (1 - soft_iou(alpha, mask))).sum()
     color = (weight * (rgb - truth).abs().sum((1, 2, 3)) / area.clamp_min(1)).sum()
     total = shape + img_lambda * color
-    dissimilarity = rgb.new_zeros(())
+    square, dissimilarity = rgb.new_zeros(()), rgb.new_zeros(())
+    if square_lambda > 0:
+        square = (weight * (rgb - truth).square().sum((1, 2, 3)) / area.clamp_min(1)).sum()
+        total = total + square_lambda * square
     if ssim_lambda > 0:
         similarity = ssim_map(rgb.permute(0, 3, 1, 2), truth.permute(0, 3, 1, 2))
         dissimilarity = (weight * (1 - similarity.mean((1, 2, 3)))).sum()
         total = total + ssim_lambda * dissimilarity
-    return Losses(total, shape, color, dissimilarity)
+    return Losses(total, shape, color, square, dissimilarity)

@@ -364,7 +364,10 @@ def test_losses_by_hand() -> None:
     rgb[0, 1, 0, 2] = 0.25
     found = frame_losses(rgb, alpha, truth, mask, 0.5, 0.0)
     # overlap 1, union 1 + 0.5 + 1; |error| 0.5 + 0.25 + 0.75 over 2 pixels of mask
-    assert [round(float(x), 5) for x in found] == [round(0.6 + 0.5 * 0.75, 5), 0.6, 0.75, 0]
+    assert [round(float(x), 5) for x in found] == [round(0.6 + 0.5 * 0.75, 5), 0.6, 0.75, 0, 0]
+    found = frame_losses(rgb, alpha, truth, mask, 0.5, 0.0, square_lambda=2.0)
+    # errors squared: 0.25 + 0.0625 + 0.5625 over 2 pixels
+    assert [round(float(x), 5) for x in found] == [round(0.6 + 0.5 * 0.75 + 2 * 0.4375, 5), 0.6, 0.75, 0.4375, 0]
 
 
 def test_views_that_do_not_see_the_animal_are_left_out() -> None:
@@ -372,14 +375,15 @@ def test_views_that_do_not_see_the_animal_are_left_out() -> None:
     rgb, truth = torch.rand(2, 2, 16, 16, 3)
     alpha, mask = torch.rand(2, 16, 16), torch.ones(2, 16, 16)
     mask[1] = 0
-    both = frame_losses(rgb, alpha, truth, mask, 0.5, 0.3)
-    one = frame_losses(rgb[:1], alpha[:1], truth[:1], mask[:1], 0.5, 0.3)
+    both = frame_losses(rgb, alpha, truth, mask, 0.5, 0.3, square_lambda=0.2)
+    one = frame_losses(rgb[:1], alpha[:1], truth[:1], mask[:1], 0.5, 0.3, square_lambda=0.2)
     torch.testing.assert_close(torch.stack(both), torch.stack(one))
-    chosen = frame_losses(rgb, alpha, truth, torch.ones_like(mask), 0.5, 0.3, torch.tensor([True, False]))
+    chosen = frame_losses(rgb, alpha, truth, torch.ones_like(mask), 0.5, 0.3, torch.tensor([True, False]), 0.2)
     torch.testing.assert_close(torch.stack(chosen), torch.stack(one))
     similarity = float(ssim_map(rgb[:1].permute(0, 3, 1, 2), truth[:1].permute(0, 3, 1, 2)).mean())
     assert float(one.dissimilarity) == pytest.approx(1 - similarity, abs=1e-6)
-    assert float(one.total) == pytest.approx(float(one.soft_iou + 0.5 * one.color + 0.3 * one.dissimilarity), abs=1e-5)
+    weighted = one.soft_iou + 0.5 * one.color + 0.2 * one.square + 0.3 * one.dissimilarity
+    assert float(one.total) == pytest.approx(float(weighted), abs=1e-5)
     empty = frame_losses(rgb, alpha, truth, torch.zeros(2, 16, 16), 0.5, 0.3)
     assert float(empty.total) == 0
 

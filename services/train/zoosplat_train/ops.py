@@ -29,7 +29,14 @@ MAX_GRADIENT = 1.0  # norm
 DRAWN = 0.02  # opacity from which on a Gaussian counts as drawn
 ROOM = 3  # for pairs of Gaussians and tiles in a recorded step, over those of the first steps
 N_LOSSES = len(Losses._fields)
-TRAIN_FIGURES = ("train_loss", "train_soft_iou_loss", "train_color_loss", "train_ssim_loss", "train_gradient")
+TRAIN_FIGURES = (
+    "train_loss",
+    "train_soft_iou_loss",
+    "train_color_loss",
+    "train_square_loss",
+    "train_ssim_loss",
+    "train_gradient",
+)
 VALID_FIGURES = ("valid_loss", "valid_iou", "valid_psnr", "valid_left_out_iou")
 
 
@@ -179,7 +186,7 @@ class Trainer:
             total: frames of all ranks; default: as many as here.
 
         Returns:
-            [5] float64 sums over the frames of all ranks, named by `TRAIN_FIGURES`, not yet read back from the device.
+            [6] float64 sums over the frames of all ranks, named by `TRAIN_FIGURES`, not yet read back from the device.
         """
         used = torch.tensor([[camera in chosen for camera in self.reader.observed] for chosen in views])
         # A power-law average (Karras 2024, arXiv 2312.02696): its length is a constant share of the steps.
@@ -213,7 +220,7 @@ class Trainer:
         return self._update(self._losses_shared, numbers)
 
     def _backward(self, *inputs: Tensor) -> Tensor:
-        """Gradients of this rank's part of the mean loss; [4] sums of its losses."""
+        """Gradients of this rank's part of the mean loss; [5] sums of its losses."""
         *values, used, mirrored, numbers = inputs
         each = len(values) // len(used)
         frames = [_frame(values[i : i + each]) for i in range(0, len(values), each)]
@@ -233,7 +240,7 @@ class Trainer:
         return torch.stack([torch.stack([*loss]) for loss in losses]).detach().double().sum(0)
 
     def _update(self, losses: Tensor, numbers: Tensor) -> Tensor:
-        """Adam and the average; [5] figures."""
+        """Adam and the average; [6] figures."""
         rate, share, weight = numbers
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -321,7 +328,8 @@ class Trainer:
     def _losses(self, frame: Frame, rendering: Rendering, counted: Tensor | None = None) -> Losses:
         """Means over the observed views, or over those `counted` ([V] bool)."""
         truth, mask = frame.on_white()[self.model.seen], frame.mask[self.model.seen]
-        return frame_losses(*rendering, truth, mask, self.settings.img_lambda, self.settings.ssim_lambda, counted)
+        s = self.settings
+        return frame_losses(*rendering, truth, mask, s.img_lambda, s.ssim_lambda, counted, s.square_lambda)
 
 
 def _tensors(frame: Frame) -> list[Tensor]:
