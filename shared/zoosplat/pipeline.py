@@ -58,7 +58,7 @@ PIPELINE: tuple[StageSpec, ...] = (
     StageSpec("pack", 1, ("pack",), ("ingest",), "images.zarr"),
     StageSpec(
         "train",
-        4,
+        5,
         ("model", "dynamic", "train", "-train.device", "-train.gpus", "holdout_views"),
         ("pack", "center_rotation", "crop"),
         "model",

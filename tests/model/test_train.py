@@ -215,6 +215,21 @@ def test_earlier_u_nets_learn_what_the_last_one_makes_of_it(tiny: Project, deep_
     assert (undecided[-1] < 0.75 * undecided[0]) == (deep_lambda > 0)
 
 
+def test_a_rehearsal_changes_nothing(tiny: Project) -> None:
+    chosen, cpu = tiny.read_experiment(), torch.device("cpu")
+    reader = open_reader(tiny, chosen, cpu)
+    both = [ops.Trainer(reader, chosen, cpu) for _ in range(2)]
+    for trainer in both:
+        start.begin(trainer.model, "random")
+        trainer.averaged.load_state_dict(trainer.model.state_dict())
+    frame = reader.frame(0)
+    both[1].rehearse([frame, reader.frame(1)], [reader.observed] * 2, [False, True])
+    for trainer in both:
+        trainer.step([frame], [reader.observed], [False], 3e-3, 0)
+    for alone, after in zip(both[0].state(), both[1].state(), strict=True):
+        torch.testing.assert_close(after, alone, rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> None:
     chosen, cpu = tiny.read_experiment(), torch.device("cpu")

@@ -188,11 +188,10 @@ class Trainer:
         Returns:
             [6] float64 sums over the frames of all ranks, named by `TRAIN_FIGURES`, not yet read back from the device.
         """
-        used = torch.tensor([[camera in chosen for camera in self.reader.observed] for chosen in views])
         # A power-law average (Karras 2024, arXiv 2312.02696): its length is a constant share of the steps.
         numbers = torch.tensor([rate, min(1.0, AVERAGING / (done + 1)), 1 / (total or len(frames))])
-        used, chosen, numbers = (send(value, self.reader.device) for value in (used, torch.tensor(mirrored), numbers))
-        inputs = [*(value for frame in frames for value in _tensors(frame)), used, chosen, numbers]
+        numbers = send(numbers, self.reader.device)
+        inputs = [*self._inputs(frames, views, mirrored), numbers]
         if self.ranks.size == 1:
             return self.recorder(f"step of {len(frames)}", self._step, inputs)
         if frames:
@@ -201,6 +200,25 @@ class Trainer:
             self._shared.zero_()
         self.ranks.add_up(self._shared)
         return self.recorder("update", self._update_from_shared, [numbers])
+
+    def rehearse(self, frames: Sequence[Frame], views: Sequence[Sequence[int]], mirrored: Sequence[bool]) -> None:
+        """All of a step (see there) but Adam's part, which changes nothing, and waits for its end.
+
+        At the first step libraries choose their kernels, and Triton compiles its own where no run on the machine has.
+        """
+        if frames:
+            numbers = torch.ones(3, device=self.reader.device)
+            self._backward(*self._inputs(frames, views, mirrored), numbers)
+            self.optimizer.zero_grad()
+        if self.reader.device.type == "cuda":
+            torch.cuda.synchronize(self.reader.device)
+
+    def _inputs(
+        self, frames: Sequence[Frame], views: Sequence[Sequence[int]], mirrored: Sequence[bool]
+    ) -> list[Tensor]:
+        used = torch.tensor([[camera in chosen for camera in self.reader.observed] for chosen in views])
+        on = (send(value, self.reader.device) for value in (used, torch.tensor(mirrored)))
+        return [*(value for frame in frames for value in _tensors(frame)), *on]
 
     def _step(self, *inputs: Tensor) -> Tensor:
         losses = self._backward(*inputs)

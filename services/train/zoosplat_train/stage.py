@@ -21,7 +21,7 @@ from zoosplat.memory import VALID_FRAMES
 from zoosplat.stage import Context, Plan, Result, Shard, Stage
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
-from zoosplat_model.frames import FrameReader, Split
+from zoosplat_model.frames import Frame, FrameReader, Split
 from zoosplat_model.gpu_memory import device_figures, out_of_memory
 from zoosplat_model.predictor import open_reader, pick_device
 from zoosplat_model.rasterize import load_kernels
@@ -169,6 +169,7 @@ class _Training:
         self.sums += torch.tensor([self.progress.sums.get(k, 0.0) for k in ops.TRAIN_FIGURES], device=self.device)
         best = None if self.progress.best is None else checkpoints.load(self.ctx.project, "best")
         self.best, self.best_is_saved = None if best is None else best.average, True
+        self._rehearse()
         self.spent = {"plot": 0.0, "save": 0.0}
         self.clock = self.saved = time.monotonic()
         self.begun_seconds, self.begun_step = self.progress.seconds, self.progress.step
@@ -226,18 +227,31 @@ class _Training:
                 yield from self.ranks.share(frames)
             position = 0
 
+    def _learned_from(self, frames: list[Frame]) -> tuple[list[Frame], list[list[int]], list[bool]]:
+        """The frames as this epoch has them: moved, the views that each is carved from, and whether it is mirrored."""
+        s, epoch = self.settings, self.progress.epoch
+        views = [ops.carving_views(self.reader.observed, s, epoch, f.t) for f in frames]
+        moved = [ops.jitter(f, s, epoch, self.reader.voxel_size_m) for f in frames]
+        return moved, views, [ops.is_mirrored(s.seed, epoch, f.t) for f in frames]
+
+    def _rehearse(self) -> None:
+        """Before the clock runs: what the first step on a GPU waits for is no part of the training."""
+        if self.device.type == "cuda":
+            self.ctx.progress(0, 1, "choosing kernels (Triton's are compiled at the first use on a machine)")
+            first = self._steps(self.progress.epoch, self.progress.position)[0]
+            frames = [self.reader.frame(t) for t in self.ranks.share(first)]
+            self.trainer.rehearse(*self._learned_from(frames))
+
     def _epoch(self) -> None:
         """Steps to the end of the epoch, or of the time."""
         p, settings = self.progress, self.settings
         self.begun, taken = time.monotonic(), None
         for of_step in self._steps(p.epoch, p.position):
             batch = list(islice(self.ahead, len(self.ranks.share(of_step))))
-            views = [ops.carving_views(self.reader.observed, settings, p.epoch, f.t) for f in batch]
             rate = ops.learning_rate(settings.lr, self.done)
-            moved = [ops.jitter(f, settings, p.epoch, self.reader.voxel_size_m) for f in batch]
-            mirrored = [ops.is_mirrored(settings.seed, p.epoch, f.t) for f in batch]
+            learned = self._learned_from(batch)
             with self.busy.step():
-                self.sums += self.trainer.step(moved, views, mirrored, rate, p.step, len(of_step))
+                self.sums += self.trainer.step(*learned, rate, p.step, len(of_step))
             p.position += len(of_step)
             p.step += 1
             ended = p.position == len(self.frames)
