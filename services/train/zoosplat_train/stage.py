@@ -241,6 +241,7 @@ class _Training:
             first = self._steps(self.progress.epoch, self.progress.position)[0]
             frames = [self.reader.frame(t) for t in self.ranks.share(first)]
             self.trainer.rehearse(*self._learned_from(frames))
+            self.trainer.compare(self.reader.frame(first[0]))  # without gradients kernels are others
 
     def _epoch(self) -> None:
         """Steps to the end of the epoch, or of the time."""
