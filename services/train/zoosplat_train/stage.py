@@ -169,7 +169,8 @@ class _Training:
         self.sums += torch.tensor([self.progress.sums.get(k, 0.0) for k in ops.TRAIN_FIGURES], device=self.device)
         best = None if self.progress.best is None else checkpoints.load(self.ctx.project, "best")
         self.best, self.best_is_saved = None if best is None else best.average, True
-        self._rehearse()
+        if self.device.type == "cuda":
+            self._rehearse()
         self.spent = {"plot": 0.0, "save": 0.0}
         self.clock = self.saved = time.monotonic()
         self.begun_seconds, self.begun_step = self.progress.seconds, self.progress.step
@@ -235,13 +236,12 @@ class _Training:
         return moved, views, [ops.is_mirrored(s.seed, epoch, f.t) for f in frames]
 
     def _rehearse(self) -> None:
-        """Before the clock runs: what the first step on a GPU waits for is no part of the training."""
-        if self.device.type == "cuda":
-            self.ctx.progress(0, 1, "choosing kernels (Triton's are compiled at the first use on a machine)")
-            first = self._steps(self.progress.epoch, self.progress.position)[0]
-            frames = [self.reader.frame(t) for t in self.ranks.share(first)]
-            self.trainer.rehearse(*self._learned_from(frames))
-            self.trainer.compare(self.reader.frame(first[0]))  # without gradients kernels are others
+        """What the first step on a GPU waits for, which is no part of the training. Changes nothing."""
+        self.ctx.progress(0, 1, "choosing kernels (Triton's are compiled at the first use on a machine)")
+        first = self._steps(self.progress.epoch, self.progress.position)[0]
+        frames = [self.reader.frame(t) for t in self.ranks.share(first)]
+        self.trainer.rehearse(*self._learned_from(frames))
+        self.trainer.compare(self.reader.frame(first[0]))  # without gradients kernels are others
 
     def _epoch(self) -> None:
         """Steps to the end of the epoch, or of the time."""
