@@ -219,7 +219,10 @@ class Train(_Section):
         default="auto", description="that share the frames of a step; auto: all there are, a frame each at least"
     )
     img_lambda: Weight = Field(default=0.5, description="weight of the colour error")
-    square_lambda: Weight = Field(default=0.0, description="weight of the squared colour error")
+    square_lambda: Weight = Field(
+        default=0.0,
+        description="weight of the squared colour error; 2, with opacity_lambda and deep_lambda doubled, favours PSNR",
+    )
     ssim_lambda: Weight = Field(default=0.0, description="weight of 1 - SSIM")
     opacity_lambda: Weight = Field(
         default=0.0,

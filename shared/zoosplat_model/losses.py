@@ -47,11 +47,12 @@ def frame_losses(
     weight = (area > 0).to(rgb.dtype) * (1 if counted is None else counted)
     weight = weight / weight.sum().clamp_min(1)
     shape = (weight * (1 - soft_iou(alpha, mask))).sum()
-    color = (weight * (rgb - truth).abs().sum((1, 2, 3)) / area.clamp_min(1)).sum()
+    error, area = rgb - truth, area.clamp_min(1)
+    color = (weight * error.abs().sum((1, 2, 3)) / area).sum()
     total = shape + img_lambda * color
     square, dissimilarity = rgb.new_zeros(()), rgb.new_zeros(())
     if square_lambda > 0:
-        square = (weight * (rgb - truth).square().sum((1, 2, 3)) / area.clamp_min(1)).sum()
+        square = (weight * error.square().sum((1, 2, 3)) / area).sum()
         total = total + square_lambda * square
     if ssim_lambda > 0:
         similarity = ssim_map(rgb.permute(0, 3, 1, 2), truth.permute(0, 3, 1, 2))
