@@ -1,0 +1,159 @@
+"""The command line of a service: `python -m zoosplat_<stage> --project URL`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from zoosplat import stores
+from zoosplat.config import load_config
+from zoosplat.errors import Passing, UserError
+from zoosplat.machine import usable_cores
+from zoosplat.stages import runner, runs
+from zoosplat.stages.contract import Context, Progress, Stage
+from zoosplat.stages.runs import Project, Run
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`"3/18"` -> (3, 18): shard 3 (from 0) of 18. Raises UserError."""
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise UserError(f"--shard {text}: expected INDEX/COUNT, such as 3/18") from None
+    if not 0 <= index < count:
+        raise UserError(f"--shard {text}: the index goes from 0 to {count - 1}")
+    return index, count
+
+
+class _JsonProgress:
+    """Progress as JSON lines, a few a second at most."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage, self.last = stage, 0.0
+
+    def __call__(self, done: int, total: int, message: str = "") -> None:
+        now = time.monotonic()
+        if done >= total or now - self.last > 0.3:
+            self.last = now
+            event = {"event": "progress", "stage": self.stage, "done": done, "total": total, "message": message}
+            print(json.dumps(event), flush=True)
+
+
+@contextmanager
+def terminal_progress(stage: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on a terminal, JSON lines otherwise."""
+    if not sys.stdout.isatty():
+        yield _JsonProgress(stage)
+        return
+    from rich.progress import Progress as Bars
+    from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (*Bars.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, TextColumn("{task.fields[message]}")) as bar:
+        task = bar.add_task(stage, total=None, message="")
+
+        def show(done: int, total: int, message: str = "") -> None:
+            bar.update(task, completed=done, total=total, message=message)
+
+        yield show
+
+
+def arguments_of(stage: str, description: str | None = None) -> argparse.ArgumentParser:
+    """The options that every service has."""
+    parser = argparse.ArgumentParser(prog=f"python -m zoosplat_{stage}", description=description)
+    parser.add_argument("--project", required=True, metavar="URL", help="folder or s3://bucket/prefix")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run", metavar="ID", help="run to work for (default: the project's latest)")
+    which.add_argument("--config", metavar="FILE", help="begin a run with this configuration")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: cores)")
+    parser.add_argument("--force", action="store_true", help="begin a run with a new result of this stage")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--prepare", action="store_true", help="only check the input and write the plan")
+    only.add_argument("--shard", metavar="I/N", help="only shard I (from 0) of the plan's N")
+    only.add_argument("--finish", action="store_true", help="only the last step, after all shards")
+    return parser
+
+
+def chosen_run(stage: str, args: argparse.Namespace) -> Run:
+    """The run that the options name; with --config or --force a new one, unless the latest is the very same.
+
+    Raises:
+        UserError: no such run, or the configuration or a file that it names cannot be read.
+    """
+    project = Project.at(args.project)
+    if args.config is None and not args.force:
+        return project.run(args.run)
+    experiment = load_config(args.config).experiment if args.config else project.run(args.run).experiment
+    draft = runs.resolve(project, experiment, [stage] if args.force else [])
+    draft.require([stage])
+    return runs.recorded(draft, [stage])
+
+
+def _work(stage: Stage, args: argparse.Namespace, progress: Progress) -> None:
+    run = chosen_run(stage.name, args)
+    if not (args.prepare or args.shard or args.finish):
+        runner.run_stage(stage, run, workers=max(1, args.workers), progress=progress)
+        return
+    ctx, result = Context(run, progress), run.result(stage.name)
+    if args.prepare:
+        plan = runner.prepare(stage, ctx)
+        if plan is not None:
+            print(json.dumps({"event": "plan", "stage": stage.name, "shards": plan.n_shards}), flush=True)
+    elif not result.is_done():
+        plan = runner.read_plan(stage, ctx)
+        if args.finish:
+            runner.finish(stage, ctx, plan)
+            return
+        index, count = parse_shard(args.shard)
+        if count != plan.n_shards:
+            raise UserError(f"--shard {args.shard}: the plan has {plan.n_shards} shards")
+        runner.run_shard(stage, ctx, index, plan)
+
+
+def main(stage: Stage, argv: list[str] | None = None) -> int:
+    """Entry point of a service.
+
+    Returns:
+        Exit status: 0 done or skipped, 2 bad input or configuration (one line on stderr), 130 after Ctrl-C, 1 anything
+        else, which may pass: where the storage does not answer or a process was killed, with one line too.
+    """
+    args = arguments_of(stage.name, stage.__doc__).parse_args(argv)
+    try:
+        with terminal_progress(stage.name) as progress:
+            _work(stage, args, progress)
+    except KeyboardInterrupt:
+        print(f"zoosplat {stage.name}: stopped; finished work is kept, the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        return failed(stage.name, error, args.project)
+    return 0
+
+
+def failed(stage: str, error: Exception, url: str) -> int:
+    """Say in one line what went wrong; the exit status. Other errors than the user's are raised again."""
+    known = error if isinstance(error, UserError) else stores.as_user_error(error, url)
+    if known is None:
+        raise error
+    lines = [*str(known).splitlines(), *getattr(known, "__notes__", ())]
+    print(f"zoosplat {stage}: {'; '.join(lines)}", file=sys.stderr, flush=True)
+    return 1 if isinstance(known, Passing) else 2
+
+
+def run(stage: Stage) -> None:
+    """`__main__` of a service."""
+    status = main(stage)
+    if status == INTERRUPTED:
+        # Threads and processes of libraries must not hold the terminal, nor print while they end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,193 @@
+"""Results: what a stage made, in a folder of its own that is written once and never changed.
+
+    PROJECT/results/<stage>/<result id>/
+        request.json   what was asked for: settings, ids of inputs, contents of outside files
+        plan.json      what `prepare` decided: shards and their bounds
+        shards/        a mark for each shard that is done, and the leases of those that are at work
+        masks.zarr     the data, under the plain name of the stage's output
+        manifest.json  path and size of every file that belongs to a complete result
+        done.json      written last; a result without it is not read by any stage
+
+An id follows from everything that determines the result, so it is known before anything runs, and equal ids mean equal
+results, in whichever project they lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoosplat import stores
+from zoosplat.errors import UserError
+from zoosplat.stages.registry import STAGES
+
+Mark = dict[str, Any]
+FOLDER = "results"
+DONE, PLAN, REQUEST, MANIFEST, SHARDS = "done.json", "plan.json", "request.json", "manifest.json", "shards"
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value, the first 128 bits in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file outside the project that determines a result.
+
+    Attributes:
+        url: where it lies.
+        fingerprint: names its content, see `stores.content_fingerprint`.
+        state: what changes when the file is written, see `stores.stat`; empty where it is not known.
+    """
+
+    url: str
+    fingerprint: str
+    state: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What determines a result.
+
+    Attributes:
+        stage: its name.
+        version: of the stage.
+        settings: dotted keys of the configuration and their values.
+        inputs: stage -> id of the result that is read.
+        sources: key of the configuration -> file.
+        attempt: 0, or how many times the result had been asked for before, with `--force`.
+    """
+
+    stage: str
+    version: int
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    sources: dict[str, Source]
+    attempt: int = 0
+
+    @property
+    def base(self) -> str:
+        """What the ids of all attempts begin with."""
+        contents = {key: source.fingerprint for key, source in self.sources.items()}
+        return digest_of([self.stage, self.version, self.settings, self.inputs, contents])[:16]
+
+    @property
+    def id(self) -> str:
+        """The result id: 16 hexadecimal digits, and from the second attempt on its number."""
+        return self.base if self.attempt == 0 else f"{self.base}-{self.attempt + 1}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "id": self.id,
+            "version": self.version,
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "sources": {key: vars(source) for key, source in self.sources.items()},
+            "attempt": self.attempt,
+        }
+
+
+def attempt_of(name: str, base: str) -> int | None:
+    """Number of the attempt that a folder's name says, from 0; None where it is of another request."""
+    found = re.fullmatch(rf"{base}(?:-([1-9]\d*))?", name)
+    if found is None:
+        return None
+    return int(found[1]) - 1 if found[1] else 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result of a stage, finished or not.
+
+    Attributes:
+        stage: the stage that makes it.
+        id: its id.
+        folder: URL of its folder, in this project or in another one that is reused.
+        data_folder: URL of the folder that holds the data; differs from `folder` where a project of an earlier layout
+            was adopted, which moves nothing.
+        reused: whether it lies in another project.
+    """
+
+    stage: str
+    id: str
+    folder: str
+    data_folder: str
+    reused: bool = False
+    _mark: dict[str, Mark] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def at(cls, project_url: str, stage: str, result_id: str, *, reused: bool = False) -> Result:
+        """The result of that id below a project, whether or not anything of it exists."""
+        folder = stores.join(project_url, FOLDER, stage, result_id)
+        found = cls(stage, result_id, folder, folder, reused)
+        mark = found.mark()
+        if mark is None or "data" not in mark:
+            return found
+        return cls(stage, result_id, folder, stores.join(project_url, str(mark["data"])).rstrip("/"), reused)
+
+    @property
+    def data_url(self) -> str:
+        """URL of the group or folder that the stage writes."""
+        return stores.join(self.data_folder, STAGES[self.stage].writes)
+
+    def file(self, *parts: str) -> str:
+        """URL of a file in its own folder, such as `plan.json`."""
+        return stores.join(self.folder, *parts)
+
+    def shard_mark_url(self, index: int, count: int) -> str:
+        return self.file(SHARDS, f"{index:05d}-of-{count:05d}.json")
+
+    def shard_lease_url(self, index: int, count: int) -> str:
+        return self.file(SHARDS, f"{index:05d}-of-{count:05d}.lease")
+
+    def lease_url(self) -> str:
+        return self.file("lease")
+
+    def mark(self) -> Mark | None:
+        """Its success mark, None before it is finished. Raises UserError where the mark is of another result."""
+        if "done" not in self._mark:
+            mark = stores.read_json(self.file(DONE))
+            if mark is None:
+                return None
+            if mark.get("id") != self.id:
+                raise UserError(f"{self.file(DONE)}: is the mark of {mark.get('id')}; the folder was renamed or mixed up")
+            self._mark["done"] = mark
+        return self._mark["done"]
+
+    def is_done(self) -> bool:
+        return self.mark() is not None
+
+    def plan(self) -> Mark | None:
+        """What `prepare` wrote; None before that."""
+        return stores.read_json(self.file(PLAN))
+
+    def shards_done(self) -> tuple[int, int]:
+        """How many shards are done, of how many; (0, 0) before the result is prepared."""
+        plan = self.plan()
+        if plan is None:
+            return 0, 0
+        count = len(plan["bounds"]) - 1
+        if self.is_done():
+            return count, count
+        return sum(stores.exists(self.shard_mark_url(i, count)) for i in range(count)), count
+
+    def require(self) -> Mark:
+        """Its success mark. Raises UserError where the result is not finished, or no longer there."""
+        mark = self.mark()
+        if mark is not None:
+            return mark
+        if self.reused:
+            raise UserError(
+                f"{self.folder}: this result of stage {self.stage}, which is reused from another project, is gone; run "
+                "again, and it is found elsewhere or made here"
+            )
+        raise UserError(f"{self.data_url} is not complete; run stage {self.stage} first")
+
+    def manifest(self) -> dict[str, int] | None:
+        """Path below `data_folder` -> bytes of every file of the complete result; None for one that was adopted."""
+        return stores.read_json(self.file(MANIFEST))
