@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -21,6 +22,7 @@ from zoosplat.errors import UserError
 CROP_MULTIPLE = 16
 MAX_BYTES = 1 << 20
 RANDOM, ANIMALS = "random", "animals"  # of train.start_from; the latter are weights that come with the package
+WEIGHTS_FILES = (".safetensors", ".pth", ".pt")  # endings of features.weights that is a file
 OF_ANIMALS = {"network": "zoosplat", "num_unets": 3, "base_filters": 16, "poolings": 3, "bottleneck": 0}
 
 
@@ -56,38 +58,121 @@ Device = Literal["auto", "cpu", "cuda"]
 DEVICE = "where to compute; auto: a GPU where there is one"
 
 
+StageName = Literal["ingest", "center_rotation", "crop", "pack", "train", "evaluate", "render", "features", "embedding"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a key determines. A section declares it for all its keys, and a key of another effect for itself.
+
+    `zoosplat.effects` reads the declarations: the identity of a result comes from them.
+
+    Attributes:
+        stages: stages whose results the key determines; later stages follow through what they read.
+        applies: whether the key is looked at in an experiment; None: it always is.
+        names_files: whether a value names files outside the project; None: no value does. The content of such files
+            determines the result, and the folder that they lie in does not.
+        by_name: whether the files' own names, without folders, determine the result as well.
+    """
+
+    stages: tuple[StageName, ...]
+    applies: Callable[[Experiment], bool] | None = None
+    names_files: Callable[[Any], bool] | None = None
+    by_name: bool = False
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+def _is_up_file(up: Any) -> bool:
+    return isinstance(up, str) and up != "auto"
+
+
+def _are_own_weights(start_from: Any) -> bool:
+    return start_from not in (RANDOM, ANIMALS)
+
+
+def _if_given(value: Any) -> bool:
+    return value is not None
+
+
+def _if_videos(experiment: Experiment) -> bool:
+    return experiment.ingest.source == "videos"
+
+
+def _if_scene(experiment: Experiment) -> bool:
+    return experiment.ingest.source == "dnerf"
+
+
+def _if_network(experiment: Experiment) -> bool:
+    return experiment.train.method == "pose_splatter"
+
+
+def _if_dynamic(experiment: Experiment) -> bool:
+    return experiment.train.method == "dynamic"
+
+
+def _if_images(experiment: Experiment) -> bool:
+    return experiment.features.encoder == "images"
+
+
+def is_weights_file(weights: str) -> bool:
+    """Whether `features.weights` is a file rather than a name that torchvision knows."""
+    return weights.endswith(WEIGHTS_FILES)
+
+
+NOTHING = Effect(())
+INGEST = Effect(("ingest",))
+DYNAMIC_FILE = Effect(("train",), applies=_if_dynamic, names_files=_if_given)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    effect: ClassVar[Effect | None] = None  # of the section's keys; None: each key declares its own
 
 
 class Data(_Section):
     """The recording."""
 
-    directory: Text = Field(description="folder or s3:// URL of the recording; relative to this file's folder")
-    videos: tuple[Inside, ...] = Field(min_length=2, description="RGB videos, one a camera, relative to directory")
-    masks: tuple[Inside, ...] = Field(min_length=2, description="mask videos, one a camera, in the same order")
-    camera_names: tuple[Text, ...] | None = Field(
+    # A scene's pictures lie in it, wherever it is; videos and masks count by themselves.
+    directory: Annotated[Text, Effect(("ingest", "pack"), applies=_if_scene, names_files=_any)] = Field(
+        description="folder or s3:// URL of the recording; relative to this file's folder"
+    )
+    videos: Annotated[tuple[Inside, ...], Effect(("pack",), applies=_if_videos, names_files=_any)] = Field(
+        min_length=2, description="RGB videos, one a camera, relative to directory"
+    )
+    masks: Annotated[tuple[Inside, ...], Effect(("ingest",), applies=_if_videos, names_files=_any)] = Field(
+        min_length=2, description="mask videos, one a camera, in the same order"
+    )
+    camera_names: Annotated[tuple[Text, ...] | None, INGEST] = Field(
         default=None, description="names in tables and plots; null: 0, 1, 2, ..."
     )
-    calibration: str | tuple[str, ...] = Field(
-        description="calibration file, or one a camera; relative to directory, or a whole path or URL"
-    )
-    calibration_format: Literal["auto", "hdf5", "dannce", "anipose", "pickle"] = Field(
+    # A suffix says the format, and a DANNCE file of one camera is called after it.
+    calibration: Annotated[
+        str | tuple[str, ...], Effect(("ingest",), applies=_if_videos, names_files=_any, by_name=True)
+    ] = Field(description="calibration file, or one a camera; relative to directory, or a whole path or URL")
+    calibration_format: Annotated[Literal["auto", "hdf5", "dannce", "anipose", "pickle"], INGEST] = Field(
         default="auto", description="auto: by the file's name and content"
     )
-    calibration_unit: Literal["auto", "m", "mm"] = Field(
+    calibration_unit: Annotated[Literal["auto", "m", "mm"], INGEST] = Field(
         default="auto", description="unit of the translations; auto: what the format usually has"
     )
-    up: Literal["auto"] | tuple[Real, Real, Real] | str = Field(
+    up: Annotated[
+        Literal["auto"] | tuple[Real, Real, Real] | str,
+        Effect(("ingest",), applies=_if_videos, names_files=_is_up_file),
+    ] = Field(
         default="auto",
         description="from floor to ceiling: [x, y, z] in the calibration's world, of any length; an .npz whose key up "
         "holds its negative, as the published tool writes it; or auto: the mean of the cameras' own",
     )
-    fps: Positive | None = Field(default=None, description="frames per second of the videos; null: what the videos say")
-    image_width: Count | None = Field(
+    fps: Annotated[Positive | None, INGEST] = Field(
+        default=None, description="frames per second of the videos; null: what the videos say"
+    )
+    image_width: Annotated[Count | None, INGEST] = Field(
         default=None, description="pixels; null: from the videos, otherwise they are checked"
     )
-    image_height: Count | None = Field(
+    image_height: Annotated[Count | None, INGEST] = Field(
         default=None, description="pixels; null: from the videos, otherwise they are checked"
     )
 
@@ -120,11 +205,15 @@ class Data(_Section):
 class Scheduling(_Section):
     """How work is cut into shards; never changes results."""
 
+    effect = NOTHING
+
     frames_per_shard: Count = Field(default=1000, description="video frames in one shard of work")
 
 
 class Ingest(_Section):
     """Which frames and pixels are used."""
+
+    effect = INGEST
 
     source: Literal["videos", "dnerf"] = Field(
         default="videos",
@@ -143,6 +232,8 @@ class Ingest(_Section):
 class CenterRotation(_Section):
     """Tracking of centre and heading."""
 
+    effect = Effect(("center_rotation",))
+
     ell: Positive = Field(description="edge of the tracking cube, which has room to spare; see unit")
     grid_size: Annotated[Count, Field(le=1024)] = Field(
         default=112, description="voxels along an edge of the tracking cube"
@@ -151,6 +242,8 @@ class CenterRotation(_Section):
 
 class Crop(_Section):
     """The box round the animal that the model works in."""
+
+    effect = Effect(("crop",))
 
     ell: Positive = Field(description="edge of the model's cube, from which the box is cut; see unit")
     grid_size: Annotated[Count, Field(ge=CROP_MULTIPLE, le=1024)] = Field(
@@ -166,11 +259,15 @@ class Crop(_Section):
 class Pack(_Section):
     """Which part of each image is stored."""
 
+    effect = Effect(("pack",))
+
     window: Literal["full", "auto"] = Field(default="auto", description="whole frames, or a window round the animal")
 
 
 class Model(_Section):
     """The network and its Gaussians."""
+
+    effect = Effect(("train",), applies=_if_network)
 
     network: Literal["zoosplat", "published"] = Field(
         default="zoosplat", description="published: that of arXiv 2505.18342, for comparison; slow"
@@ -197,7 +294,9 @@ class Model(_Section):
 class Train(_Section):
     """Training, on the first third of the frames unless `fit_to` says otherwise."""
 
-    method: Literal["pose_splatter", "dynamic"] = Field(
+    effect = Effect(("train",), applies=_if_network)
+
+    method: Annotated[Literal["pose_splatter", "dynamic"], Effect(("train",))] = Field(
         default="pose_splatter",
         description="one network for all frames, or Gaussians and their motion optimised for all frames; see dynamic",
     )
@@ -206,7 +305,7 @@ class Train(_Section):
         description="frames to train on: the first third, so that metrics of the others are of frames never seen; or "
         "all but those that validate, for the best reconstruction: then only held-out views are new to it",
     )
-    start_from: Text = Field(
+    start_from: Annotated[Text, Effect(("train",), applies=_if_network, names_files=_are_own_weights)] = Field(
         default=RANDOM,
         description="weights to begin with: random; animals, that have learned from random animals (a network of 3 "
         "U-Nets, 16 filters, 3 poolings); or a project, or a .safetensors file",
@@ -215,7 +314,7 @@ class Train(_Section):
     epochs: Count = Field(default=50, description="passes over the training frames")
     max_minutes: Positive | None = Field(default=None, description="stop earlier, after this time; null: no limit")
     batch_frames: Count = Field(default=1, description="frames in one step, each with all its observed views")
-    gpus: Count | Literal["auto"] = Field(
+    gpus: Annotated[Count | Literal["auto"], NOTHING] = Field(
         default="auto", description="that share the frames of a step; auto: all there are, a frame each at least"
     )
     img_lambda: Weight = Field(default=0.5, description="weight of the colour error")
@@ -239,12 +338,13 @@ class Train(_Section):
     jitter_tilt: Weight = Field(
         default=0.0, description="how far it is tilted at most, in training, radians: for poses like rearing"
     )
+    # A validation decides which weights are kept, so it is no mere display as plots are.
     valid_every: Count = Field(default=1, description="epochs between validations")
-    plot_every: Count = Field(default=1, description="epochs between plots")
-    save_every: Count = Field(default=1, description="epochs between checkpoints")
-    keep_last: Count = Field(default=2, description="checkpoints that are kept")
-    seed: Index = Field(default=0, description="of initial weights and order of frames")
-    device: Device = Field(default="auto", description=DEVICE)
+    plot_every: Annotated[Count, NOTHING] = Field(default=1, description="epochs between plots")
+    save_every: Annotated[Count, NOTHING] = Field(default=1, description="epochs between checkpoints")
+    keep_last: Annotated[Count, NOTHING] = Field(default=2, description="checkpoints that are kept")
+    seed: Annotated[Index, Effect(("train",))] = Field(default=0, description="of initial weights and order of frames")
+    device: Annotated[Device, NOTHING] = Field(default="auto", description=DEVICE)
 
     @field_validator("gpus", mode="before")
     @classmethod
@@ -257,11 +357,13 @@ class Train(_Section):
 class Dynamic(_Section):
     """The second trainer, `train.method: dynamic`. Lengths: half the crop's longest side is 1.3."""
 
+    effect = Effect(("train",), applies=_if_dynamic)
+
     coarse_iterations: Index = Field(default=3000, description="without motion; each iteration is a frame")
     fine_iterations: Index = Field(default=20000, description="with motion")
     views: Count = Field(default=2, description="cameras that an iteration renders its frame from")
     initial_points: Count = Field(default=10000, description="points sampled in the visual hulls to start from")
-    initial_ply: Text | None = Field(
+    initial_ply: Annotated[Text | None, DYNAMIC_FILE] = Field(
         default=None, description="PLY file of points to start from instead, in scene units"
     )
     lambda_dssim: Weight = Field(default=0.0, description="weight of 1 - SSIM beside the L1 error of colours")
@@ -316,12 +418,16 @@ class Dynamic(_Section):
     checkpoint_iterations: tuple[Count, ...] = Field(
         default=(), description="iterations of either stage whose checkpoints are kept"
     )
-    start_checkpoint: Text | None = Field(default=None, description="chkpnt_*.pth file to go on from, path or URL")
+    start_checkpoint: Annotated[Text | None, DYNAMIC_FILE] = Field(
+        default=None, description="chkpnt_*.pth file to go on from, path or URL"
+    )
     render_process: bool = Field(default=False, strict=True, description="keep pictures of the training")
 
 
 class Evaluate(_Section):
     """Metrics and gallery."""
+
+    effect = Effect(("evaluate",))
 
     image_downsample: Count | None = Field(
         default=None, description="metrics are taken on images averaged so; a multiple of ingest's; null: ingest's"
@@ -330,11 +436,13 @@ class Evaluate(_Section):
         default="test", description="first, second or last third of the frames"
     )
     gallery_frames: Index = Field(default=6, description="frames shown beside their truth")
-    device: Device = Field(default="auto", description=DEVICE)
+    device: Annotated[Device, NOTHING] = Field(default="auto", description=DEVICE)
 
 
 class Render(_Section):
     """Pictures and films of the model."""
+
+    effect = Effect(("render",))
 
     frame: Index | None = Field(
         default=None, description="index among the kept frames; null: the middle of the test split"
@@ -348,11 +456,13 @@ class Render(_Section):
     delta_y: Real = Field(default=0.0, description="shift of the animal, metres")
     delta_z: Real = Field(default=0.0, description="shift of the animal, metres")
     camera: Index = Field(default=0, description="index of the camera whose view is rendered")
-    device: Device = Field(default="auto", description=DEVICE)
+    device: Annotated[Device, NOTHING] = Field(default="auto", description=DEVICE)
 
 
 class Features(_Section):
     """A descriptor of the animal in each frame, whichever way it heads."""
+
+    effect = Effect(("features",))
 
     encoder: Literal["gaussians", "images"] = Field(
         default="gaussians",
@@ -363,15 +473,17 @@ class Features(_Section):
         description="of the cylinder that is described, see unit; null: half of crop.ell; the same for recordings that "
         "are embedded together",
     )
-    weights: Text = Field(
+    weights: Annotated[Text, Effect(("features",), applies=_if_images, names_files=is_weights_file)] = Field(
         default="IMAGENET1K_V1",
         description="of the ResNet-18 of images: torchvision's name, or a .safetensors or .pth file",
     )
-    device: Device = Field(default="auto", description=DEVICE)
+    device: Annotated[Device, NOTHING] = Field(default="auto", description=DEVICE)
 
 
 class Embedding(_Section):
     """Coordinates of behaviour, and what is alike."""
+
+    effect = Effect(("embedding",))
 
     dimensions: Count = Field(default=50, description="of the embedding")
     fit_to: Literal["third", "all"] = Field(
@@ -391,18 +503,18 @@ class Experiment(_Section):
     Building one by hand raises pydantic's ValidationError (a ValueError) on bad values; the readers raise UserError.
     """
 
-    name: Annotated[Text, Field(max_length=100)] = Field(default="experiment", description="title of reports")
+    name: Annotated[Text, Field(max_length=100), NOTHING] = Field(default="experiment", description="title of reports")
     data: Data = Field(description="the recording")
-    unit: Literal["m", "normalized"] = Field(
+    unit: Annotated[Literal["m", "normalized"], Effect(("center_rotation", "crop"))] = Field(
         default="m", description="of ell: metres, or the distance of the farthest camera from the cameras' centre"
     )
-    holdout_views: tuple[Index, ...] = Field(
+    holdout_views: Annotated[tuple[Index, ...], Effect(("center_rotation", "crop", "train"))] = Field(
         default=(), description="cameras that tracking and training never see, from 0"
     )
-    adaptive_camera: bool = Field(
+    adaptive_camera: Annotated[bool, Effect(("center_rotation",))] = Field(
         default=False, strict=True, description="re-aim every camera at the animal in every frame; for rigs that drift"
     )
-    reuse: Text | None = Field(
+    reuse: Annotated[Text | None, NOTHING] = Field(
         default=None, description="project whose masks and images are read where they are the same"
     )
     scheduling: Scheduling = Field(default=Scheduling(), description="how work is cut up; never changes results")
@@ -593,18 +705,17 @@ def _load(text: str, folder: str, overrides: Sequence[str]) -> Loaded:
         native, notes, project = raw, [], None
     for override in overrides:
         _override(native, override)
-    data, train, dynamic = native.get("data"), native.get("train"), native.get("dynamic")
     paths = (
-        (data, "directory"),
-        (native, "reuse"),
-        (train, "start_from"),
-        (dynamic, "initial_ply"),
-        (dynamic, "start_checkpoint"),
+        (native.get("data"), "directory", _any),
+        (native, "reuse", _any),
+        (native.get("train"), "start_from", _are_own_weights),
+        (native.get("dynamic"), "initial_ply", _any),
+        (native.get("dynamic"), "start_checkpoint", _any),
+        (native.get("features"), "weights", is_weights_file),
     )
-    for section, key in paths:
+    for section, key, is_path in paths:
         written = section.get(key) if isinstance(section, dict) else None
-        names_weights = key == "start_from" and written in (RANDOM, ANIMALS)
-        if isinstance(section, dict) and isinstance(written, str) and written.strip() and not names_weights:
+        if isinstance(section, dict) and isinstance(written, str) and written.strip() and is_path(written):
             section[key] = classic.resolve(folder, written)
     return Loaded(_validate(native), notes, project)
 
