@@ -29,7 +29,7 @@ from zarr.abc.store import Store
 
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.stage import run_stage
 from zoosplat_model import checkpoints, frames

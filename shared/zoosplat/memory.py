@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from zoosplat.config import CROP_MULTIPLE, RANDOM, Experiment
-from zoosplat.project import Project
+from zoosplat.stages.runs import Run
 from zoosplat.schema import read
 
 GIB = 1 << 30
@@ -61,12 +61,12 @@ def sizes_of(experiment: Experiment) -> Sizes:
     return Sizes(voxels, pixels, len(experiment.observed_views(cameras)), cameras, experiment.ingest.max_frames)
 
 
-def measured_sizes(project: Project, experiment: Experiment) -> Sizes:
-    """Those of a project whose stages crop and pack are done. Raises UserError where they are not."""
-    frames, cameras, height, width = (int(n) for n in project.open_input("pack", experiment)["mask"].shape)  # type: ignore[union-attr]
-    crop = read(project.open_input("crop", experiment), "volume_idx")
+def measured_sizes(run: Run) -> Sizes:
+    """Those of a run whose stages crop and pack are done. Raises UserError where they are not."""
+    frames, cameras, height, width = (int(n) for n in run.open_input("pack")["mask"].shape)  # type: ignore[union-attr]
+    crop = read(run.open_input("crop"), "volume_idx")
     voxels: int = math.prod(int(stop - start) for start, stop in crop)
-    return Sizes(voxels, height * width, len(experiment.observed_views(cameras)), cameras, frames)
+    return Sizes(voxels, height * width, len(run.experiment.observed_views(cameras)), cameras, frames)
 
 
 def parameters(experiment: Experiment, voxels: int) -> int:

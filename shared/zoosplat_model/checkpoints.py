@@ -22,7 +22,6 @@ from torch import Tensor
 
 from zoosplat import stores
 from zoosplat.errors import UserError
-from zoosplat.project import Project
 
 Pointer = Literal["latest", "best"]
 
@@ -79,12 +78,12 @@ def _name(step: int) -> str:
     return f"step-{step:08d}.safetensors"
 
 
-def _folder(project: Project) -> str:
-    return stores.join(project.output_url("train"), "checkpoints")
+def _folder(model_url: str) -> str:
+    return stores.join(model_url, "checkpoints")
 
 
-def _pointer_url(project: Project, pointer: Pointer) -> str:
-    return stores.join(project.output_url("train"), f"{pointer}.json")
+def _pointer_url(model_url: str, pointer: Pointer) -> str:
+    return stores.join(model_url, f"{pointer}.json")
 
 
 def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -109,7 +108,7 @@ def restore_state(
 
 
 def save(
-    project: Project,
+    model_url: str,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
@@ -120,6 +119,8 @@ def save(
 ) -> None:
     """Write a checkpoint, move the pointers, then delete those that are neither best nor among the last `keep_last`.
 
+    `model_url` is the folder `model` of a training's result.
+
     The best checkpoint is that of `progress.best_step`: this one, an earlier one that was saved, or one whose averaged
     weights were kept until now and are given as `best`.
     """
@@ -129,45 +130,45 @@ def save(
         tensors.update({f"optimizer.{k}.{name}": v for k, v in state.items()})
     name = _name(progress.step)
     network = str(getattr(model, "network", ""))
-    _write(project, name, tensors, progress, network)
+    _write(model_url, name, tensors, progress, network)
     if progress.best_step is not None:
         if best is not None and progress.best_step != progress.step:
             at_best = replace(progress, step=progress.best_step)
-            _write(project, _name(progress.best_step), {f"average.{k}": v for k, v in best.items()}, at_best, network)
+            _write(model_url, _name(progress.best_step), {f"average.{k}": v for k, v in best.items()}, at_best, network)
         # Every time: a kill between two of these writes must not leave `best` at a file that is deleted later.
         pointer = {"checkpoint": _name(progress.best_step), "step": progress.best_step, "valid_loss": progress.best}
-        stores.write_json(_pointer_url(project, "best"), pointer)
+        stores.write_json(_pointer_url(model_url, "best"), pointer)
     latest = {"checkpoint": name, "step": progress.step, "epoch": progress.epoch}
-    stores.write_json(_pointer_url(project, "latest"), latest)
+    stores.write_json(_pointer_url(model_url, "latest"), latest)
 
-    names = [n for n in stores.list_files(_folder(project)) if n.endswith(".safetensors")]
+    names = [n for n in stores.list_files(_folder(model_url)) if n.endswith(".safetensors")]
     kept = {n for n in names if n <= name}
     kept = set(sorted(kept)[-keep_last:])
     if progress.best_step is not None:
         kept.add(_name(progress.best_step))
     for other in names:
         if other not in kept:
-            stores.delete(stores.join(_folder(project), other))
+            stores.delete(stores.join(_folder(model_url), other))
 
 
-def _write(project: Project, name: str, tensors: dict[str, Tensor], progress: Progress, network: str) -> None:
+def _write(model_url: str, name: str, tensors: dict[str, Tensor], progress: Progress, network: str) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     header = {"progress": json.dumps(asdict(progress), sort_keys=True), "network": network}
-    stores.write_bytes(stores.join(_folder(project), name), safetensors.torch.save(tensors, header))
+    stores.write_bytes(stores.join(_folder(model_url), name), safetensors.torch.save(tensors, header))
 
 
-def load(project: Project, pointer: Pointer) -> Checkpoint | None:
-    """The checkpoint that a pointer names, on the CPU; None where nothing has been saved.
+def load(model_url: str, pointer: Pointer) -> Checkpoint | None:
+    """The checkpoint that a pointer of a folder `model` names, on the CPU; None where nothing has been saved.
 
     Raises:
         UserError: the pointer or the checkpoint is damaged or missing.
     """
-    url = _pointer_url(project, pointer)
+    url = _pointer_url(model_url, pointer)
     try:
         found = stores.read_json(url)
         if found is None:
             return None
-        url = stores.join(_folder(project), str(found["checkpoint"]))
+        url = stores.join(_folder(model_url), str(found["checkpoint"]))
         return _parse(stores.read_bytes(url))
     except (FileNotFoundError, ValueError, KeyError, TypeError, struct.error, safetensors.SafetensorError) as error:
         raise UserError(f"{url}: damaged checkpoint ({error}); run stage train again with --force") from None

@@ -11,7 +11,7 @@ import torch
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.memory import CONTEXT, GIB, advice, measured_sizes, training
-from zoosplat.project import Project
+from zoosplat.stages.runs import Run
 
 
 def device_figures(device: torch.device) -> dict[str, Any]:
@@ -25,14 +25,14 @@ def device_figures(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def out_of_memory(project: Project, experiment: Experiment, stage: str) -> Iterator[None]:
+def out_of_memory(run: Run, stage: str) -> Iterator[None]:
     """Turn a lack of GPU memory in a stage into a UserError: what is predicted, what there is, which key to change."""
     try:
         yield
     except Exception as error:
         if not _is_memory(error):
             raise
-        raise UserError(_explain(project, experiment, stage)) from error
+        raise UserError(_explain(run, stage)) from error
 
 
 def _is_memory(error: BaseException) -> bool:
@@ -46,8 +46,8 @@ def _is_memory(error: BaseException) -> bool:
     return False
 
 
-def _explain(project: Project, experiment: Experiment, stage: str) -> str:
-    sizes = measured_sizes(project, experiment)
+def _explain(run: Run, stage: str) -> str:
+    experiment, sizes = run.experiment, measured_sizes(run)
     parts = training(experiment, sizes)
     largest = [f"{name} {size / GIB:.1f}" for name, size in list(parts.items())[:-4:-1]]
     words = f"training is predicted to need {sum(parts.values()) / GIB:.1f} GiB ({', '.join(largest)})"

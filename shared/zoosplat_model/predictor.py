@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.project import Project
+from zoosplat.stages.runs import Run
 from zoosplat_model import checkpoints
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.rasterize import Rendering
@@ -45,7 +45,7 @@ def pick_device(name: str) -> torch.device:
 
 
 class Predictor:
-    """The best checkpoint of a project and the frames that it reconstructs.
+    """The best checkpoint of a run and the frames that it reconstructs.
 
     Attributes:
         reader: the project's frames.
@@ -60,37 +60,33 @@ class Predictor:
         self.reader, self.model, self.step = reader, model.eval(), step
 
     @classmethod
-    def open(
-        cls, project: Project, experiment: Experiment, device: str = "auto", *, finished: bool = True
-    ) -> Predictor:
-        """Load the best checkpoint of a project whose stages pack, center_rotation, crop and train are done.
+    def open(cls, run: Run, device: str = "auto", *, finished: bool = True) -> Predictor:
+        """Load the best checkpoint of a run whose stages pack, center_rotation, crop and train are done.
 
         Args:
-            project: where.
-            experiment: its configuration.
+            run: whose results are read.
             device: see `pick_device`.
             finished: False takes the best checkpoint so far of a training that has not ended (dynamic: the newest).
 
         Raises:
-            UserError: a stage is missing or was made with another configuration or version, or the device does not
-                exist.
+            UserError: a stage is missing, the checkpoint is damaged, or the device does not exist.
         """
         chosen = pick_device(device)
         if finished:
-            project.input_url("train", experiment)
-        reader = open_reader(project, experiment, chosen)
-        if experiment.train.method == "dynamic":
+            run.input_url("train")
+        reader = open_reader(run, chosen)
+        if run.experiment.train.method == "dynamic":
             from zoosplat_model.dynamic.predictor import DynamicPredictor
 
-            return DynamicPredictor(reader, project, experiment, finished=finished)
-        model = PoseSplatter.of(reader, experiment).on(chosen)
-        checkpoint = checkpoints.load(project, "best")
+            return DynamicPredictor(reader, run, finished=finished)
+        model = PoseSplatter.of(reader, run.experiment).on(chosen)
+        checkpoint = checkpoints.load(run.output_url("train"), "best")
         if checkpoint is None:
-            raise UserError(f"{project.output_url('train')}: no checkpoint; run stage train again with --force")
+            raise UserError(f"{run.output_url('train')}: no checkpoint; run stage train again with --force")
         try:
             model.load_state_dict(checkpoint.average)
         except RuntimeError:  # names or shapes differ
-            url = project.output_url("train")
+            url = run.output_url("train")
             why = "does not fit the configuration, or is another version's; run stage train again with --force"
             raise UserError(f"{url}: the checkpoint {why}") from None
         return cls(reader, model.only_applied(), checkpoint.step)
@@ -158,13 +154,13 @@ class Predictor:
         return self.model.render(gaussians, world_to_camera, intrinsics, width, height, cameras=cameras)
 
 
-def open_reader(project: Project, experiment: Experiment, device: torch.device) -> FrameReader:
-    """Frames of a project whose stages pack, center_rotation and crop are done. Raises UserError otherwise."""
+def open_reader(run: Run, device: torch.device) -> FrameReader:
+    """Frames of a run whose stages pack, center_rotation and crop are done. Raises UserError otherwise."""
     return FrameReader(
-        project.open_input("pack", experiment),
-        project.open_input("center_rotation", experiment),
-        project.open_input("crop", experiment),
-        experiment,
+        run.open_input("pack"),
+        run.open_input("center_rotation"),
+        run.open_input("crop"),
+        run.experiment,
         device,
     )
 

@@ -7,7 +7,7 @@ import zarr
 
 from zoosplat import schema, stores, visual_hull
 from zoosplat.errors import UserError
-from zoosplat.stage import Context, Plan, Result, Shard, Stage, split
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
 from zoosplat_center_rotation import ops
 
 SMALL_HULL = 0.2  # of the median number of voxels: below, the views do not agree on where the animal is
@@ -23,13 +23,13 @@ class CenterRotation(Stage):
         observed = list(experiment.observed_views(n_cameras))
         attributes = {"ell_m": ell_m, "grid_size": experiment.center_rotation.grid_size, "observed": observed}
         sizes = {"T": n_frames, "C": n_cameras}
-        schema.create(ctx.project.output_url(self.name), "tracking.zarr", sizes, schema.SMALL_BLOCK, attributes)
+        schema.create(ctx.run.output_url(self.name), "tracking.zarr", sizes, schema.SMALL_BLOCK, attributes)
         per_shard = max(1, experiment.scheduling.frames_per_shard // experiment.ingest.frame_jump)
         return Plan(split(n_frames, per_shard, schema.SMALL_BLOCK), attributes)
 
-    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         masks = ctx.open_input("ingest")
-        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+        group = stores.open_group(ctx.run.output_url(self.name), write=True)
         intrinsics, world_to_camera = (schema.read(masks, key) for key in ("intrinsics", "world_to_camera"))
         if "pose" in masks:
             return self._in_place(group, shard, plan)
@@ -50,9 +50,9 @@ class CenterRotation(Stage):
             schema.write_block(group, "hull_cov", start, np.stack([h.cov for h in hulls]))
             schema.write_block(group, "n_voxels", start, np.array([h.n_voxels for h in hulls]))
             schema.write_block(group, "principal_shift", start, np.stack([h.shift for h in hulls]))
-        return Result(shard.stop - shard.start)
+        return Outcome(shard.stop - shard.start)
 
-    def _in_place(self, group: zarr.Group, shard: Shard, plan: Plan) -> Result:
+    def _in_place(self, group: zarr.Group, shard: Shard, plan: Plan) -> Outcome:
         """Cameras that move show a time once: no hull, so the scene stays where it is."""
         n, cameras = shard.stop - shard.start, schema.array(group, "principal_shift").shape[1]
         variance = (plan.values["ell_m"] / 4) ** 2
@@ -62,17 +62,17 @@ class CenterRotation(Stage):
             schema.write_block(group, "hull_cov", shard.start + start, np.tile(variance * np.eye(3), (m, 1, 1)))
             schema.write_block(group, "n_voxels", shard.start + start, np.ones(m, np.int64))
             schema.write_block(group, "principal_shift", shard.start + start, np.zeros((m, cameras, 2)))
-        return Result(n)
+        return Outcome(n)
 
-    def finish(self, ctx: Context, plan: Plan) -> Result:
-        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+    def finish(self, ctx: Context, plan: Plan) -> Outcome:
+        group = stores.open_group(ctx.run.output_url(self.name), write=True)
         means, covs, counts = (schema.read(group, key) for key in ("hull_mean", "hull_cov", "n_voxels"))
         valid = np.isfinite(means).all(axis=1)
         if valid.any():
             valid &= counts >= SMALL_HULL * np.median(counts[valid])
         if valid.sum() < 2:
             raise UserError(
-                f"{ctx.project.output_url(self.name)}: no visual hull in {(~valid).sum()} of {len(valid)} frames: the "
+                f"{ctx.run.output_url(self.name)}: no visual hull in {(~valid).sum()} of {len(valid)} frames: the "
                 "masks of the observed views do not meet; check calibration, its unit, data.up and center_rotation.ell"
             )
         for key, values in (
@@ -89,7 +89,7 @@ class CenterRotation(Stage):
             warnings = (
                 f"no usable visual hull in {len(lost)} of {len(valid)} frames (kept frames {shown}): interpolated",
             )
-        return Result(
+        return Outcome(
             warnings=warnings, figures={"invalid_frames": len(lost), "median_voxels": float(np.median(counts))}
         )
 

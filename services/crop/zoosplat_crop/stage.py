@@ -7,7 +7,7 @@ import numpy as np
 from zoosplat import schema, stores, visual_hull
 from zoosplat.config import CROP_MULTIPLE
 from zoosplat.errors import UserError
-from zoosplat.stage import Context, Plan, Result, Shard, Stage
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat_crop import ops
 
 MAX_FRAMES = 5000
@@ -30,10 +30,10 @@ class Crop(Stage):
         per_shard = max(1, experiment.scheduling.frames_per_shard // experiment.ingest.frame_jump)
         bounds = (*range(0, len(chosen), per_shard), len(chosen))
         sizes = {"S": len(bounds) - 1, "n": experiment.crop.grid_size}
-        schema.create(ctx.project.output_url(self.name), "crop.zarr", sizes, 1, attributes)
+        schema.create(ctx.run.output_url(self.name), "crop.zarr", sizes, 1, attributes)
         return Plan(bounds, {**attributes, "frames": chosen.tolist()})
 
-    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         masks, tracking = ctx.open_input("ingest"), ctx.open_input("center_rotation")
         intrinsics, world_to_camera = (schema.read(masks, key) for key in ("intrinsics", "world_to_camera"))
         centers, angles, shifts = (schema.read(tracking, key) for key in ("centers", "angles", "principal_shift"))
@@ -61,12 +61,12 @@ class Crop(Stage):
             )
             counts += ops.index_counts(cells, values["grid_size"])
             ctx.progress(done + 1, len(frames), "")
-        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+        group = stores.open_group(ctx.run.output_url(self.name), write=True)
         schema.write_block(group, "counts", shard.index, counts[None])
-        return Result(len(frames))
+        return Outcome(len(frames))
 
-    def finish(self, ctx: Context, plan: Plan) -> Result:
-        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+    def finish(self, ctx: Context, plan: Plan) -> Outcome:
+        group = stores.open_group(ctx.run.output_url(self.name), write=True)
         marginals = schema.read(group, "counts").sum(axis=0)
         crop = ctx.experiment.crop
         if crop.volume_idx is not None:
@@ -87,7 +87,7 @@ class Crop(Stage):
             warnings.append("the animal touches the edge of the cube; enlarge crop.ell")
         schema.array(group, "marginals")[...] = marginals
         schema.array(group, "volume_idx")[...] = np.array(ranges)
-        return Result(
+        return Outcome(
             warnings=tuple(warnings),
             figures={"volume_idx": [[int(i), int(j)] for i, j in ranges], "voxels_outside": outside},
         )

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from zoosplat import schema, stores
-from zoosplat.config import Embedding, Experiment
+from zoosplat.config import Embedding
 from zoosplat.errors import UserError
-from zoosplat.project import Project
-from zoosplat.stage import Context, Plan, Result, Shard, Stage
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
+from zoosplat.stages.runs import Run
 from zoosplat_embedding import ops
 
 FEWEST = 2  # training frames with a hull: an embedding of one says nothing
@@ -22,7 +22,7 @@ GROUP, CSV = "embedding.zarr", "embedding.csv"
 
 @dataclass(frozen=True)
 class Recording:
-    """What is embedded of a project: descriptors, and where the animal was.
+    """What is embedded of a run: descriptors, and where the animal was.
 
     Attributes:
         kind: what descriptors must have in common to be embedded together.
@@ -46,21 +46,20 @@ class Recording:
     fps: float
 
     @classmethod
-    def read(cls, project: Project, experiment: Experiment, fit_to: Literal["third", "all"]) -> Recording:
-        """Raises UserError where a stage is missing or was made with another configuration."""
-        group = project.open_input("features", experiment)
-        tracking, images = project.open_input("center_rotation", experiment), project.open_input("pack", experiment)
-        schema.validate(group, "features.zarr", project.output_url("features"))
+    def read(cls, run: Run, fit_to: Literal["third", "all"]) -> Recording:
+        """Raises UserError where a stage is missing or its group is damaged."""
+        group, tracking, images = (run.open_input(stage) for stage in ("features", "center_rotation", "pack"))
+        schema.validate(group, "features.zarr", run.output_url("features"))
         features = schema.read(group, "features")
         valid = schema.read(tracking, "valid").astype(bool)
         if len(features) != len(valid):
-            where = project.output_url("features")
+            where = run.output_url("features")
             raise UserError(f"{where}: {len(features)} frames, tracking has {len(valid)}; run stage features again")
         train = valid & (np.arange(len(valid)) < (len(valid) if fit_to == "all" else len(valid) // 3))
         if train.sum() < FEWEST:
             part = "" if fit_to == "all" else "the first third of "
             raise UserError(
-                f"{project.url}: {train.sum()} of {part}{len(valid)} frames have a visual hull, too few to fit an "
+                f"{run.project.url}: {train.sum()} of {part}{len(valid)} frames have a visual hull, too few to fit an "
                 "embedding; keep more frames (ingest.frame_jump, ingest.max_frames) or check the masks"
             )
         attributes: dict[str, Any] = {**group.attrs}
@@ -155,7 +154,6 @@ def _variation(encoder: str, size: int) -> ops.Floats | None:
 def write(folder: str, arrays: dict[str, Any], attributes: dict[str, Any]) -> None:
     """embedding.zarr and embedding.csv into a folder or S3 prefix, the latter last."""
     n, dimensions = arrays["embedding"].shape
-    stores.delete(stores.join(folder, CSV))
     sizes = {"T": n, "E": dimensions, "k": arrays["neighbours"].shape[1]}
     group = schema.create(stores.join(folder, GROUP), GROUP, sizes, n, attributes)
     for key, values in arrays.items():
@@ -189,23 +187,22 @@ class Embed(Stage):
     """Coordinates of behaviour from the descriptors, a map of them, what is alike, and states."""
 
     def prepare(self, ctx: Context) -> Plan:
-        recording = Recording.read(ctx.project, ctx.experiment, ctx.experiment.embedding.fit_to)
-        stores.delete(ctx.project.path(CSV))
+        recording = Recording.read(ctx.run, ctx.experiment.embedding.fit_to)
         return Plan((0, len(recording.valid)))
 
-    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
-        recording = Recording.read(ctx.project, ctx.experiment, ctx.experiment.embedding.fit_to)
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
+        recording = Recording.read(ctx.run, ctx.experiment.embedding.fit_to)
         frames = shard.stop
 
         def progress(done: int) -> None:
             ctx.progress(done * frames // 5, frames, "")
 
         arrays, attributes = embed([recording], ctx.experiment.embedding, progress)
-        write(ctx.project.url, arrays, attributes)
+        write(ctx.run.project.url, arrays, attributes)
         ctx.progress(frames, frames, "")
         explained = round(sum(attributes["explained_variance"]), 4)
         figures = {key: attributes[key] for key in ("encoder", "heading_removal", "heading_r2")}
-        return Result(
+        return Outcome(
             int(recording.valid.sum()),
             _warnings(arrays, attributes),
             {**figures, "explained_variance": explained},
@@ -215,27 +212,30 @@ class Embed(Stage):
 STAGE = Embed("embedding")
 
 
-def embed_together(projects: Sequence[Project], output: str) -> list[str]:
-    """Embed recordings of several projects together, with the settings of the first.
+def embed_together(runs: Sequence[Run], output: str) -> list[str]:
+    """Embed recordings of several runs together, with the settings of the first.
 
-    Writes embedding.zarr and embedding.csv, the latter last, into `output`.
+    Writes embedding.zarr and embedding.csv, the latter last, into `output`, a folder or S3 prefix that holds nothing.
 
     Returns:
         Warnings.
 
     Raises:
-        UserError: a project lacks its features, or their kinds differ.
+        UserError: a run lacks its features, or their kinds differ; or there are files in `output`.
     """
-    recordings, settings = [], projects[0].read_experiment().embedding
-    for project in projects:
-        recordings.append(Recording.read(project, project.read_experiment(), settings.fit_to))
+    held = next(stores.list_files(output), None)
+    if held is not None:
+        raise UserError(f"{stores.join(output, held)}: is there already; choose an --output that holds no files")
+    recordings, settings = [], runs[0].experiment.embedding
+    for run in runs:
+        recordings.append(Recording.read(run, settings.fit_to))
         first = recordings[0].kind
         for key, value in recordings[-1].kind.items():
             if first.get(key) != value:
                 raise UserError(
-                    f"{project.url}: {key} of the features is {value}, but {first.get(key)} in {projects[0].url}; set "
-                    f"features.{key.removesuffix('_m')} to the same in both and run stage features again"
+                    f"{run.project.url}: {key} of the features is {value}, but {first.get(key)} in {runs[0].project.url}; "
+                    f"set features.{key.removesuffix('_m')} to the same in both and run stage features again"
                 )
     arrays, attributes = embed(recordings, settings)
-    write(output, arrays, {**attributes, "recordings": [project.url for project in projects]})
+    write(output, arrays, {**attributes, "recordings": [run.project.url for run in runs]})
     return list(_warnings(arrays, attributes))

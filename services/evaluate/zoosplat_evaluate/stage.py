@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from zoosplat import media, stores
 from zoosplat.errors import UserError
-from zoosplat.stage import Context, Plan, Result, Shard, Stage
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat_evaluate import ops
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gpu_memory import out_of_memory
@@ -19,6 +20,7 @@ from zoosplat_model.metrics import METRICS, SSIM_RADIUS, ColorFit, frame_metrics
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.rasterize import Rendering
 
+VALUES = "metrics.npy"  # [T, C, M] float64, NaN where not defined
 IOU, PSNR = METRICS.index("iou"), METRICS.index("psnr")
 FIT_BYTES, FIT_LEAST = 1 << 30, 8  # of renderings that colours are fitted to, and frames at least
 
@@ -45,11 +47,29 @@ def _render(predictor: Predictor, frame: Frame) -> Rendering:
     )
 
 
+def _measured_before(ctx: Context) -> ops.Values | None:
+    """Metrics that an earlier evaluation has taken of the same model, with another gallery; None where there is none."""
+    earlier = ctx.run.sibling("evaluate", ignoring=["evaluate.gallery_frames"])
+    if earlier is None:
+        return None
+    try:
+        data = stores.read_bytes(stores.join(earlier.data_url, VALUES))
+    except FileNotFoundError:  # of a version that did not keep them
+        return None
+    return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def _to_npy(values: ops.Values) -> bytes:
+    data = io.BytesIO()
+    np.save(data, values, allow_pickle=False)
+    return data.getvalue()
+
+
 class Evaluate(Stage):
     """Compare renderings of one split with its photographs, in observed and held-out views."""
 
     def prepare(self, ctx: Context) -> Plan:
-        reader = open_reader(ctx.project, ctx.experiment, torch.device("cpu"))
+        reader = open_reader(ctx.run, torch.device("cpu"))
         split = ctx.experiment.evaluate.split
         _downsample(ctx, reader)
         frames = reader.split(split)
@@ -57,14 +77,27 @@ class Evaluate(Stage):
             raise UserError(f"evaluate.split = {split}: no frame of it has a visual hull; choose another split")
         return Plan((0, len(frames)), {"frames": frames})
 
-    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
-        with torch.no_grad(), out_of_memory(ctx.project, ctx.experiment, self.name):
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
+        with torch.no_grad(), out_of_memory(ctx.run, self.name):
             return self._run(ctx, shard, plan)
 
-    def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
-        settings = ctx.experiment.evaluate
-        predictor = Predictor.open(ctx.project, ctx.experiment, settings.device)
+    def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
+        predictor = Predictor.open(ctx.run, ctx.experiment.evaluate.device)
         reader, frames = predictor.reader, plan.values["frames"]
+        values = _measured_before(ctx)
+        if values is None:
+            values = self._measure(ctx, predictor, frames)
+        self._write(ctx, VALUES, _to_npy(values))
+        self._write_tables(ctx, reader, frames, values)
+        self._write_gallery(ctx, predictor, frames, values)
+        means = ops.camera_means(values)
+        groups = {"held_out": reader.held_out, "observed": reader.observed}
+        figures = {name: _named(ops.group_means(means, cameras)) for name, cameras in groups.items() if cameras}
+        return Outcome(len(frames), figures=figures)
+
+    def _measure(self, ctx: Context, predictor: Predictor, frames: list[int]) -> ops.Values:
+        """Metrics [T, C, M] of the frames, NaN where a camera has no picture."""
+        reader = predictor.reader
         factor = _downsample(ctx, reader)
         size = reader.full_width, reader.full_height
         color, kept = self._fit_color(predictor, frames)
@@ -77,12 +110,7 @@ class Evaluate(Stage):
             ctx.progress(len(measured), len(frames), "")
         values = np.stack([measured[t] for t in frames])  # [T, C, M]
         values[~reader.pictured[frames]] = np.nan
-        self._write_tables(ctx, reader, frames, values)
-        self._write_gallery(ctx, predictor, frames, values)
-        means = ops.camera_means(values)
-        groups = {"held_out": reader.held_out, "observed": reader.observed}
-        figures = {name: _named(ops.group_means(means, cameras)) for name, cameras in groups.items() if cameras}
-        return Result(len(frames), figures=figures)
+        return values
 
     def _fit_color(self, predictor: Predictor, frames: list[int]) -> tuple[Tensor, dict[int, Rendering]]:
         """Affine map of each camera's colours [C, 4, 3], and the renderings that it was fitted to, on the CPU.
@@ -100,7 +128,7 @@ class Evaluate(Stage):
         return fit.solve(), kept
 
     def _write(self, ctx: Context, name: str, data: bytes) -> None:
-        stores.write_bytes(stores.join(ctx.project.output_url(self.name), name), data)
+        stores.write_bytes(stores.join(ctx.run.output_url(self.name), name), data)
 
     def _write_tables(self, ctx: Context, reader: FrameReader, frames: list[int], values: ops.Values) -> None:
         split, jump = ctx.experiment.evaluate.split, ctx.experiment.ingest.frame_jump
@@ -151,7 +179,7 @@ class Evaluate(Stage):
                     }
                 )
         entries.sort(key=lambda entry: not entry["held_out"])
-        url = stores.join(ctx.project.output_url(self.name), "gallery.json")
+        url = stores.join(ctx.run.output_url(self.name), "gallery.json")
         stores.write_json(url, {"split": ctx.experiment.evaluate.split, "pictures": entries})
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from zoosplat import schema, stores
-from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stage import Context, Plan, Result, Shard, Stage, split
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
 from zoosplat_features import encoders, ops
 from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.predictor import Predictor, open_reader
@@ -17,13 +16,9 @@ from zoosplat_model.predictor import Predictor, open_reader
 class Features(Stage):
     """Describe the animal in every frame, whichever way it heads."""
 
-    def sources(self, experiment: Experiment) -> list[str]:
-        file = encoders.weights_file(experiment)
-        return [file] if file else []
-
     def prepare(self, ctx: Context) -> Plan:
         settings = ctx.experiment.features
-        reader = open_reader(ctx.project, ctx.experiment, torch.device("cpu"))
+        reader = open_reader(ctx.run, torch.device("cpu"))
         if not reader.valid.any():
             raise UserError("no frame has a visual hull; check the masks and center_rotation.ell")
         sizes = {"gaussians": ops.cylinder_size(), "images": encoders.ImagesEncoder.size}
@@ -31,28 +26,28 @@ class Features(Stage):
             encoders.resnet18(encoders.weights_file(ctx.experiment) or settings.weights)  # before hours of shards
         radius_m = reader.ell_m / 2
         if settings.radius is not None:
-            unit_m = ctx.project.open_input("pack").attrs["unit_m"] if ctx.experiment.unit == "normalized" else 1.0
+            unit_m = ctx.run.open_input("pack").attrs["unit_m"] if ctx.experiment.unit == "normalized" else 1.0
             radius_m = settings.radius * float(str(unit_m))
         attributes: dict[str, str | float] = {"encoder": settings.encoder, "radius_m": radius_m}
         if settings.encoder == "images":
             attributes["weights"] = settings.weights
         size = sizes[settings.encoder]
         block = schema.block_frames(4 * size)
-        url = ctx.project.output_url(self.name)
+        url = ctx.run.output_url(self.name)
         schema.create(url, "features.zarr", {"T": reader.n_frames, "D": size}, block, attributes)
         per_shard = max(1, ctx.experiment.scheduling.frames_per_shard // ctx.experiment.ingest.frame_jump)
         return Plan(split(reader.n_frames, per_shard, block), {"radius_m": radius_m, "block": block})
 
-    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
-        with out_of_memory(ctx.project, ctx.experiment, self.name):
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
+        with out_of_memory(ctx.run, self.name):
             return self._run(ctx, shard, plan)
 
-    def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
-        predictor = Predictor.open(ctx.project, ctx.experiment, ctx.experiment.features.device)
+    def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
+        predictor = Predictor.open(ctx.run, ctx.experiment.features.device)
         reader, block = predictor.reader, plan.values["block"]
         encode = encoders.open_encoder(ctx.experiment, plan.values["radius_m"], predictor.render, reader.device)
         function = encoders.flattened(encode) if ctx.experiment.model.gaussian_mode == "2d" else encode
-        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+        group = stores.open_group(ctx.run.output_url(self.name), write=True)
         frames = [t for t in range(shard.start, shard.stop) if reader.valid[t]]
         found = predictor.each(frames, function, record=encode.recordable)
         done = 0
@@ -64,11 +59,11 @@ class Features(Stage):
                 values[t - start] = descriptor.float().cpu().numpy()
                 done += 1
             if not np.isfinite(values[reader.valid[start:stop]]).all():
-                where = ctx.project.output_url("train")
+                where = ctx.run.output_url("train")
                 raise UserError(f"{where}: the model gives values that are not finite; run stage train with --force")
             schema.write_block(group, "features", start, values)
             ctx.progress(stop - shard.start, shard.stop - shard.start, "")
-        return Result(done)
+        return Outcome(done)
 
 
 STAGE = Features("features")

@@ -11,7 +11,7 @@ from zoosplat import calibration, dnerf, schema, stores, video
 from zoosplat.cameras import Cameras, WorldTransform
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stage import Context, Plan, Result, Shard, Stage, split
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
 from zoosplat_ingest import ops
 
 
@@ -91,7 +91,7 @@ def _prepare_scene(ctx: Context, url: str) -> Plan:
     return Plan(split(len(frames), per_shard, block), {"block": block})
 
 
-def _read_scene(ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Result:
+def _read_scene(ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Outcome:
     """The masks of a D-NeRF scene: where a picture is not transparent."""
     scene = dnerf.read_scene(stores.normalize(ctx.experiment.data.directory))
     frames = schema.read(group, "frame")
@@ -106,22 +106,15 @@ def _read_scene(ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Re
         schema.write_block(group, "mask", start, masks)
         schema.write_block(group, "box", start, ops.boxes(masks))
         ctx.progress(stop - shard.start, shard.stop - shard.start, "")
-    return Result(shard.stop - shard.start)
+    return Outcome(shard.stop - shard.start)
 
 
 class Ingest(Stage):
     """Read mask videos and calibration into masks.zarr."""
 
-    def sources(self, experiment: Experiment) -> list[str]:
-        if experiment.ingest.source == "dnerf":
-            return [stores.join(stores.normalize(experiment.data.directory), name) for name in dnerf.FILES]
-        up = experiment.data.up
-        files = [experiment.data.url(name) for name in experiment.data.masks] + _calibration_urls(experiment)
-        return files + ([experiment.data.url(up)] if isinstance(up, str) and up != "auto" else [])
-
     def prepare(self, ctx: Context) -> Plan:
         if ctx.experiment.ingest.source == "dnerf":
-            return _prepare_scene(ctx, ctx.project.output_url(self.name))
+            return _prepare_scene(ctx, ctx.run.output_url(self.name))
         experiment, data = ctx.experiment, ctx.experiment.data
         infos, warnings = _probe_all(experiment)
         width, height, n_video = infos[0].width, infos[0].height, infos[0].n_frames
@@ -157,7 +150,7 @@ class Ingest(Stage):
             "cameras": cameras.to_json(),
         }
         sizes = {"T": n_frames, "C": n_cameras, "h": h, "w": w}
-        group = schema.create(ctx.project.output_url(self.name), "masks.zarr", sizes, block, attributes)
+        group = schema.create(ctx.run.output_url(self.name), "masks.zarr", sizes, block, attributes)
         small = oriented.downsampled(d)
         schema.array(group, "intrinsics")[...] = small.intrinsics
         schema.array(group, "world_to_camera")[...] = small.world_to_camera
@@ -166,8 +159,8 @@ class Ingest(Stage):
         values = {"infos": [dataclasses.asdict(i) for i in infos], "block": block, "decoder": ops.decoder_version()}
         return Plan(split(n_frames, per_shard, block), values, tuple(warnings))
 
-    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
-        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
+        group = stores.open_group(ctx.run.output_url(self.name), write=True)
         if ctx.experiment.ingest.source == "dnerf":
             return _read_scene(ctx, group, shard, plan)
         infos = [video.VideoInfo(**i) for i in plan.values["infos"]]
@@ -187,15 +180,15 @@ class Ingest(Stage):
             empty += (~masks.any(axis=(2, 3))).sum(axis=0)
             at += len(masks)
             ctx.progress(at - shard.start, shard.stop - shard.start, "")
-        return Result(shard.stop - shard.start, figures={f"empty_{shard.index}": empty.tolist()})
+        return Outcome(shard.stop - shard.start, figures={f"empty_{shard.index}": empty.tolist()})
 
-    def finish(self, ctx: Context, plan: Plan) -> Result:
-        group = stores.open_group(ctx.project.output_url(self.name))
+    def finish(self, ctx: Context, plan: Plan) -> Outcome:
+        group = stores.open_group(ctx.run.output_url(self.name))
         box = schema.read(group, "box")
         empty = (box[..., 2] == 0).sum(axis=0)
         warnings = []
         if ctx.experiment.ingest.source == "dnerf":
-            return Result()
+            return Outcome()
         for c, count in enumerate(empty):
             label = plan.values["infos"][c]["label"]
             if count == len(box):
@@ -205,7 +198,7 @@ class Ingest(Stage):
                 warnings.append(
                     f"{label}: the mask is empty in {count} of {len(box)} frames, first at kept frame {first}"
                 )
-        return Result(warnings=tuple(warnings), figures={"empty_masks": [int(e) for e in empty]})
+        return Outcome(warnings=tuple(warnings), figures={"empty_masks": [int(e) for e in empty]})
 
 
 STAGE = Ingest("ingest")

@@ -13,17 +13,13 @@ import zarr
 
 from zoosplat import dnerf, schema, stores, video
 from zoosplat.cameras import Cameras
-from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stage import Context, Plan, Result, Shard, Stage, split
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
 from zoosplat_pack import ops
 
 
 class Pack(Stage):
     """Read the RGB videos into windows round the animal."""
-
-    def sources(self, experiment: Experiment) -> list[str]:
-        return [experiment.data.url(name) for name in experiment.data.videos]
 
     def prepare(self, ctx: Context) -> Plan:
         masks, data = ctx.open_input("ingest"), ctx.experiment.data
@@ -53,7 +49,7 @@ class Pack(Stage):
         copied = ("camera_names", "fps", "frame_jump", "image_downsample", "full_width", "full_height", "unit_m")
         attributes = {key: masks.attrs[key] for key in copied}
         sizes = {"T": n_frames, "C": n_cameras, "w": size[0], "h": size[1]}
-        group = schema.create(ctx.project.output_url(self.name), "images.zarr", sizes, block, attributes)
+        group = schema.create(ctx.run.output_url(self.name), "images.zarr", sizes, block, attributes)
         for key in ("intrinsics", "world_to_camera"):
             schema.array(group, key)[...] = schema.read(masks, key)
         if "pose" in masks:
@@ -64,9 +60,9 @@ class Pack(Stage):
         values = {"infos": [dataclasses.asdict(i) for i in infos], "block": block, "size": size}
         return Plan(split(n_frames, per_shard, block), values)
 
-    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         masks = ctx.open_input("ingest")
-        group = stores.open_group(ctx.project.output_url(self.name), write=True)
+        group = stores.open_group(ctx.run.output_url(self.name), write=True)
         if ctx.experiment.ingest.source == "dnerf":
             return self._pack_scene(ctx, group, shard, plan)
         infos = [video.VideoInfo(**i) for i in plan.values["infos"]]
@@ -103,9 +99,9 @@ class Pack(Stage):
                 schema.write_block(group, "mask", start, small)
                 schema.write_block(group, "origin", start, origins)
                 ctx.progress(stop - shard.start, shard.stop - shard.start, "")
-        return Result(shard.stop - shard.start)
+        return Outcome(shard.stop - shard.start)
 
-    def _pack_scene(self, ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Result:
+    def _pack_scene(self, ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Outcome:
         """Windows of the pictures of a D-NeRF scene, on white."""
         masks = ctx.open_input("ingest")
         scene = dnerf.read_scene(stores.normalize(ctx.experiment.data.directory))
@@ -129,11 +125,11 @@ class Pack(Stage):
             schema.write_block(group, "mask", start, small)
             schema.write_block(group, "origin", start, origins)
             ctx.progress(stop - shard.start, shard.stop - shard.start, "")
-        return Result(shard.stop - shard.start)
+        return Outcome(shard.stop - shard.start)
 
-    def finish(self, ctx: Context, plan: Plan) -> Result:
+    def finish(self, ctx: Context, plan: Plan) -> Outcome:
         width, height = plan.values["size"]
-        return Result(figures={"window": [int(width), int(height)]})
+        return Outcome(figures={"window": [int(width), int(height)]})
 
 
 STAGE = Pack("pack")

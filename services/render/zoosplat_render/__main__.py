@@ -1,4 +1,4 @@
-from zoosplat.stage import run
+from zoosplat.stages.command import run
 from zoosplat_render.stage import STAGE
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoosplat import media, stores
 from zoosplat.errors import UserError
-from zoosplat.stage import Context, Plan, Result, Shard, Stage
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat_model.carving import project, rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gpu_memory import out_of_memory
@@ -44,20 +44,20 @@ class Render(Stage):
     """Stills, an orbit, a film and a PLY file of the model."""
 
     def prepare(self, ctx: Context) -> Plan:
-        reader = open_reader(ctx.project, ctx.experiment, torch.device("cpu"))
+        reader = open_reader(ctx.run, torch.device("cpu"))
         if ctx.experiment.render.camera >= reader.n_cameras:
             raise UserError(f"render.camera = {ctx.experiment.render.camera}: there are {reader.n_cameras} cameras")
         frame, sequence = _frames(ctx, reader)
         steps = 2 + ctx.experiment.render.orbit_frames + len(sequence)
         return Plan((0, steps), {"frame": frame, "sequence": sequence})
 
-    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
-        with torch.no_grad(), out_of_memory(ctx.project, ctx.experiment, self.name):
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
+        with torch.no_grad(), out_of_memory(ctx.run, self.name):
             return self._run(ctx, shard, plan)
 
-    def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+    def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         settings = ctx.experiment.render
-        predictor = Predictor.open(ctx.project, ctx.experiment, settings.device)
+        predictor = Predictor.open(ctx.run, settings.device)
         artist = _Artist(ctx, predictor, total=shard.stop)
         t, sequence = plan.values["frame"], plan.values["sequence"]
         frame = predictor.reader.frame(t)
@@ -92,15 +92,15 @@ class Render(Stage):
             about = {"kind": "paths", "t": [sequence[0], sequence[-1]]}
             outputs.append(("trajectories.png", media.encode_png(tracks), about))
         for name, data, _ in outputs:
-            stores.write_bytes(stores.join(ctx.project.output_url(self.name), name), data)
+            stores.write_bytes(stores.join(ctx.run.output_url(self.name), name), data)
         index = {
             "view": {"world_to_camera": _numpy(view[0]).tolist(), "intrinsics": _numpy(view[1]).tolist()},
             "width": artist.width,
             "height": artist.height,
             "files": [{"file": name, **about} for name, _, about in outputs],
         }
-        stores.write_json(stores.join(ctx.project.output_url(self.name), "index.json"), index)
-        return Result(len(sequence), figures={"frame": t, "gaussians": len(gaussians.means)})
+        stores.write_json(stores.join(ctx.run.output_url(self.name), "index.json"), index)
+        return Outcome(len(sequence), figures={"frame": t, "gaussians": len(gaussians.means)})
 
 
 class _Artist:

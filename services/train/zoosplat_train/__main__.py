@@ -1,6 +1,6 @@
 import sys
 
-from zoosplat.stage import run
+from zoosplat.stages.command import run
 from zoosplat_train import parallel
 from zoosplat_train.stage import STAGE, train
 

@@ -13,7 +13,7 @@ import torch
 
 from zoosplat import media, stores
 from zoosplat.errors import UserError
-from zoosplat.stage import Context, Plan, Result
+from zoosplat.stages.contract import Context, Outcome, Plan
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.scene import Scene, first_points
 from zoosplat_model.dynamic.schedule import Stage, is_shown
@@ -34,7 +34,7 @@ def prepare(reader: FrameReader, url: str) -> Plan:
     return Plan((0, reader.n_frames))
 
 
-def run(ctx: Context, reader: FrameReader, device: torch.device) -> Result:
+def run(ctx: Context, reader: FrameReader, device: torch.device) -> Outcome:
     """Train both stages, from the newest checkpoint on."""
     return _Training(ctx, reader, device).run()
 
@@ -42,7 +42,7 @@ def run(ctx: Context, reader: FrameReader, device: torch.device) -> Result:
 class _Training:
     def __init__(self, ctx: Context, reader: FrameReader, device: torch.device) -> None:
         self.ctx, self.reader, self.device = ctx, reader, device
-        self.config, self.url = ctx.experiment.dynamic, ctx.project.output_url("train")
+        self.config, self.url = ctx.experiment.dynamic, ctx.run.output_url("train")
         scene = Scene.of(reader, lambda done, total: ctx.progress(0, self._total(), f"reading frames {done}/{total}"))
         seed = ctx.experiment.train.seed
         torch.manual_seed(seed)
@@ -91,7 +91,7 @@ class _Training:
             numbers = [{key: float(value) for key, value in row.items()} for row in rows]
             self.history = [row for row in numbers if row["step"] <= self._step()]
 
-    def run(self) -> Result:
+    def run(self) -> Outcome:
         trainer = self.trainer
         files.write_settings(self.url, self.ctx.experiment)
         begun, begun_seconds = self._step(), self.seconds
@@ -119,7 +119,7 @@ class _Training:
             "seconds_per_step": round((self.seconds - begun_seconds) / max(done, 1), 5),
             **device_figures(self.device),
         }
-        return Result(len(trainer.scene.shown), figures=figures)
+        return Outcome(len(trainer.scene.shown), figures=figures)
 
     def _stage(self) -> None:
         trainer, stage = self.trainer, self.trainer.stage

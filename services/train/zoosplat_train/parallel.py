@@ -5,7 +5,6 @@ The stage starts its ranks itself, watches them, and ends them all when one fail
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import signal
@@ -27,13 +26,16 @@ from torch import Tensor
 from zoosplat import stores
 from zoosplat.config import Experiment
 from zoosplat.errors import Passing, UserError
-from zoosplat.project import Project
-from zoosplat.stage import Context, Result, Stage, failed, main, start_process
+from zoosplat.stages.command import arguments_of, failed, main
+from zoosplat.stages.contract import Context, Outcome, Stage
+from zoosplat.stages.runner import start_process
+from zoosplat.stages.runs import Project
 from zoosplat_model.predictor import pick_device
 
 T = TypeVar("T")
 GRACE_S = 3.0  # after a failure, for the others to say what they saw: the first to speak is not always the cause
-BEGIN = "zoosplat/begin"  # key of torchrun's store
+BEGIN = "zoosplat/begin"  # key of torchrun's store, whose value is the id of the run to train for, or OVER
+OVER = "over"
 KEPT = "the last checkpoint is kept, and the same command goes on from there"
 
 
@@ -121,11 +123,11 @@ def _joined(device: torch.device, **how: Any) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-Train = Callable[[Context, torch.device, Ranks], Result]
+Train = Callable[[Context, torch.device, Ranks], Outcome]
 
 
 # -- started by the stage -----------------------------------------------------------------------------------------
-def start(train: Train, ctx: Context, size: int) -> Result:
+def start(train: Train, ctx: Context, size: int) -> Outcome:
     """Train in `size` processes of this machine and wait for them.
 
     Returns:
@@ -141,7 +143,7 @@ def start(train: Train, ctx: Context, size: int) -> Result:
         try:
             for rank in range(size):
                 ours, theirs = spawn.Pipe(duplex=False)
-                arguments = (train, ctx.project.url, ctx.experiment, rank, size, f"{folder}/meeting", theirs)
+                arguments = (train, ctx.run.project.url, ctx.run.id, rank, size, f"{folder}/meeting", theirs)
                 process = spawn.Process(target=_run_rank, args=arguments, name=f"rank {rank}", daemon=True)
                 process.start()
                 theirs.close()  # so that it ends with the process
@@ -155,10 +157,10 @@ def start(train: Train, ctx: Context, size: int) -> Result:
                 process.join()
 
 
-def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess]) -> Result:
+def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess]) -> Outcome:
     size = len(processes)
     running = dict(zip(pipes, range(size), strict=True))
-    results: list[Result] = []
+    results: list[Outcome] = []
     said: list[BaseException] = []
     killed: list[BaseException] = []
     deadline: float | None = None
@@ -184,7 +186,7 @@ def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess])
                 continue
             if isinstance(news, tuple):
                 ctx.progress(*news)
-            elif isinstance(news, Result):
+            elif isinstance(news, Outcome):
                 results.append(news)
             else:
                 said.append(news)
@@ -194,7 +196,7 @@ def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess])
 
 
 def _run_rank(
-    train: Train, url: str, experiment: Experiment, rank: int, size: int, meeting: str, report: Connection
+    train: Train, url: str, run_id: str, rank: int, size: int, meeting: str, report: Connection
 ) -> None:
     start_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage, which gets it too, ends its ranks
@@ -202,7 +204,8 @@ def _run_rank(
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     try:
-        device = device_of(experiment, rank)
+        run = Project.at(url).run(run_id)
+        device = device_of(run.experiment, rank)
         store = dist.FileStore(meeting, size)  # type: ignore[attr-defined]
 
         def progress(done: int, total: int, message: str) -> None:
@@ -210,7 +213,7 @@ def _run_rank(
                 report.send((done, total, message))
 
         with _joined(device, store=store, rank=rank, world_size=size) as ranks:
-            result = train(Context(Project.at(url), experiment, progress), device, ranks)
+            result = train(Context(run, progress), device, ranks)
         if rank == 0:
             report.send(result)
     except Exception as error:
@@ -234,9 +237,9 @@ def _store() -> Any:
     return store
 
 
-def join(train: Train, ctx: Context) -> Result:
+def join(train: Train, ctx: Context) -> Outcome:
     """Train as the first rank of those that torchrun has started."""
-    _store().set(BEGIN, "train")
+    _store().set(BEGIN, ctx.run.id)
     return _train_under_torchrun(train, ctx)
 
 
@@ -251,7 +254,7 @@ def joined(experiment: Experiment) -> Iterator[tuple[torch.device, Ranks]]:
         yield device, ranks
 
 
-def _train_under_torchrun(train: Train, ctx: Context) -> Result:
+def _train_under_torchrun(train: Train, ctx: Context) -> Outcome:
     with joined(ctx.experiment) as (device, ranks):
         return train(ctx, device, ranks)
 
@@ -261,19 +264,18 @@ def run_under_torchrun(stage: Stage, train: Train) -> int:
     store = _store()
     if os.environ["RANK"] == "0":
         status = main(stage)
-        store.set(BEGIN, "over")
+        store.set(BEGIN, OVER)
         if status:
             os._exit(status)  # a group that has failed cannot be left
         return 0
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--project", required=True)
-    url = parser.parse_known_args()[0].project
+    args = arguments_of(stage.name).parse_args()
     store.wait([BEGIN], timedelta(days=365))
-    if store.get(BEGIN) == b"over":
+    begun = store.get(BEGIN).decode()
+    if begun == OVER:
         return 0
     try:
-        project = Project.at(url)
-        _train_under_torchrun(train, Context(project, project.read_experiment(), lambda done, total, message: None))
+        run = Project.at(args.project).run(begun)
+        _train_under_torchrun(train, Context(run, lambda done, total, message: None))
     except Exception as error:
-        return failed(stage, error, url)
+        return failed(stage.name, error, args.project)
     return 0

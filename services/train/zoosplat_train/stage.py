@@ -18,7 +18,7 @@ from zoosplat import stores
 from zoosplat.config import Train as Settings
 from zoosplat.errors import UserError
 from zoosplat.memory import VALID_FRAMES
-from zoosplat.stage import Context, Plan, Result, Shard, Stage
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
 from zoosplat_model.frames import Frame, FrameReader, Split
@@ -38,13 +38,13 @@ class Train(Stage):
 
     def prepare(self, ctx: Context) -> Plan:
         parallel.number(ctx.experiment)
-        reader = open_reader(ctx.project, ctx.experiment, torch.device("cpu"))
+        reader = open_reader(ctx.run, torch.device("cpu"))
         if ctx.experiment.train.method == "dynamic":
-            return dynamic.prepare(reader, ctx.project.url)
+            return dynamic.prepare(reader, ctx.run.project.url)
         if not _frames(reader, ctx.experiment.train)[0]:
             part = "" if ctx.experiment.train.fit_to == "all" else " of the first third"
             raise UserError(
-                f"{ctx.project.url}: no frame{part} has a visual hull, so there is nothing to train on; "
+                f"{ctx.run.project.url}: no frame{part} has a visual hull, so there is nothing to train on; "
                 "see the warnings of stage center_rotation, or keep more frames"
             )
         warnings: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Train(Stage):
             warnings = ("no validation frames: the best checkpoint is that of the lowest training loss",)
         return Plan((0, reader.n_frames), warnings=warnings)
 
-    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Result:
+    def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         if ctx.experiment.train.method == "dynamic":
             return train(ctx, pick_device(ctx.experiment.train.device), Ranks())
         if parallel.by_torchrun():
@@ -72,7 +72,7 @@ def _frames(reader: FrameReader, settings: Settings) -> tuple[list[int], list[in
     return sorted(every - set(valid)), valid
 
 
-def train(ctx: Context, device: torch.device, ranks: Ranks) -> Result:
+def train(ctx: Context, device: torch.device, ranks: Ranks) -> Outcome:
     """Train to the end: what each of the ranks does."""
     frames = ctx.experiment.train.batch_frames
     if ranks.size > frames:
@@ -82,8 +82,8 @@ def train(ctx: Context, device: torch.device, ranks: Ranks) -> Result:
     else:
         torch.backends.cudnn.benchmark = True
     _load_kernels(ctx, device, ranks)
-    reader = open_reader(ctx.project, ctx.experiment, device)
-    with out_of_memory(ctx.project, ctx.experiment, "train"):
+    reader = open_reader(ctx.run, device)
+    with out_of_memory(ctx.run, "train"):
         if ctx.experiment.train.method == "dynamic":
             return dynamic.run(ctx, reader, device)
         return _Training(ctx, reader, device, ranks).run()
@@ -152,7 +152,7 @@ class _Training:
         self.settings = self.ctx.experiment.train
         self.frames, self.valid_frames = _frames(self.reader, self.settings)
         self.trainer = ops.Trainer(self.reader, self.ctx.experiment, self.device, self.ranks)
-        found = checkpoints.load(self.ctx.project, "latest")
+        found = checkpoints.load(self.ctx.run.output_url("train"), "latest")
         if found is not None:
             self.progress = found.progress
             self.trainer.model.load_state_dict(found.model)
@@ -162,12 +162,12 @@ class _Training:
             start.begin(self.trainer.model, self.settings.start_from)
             self.trainer.averaged.load_state_dict(self.trainer.model.state_dict())
         if self.ranks.agreed(self.progress.step) != self.progress.step:
-            raise UserError(f"{self.ctx.project.url}: the checkpoint changed while it was read; let one run work on it")
+            raise UserError(f"{self.ctx.run.project.url}: the checkpoint changed while it was read; let one run work on it")
         self.ranks.copy(self.trainer.state())
         self.steps_per_epoch = -(-len(self.frames) // self.settings.batch_frames)
         self.sums = torch.zeros(len(ops.TRAIN_FIGURES), dtype=torch.float64, device=self.device)
         self.sums += torch.tensor([self.progress.sums.get(k, 0.0) for k in ops.TRAIN_FIGURES], device=self.device)
-        best = None if self.progress.best is None else checkpoints.load(self.ctx.project, "best")
+        best = None if self.progress.best is None else checkpoints.load(self.ctx.run.output_url("train"), "best")
         self.best, self.best_is_saved = None if best is None else best.average, True
         if self.device.type == "cuda":
             self._rehearse()
@@ -187,9 +187,9 @@ class _Training:
             self.done = max(self.done, self.ranks.agreed(by_time))
         return self.done >= 1
 
-    def run(self) -> Result:
+    def run(self) -> Outcome:
         p = self.progress
-        url = stores.join(self.ctx.project.output_url("train"), "tensorboard")
+        url = stores.join(self.ctx.run.output_url("train"), "tensorboard")
         board = plots.tensorboard(url, p.step) if self.ranks.first else nullcontext()
         # Frames are read ahead of the steps, from one epoch into the next.
         with board as self.board, closing(self.reader.prefetch(self._order())) as self.ahead:
@@ -212,7 +212,7 @@ class _Training:
             "processes": self.ranks.size,
             **device_figures(self.device),
         }
-        return Result(len(self.frames), figures=figures)
+        return Outcome(len(self.frames), figures=figures)
 
     def _steps(self, epoch: int, position: int) -> list[list[int]]:
         """Frames of each step of an epoch, from a position in it on."""
@@ -384,8 +384,8 @@ class _Training:
             average = trainer.averaged.state_dict()
             keep = self.settings.keep_last
             best = None if self.best_is_saved else self.best
-            checkpoints.save(self.ctx.project, trainer.model, trainer.optimizer, average, p, keep_last=keep, best=best)
-            url = self.ctx.project.output_url("train")
+            url = self.ctx.run.output_url("train")
+            checkpoints.save(url, trainer.model, trainer.optimizer, average, p, keep_last=keep, best=best)
             stores.write_bytes(stores.join(url, "history.csv"), plots.history_csv(p.history))
             if self.board is not None:
                 self.board.upload()
@@ -393,7 +393,7 @@ class _Training:
 
     def _plot(self) -> None:
         with self._counted("plot"):
-            url = self.ctx.project.output_url("train")
+            url = self.ctx.run.output_url("train")
             stores.write_bytes(stores.join(url, "loss.png"), plots.loss_curves(self.progress.history))
             t = (self.valid_frames or self.frames)[len(self.valid_frames or self.frames) // 2]
             truth, rendered = self.trainer.compare(self.reader.frame(t))

@@ -11,7 +11,7 @@ from torch import Tensor
 from zoosplat import stores
 from zoosplat.config import ANIMALS, RANDOM
 from zoosplat.errors import UserError
-from zoosplat.project import Project
+from zoosplat.stages.runs import trained_result
 from zoosplat_model import checkpoints
 from zoosplat_model.splatter import PoseSplatter
 from zoosplat_model.unet import UNetStack
@@ -29,8 +29,8 @@ def begin(model: PoseSplatter, start_from: str) -> None:
 
     Args:
         model: on any device; all its parameters but the cameras' colours are replaced.
-        start_from: `random` (nothing changes), `animals`, the URL of a project or of a .safetensors file that `write`
-            wrote.
+        start_from: `random` (nothing changes), `animals`, the URL of a project, of the folder of a training's result, or
+            of a .safetensors file that `write` wrote.
 
     Raises:
         UserError: there are no such weights, or they are those of a network of another architecture.
@@ -69,7 +69,8 @@ def _read(start_from: str) -> dict[str, Tensor]:
             raise UserError(f"{url}: no such file; check train.start_from") from None
         except safetensors.SafetensorError as error:
             raise UserError(f"{url}: not a file of weights ({error}); check train.start_from") from None
-    found = checkpoints.load(Project.at(url), "best")
+    result = trained_result(url)
+    found = None if result is None else checkpoints.load(result.data_url, "best")
     if found is None:
-        raise UserError(f"{url}: no project with a trained model; check train.start_from")
+        raise UserError(f"{url}: holds no finished training; check train.start_from")
     return found.average

@@ -187,6 +187,7 @@ def _finish(stage: Stage, ctx: Context, plan: Plan, result: Result) -> None:
         result.file(DONE),
         {
             **ctx.run.request(stage.name).to_json(),
+            "run": ctx.run.id,
             "versions": _versions(),
             "shards": plan.n_shards,
             "frames": sum(m["frames"] for m in marks if m) or outcome.frames,

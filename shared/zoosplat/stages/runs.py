@@ -169,6 +169,27 @@ class Run:
             attempt_of(result.id, base) or 0,
         )
 
+    def sibling(self, stage: str, ignoring: Collection[str]) -> Result | None:
+        """A finished result of a stage that differs from this run's in some keys of the configuration alone.
+
+        Args:
+            stage: its name.
+            ignoring: dotted keys that may differ.
+        """
+
+        def rest(request: Mark) -> Mark:
+            kept = {key: value for key, value in request["settings"].items() if key not in ignoring}
+            contents = {key: source["fingerprint"] for key, source in request["sources"].items()}
+            return {**{key: request[key] for key in ("version", "inputs")}, "settings": kept, "contents": contents}
+
+        wanted = rest(json.loads(json.dumps(self.request(stage).to_json())))
+        for name in stores.list_dirs(self.project.path(FOLDER, stage)):
+            result = Result.at(self.project.url, stage, name)
+            mark = result.mark()
+            if mark is not None and rest(mark) == wanted:
+                return result
+        return None
+
     def read_mark(self, stage: str) -> Mark | None:
         """Success mark of a stage's result; None before it is finished."""
         return self.results[stage].mark() if stage in self.results else None

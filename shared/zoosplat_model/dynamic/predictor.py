@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoosplat.config import Experiment
-from zoosplat.project import Project
+from zoosplat.stages.runs import Run
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet, colors_of
 from zoosplat_model.dynamic.hexplane import Deformed
@@ -67,16 +67,16 @@ class DynamicPredictor(Predictor):
 
     recordable = False  # they follow from its time
 
-    def __init__(self, reader: FrameReader, project: Project, experiment: Experiment, *, finished: bool = True) -> None:
+    def __init__(self, reader: FrameReader, run: Run, *, finished: bool = True) -> None:
         """Read the result, or the newest checkpoint of a training that is not finished.
 
         Raises UserError where it is missing, damaged or of another configuration.
         """
-        config, url = experiment.dynamic, project.output_url("train")
+        config, url = run.experiment.dynamic, run.output_url("train")
         self.reader, self._scale = reader, Scale.of(reader)
         stage: Stage = "fine" if config.fine_iterations > 0 else "coarse"
         iteration = config.fine_iterations or config.coarse_iterations
-        field = files.build_field(experiment)
+        field = files.build_field(run.experiment)
         if finished:
             values = files.read_result(url, stage, iteration, field)
             self._degree = config.sh_degree
