@@ -15,9 +15,11 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, wraps
 from pathlib import Path
+from stat import S_ISDIR
 from typing import IO, Any, ParamSpec, TypeVar, cast
 
 import zarr
@@ -32,7 +34,9 @@ ATTEMPTS = 3
 REQUEST_TIMEOUT_S = 60  # of a whole put or get of an array's block
 OUTAGE_S = 30  # a server that has answered before is waited for: it is restarted, or a node moves
 PAUSE_S = 1
-DELETED_AT_ONCE = 1000  # S3's limit
+KEYS_AT_ONCE = 1000  # S3's limit, of a listing and of a deletion
+HASHED_AT_ONCE = 4 << 20
+SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system, FAT's
 S3_ONLY = "ZOOSPLAT_S3_ONLY"
 
 
@@ -199,8 +203,69 @@ def size(url: str) -> int:
 
 
 @_naming_the_url
-def fingerprint(url: str) -> str:
-    """Identity of a file's content that is cheap for a video of any length: size, first and last 64 KiB."""
+def stat(url: str) -> tuple[int, str]:
+    """Size in bytes of a file, and a token that changes whenever the file is written.
+
+    Returns:
+        The size; on S3 the ETag, on a file system the times of the last change and the inode.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        IsADirectoryError: it is a folder.
+    """
+    if is_s3(url):
+        found = _s3().info(url)
+        if found["type"] == "directory":
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), url)
+        return int(found["size"]), str(found["ETag"]).strip('"')
+    size, *version = _version(os.stat(url), url)
+    return size, "-".join(str(part) for part in version)
+
+
+def _version(status: os.stat_result, url: str) -> list[int]:
+    """Size, times in ns and inode of a local file: what tells that it was written, though its mtime was set back."""
+    if S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), url)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+@_naming_the_url
+def content_fingerprint(url: str, cache: dict[str, Any] | None = None) -> str:
+    """Identity of a file's whole content: its MD5 in hexadecimal, which S3 has at hand as the ETag.
+
+    An object that was uploaded in several parts has another ETag, which stands for its content all the same.
+
+    Args:
+        url: a file.
+        cache: fingerprints of local files that were read before; what is read now is added. JSON values:
+            `{path: [size, mtime_ns, ctime_ns, inode, fingerprint]}`. None: read the file in any case.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        IsADirectoryError: it is a folder.
+        UserError: the file is being written, or cannot be read.
+    """
+    if is_s3(url):
+        return stat(url)[1]
+    with open(url, "rb") as file:
+        version = _version(os.fstat(file.fileno()), url)
+        known = (cache or {}).get(url)
+        if known is not None and list(known[:-1]) == version:
+            return str(known[-1])
+        digest = hashlib.md5(usedforsecurity=False)
+        while data := file.read(HASHED_AT_ONCE):
+            digest.update(data)
+        if _version(os.fstat(file.fileno()), url) != version:
+            raise UserError(f"{url}: is being written; run again when it is complete")
+    # Times come from a clock that ticks: a file that is written twice within a tick bears the same time.
+    if cache is not None and time.time_ns() - version[2] > SETTLED_NS:
+        cache[url] = [*version, digest.hexdigest()]
+    return digest.hexdigest()
+
+
+@_naming_the_url
+def legacy_fingerprint(url: str) -> str:
+    """What projects of the first layout know a file by: its size, first and last 64 KiB."""
     n = size(url)
     with open_read(url) as file:
         head = file.read(1 << 16)
@@ -209,14 +274,71 @@ def fingerprint(url: str) -> str:
     return hashlib.sha256(b"%d\n" % n + head + tail).hexdigest()
 
 
+fingerprint = legacy_fingerprint
+
+
+def _call_s3(method: str, **arguments: Any) -> Any:
+    """A request of the S3 API that s3fs has no function for, with its retries."""
+    from fsspec.asyn import sync
+
+    return sync(_s3().loop, _s3()._call_s3, method, **arguments)
+
+
+def _pages(url: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """The listing of what lies below a URL on S3, an answer at a time."""
+    bucket, _, prefix = url[5:].rstrip("/").partition("/")
+    arguments |= {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "MaxKeys": KEYS_AT_ONCE}
+    while True:
+        page = _call_s3("list_objects_v2", **arguments)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+
+@_naming_the_url
+def manifest(url: str) -> dict[str, int]:
+    """Size in bytes of every file below a URL, by its path relative to it, sorted; empty where there is nothing."""
+    found: dict[str, int] = {}
+    if is_s3(url):
+        for page in _pages(url):
+            prefix = page["Prefix"]
+            # Consoles make an empty object whose name ends in "/" for a folder.
+            objects = (each for each in page.get("Contents", []) if not each["Key"].endswith("/"))
+            found |= {each["Key"][len(prefix) :]: int(each["Size"]) for each in objects}
+    else:
+        for folder, _, names in os.walk(url, onerror=_unless_absent):
+            for name in names:
+                path = os.path.join(folder, name)
+                # A link that leads nowhere is no file, and a file may be removed meanwhile.
+                with suppress(FileNotFoundError):
+                    found[os.path.relpath(path, url).replace(os.sep, "/")] = os.stat(path).st_size
+    return dict(sorted(found.items()))
+
+
+def _unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
 def list_files(url: str) -> Iterator[str]:
     """Every file below a URL, as paths relative to it, sorted."""
+    yield from manifest(url)
+
+
+@_naming_the_url
+def list_dirs(url: str) -> list[str]:
+    """Names of the folders directly below a URL, sorted; none where there is nothing. One request on S3."""
     if is_s3(url):
-        prefix = url[5:].rstrip("/") + "/"
-        yield from sorted(name[len(prefix) :] for name in _s3().find(url) if name.startswith(prefix))
-    else:
-        root = Path(url)
-        yield from sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+        pages = _pages(url, Delimiter="/")
+        return sorted(
+            p["Prefix"].rstrip("/").rpartition("/")[2] for page in pages for p in page.get("CommonPrefixes", [])
+        )
+    try:
+        with os.scandir(url) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except FileNotFoundError:
+        return []
 
 
 @_naming_the_url
@@ -234,13 +356,11 @@ def delete(url: str) -> None:
 
 def _delete_objects(url: str) -> None:
     """Not s3fs's rm, which takes `*`, `?` and `[` of a URL for patterns and is silent about what it may not delete."""
-    from fsspec.asyn import sync
-
     bucket = url[5:].partition("/")[0]
     keys = [name[len(bucket) + 1 :] for name in _s3().find(url)]
-    for i in range(0, len(keys), DELETED_AT_ONCE):
-        objects = {"Objects": [{"Key": key} for key in keys[i : i + DELETED_AT_ONCE]], "Quiet": True}
-        answer = sync(_s3().loop, _s3()._call_s3, "delete_objects", Bucket=bucket, Delete=objects)
+    for i in range(0, len(keys), KEYS_AT_ONCE):
+        objects = {"Objects": [{"Key": key} for key in keys[i : i + KEYS_AT_ONCE]], "Quiet": True}
+        answer = _call_s3("delete_objects", Bucket=bucket, Delete=objects)
         for failed in answer.get("Errors", []):
             raise OSError(f"{failed['Key']} cannot be deleted: {failed['Code']}: {failed.get('Message', '')}")
 
