@@ -32,7 +32,7 @@ ATTEMPTS = 3
 REQUEST_TIMEOUT_S = 60  # of a whole put or get of an array's block
 OUTAGE_S = 30  # a server that has answered before is waited for: it is restarted, or a node moves
 PAUSE_S = 1
-DELETED_AT_ONCE = 1000  # S3's limit
+PAGE = 1000  # objects that S3 lists or deletes at once, at most
 S3_ONLY = "ZOOSPLAT_S3_ONLY"
 
 
@@ -220,6 +220,56 @@ def list_files(url: str) -> Iterator[str]:
 
 
 @_naming_the_url
+def list_names(url: str) -> list[str]:
+    """Names of the files and folders directly below a URL, sorted; none where there is no such folder."""
+    if not is_s3(url):
+        return sorted(os.listdir(url)) if os.path.isdir(url) else []
+    found, token = set[str](), {}
+    while True:
+        answer = _list_objects(url, Delimiter="/", **token)
+        keys = [entry["Prefix"] for entry in answer.get("CommonPrefixes", [])]
+        keys += [entry["Key"] for entry in answer.get("Contents", [])]
+        found |= {key.rstrip("/").rpartition("/")[2] for key in keys if key != answer["Prefix"]}
+        if not answer.get("IsTruncated"):
+            return sorted(found)
+        token = {"ContinuationToken": answer["NextContinuationToken"]}
+
+
+@_naming_the_url
+def first_file(url: str) -> str | None:
+    """A file below a URL, as a path relative to it; empty where the URL is a file itself, None where there is none.
+
+    Where there are many it takes no longer. A symbolic link to a folder counts as a file.
+    """
+    if is_s3(url):
+        keys = [str(entry["Key"]) for entry in _list_objects(url, MaxKeys=PAGE).get("Contents", [])]
+        # Consoles make folders by objects whose names end so.
+        keys = [key for key in keys if not key.endswith("/")]
+        if keys:
+            return keys[0][len(url[5:].partition("/")[2]) + 1 :]
+        return "" if exists(url) else None
+    if not os.path.isdir(url):
+        return "" if os.path.lexists(url) else None
+    for folder, folders, files in os.walk(url):
+        folders.sort()
+        files += [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        if files:
+            return os.path.relpath(os.path.join(folder, min(files)), url)
+    return None
+
+
+def _list_objects(url: str, **options: Any) -> dict[str, Any]:
+    """One page of the objects below a URL; `Prefix` is what their keys begin with."""
+    from fsspec.asyn import sync
+
+    bucket, _, prefix = url[5:].partition("/")
+    prefix = prefix and prefix + "/"
+    s3 = _s3()
+    answer = sync(s3.loop, s3._call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, **options)
+    return {**answer, "Prefix": prefix}
+
+
+@_naming_the_url
 def delete(url: str) -> None:
     """Remove a file or everything below a URL; nothing there is fine."""
     if is_s3(url):
@@ -238,8 +288,8 @@ def _delete_objects(url: str) -> None:
 
     bucket = url[5:].partition("/")[0]
     keys = [name[len(bucket) + 1 :] for name in _s3().find(url)]
-    for i in range(0, len(keys), DELETED_AT_ONCE):
-        objects = {"Objects": [{"Key": key} for key in keys[i : i + DELETED_AT_ONCE]], "Quiet": True}
+    for i in range(0, len(keys), PAGE):
+        objects = {"Objects": [{"Key": key} for key in keys[i : i + PAGE]], "Quiet": True}
         answer = sync(_s3().loop, _s3()._call_s3, "delete_objects", Bucket=bucket, Delete=objects)
         for failed in answer.get("Errors", []):
             raise OSError(f"{failed['Key']} cannot be deleted: {failed['Code']}: {failed.get('Message', '')}")
