@@ -13,7 +13,7 @@ from typing import Protocol
 
 from zoosplat.config import Experiment
 from zoosplat.errors import Passing, Unreachable, UserError
-from zoosplat.recording.prechecks import check_before_run, check_project_place
+from zoosplat.prechecks import check_before_run, check_project_place
 from zoosplat.stages import runs
 from zoosplat.stages.ownership import foreign_names
 from zoosplat.stages.registry import PIPELINE, STAGES, upstream
@@ -93,7 +93,9 @@ def begun(project: Project, experiment: Experiment, stages: list[str], force: li
         draft.require(earlier)
         result = draft.results[earlier[0]]
         raise UserError(f"{result.data_url} is not complete; run stage {earlier[0]} first, or leave --from out")
-    check_before_run(draft.experiment, todo)
+    masks = draft.results.get("ingest")
+    masks_url = masks.data_url if masks is not None and masks.is_done() else None
+    check_before_run(draft.experiment, todo, masks_url, lambda url: runs.trained_result(url) is not None)
     with runs.working(draft, stages) as run:
         yield run
 

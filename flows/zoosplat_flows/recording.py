@@ -8,12 +8,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zoosplat import dnerf, stores
+from zoosplat import stores
 from zoosplat.calibration import Format, Unit, read_cameras
 from zoosplat.cameras import Cameras
 from zoosplat.config import Experiment
-from zoosplat.errors import UserError
-from zoosplat.video import probe
+from zoosplat.errors import Problems, UserError
+from zoosplat.outside_files import check_outside_files
+from zoosplat.pipeline import STAGES
+from zoosplat.prechecks import check_kept_frames
+from zoosplat.recording.checks import check_recording, kept_frames
 
 
 def read(files: list[str], format: str = "auto", unit: str = "auto") -> Cameras:
@@ -51,49 +54,27 @@ def show_cameras(cameras: Cameras) -> None:
 
 def check(experiment: Experiment) -> None:
     """Print what each camera's files hold. Raises UserError with a line for each problem found."""
-    data = experiment.data
-    if experiment.ingest.source == "dnerf":
-        scene = dnerf.read_scene(stores.normalize(data.directory))
-        experiment.check(len(dnerf.SPLITS), scene.width, scene.height)
-        typer.echo(f"{len(scene.times)} times, pictures of {scene.width} x {scene.height} pixels")
+    problems, facts = Problems(), None
+    with problems.noted():
+        facts = check_recording(experiment)
+    with problems.noted():
+        check_outside_files(experiment, STAGES)
+    if facts is not None:
+        with problems.noted():
+            check_kept_frames(experiment, STAGES, kept_frames(experiment, facts.n_frames))
+    problems.report()
+    assert facts is not None
+    for warning in facts.warnings:
+        typer.echo(f"note: {warning}", err=True)
+    if facts.scene is not None:
+        typer.echo(f"{facts.n_frames} times, pictures of {facts.width} x {facts.height} pixels")
         typer.echo("the configuration fits the scene")
         return
-    names = data.camera_names
-    files = [data.calibration] if isinstance(data.calibration, str) else list(data.calibration)
-    cameras = read_cameras(
-        [data.url(f) for f in files],
-        format=data.calibration_format,
-        unit=data.calibration_unit,
-        names=names,
-        open_bytes=_read,
-    )
-    problems: list[str] = []
-    table = Table("camera", "video", "size", "frames", "frames per second", "held out")
-    sizes, lengths = set(), set()
-    for i, (video, mask) in enumerate(zip(data.videos, data.masks, strict=True)):
-        for file, kind in ((video, "video"), (mask, "mask")):
-            try:
-                info = probe(data.url(file), f"{file} ({kind} of camera {cameras.names[i] if i < len(cameras) else i})")
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            sizes.add((info.width, info.height))
-            lengths.add(info.n_frames)
-            held_out = "yes" if i in experiment.holdout_views else ""
-            name = cameras.names[i] if i < len(cameras) else str(i)
-            table.add_row(
-                name, file, f"{info.width} x {info.height}", str(info.n_frames), f"{float(info.fps):.2f}", held_out
-            )
+    table = Table("camera", "file", "size", "frames", "frames per second", "held out")
+    for i, name in enumerate(facts.cameras.names):
+        held_out = "yes" if i in experiment.holdout_views else ""
+        for file, info in ((experiment.data.videos[i], facts.videos[i]), (experiment.data.masks[i], facts.masks[i])):
+            frames = str(info.n_frames) if info.n_frames == info.n_declared else f"{info.n_frames} of {info.n_declared}"
+            table.add_row(name, file, f"{info.width} x {info.height}", frames, f"{info.fps:.2f}", held_out)
     Console().print(table)
-    if len(sizes) > 1:
-        problems.append(f"videos and masks differ in size: {sorted(sizes)}")
-    if len(lengths) > 1 and experiment.ingest.on_short == "error":
-        problems.append(f"videos and masks differ in length: {sorted(lengths)} frames; or set ingest.on_short=truncate")
-    if len(sizes) == 1:
-        try:
-            experiment.check(len(cameras), *sizes.pop())
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
     typer.echo("the configuration fits the recording")

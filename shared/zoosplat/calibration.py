@@ -106,15 +106,18 @@ def read_cameras(
     return cameras
 
 
-def read_up(spec: str | Sequence[float] | FloatArray, cameras: Cameras, open_bytes: OpenBytes) -> FloatArray:
+def read_up(spec: str | Sequence[float] | FloatArray, cameras: Cameras | None, open_bytes: OpenBytes) -> FloatArray:
     """Unit vector [3] float64 from floor to ceiling in the calibration frame.
 
     spec: "auto" (mean over the cameras of their negative y axis, -R^T e_y), three numbers, or the path of an npz whose
-    `up` is, as the classic tool writes it, the NEGATIVE of up. Raises UserError when it is no direction.
+    `up` is, as the classic tool writes it, the NEGATIVE of up. cameras: needed for "auto" alone.
+    Raises UserError when it is no direction.
     """
     where = f"up direction {spec}"
     value: object = spec
     if isinstance(spec, str) and spec == "auto":
+        if cameras is None:
+            raise ValueError("up direction auto is that of cameras")
         up = -cameras.rotation[:, 1].mean(axis=0)
         if np.linalg.norm(up) < 0.1:
             raise UserError("up direction auto: the cameras do not share an upright; give up as a vector or npz")

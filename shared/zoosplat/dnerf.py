@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ from zoosplat.errors import UserError
 SPLITS = ("train", "test")
 FILES = tuple(f"transforms_{split}.json" for split in SPLITS)
 SAME_TIME = 1e-6
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+HAS_ALPHA = 4  # a bit of a PNG's kind of colours
+HEADER_BYTES = 1 << 16
+NO_PICTURE = "no such picture, or not a PNG of 8 bits with transparency"
 F64 = npt.NDArray[np.float64]
 
 
@@ -125,6 +130,25 @@ def _pose(matrix: Any, where: str) -> F64:
     return pose
 
 
+def picture_size(url: str) -> tuple[int, int]:
+    """Width and height of a picture that `read_picture` reads, in pixels, by its header alone.
+
+    Raises:
+        UserError: it is not there, or not a PNG of 8 bits with transparency.
+    """
+    try:
+        with stores.open_read(url) as file:
+            head = file.read(HEADER_BYTES)
+    except (FileNotFoundError, IsADirectoryError):
+        head = b""
+    is_png = head.startswith(PNG_SIGNATURE) and head[12:16] == b"IHDR" and len(head) > 25
+    # Palettes and plain colours can have a chunk of transparency, which stands before the pixels.
+    if not is_png or head[24] > 8 or not (head[25] & HAS_ALPHA or b"tRNS" in head.partition(b"IDAT")[0]):
+        raise UserError(f"{url}: {NO_PICTURE}")
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
+
+
 def read_picture(url: str, downsample: int) -> npt.NDArray[np.float32]:
     """A picture [h, w, 4] averaged over `downsample` pixels squared: colours on white, and opacity; 0 to 1.
 
@@ -138,7 +162,7 @@ def read_picture(url: str, downsample: int) -> npt.NDArray[np.float32]:
     except (FileNotFoundError, cv2.error):
         found = None
     if found is None or found.ndim != 3 or found.shape[2] != 4 or found.dtype != np.uint8:
-        raise UserError(f"{url}: no such picture, or not a PNG of 8 bits with transparency")
+        raise UserError(f"{url}: {NO_PICTURE}")
     rgba = found[..., [2, 1, 0, 3]].astype(np.float32) / 255
     rgba[..., :3] = rgba[..., :3] * rgba[..., 3:] + (1 - rgba[..., 3:])
     h, w, d = rgba.shape[0] // downsample, rgba.shape[1] // downsample, downsample

@@ -274,9 +274,6 @@ def legacy_fingerprint(url: str) -> str:
     return hashlib.sha256(b"%d\n" % n + head + tail).hexdigest()
 
 
-fingerprint = legacy_fingerprint
-
-
 def _call_s3(method: str, **arguments: Any) -> Any:
     """A request of the S3 API that s3fs has no function for, with its retries."""
     from fsspec.asyn import sync
@@ -339,6 +336,42 @@ def list_dirs(url: str) -> list[str]:
             return sorted(entry.name for entry in entries if entry.is_dir())
     except FileNotFoundError:
         return []
+
+
+@_naming_the_url
+def list_names(url: str) -> list[str]:
+    """Names of the files and folders directly below a URL, sorted; none where there is no such folder."""
+    if not is_s3(url):
+        return sorted(os.listdir(url)) if os.path.isdir(url) else []
+    found = set[str]()
+    for page in _pages(url, Delimiter="/"):
+        keys = [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
+        keys += [entry["Key"] for entry in page.get("Contents", [])]
+        found |= {key.rstrip("/").rpartition("/")[2] for key in keys if key != page["Prefix"]}
+    return sorted(found)
+
+
+@_naming_the_url
+def first_file(url: str) -> str | None:
+    """A file below a URL, as a path relative to it; empty where the URL is a file itself, None where there is none.
+
+    Where there are many it takes no longer. A symbolic link to a folder counts as a file.
+    """
+    if is_s3(url):
+        keys = [str(entry["Key"]) for entry in next(_pages(url)).get("Contents", [])]
+        # Consoles make folders by objects whose names end so.
+        keys = [key for key in keys if not key.endswith("/")]
+        if keys:
+            return keys[0][len(url[5:].partition("/")[2]) + 1 :]
+        return "" if exists(url) else None
+    if not os.path.isdir(url):
+        return "" if os.path.lexists(url) else None
+    for folder, folders, files in os.walk(url):
+        folders.sort()
+        files += [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        if files:
+            return os.path.relpath(os.path.join(folder, min(files)), url)
+    return None
 
 
 @_naming_the_url

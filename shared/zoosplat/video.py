@@ -15,6 +15,7 @@ import av
 import cv2
 import numpy as np
 import numpy.typing as npt
+from av.container import InputContainer
 
 from zoosplat import stores
 from zoosplat.errors import UserError
@@ -27,6 +28,11 @@ _MATRIX = {601: (1.402, -0.344136, -0.714136, 1.772), 709: (1.5748, -0.187324, -
 # Playlists (HLS, concat, SDP) name further files, of this machine or another: nothing but the file itself is opened.
 ALONE = {"protocol_whitelist": "none"}
 _BT709 = 1  # AVCOL_SPC_BT709
+
+
+def _open(file: Any) -> InputContainer:
+    """A container for reading. Titles and comments, which cameras write in any encoding, are no reason to refuse it."""
+    return av.open(file, "r", options=ALONE, metadata_errors="replace")
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def probe(url: str, label: str) -> VideoInfo:
     """Read a video's header and index, decoding nothing.
 
     Raises:
-        UserError: missing, empty or unreadable file, no video stream, or no frames.
+        UserError: missing, empty or unreadable file, a folder, no video stream, or no frames.
     """
     try:
         n_bytes = stores.size(url)
@@ -66,7 +72,7 @@ def probe(url: str, label: str) -> VideoInfo:
     if n_bytes == 0:
         raise UserError(f"{label}: the file is empty: {url}; copy or export it again")
     try:
-        with stores.open_read(url) as file, av.open(file, "r", options=ALONE) as container:
+        with stores.open_read(url) as file, _open(file) as container:
             if not container.streams.video:
                 raise UserError(f"{label}: no video stream in {url}")
             stream = container.streams.video[0]
@@ -90,6 +96,10 @@ def probe(url: str, label: str) -> VideoInfo:
             even = timed and step and np.abs(ticks - ticks[0] - step * np.arange(len(ticks))).max() < 0.45 * step
             size = stream.width, stream.height
             rate = float(stream.average_rate or 0)
+    except IsADirectoryError:
+        raise UserError(
+            f"{label}: no such file, but a folder: {url}; check the names in data.videos and data.masks"
+        ) from None
     except av.FFmpegError as error:
         raise UserError(f"{label}: not a readable video ({error.strerror}): {url}; export it again") from None
     if not there:
@@ -138,7 +148,7 @@ def _numbered(info: VideoInfo, start: int) -> Iterator[tuple[int, av.VideoFrame]
     at, before = -1, None
     seeking = start > 0 and info.step is not None
     try:
-        with stores.open_read(info.url) as file, av.open(file, "r", options=ALONE) as container:
+        with stores.open_read(info.url) as file, _open(file) as container:
             stream = container.streams.video[0]
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1  # cameras are decoded in parallel instead

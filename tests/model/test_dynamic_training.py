@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat import stores
+from zoosplat import ply, stores
 from zoosplat.config import Dynamic, Experiment
 from zoosplat.errors import UserError
-from zoosplat_model import ply
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.gaussians import NAMES, GaussianSet
 from zoosplat_model.dynamic.hexplane import DeformationField, Deformed, HexPlane

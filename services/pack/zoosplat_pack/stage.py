@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,7 @@ import zarr
 
 from zoosplat import dnerf, schema, stores, video
 from zoosplat.cameras import Cameras
-from zoosplat.errors import UserError
+from zoosplat.recording.checks import check_videos
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
 from zoosplat_pack import ops
 
@@ -22,23 +23,13 @@ class Pack(Stage):
     """Read the RGB videos into windows round the animal."""
 
     def prepare(self, ctx: Context) -> Plan:
-        masks, data = ctx.open_input("ingest"), ctx.experiment.data
-        if ctx.experiment.ingest.source == "dnerf":
-            return self._create(ctx, masks, [])
-        infos = [video.probe(data.url(n), f"{n} (video of camera {c})") for c, n in enumerate(data.videos)]
-        full = int(masks.attrs["full_width"]), int(masks.attrs["full_height"])
-        d, last = int(masks.attrs["image_downsample"]), int(schema.read(masks, "frame")[-1])
-        for info in infos:
-            if (info.width, info.height) != (full[0] * d, full[1] * d):
-                raise UserError(
-                    f"{info.label}: {info.width} x {info.height} pixels, but the masks were made from {full[0] * d} x "
-                    f"{full[1] * d}; videos and masks must have one size"
-                )
-            if info.n_frames <= last:
-                raise UserError(f"{info.label}: {info.n_frames} frames, but the masks need {last + 1}; export it again")
-        return self._create(ctx, masks, infos)
+        masks = ctx.open_input("ingest")
+        width, height, d = (int(masks.attrs[key]) for key in ("full_width", "full_height", "image_downsample"))
+        footage = check_videos(ctx.experiment)
+        footage.check_against_masks(width * d, height * d, int(schema.read(masks, "frame")[-1]))
+        return self._create(ctx, masks, footage.videos)
 
-    def _create(self, ctx: Context, masks: zarr.Group, infos: list[video.VideoInfo]) -> Plan:
+    def _create(self, ctx: Context, masks: zarr.Group, infos: Sequence[video.VideoInfo]) -> Plan:
         """Create the empty group and plan the shards."""
         full: Any = masks.attrs["full_width"], masks.attrs["full_height"]
         n_frames, n_cameras = schema.array(masks, "mask").shape[:2]

@@ -8,8 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat import media
-from zoosplat_model import ply
+from zoosplat import media, ply
 
 Values = npt.NDArray[np.float64]
 

@@ -355,8 +355,7 @@ class _Contents:
             state = str(stores.stat(url))
             if known is None or known["state"] != state:
                 self._hashing(url)
-                known = {"state": state, "fingerprint": stores.content_fingerprint(url)}
-                self._known[url] = known
+                known = self._known[url] = {"state": state, "fingerprint": stores.content_fingerprint(url)}
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None if known is None else Source(url, known["fingerprint"])
         return Source(url, known["fingerprint"], state)

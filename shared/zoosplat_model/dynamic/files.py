@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoosplat import stores
+from zoosplat import ply, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat_model import ply
 from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet
 from zoosplat_model.dynamic.hexplane import DeformationField, HexPlane
 from zoosplat_model.dynamic.schedule import Stage

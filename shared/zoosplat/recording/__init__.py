@@ -1,0 +1,1 @@
+"""What was recorded: whether its files fit each other and the configuration."""

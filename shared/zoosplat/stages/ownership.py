@@ -1,0 +1,41 @@
+"""Whose files lie in a project's folder: what another program wrote there is never taken for a result."""
+
+from __future__ import annotations
+
+from zoosplat import stores
+
+# Names below a project that are zoosplat's: those of the results of today's layout, and of the one before.
+RESERVED = (
+    *("results", "runs", "latest", "latest.json"),
+    *("masks.zarr", "tracking.zarr", "crop.zarr", "images.zarr", "model", "evaluation", "renders"),
+    *("features.zarr", "embedding.zarr", "embedding.csv", "report"),
+)
+
+
+def foreign_names(project_url: str) -> list[str]:
+    """What another program has under names that zoosplat would use, in a folder that is no project yet.
+
+    Args:
+        project_url: a folder, which may be a symbolic link, or an s3:// prefix; it need not exist.
+
+    Returns:
+        For each such name one file: the name itself, or the first file inside, such as `model/weights.pt`. Empty
+        folders hold nothing that could be lost. Nothing where the folder is a project, or holds no such names.
+    """
+    project = stores.normalize(project_url)
+    names = stores.list_names(project)
+    taken = [name for name in RESERVED if name in names]
+    if not taken or _is_project(project, names):
+        return []
+    files = [stores.first_file(stores.join(project, name)) for name in taken]
+    return [f"{name}/{file}".rstrip("/") for name, file in zip(taken, files, strict=True) if file is not None]
+
+
+def _is_project(project: str, names: list[str]) -> bool:
+    """Whether zoosplat has begun a run here, with this version or one that kept its marks in `_marks`."""
+    if "experiment.yaml" in names and "_marks" in names:
+        return True
+    runs = stores.join(project, "runs")
+    return "runs" in names and any(
+        {"run.json", "config.yaml"} <= set(stores.list_names(stores.join(runs, run))) for run in stores.list_names(runs)
+    )
