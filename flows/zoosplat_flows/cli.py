@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -24,6 +23,10 @@ ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML, or a JS
 Profile = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="What a GPU allows: cpu, 12gb, 24gb, 48gb or 80gb; --set overrides its keys."),
+]
+RunId = Annotated[
+    str | None,
+    typer.Option("--run", metavar="ID", help="A run, or the beginning of its id. [dim]default: the latest[/]"),
 ]
 Workers = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Processes a stage. [dim]default: a core each[/]")
@@ -166,23 +169,23 @@ def demo(
 
 
 @app.command(rich_help_panel="Look")
-def status(project: ProjectUrl) -> None:
-    """Which stages of a project are done, partial, stale (their configuration has changed) or missing."""
-    from zoosplat.project import Project
+def status(project: ProjectUrl, run_id: RunId = None) -> None:
+    """Which stages of a run are done, partial or missing."""
+    from zoosplat.stages.runs import Project
     from zoosplat_flows import status as module
 
     with storage_errors(project):
-        module.show(Project.at(project))
+        module.show(Project.at(project).run(run_id))
 
 
 @app.command(rich_help_panel="Look")
-def report(project: ProjectUrl) -> None:
+def report(project: ProjectUrl, run_id: RunId = None) -> None:
     """Build the report page of what is done: one self-contained HTML file."""
-    from zoosplat.project import Project
+    from zoosplat.stages.runs import Project
     from zoosplat_flows.report import build_report
 
     with storage_errors(project):
-        typer.echo(build_report(Project.at(project)))
+        typer.echo(build_report(Project.at(project).run(run_id)))
 
 
 @app.command(rich_help_panel="Run")
@@ -201,7 +204,7 @@ def embed(
     zoosplat embed s3://lab/mouse1 s3://lab/mouse2 --output s3://lab/mice
     """
     from zoosplat import stores
-    from zoosplat.project import Project
+    from zoosplat.stages.runs import Project
 
     try:
         from zoosplat_embedding.stage import CSV, embed_together
@@ -209,7 +212,7 @@ def embed(
         raise UserError(f"{error.name} is missing; pip install 'zoosplat[embedding]'") from None
     with storage_errors(output):
         where = stores.normalize(output)
-        for warning in embed_together([Project.at(url) for url in projects], where):
+        for warning in embed_together([Project.at(url).run() for url in projects], where):
             typer.echo(f"note: {warning}", err=True)
     typer.echo(stores.join(where, CSV))
 
@@ -222,6 +225,7 @@ def view(
         str, typer.Option(metavar="ADDRESS", help="0.0.0.0: also for other machines. There is no password.")
     ] = "localhost",
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:0.")] = "auto",
+    run_id: RunId = None,
 ) -> None:
     """Look at a project in the browser, while it runs or when it is done. Ctrl-C ends it.
 
@@ -233,7 +237,7 @@ def view(
             from zoosplat_flows.viewer import app as module
         except ModuleNotFoundError as error:
             raise UserError(f'view: {error.name} is not installed; pip install "zoosplat[view]"') from None
-        module.serve(project, host, port, device)
+        module.serve(project, host, port, device, run_id)
 
 
 @app.command(rich_help_panel="Look")
@@ -268,7 +272,7 @@ def plan(
     profile: Profile = None,
 ) -> None:
     """Predict the GPU memory of a training, and the smallest profile that has it or the key to change."""
-    from zoosplat.project import Project
+    from zoosplat.stages.runs import Project
     from zoosplat_flows import plan as module
 
     experiment = _load(config, overrides, profile).experiment
@@ -373,9 +377,3 @@ def cluster_status(
 app.add_typer(config_app, name="config", rich_help_panel="Prepare")
 app.add_typer(cameras_app, name="cameras", rich_help_panel="Prepare")
 app.add_typer(cluster_app, name="cluster", rich_help_panel="Look")
-
-
-def main() -> None:
-    """Entry point of the `zoosplat` command."""
-    app()
-    sys.exit(0)

@@ -1,4 +1,4 @@
-"""Runs the stages of a run in the order of the pipeline, where a runner puts them, each as soon as what it reads is done.
+"""Runs the stages of a run where a runner puts them, each as soon as what it reads is done.
 
 `zoosplat run` uses it as it is; the Prefect flow gives every stage a task of its own and uses the parts.
 """
@@ -103,14 +103,14 @@ def begun(project: Project, experiment: Experiment, stages: list[str], force: li
 def _check_folder(project: Project) -> None:
     if runs.is_legacy(project):
         raise UserError(
-            f"{project.url}: has the layout of an earlier version; `zoosplat upgrade {project.url}` adopts its results, and "
-            "moves nothing"
+            f"{project.url}: has the layout of an earlier version; `zoosplat upgrade {project.url}` adopts its "
+            "results, and moves nothing"
         )
     foreign = foreign_names(project.url)
     if foreign:
         raise UserError(
-            f"{project.url}: holds files that are not of a zoosplat project ({', '.join(foreign)}); choose an empty folder, "
-            "or move them"
+            f"{project.url}: holds files that are not of a zoosplat project ({', '.join(foreign)}); choose an empty "
+            "folder, or move them"
         )
 
 
@@ -151,7 +151,9 @@ def attempt(stage: str, run: Run, runner: Runner, workers: int | None, tell: Lis
     return state
 
 
-def execute(run: Run, stages: list[str], runner: Runner, workers: int | None, recorder: Recorder, tell: Listener) -> dict[str, str]:
+def execute(
+    run: Run, stages: list[str], runner: Runner, workers: int | None, recorder: Recorder, tell: Listener
+) -> dict[str, str]:
     """Run stages of a run, each in a thread, and wait for all.
 
     Args:
@@ -268,4 +270,3 @@ def warnings_of(run: Run) -> list[str]:
         for warning in (run.read_mark(stage) or {}).get("warnings", ()):
             found.append(f"{stage}: {warning}")
     return found
-

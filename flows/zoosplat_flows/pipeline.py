@@ -1,4 +1,4 @@
-"""The pipeline as a Prefect flow: chains the stages of `zoosplat.pipeline`, nothing else."""
+"""The pipeline as a Prefect flow: a task a stage, for deployments and wherever a Prefect server is named."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import httpx
 from prefect import flow, runtime, task
@@ -23,95 +22,49 @@ from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from zoosplat import stores
-from zoosplat.config import load_config
-from zoosplat.errors import Unreachable, UserError
-from zoosplat.pipeline import PIPELINE, STAGES, StageSpec
-from zoosplat.project import Project
+from zoosplat.config import Experiment, load_config
+from zoosplat.errors import UserError
+from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat.stages.runs import Project, Run
+from zoosplat_flows.execution import (
+    RETRIES,
+    RETRY_DELAY_S,
+    Failed,
+    Interrupted,
+    Runner,
+    attempt,
+    begun,
+    make_report,
+    select,
+    worth_retrying,
+)
+from zoosplat_flows.recorder import Event, Listener, Recorder, recording
 from zoosplat_flows.runners.containers import Containers
 from zoosplat_flows.runners.kubernetes import (
     Api,
-    Exhausted,
     Jobs,
     choose_profile,
     end_jobs,
     with_profile,
 )
-from zoosplat_flows.runners.local import Interrupted, Processes, Progress
+from zoosplat_flows.runners.local import Processes
 from zoosplat_flows.runners.settings import Settings
 
-RETRIES = 2
-RETRY_DELAY_S = 5.0
 ARTIFACT_EVERY_S = 5.0
 PLACEMENT = "placement"  # key of the table of pods, in Prefect's interface
-
-
-@dataclass(frozen=True)
-class Event:
-    """What happens to a stage: `state` is started, running, done, skipped, reused, retrying or failed."""
-
-    stage: str
-    state: str
-    done: int = 0
-    total: int = 0
-    message: str = ""
-
-
-class Runner(Protocol):
-    """Where stages run: see `zoosplat_flows.runners`. Leaving its `with` block ends what still runs."""
-
-    def run(
-        self, stage: str, project_url: str, *, workers: int | None = None, force: bool = False, progress: Progress
-    ) -> str: ...
-
-
 RunnerName = Literal["local", "containers", "kubernetes"]
 
-_listener: ContextVar[Callable[[Event], None] | None] = ContextVar("listener", default=None)
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def listening(listener: Callable[[Event], None]) -> Iterator[None]:
+def listening(listener: Listener) -> Iterator[None]:
     """Hand the events of pipelines that run in this block, in this process, to `listener` (from their threads)."""
     token = _listener.set(listener)
     try:
         yield
     finally:
         _listener.reset(token)
-
-
-def _tell(event: Event) -> None:
-    listener = _listener.get()
-    if listener is not None:
-        listener(event)
-
-
-def select(from_stage: str | None = None, until_stage: str | None = None) -> list[StageSpec]:
-    """The stages from one to another, both included, in the order of the pipeline.
-
-    Raises:
-        UserError: no such stage, or the wrong way round.
-    """
-    names = [spec.name for spec in PIPELINE]
-    for name in (from_stage, until_stage):
-        if name is not None and name not in names:
-            raise UserError(f"there is no stage {name}; the stages are {', '.join(names)}")
-    first = names.index(from_stage) if from_stage else 0
-    last = names.index(until_stage) if until_stage else len(names) - 1
-    if last < first:
-        raise UserError(f"stage {until_stage} comes before {from_stage}; the stages are {', '.join(names)}")
-    return list(PIPELINE[first : last + 1])
-
-
-def with_followers(names: list[str]) -> set[str]:
-    """Stages and all that are made from them: a result computed again has the digest of the old one, so that those
-    which read it would otherwise count as done. Raises UserError for an unknown name."""
-    for name in names:
-        select(name)
-    chosen = set(names)
-    for spec in PIPELINE:
-        if chosen & set(spec.reads):
-            chosen.add(spec.name)
-    return chosen
 
 
 class _Artifact:
@@ -150,53 +103,64 @@ class _Artifact:
                 update_progress_artifact(self.id, percent)
 
 
-def _worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
-    """Whether another try may help: not when the input is wrong or the pipeline ends."""
+class _Work:
+    """What the tasks of a flow have in common. Not a dataclass: Prefect walks through those of a task's parameters."""
+
+    def __init__(self, run: Run, runner: Runner, workers: int | None, recorder: Recorder) -> None:
+        self.run, self.runner, self.workers, self.recorder = run, runner, workers, recorder
+        self._listener = _listener.get()
+
+    def tell(self, event: Event) -> None:
+        """Record an event, and hand it to who listens."""
+        self.recorder(event)
+        if self._listener is not None:
+            self._listener(event)
+
+
+def _may_pass(_task: Any, _run: Any, state: Any) -> bool:
+    """Whether another try may help."""
     try:
         state.result()
-    except Unreachable:
-        return True
-    except (UserError, Interrupted, Exhausted):
-        return False
-    except Exception:
-        return True
+    except Exception as error:
+        return worth_retrying(error)
     return False
 
 
 @task(
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=_worth_retrying,
+    retry_condition_fn=_may_pass,
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def run_stage(stage: str, project: str, workers: int | None, force: bool, runner: Runner) -> State[str]:
-    """One stage. Its result is `done`, `skipped` or `reused`, the last two in the state Cached.
+def run_stage(stage: str, work: _Work) -> State[str]:
+    """One stage. Its result is what `execution.attempt` returns; all but `done` in the state Cached.
 
-    Raises as the `run` of the runner.
+    Raises as `execution.attempt`.
     """
-    attempt = int(task_run.run_count or 1)
-    # What a failed try of a forced stage has finished is kept: that try has removed the old mark before anything else.
-    force = force and (attempt == 1 or Project.at(project).read_mark(stage) is not None)
+    tries = int(task_run.run_count or 1)
     artifact = _Artifact(stage)
-    _tell(Event(stage, "started"))
     artifact(0.0)
 
-    def progress(done: int, total: int, message: str) -> None:
-        _tell(Event(stage, "running", done, total, message))
-        artifact(100.0 * done / total if total else 0.0)
+    def heard(event: Event) -> None:
+        work.tell(event)
+        if event.state == "running" and event.total:
+            artifact(100.0 * event.done / event.total)
+
+    def log(line: str, source: str = "") -> None:
+        work.recorder.log(stage, line, source)
 
     try:
-        state = runner.run(stage, project, workers=workers, force=force, progress=progress)
+        state = attempt(stage, work.run, work.runner, work.workers, heard, log)
     except Interrupted:
+        work.tell(Event(stage, "stopped"))
         raise
     except Exception as error:
-        wrong = isinstance(error, UserError | Exhausted) and not isinstance(error, Unreachable)
-        final = wrong or attempt > RETRIES
-        _tell(Event(stage, "failed" if final else "retrying", message=str(error)))
+        again = worth_retrying(error) and tries <= RETRIES
+        work.tell(Event(stage, "retrying" if again else "failed", message=str(error)))
         raise
     artifact(100.0)
-    _tell(Event(stage, state))
+    work.tell(Event(stage, state))
     # So that Prefect's interface shows what was computed and what was not.
     return Completed(name="Completed" if state == "done" else "Cached", data=state)
 
@@ -206,20 +170,13 @@ def run_stage(stage: str, project: str, workers: int | None, force: bool, runner
     task_run_name="report",
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=_worth_retrying,
+    retry_condition_fn=_may_pass,
+    cache_policy=NO_CACHE,
+    persist_result=False,
 )
-def report(project: str) -> str:
+def report(work: _Work) -> str:
     """The report page of what is done. Returns its URL."""
-    from zoosplat_flows.report import build_report
-
-    _tell(Event("report", "started"))
-    try:
-        url = build_report(Project.at(project))
-    except Exception as error:
-        _tell(Event("report", "failed", message=str(error)))
-        raise
-    _tell(Event("report", "done"))
-    return url
+    return make_report(work.run, work.recorder, work.tell)
 
 
 # -- where it runs ------------------------------------------------------------------------------------------------
@@ -233,36 +190,25 @@ def place(project: str | None, config: str | None) -> str:
     return Project.at(load_config(config).project or re.sub(r"\.(yaml|yml|json)$", "", config)).url
 
 
-@contextmanager
-def open_runner(
-    name: RunnerName, profile: str | None, project: Project, config: str | None, stages: list[StageSpec]
-) -> Iterator[Runner]:
-    """Write the experiment, with its profile, into the project, and give a runner for it.
-
-    Raises:
-        UserError: bad configuration or settings, no cluster, or a profile that no node offers.
-    """
-    experiment = load_config(config).experiment if config else None
-    if name != "kubernetes":
-        if profile is not None:
-            raise UserError(f"profile {profile}: profiles are kinds of nodes; use it with the runner kubernetes")
-        if experiment is not None:
-            project.write_experiment(experiment)
-        with Containers() if name == "containers" else Processes() as processes:
-            yield processes
-        return
+def _profile_for(
+    profile: str | None, project: Project, stages: list[str], experiment: Experiment
+) -> tuple[Settings, Api, str | None, Experiment]:
+    """Settings and cluster, the profile of the GPU stages, and the experiment as that changes it."""
     if not stores.is_s3(project.url):
         raise UserError(f"{project.url}: the pods of a cluster share no folder; use a project at s3://bucket/prefix")
     settings = Settings.read()
     api = Api(settings.namespace)
-    experiment = experiment or project.read_experiment()
     chosen: str | None = None
-    if profile not in (None, "auto") or any(spec.gpu for spec in stages):
+    if profile not in (None, "auto") or any(STAGES[stage].gpu for stage in stages):
         chosen = choose_profile(settings, api.nodes(), profile, experiment)
     if chosen is not None and profile == chosen:
         experiment = with_profile(settings, chosen, experiment)
-    project.write_experiment(experiment)
-    with Jobs(settings, chosen, api, str(runtime.flow_run.get_id())) as jobs:
+    return settings, api, chosen, experiment
+
+
+@contextmanager
+def _in_cluster(settings: Settings, api: Api, profile: str | None) -> Iterator[Jobs]:
+    with Jobs(settings, profile, api, str(runtime.flow_run.get_id())) as jobs:
         try:
             yield jobs
         finally:
@@ -294,6 +240,7 @@ def pipeline(
     config: str | None = None,
     runner: RunnerName = "local",
     profile: str | None = None,
+    run: str | None = None,
 ) -> dict[str, str]:
     """Run the stages of a project and build its report; stages that are done are skipped.
 
@@ -303,39 +250,71 @@ def pipeline(
         project: folder or s3:// URL; None: see `place`.
         from_stage: first stage to run; what comes before must be done.
         until_stage: last stage to run.
-        force: stages to compute again, with all that is made from them.
+        force: stages to make again; what is made from them follows.
         workers: processes a stage; None: a core each. On Kubernetes shards at a time; None: as the settings say.
-        config: URL of a configuration, which becomes the project's experiment.yaml; None: that which is there.
+        config: URL of a configuration; None: that of the project's latest run.
         runner: local (processes of this machine), containers (of this machine) or kubernetes (Jobs): see
             `zoosplat_flows.runners`.
-        profile: kind of GPU node, whose settings also change the experiment; None or auto: the smallest that fits the
-            experiment as it is.
+        profile: kind of GPU node, whose settings also change the configuration; None or auto: the smallest that fits
+            the configuration as it is.
+        run: id of a run that the caller has begun; None begins one.
 
     Returns:
-        What became of each stage (`done`, `skipped` or `reused`), and the URL of the report under `report`.
+        What became of each stage (`done`, `skipped`, `reused` or `shared`), and the URL of the report under `report`.
 
     Raises:
         UserError: bad input or configuration, found by this or by a stage.
-        RuntimeError: a stage failed three times.
+        Failed: stages failed three times.
     """
-    chosen = select(from_stage, until_stage)
-    forced = with_followers(force or [])
-    url = place(project, config)
+    stages = select(from_stage, until_stage)
+    where = Project.at(place(project, config))
+    if run is not None:
+        with Processes() as processes:
+            return _run_stages(where.run(run), stages, processes, workers)
+    experiment = load_config(config).experiment if config else where.run().experiment
+    if runner == "kubernetes":
+        *cluster, experiment = _profile_for(profile, where, stages, experiment)
+        placed: Any = _in_cluster(*cluster)
+    elif profile is not None:
+        raise UserError(f"profile {profile}: profiles are kinds of nodes; use it with the runner kubernetes")
+    else:
+        placed = Containers() if runner == "containers" else Processes()
+    with placed as chosen, begun(where, experiment, stages, force or []) as begun_run:
+        return _run_stages(begun_run, stages, chosen, workers)
+
+
+def _run_stages(run: Run, stages: list[str], runner: Runner, workers: int | None) -> dict[str, str]:
     futures: dict[str, PrefectFuture[Any]] = {}
-    with open_runner(runner, profile, Project.at(url), config, chosen) as where:
-        for spec in chosen:
-            futures[spec.name] = run_stage.with_options(name=spec.name, task_run_name=spec.name).submit(
-                spec.name,
-                url,
-                workers,
-                spec.name in forced,
-                where,
+    with recording(run, stages) as recorder:
+        work = _Work(run, runner, workers, recorder)
+        for stage in stages:
+            futures[stage] = run_stage.with_options(name=stage, task_run_name=stage).submit(
+                stage,
+                work,
                 return_state=False,
-                wait_for=[futures[name] for name in STAGES[spec.name].reads if name in futures],
+                wait_for=[futures[name] for name in STAGES[stage].reads if name in futures],
             )
         for future in futures.values():
             future.wait()
-        # In the order of the pipeline the first failure is a cause; those after it may be its consequences.
-        results = {name: future.result() for name, future in futures.items()}
-    results["report"] = report(url)
+        _raise_failures(futures, work)
+        results = {stage: future.result() for stage, future in futures.items()}
+        results["report"] = report(work)
     return results
+
+
+def _raise_failures(futures: dict[str, PrefectFuture[Any]], work: _Work) -> None:
+    """Raise what the stages that failed said, all of them; those that were not begun for it say nothing."""
+    errors = []
+    for stage, future in futures.items():
+        if future.state.is_pending():
+            work.tell(Event(stage, "blocked"))
+        elif not future.state.is_completed():
+            try:
+                future.result()
+            except Exception as error:
+                errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        kind = UserError if all(isinstance(error, UserError) for error in errors) else Failed
+        raise kind("\n".join(str(error) for error in errors))

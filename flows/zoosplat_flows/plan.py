@@ -12,7 +12,7 @@ from zoosplat import memory
 from zoosplat.config import Experiment
 from zoosplat.config_text import parse_yaml
 from zoosplat.errors import UserError
-from zoosplat.project import Project
+from zoosplat.stages.runs import Project, Run, resolve
 
 FOLDER = resources.files("zoosplat_flows") / "profiles"
 
@@ -26,9 +26,15 @@ def profile_overrides(name: str) -> list[str]:
     return [f"{key}={value}" for key, value in parse_yaml(text).items()]
 
 
+def _measured(experiment: Experiment, project: Project) -> Run:
+    """The run that the configuration would be in a project: what is done of it is found by its id."""
+    draft = resolve(project, experiment)
+    return Run(project, "planned", experiment, draft.results)
+
+
 def show(experiment: Experiment, project: Project | None) -> None:
     """Print the prediction. Raises UserError where a project is given whose stages crop and pack are not done."""
-    sizes = memory.sizes_of(experiment) if project is None else memory.measured_sizes(project, experiment)
+    sizes = memory.sizes_of(experiment) if project is None else memory.measured_sizes(_measured(experiment, project))
     parts = memory.training(experiment, sizes)
     peak = sum(parts.values())
     table = Table("GPU memory", "GiB", caption_justify="left")

@@ -1,4 +1,4 @@
-"""What a run leaves of itself: state and times in run.json, what happened in events.jsonl, what stages printed in logs/."""
+"""What a run leaves of itself: state and times in run.json, events in events.jsonl, what stages printed in logs/."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class _Text:
                 self._kept = stores.read_bytes(url).decode(errors="replace")
         else:
             Path(url).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(url, "a", errors="replace")
+            self._file = open(url, "a", errors="replace")  # noqa: SIM115 (closed by `close`)
 
     def add(self, line: str) -> None:
         with self._lock:

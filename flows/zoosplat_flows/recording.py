@@ -7,6 +7,7 @@ from typing import Any, cast, get_args
 import typer
 from rich.console import Console
 from rich.table import Table
+from zoosplat.pipeline import STAGES
 
 from zoosplat import stores
 from zoosplat.calibration import Format, Unit, read_cameras
@@ -14,7 +15,6 @@ from zoosplat.cameras import Cameras
 from zoosplat.config import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.outside_files import check_outside_files
-from zoosplat.pipeline import STAGES
 from zoosplat.prechecks import check_kept_frames
 from zoosplat.recording.checks import check_recording, kept_frames
 

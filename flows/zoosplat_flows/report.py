@@ -1,4 +1,4 @@
-"""The report of a project: one self-contained page, with what is done so far."""
+"""The report of a run: one self-contained page, with what is done so far."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from zoosplat import media, schema, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.project import Project
+from zoosplat.stages.runs import Run
 from zoosplat_flows import plots
 from zoosplat_flows.status import StageState, duration, memory, peak_memory, seconds, states
 
@@ -34,17 +34,17 @@ TYPES = {".png": "image/png", ".mp4": "video/mp4"}
 Part = dict[str, Any]
 
 
-def build_report(project: Project) -> str:
+def build_report(run: Run) -> str:
     """Write report/index.html, with a line in place of every part whose stage is not done.
 
     Returns:
         Its URL.
 
     Raises:
-        UserError: the project holds no experiment.yaml.
+        UserError: it cannot be written.
     """
-    experiment = project.read_experiment()
-    stages = {s.stage: s for s in states(project)}
+    experiment = run.experiment
+    stages = {s.stage: s for s in states(run)}
     parts: dict[str, Part | None] = {}
     missing: dict[str, str] = {}
     for name, stage, make in PARTS:
@@ -53,7 +53,7 @@ def build_report(project: Project) -> str:
             missing[name] = f"Stage {stage} has not finished."
             continue
         try:
-            parts[name] = make(project, experiment, stages)
+            parts[name] = make(run, experiment, stages)
         except (UserError, OSError, KeyError, ValueError) as error:
             # A damaged or half-removed group must not cost the page that helps to find it.
             missing[name] = f"Stage {stage} is marked as done, but its output cannot be read: {error}"
@@ -61,7 +61,7 @@ def build_report(project: Project) -> str:
     template = (importlib.resources.files("zoosplat_flows") / "report.html.j2").read_text()
     page = environment.from_string(template).render(
         experiment=experiment,
-        project=project,
+        run=run,
         parts=parts,
         missing=missing,
         stages=[_stage_row(s) for s in stages.values()],
@@ -72,14 +72,14 @@ def build_report(project: Project) -> str:
         config=experiment.describe(),
         built=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     )
-    url = project.path("report", "index.html")
+    url = run.path("report", "index.html")
     stores.write_bytes(url, page.encode())
     return url
 
 
 # -- parts --------------------------------------------------------------------------------------------------------
-def _recording(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
-    masks = project.open_input("ingest")
+def _recording(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    masks = run.open_input("ingest")
     mask = schema.array(masks, "mask")
     n_frames, n_cameras, height, width = mask.shape
     attributes: Any = masks.attrs
@@ -88,7 +88,7 @@ def _recording(project: Project, experiment: Experiment, stages: dict[str, Stage
     area = np.where(seen, (box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]), 0)
     # The frame in which the animal is seen best: the largest of the smallest boxes.
     t = int(area.min(axis=1).argmax())
-    packed = project.open_input("pack") if stages["pack"].mark else None
+    packed = run.open_input("pack") if stages["pack"].mark else None
     cameras = []
     for c in range(n_cameras):
         if packed is None:
@@ -122,11 +122,11 @@ def _recording(project: Project, experiment: Experiment, stages: dict[str, Stage
     return {"cameras": cameras, "facts": facts, "t": t}
 
 
-def _tracking(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
-    group = project.open_input("center_rotation")
+def _tracking(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    group = run.open_input("center_rotation")
     keys = ("centers", "angles", "n_voxels", "valid")
     centers, angles, n_voxels, valid = (schema.read(group, key) for key in keys)
-    attributes: Any = project.open_input("ingest").attrs
+    attributes: Any = run.open_input("ingest").attrs
     time_s = np.arange(len(centers)) * attributes["frame_jump"] / attributes["fps"]
     steps_m = np.linalg.norm(np.diff(centers[:, :2], axis=0), axis=1)
     facts = {
@@ -142,8 +142,8 @@ def _tracking(project: Project, experiment: Experiment, stages: dict[str, StageS
     }
 
 
-def _crop(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
-    group = project.open_input("crop")
+def _crop(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    group = run.open_input("crop")
     ranges, counts = schema.read(group, "volume_idx"), schema.read(group, "marginals")
     voxel_m = float(group.attrs["ell_m"]) / max(1, counts.shape[1] - 1)  # type: ignore[arg-type]
     lengths = ranges[:, 1] - ranges[:, 0]
@@ -156,8 +156,8 @@ def _crop(project: Project, experiment: Experiment, stages: dict[str, StageState
     return {"facts": facts, "plot": plots.marginals(counts, ranges)}
 
 
-def _training(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
-    url = project.input_url("train")
+def _training(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    url = run.input_url("train")
     figures = dict((stages["train"].mark or {})["figures"])
     for key, words in (("seconds", duration), ("peak_gpu_bytes", memory)):
         if key in figures:
@@ -194,8 +194,8 @@ def _history_plot(rows: list[dict[str, str]]) -> str:
     return plots.history(np.array([float(row[x]) for row in rows]), x, panels)
 
 
-def _evaluation(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
-    url = project.input_url("evaluate")
+def _evaluation(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    url = run.input_url("evaluate")
     files = list(stores.list_files(url))
     tables = []
     for name in files:
@@ -254,8 +254,8 @@ def _gallery(url: str, files: list[str]) -> list[Part]:
     return [{**p, "data": _as_jpeg(stores.join(url, p["file"]))} for p in chosen]
 
 
-def _renders(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
-    url = project.input_url("render")
+def _renders(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    url = run.input_url("render")
     names = list(stores.list_files(url))
     stills = [{"name": _title(n), "data": _as_jpeg(stores.join(url, n))} for n in names if n.endswith(".png")]
     films, left = [], FILM_BYTES
@@ -267,8 +267,8 @@ def _renders(project: Project, experiment: Experiment, stages: dict[str, StageSt
     return {"films": films, "stills": stills}
 
 
-def _behaviour(project: Project, experiment: Experiment, stages: dict[str, StageState]) -> Part:
-    group = project.open_input("embedding")
+def _behaviour(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
+    group = run.open_input("embedding")
     keys = ("valid", "map", "neighbours", "state", "time", "speed", "height")
     valid, places, neighbours, state, time_s, speed, height = (schema.read(group, key) for key in keys)
     attributes: Any = group.attrs
@@ -282,7 +282,7 @@ def _behaviour(project: Project, experiment: Experiment, stages: dict[str, Stage
         f"{attributes['heading_removal']:g})",
     }
     colourings = {"time (s)": time_s, "speed (cm/s)": 100 * speed, "height (cm)": 100 * height}
-    album = _Album(project)
+    album = _Album(run)
     rows = np.flatnonzero(valid & (neighbours[:, 0] >= 0))
     asked = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), ALIKE_ROWS)).round().astype(int))]
     alike = []
@@ -324,8 +324,8 @@ def _sheet(album: _Album, state: npt.NDArray[np.int32], time_s: npt.NDArray[np.f
 class _Album:
     """Photographs of the animal, from the camera that sees it largest."""
 
-    def __init__(self, project: Project) -> None:
-        self.images = project.open_input("pack")
+    def __init__(self, run: Run) -> None:
+        self.images = run.open_input("pack")
         mask = schema.array(self.images, "mask")
         some = np.linspace(0, mask.shape[0] - 1, 8).round().astype(int)
         areas = [np.asarray(mask[int(t)]).sum((1, 2)) for t in some]
@@ -350,7 +350,7 @@ def _title(file: str) -> str:
     return PurePosixPath(file).stem.replace("_", " ")
 
 
-PARTS: tuple[tuple[str, str, Callable[[Project, Experiment, dict[str, StageState]], Part]], ...] = (
+PARTS: tuple[tuple[str, str, Callable[[Run, Experiment, dict[str, StageState]], Part]], ...] = (
     ("recording", "ingest", _recording),
     ("tracking", "center_rotation", _tracking),
     ("crop", "crop", _crop),
@@ -424,7 +424,7 @@ def _jpeg(picture: npt.NDArray[np.uint8]) -> str:
 
 
 def _as_jpeg(url: str) -> str:
-    """A PNG of a project, small enough to be one of dozens on a page."""
+    """A PNG of a result, small enough to be one of dozens on a page."""
     picture = cv2.imdecode(np.frombuffer(stores.read_bytes(url), np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
         raise ValueError(f"{url} is not a picture")

@@ -1,4 +1,4 @@
-"""`zoosplat run` and `zoosplat demo`: checks the project's place, runs the flow and shows its progress."""
+"""`zoosplat run` and `zoosplat demo`: check the project's place, run the stages and show their progress."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ import os
 import signal
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from zoosplat import stores
 from zoosplat.config import Experiment, read_config
 from zoosplat.errors import UserError
-from zoosplat.project import Project
-
-if TYPE_CHECKING:
-    from zoosplat_flows.pipeline import Event
+from zoosplat.stages.runs import Project, Run
+from zoosplat_flows.execution import Failed, begun, execute, make_report, select, warnings_of
+from zoosplat_flows.recorder import ENDED, Event, recording
+from zoosplat_flows.runners.local import Processes
 
 ANSWER_WITHIN_S = 25.0
 PLAIN_EVERY_S = 15.0
-STOP_WITHIN_S = 3.0
+STOP_WITHIN_S = 3.5  # for the stages to end, after Ctrl-C or SIGTERM
 STOPPED = "zoosplat: stopped; finished work is kept, the same command goes on from here"
 PREFECT = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # The command shows progress and failures itself; Prefect's log would print each failure several times over.
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
@@ -42,6 +40,9 @@ WORDS = {
     "done": "[green]done",
     "skipped": "[dim]skipped, was done",
     "reused": "[green]reused",
+    "shared": "[green]done by another run",
+    "blocked": "[dim]not begun",
+    "stopped": "[yellow]stopped",
     "failed": "[red]failed",
     "retrying": "[yellow]failed, trying again",
     "started": "",
@@ -51,7 +52,7 @@ WORDS = {
 def check_place(url: str) -> None:
     """Raise UserError, within half a minute, unless files can be written at a URL and read back."""
     found: list[BaseException] = []
-    probe = stores.join(url, "_marks", f"probe-{os.getpid()}-{time.time_ns()}")
+    probe = stores.join(url, f".probe-{os.getpid()}-{time.time_ns()}")
 
     def attempt() -> None:
         try:
@@ -105,22 +106,22 @@ class Display:
     def _bar(self, event: Event) -> None:
         bar = self.bars[event.stage]
         if event.state == "running":
-            self.progress.update(bar, completed=event.done, total=event.total, note=event.message)
+            self.progress.update(bar, completed=event.done, total=event.total, note=escape(event.message))
             return
         if event.state == "started":
             self.progress.start_task(bar)
-        elif event.state in ("done", "skipped", "reused"):
+        elif event.state in ("done", "skipped", "reused", "shared"):
             total = self.progress.tasks[bar].total or 1
             self.progress.update(bar, completed=total, total=total)
             self.progress.stop_task(bar)
-        elif event.state == "failed":
+        elif event.state in ENDED:
             self.progress.stop_task(bar)
         self.progress.update(bar, note=WORDS[event.state])
 
     def _line(self, event: Event) -> None:
         now = time.monotonic()
         if event.state == "running":
-            if now - max(self.printed.get(event.stage, 0.0), self.began[event.stage]) > PLAIN_EVERY_S:
+            if now - max(self.printed.get(event.stage, 0.0), self.began.get(event.stage, now)) > PLAIN_EVERY_S:
                 self.printed[event.stage] = now
                 typer.echo(f"{event.stage}: {event.done}/{event.total} {event.message}".rstrip())
         elif event.state == "started":
@@ -128,15 +129,16 @@ class Display:
         else:
             reason = event.message.splitlines()[-1] if event.state == "retrying" and event.message else ""
             text = WORDS[event.state].partition("]")[2]
-            typer.echo(f"{event.stage}: {text} ({now - self.began[event.stage]:.1f} s) {reason}".rstrip())
+            seconds = now - self.began.get(event.stage, now)
+            typer.echo(f"{event.stage}: {text} ({seconds:.1f} s) {reason}".rstrip())
 
 
-def headline(project: Project) -> list[str]:
+def headline(run: Run) -> list[str]:
     """The means of the held-out and the observed cameras, a line each; none before evaluation."""
-    mark = project.read_mark("evaluate")
+    mark = run.read_mark("evaluate")
     if mark is None:
         return []
-    split = mark["settings"]["evaluate"]["split"]
+    split = run.experiment.evaluate.split
     return [
         f"{group.replace('_', '-')} views, {split} frames: "
         + ", ".join(f"{name} {value:.3f}" for name, value in mark["figures"][group].items() if value is not None)
@@ -147,9 +149,9 @@ def headline(project: Project) -> list[str]:
 
 @contextmanager
 def _prompt_stop(progress: Progress) -> Iterator[None]:
-    """Let Ctrl-C end the command soon: it ends the embedded Prefect server too, which Prefect then calls for minutes.
+    """Let Ctrl-C, and the signal by which schedulers end a program, stop the stages and then the command, soon.
 
-    The interrupt itself, raised in the flow, ends the stages first.
+    The interrupt, raised in the main thread, ends the stages; what still hangs after that is left behind.
     """
 
     def leave() -> None:
@@ -158,6 +160,8 @@ def _prompt_stop(progress: Progress) -> Iterator[None]:
         os._exit(130)
 
     def interrupt(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not break into the clearing up
         timer = threading.Timer(STOP_WITHIN_S, leave)
         timer.daemon = True
         timer.start()
@@ -166,11 +170,57 @@ def _prompt_stop(progress: Progress) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def prefect_server() -> bool:
+    """Whether a Prefect server is named, by PREFECT_API_URL or by Prefect's active profile; does not import Prefect."""
+    if os.environ.get("PREFECT_API_URL"):
+        return True
+    home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
+    path = Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml"))
+    with suppress(OSError, tomllib.TOMLDecodeError):
+        profiles = tomllib.loads(path.read_text())
+        active = os.environ.get("PREFECT_PROFILE", profiles.get("active", ""))
+        return bool(profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL"))
+    return False
+
+
+def _perform(run: Run, stages: list[str], workers: int | None, display: Display) -> str:
+    """Run the stages here, and build the report. Its URL."""
+    with recording(run, stages) as recorder:
+
+        def tell(event: Event) -> None:
+            recorder(event)
+            display(event)
+
+        with Processes() as processes:
+            execute(run, stages, processes, workers, recorder, tell)
+        return make_report(run, recorder, tell)
+
+
+def _perform_with_prefect(run: Run, stages: list[str], workers: int | None, display: Display) -> str:
+    """The same as a flow run of the server that is named. URL of the report."""
+    for key, value in PREFECT.items():
+        os.environ.setdefault(key, value)
+    with Console(stderr=True).status("connecting to Prefect"):
+        import httpx
+
+        from zoosplat_flows.pipeline import listening, pipeline
+    try:
+        with listening(display):
+            results = pipeline(run.project.url, stages[0], stages[-1], workers=workers, run=run.id)
+    except httpx.HTTPError as error:
+        what = f"the Prefect server cannot be reached ({error}); check PREFECT_API_URL"
+        raise Failed(f"{what}; without it, and without a Prefect profile that names one, runs need no server") from None
+    return results["report"]
 
 
 def run(
@@ -181,46 +231,40 @@ def run(
     force: list[str],
     workers: int | None,
 ) -> None:
-    """Write the configuration into the project and run the pipeline there."""
-    check_place(stores.normalize(url))
+    """Check everything, begin a run of the configuration in the project, and run its stages."""
+    stages = select(from_stage, until_stage)
     project = Project.at(url)
-    for key, value in PREFECT.items():
-        os.environ.setdefault(key, value)
-    console = Console(stderr=True)
-    with console.status("starting Prefect"):
-        import httpx
-
-        from zoosplat_flows.pipeline import listening, pipeline, select, with_followers
-    stages = [spec.name for spec in select(from_stage, until_stage)]
-    with_followers(force)
-    project.write_experiment(experiment)
+    check_place(project.url)
     display = Display([*stages, "report"])
+    perform = _perform_with_prefect if prefect_server() else _perform
     try:
-        with _prompt_stop(display.progress), display.progress, listening(display):
-            results = pipeline(project.url, from_stage, until_stage, force, workers)
+        with (
+            _prompt_stop(display.progress),
+            begun(project, experiment, stages, force) as begun_run,
+            display.progress,
+        ):
+            report = perform(begun_run, stages, workers, display)
     except KeyboardInterrupt:
         typer.echo(STOPPED, err=True)
         raise typer.Exit(130) from None
-    except httpx.HTTPError as error:
-        what = f"the Prefect server cannot be reached ({error}); check PREFECT_API_URL"
-        typer.echo(f"zoosplat: {what}; finished work is kept, the same command goes on from here", err=True)
-        raise typer.Exit(1) from None
-    except RuntimeError as error:
+    except Failed as error:
         typer.echo(f"zoosplat: {error}\nzoosplat: finished work is kept; the same command tries again", err=True)
         raise typer.Exit(1) from None
-    for line in headline(project):
+    for warning in warnings_of(begun_run):
+        typer.echo(f"warning: {warning}", err=True)
+    for line in headline(begun_run):
         typer.echo(line)
-    typer.echo(f"report: {results['report']}")
+    typer.echo(f"report: {report}")
 
 
 def demo(url: str, frames: int, overrides: list[str], workers: int | None) -> None:
     """Make the synthetic recording, in the project or in ./demo for one on S3, and run demo.yaml on it."""
-    from zoosplat.synthetic import make_recording
-
     check_place(stores.normalize(url))
     folder = (Path("demo") if stores.is_s3(url) else Path(stores.normalize(url))) / "recording"
     marker = folder / "frames.txt"  # written last: a recording that was cut short has none
     if not marker.exists() or marker.read_text() != str(frames):
+        from zoosplat.synthetic import make_recording
+
         marker.unlink(missing_ok=True)
         with Console(stderr=True).status(f"filming {frames} frames of a synthetic animal"):
             make_recording(folder, n_frames=frames)

@@ -1,35 +1,31 @@
-"""The state of each stage of a project, read from its marks."""
+"""The state of each stage of a run, read from its results."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zoosplat import stores
-from zoosplat.config import Experiment
-from zoosplat.pipeline import PIPELINE, StageSpec
-from zoosplat.project import Mark, Project, settings_of
+from zoosplat.stages.registry import PIPELINE, StageSpec
+from zoosplat.stages.results import Mark
+from zoosplat.stages.runs import Run
 
-COLOURS = {"done": "green", "reused": "green", "partial": "yellow", "stale": "yellow", "missing": "dim"}
+COLOURS = {"done": "green", "reused": "green", "partial": "yellow", "missing": "dim"}
 
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage of a project.
+    """A stage of a run.
 
     Attributes:
         stage: its name.
-        state: done, reused (its output lies in another project), partial (begun), stale (its configuration, version or
-            input has changed since) or missing. Whether a source video has changed is seen only by running.
+        state: done, reused (its result lies in another project), partial (begun) or missing.
         shards_done, shards: of its work; 0 before it is prepared.
         mark: its success mark, if it has one.
-        reason: why it is stale.
+        reason: what else is to be said of it, such as why it cannot be made.
     """
 
     stage: str
@@ -45,39 +41,24 @@ def seconds(mark: Mark) -> float:
     return min(float(mark["finished"]) - float(mark["started"]), float(mark["cpu_seconds"]))
 
 
-def states(project: Project) -> list[StageState]:
-    """The state of every stage. Raises UserError when the project holds no experiment.yaml."""
-    experiment = project.read_experiment()
-    found: dict[str, StageState] = {}
-    for spec in PIPELINE:
-        found[spec.name] = _state(project, experiment, spec, found)
-    return list(found.values())
+def states(run: Run) -> list[StageState]:
+    """The state of every stage of a run."""
+    return [_state(run, spec) for spec in PIPELINE]
 
 
-def _state(project: Project, experiment: Experiment, spec: StageSpec, before: dict[str, StageState]) -> StageState:
-    mark = project.read_mark(spec.name)
-    if mark is None:
-        plan = stores.read_json(project.plan_url(spec.name))
-        if plan is None:
-            return StageState(spec.name, "missing")
-        count = len(plan["bounds"]) - 1
-        marks = [stores.read_json(project.shard_mark_url(spec.name, i, count)) for i in range(count)]
-        done = sum(m is not None and m["digest"] == plan["digest"] for m in marks)
-        return StageState(spec.name, "partial", done, count)
-    now: dict[str, Any] = json.loads(json.dumps(settings_of(spec, experiment)))
-    changed = sorted(key for key in now if now[key] != mark["settings"].get(key, now))
-    shards = int(mark.get("shards", 0))
-    reason = ""
-    if changed or mark["version"] != spec.version:
-        reason = f"{', '.join(changed) or 'the version of the stage'} changed"
-    for name in spec.reads:
-        upstream = before[name]
-        if not reason and (upstream.mark is None or upstream.state == "stale"):
-            reason = f"{name} is {upstream.state}"
-        elif not reason and upstream.mark and upstream.mark["digest"] != mark.get("inputs", {}).get(name):
-            reason = f"{name} was computed again with other settings"
-    state = "stale" if reason else "reused" if mark.get("location") else "done"
-    return StageState(spec.name, state, shards, shards, mark, reason)
+def _state(run: Run, spec: StageSpec) -> StageState:
+    result = run.results.get(spec.name)
+    if result is None:
+        return StageState(spec.name, "missing", reason="what it is made from could not be read when the run was begun")
+    mark = result.mark()
+    done, count = result.shards_done()
+    if mark is not None:
+        return StageState(spec.name, "reused" if result.reused else "done", count, count, mark)
+    older = run.older_version(spec.name)
+    reason = (
+        "" if older is None else f"the result of version {older} of the stage is kept; this is version {spec.version}"
+    )
+    return StageState(spec.name, "partial" if count else "missing", done, count, reason=reason)
 
 
 def duration(s: float) -> str:
@@ -99,16 +80,18 @@ def peak_memory(mark: Mark) -> str:
     return memory(mark["peak_memory_bytes"]) + (f", GPU {memory(gpu)}" if gpu else "")
 
 
-def show(project: Project) -> None:
+def show(run: Run) -> None:
     """Print the table of `zoosplat status`."""
-    table = Table(title=project.url, title_justify="left")
+    table = Table(title=f"{run.project.url}, run {run.id}", title_justify="left")
     for column in ("stage", "state", "shards", "time", "peak memory", "finished", "notes"):
         table.add_column(column, justify="right" if column in ("shards", "time", "peak memory") else "left")
-    for s in states(project):
+    failed = {stage: entry for stage, entry in run.record().get("stages", {}).items() if entry.get("state") == "failed"}
+    for s in states(run):
         mark = s.mark
         notes = [s.reason] if s.reason else []
-        notes += [f"reused from {mark['location']}"] if mark and mark.get("location") else []
+        notes += [f"reused from {run.results[s.stage].folder}"] if s.state == "reused" else []
         notes += mark["warnings"] if mark else []
+        notes += [f"failed: {failed[s.stage]['message']}"] if s.stage in failed and not mark else []
         table.add_row(
             s.stage,
             f"[{COLOURS[s.state]}]{s.state}",

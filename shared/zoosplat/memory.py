@@ -14,8 +14,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from zoosplat.config import CROP_MULTIPLE, RANDOM, Experiment
-from zoosplat.stages.runs import Run
 from zoosplat.schema import read
+from zoosplat.stages.runs import Run
 
 GIB = 1 << 30
 CACHE_BYTES = 2 * GIB  # recordings up to this size stay in memory, the GPU's if there is one, after their first reading

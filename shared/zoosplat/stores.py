@@ -556,3 +556,7 @@ def as_user_error(error: BaseException, url: str) -> UserError | None:
             where = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint")
             return Unreachable(f"{url}: {where} cannot be reached; start the server or correct AWS_ENDPOINT_URL")
     return None
+
+
+def sync(url: str) -> None:
+    """temporary"""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.memory import CONTEXT, GIB, advice, measured_sizes, training
 from zoosplat.stages.runs import Run

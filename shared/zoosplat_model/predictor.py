@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.runs import Run
 from zoosplat_model import checkpoints

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from zoosplat import stores
 from zoosplat.errors import UserError
-from zoosplat.pipeline import STAGES
-from zoosplat.project import Project
-from zoosplat_flows.runners.local import Processes, Progress
+from zoosplat.stages.registry import STAGES
+from zoosplat.stages.runs import Run
+from zoosplat_flows.execution import Log, Progress
+from zoosplat_flows.runners.local import Processes, out_of_memory
 
 # Handed on by name: values on a command line can be read by everyone on the machine.
 PASSED_ON = (
@@ -103,16 +104,13 @@ class Containers(Processes):
         self._engine = engine()
         self._watchers: set[subprocess.Popen[bytes]] = set()
 
-    def run(
-        self, stage: str, project_url: str, *, workers: int | None = None, force: bool = False, progress: Progress
-    ) -> str:
+    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: Progress, log: Log) -> None:
         """As `Processes.run`.
 
         Raises:
             UserError: also when the image is missing, or the project or the recording is not on S3.
         """
-        project = Project.at(project_url)
-        for url in (project.url, project.read_experiment().data.directory):
+        for url in (run.project.url, run.experiment.data.directory):
             if not stores.is_s3(url):
                 raise UserError(f"{url}: containers see no folders of this machine; use s3://bucket/prefix")
         found = subprocess.run([*self._engine, "image", "inspect", image_of(stage)], capture_output=True)
@@ -120,7 +118,7 @@ class Containers(Processes):
             raise UserError(
                 f"{stage}: there is no image {image_of(stage)}; make images, or set ZOOSPLAT_IMAGE_REGISTRY"
             )
-        return super().run(stage, project_url, workers=workers, force=force, progress=progress)
+        super().run(stage, run, workers=workers, progress=progress, log=log)
 
     def stop(self) -> None:
         super().stop()
@@ -130,17 +128,16 @@ class Containers(Processes):
             assert watcher.stdin is not None
             watcher.stdin.close()
 
-    def _wait(self, stage: str, command: list[str], progress: Progress) -> None:
+    def _wait(self, stage: str, command: list[str], progress: Progress, log: Log) -> None:
         name = f"zoosplat-{stage.replace('_', '-')}-{secrets.token_hex(6)}"
         # After `python -m zoosplat_<stage>`, which is the image's entry point.
         inside = container_command(self._engine, name, stage, command[3:])
         with self._watched(name):
             try:
-                super()._wait(stage, inside, progress)
+                super()._wait(stage, inside, progress, log)
             except RuntimeError as error:
                 if f"exit status {KILLED}" in str(error):
-                    hint = "its container was killed; out of memory? Lower --workers"
-                    raise RuntimeError(f"{error}\n{stage}: {hint}") from None
+                    raise RuntimeError(f"{stage}: its container was killed; {out_of_memory(stage)}") from None
                 raise
 
     @contextmanager

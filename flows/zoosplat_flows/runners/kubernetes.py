@@ -1,8 +1,8 @@
 """Stages as Kubernetes Jobs: an Indexed Job for the shards of a CPU stage, one Job of its profile for a GPU stage.
 
-A Job's name follows from the project, the stage, its settings and its inputs. So two pipelines on one project share
-Jobs, and a pipeline whose parent was killed finds its Jobs again. Every step of a stage may be run again at any time,
-which makes it right to create a Job anew wherever it has gone.
+A Job's name follows from the project, the id of the result that it makes, and the images. So two pipelines that need
+one result share Jobs, and a pipeline whose parent was killed finds its Jobs again. Every step of a stage may be run
+again at any time, which makes it right to create a Job anew wherever it has gone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from zoosplat import stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.memory import GIB, USABLE, advice, gpu_gib, peak_gpu_bytes, smallest_fitting
-from zoosplat.pipeline import STAGES
-from zoosplat.project import Mark, Project, digest_of, settings_of
-from zoosplat_flows.runners.local import Interrupted, Progress
+from zoosplat.stages.registry import STAGES
+from zoosplat.stages.results import Result, digest_of
+from zoosplat.stages.runs import Run
+from zoosplat_flows.execution import Exhausted, Interrupted, Log, Progress
 from zoosplat_flows.runners.settings import (
     Profile,
     Settings,
@@ -43,6 +44,7 @@ SILENT_S = 120.0  # how long the API server may be away
 BLOCKED_S = 60.0  # how long a pod may be unable to start for a reason that time does not mend
 KEPT_S = 3600  # of a finished Job whose runner was killed
 TIMEOUT_S = 20
+KEPT_LOG_LINES = 2000  # of a pod, the last ones
 MAX_FAILED = 10  # indexes, after which the others are not begun
 SHOWN_FAILED = 3
 TIMES_GONE = 5
@@ -61,10 +63,6 @@ BLOCKED = {
     "RunContainerError": "its container cannot be started",
 }
 LACKS = {"cpu": "too little free cpu", "memory": "too little free memory", "nvidia.com/gpu": "no free GPU"}
-
-
-class Exhausted(RuntimeError):
-    """Shards failed although Kubernetes has tried them again: another try of the stage would only repeat that."""
 
 
 # -- the API ------------------------------------------------------------------------------------------------------
@@ -165,12 +163,9 @@ def own_pod() -> Object | None:
     return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}
 
 
-def request_digest(project: Project, experiment: Experiment, stage: str, settings: Settings, force: bool) -> str:
-    """What the names of a stage's Jobs follow from: project, stage, its settings, its inputs, images, force."""
-    spec = STAGES[stage]
-    inputs = [(project.read_mark(name) or {}).get("digest") for name in spec.reads]
-    images = [settings.images.registry, settings.images.tag]
-    return digest_of([project.url, stage, spec.version, settings_of(spec, experiment), inputs, images, force])
+def request_digest(result: Result, settings: Settings) -> str:
+    """What the names of the Jobs that make a result follow from: where it lies, its id, the images."""
+    return digest_of([result.folder, settings.images.registry, settings.images.tag])
 
 
 def _tolerations(tolerations: tuple[Toleration, ...]) -> list[Object]:
@@ -200,7 +195,7 @@ def job_manifest(
         step: prepare, shards, finish, or run for a whole GPU stage.
         digest: `request_digest`.
         arguments: of the stage, after --project URL.
-        run: the flow run, a label by which its Jobs are found and ended.
+        run: id of the flow run, a label by which its Jobs are found and ended.
         shards: makes it an Indexed Job of so many.
         parallelism: pods at a time.
         profile: places it on a GPU node and gives it its resources; None: those of CPU stages.
@@ -577,21 +572,16 @@ class Jobs:
         for name in names:
             self.api.delete_job(name)
 
-    def run(
-        self, stage: str, project_url: str, *, workers: int | None = None, force: bool = False, progress: Progress
-    ) -> str:
+    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: Progress, log: Log) -> None:
         """Run a whole stage in the cluster and wait for it.
 
         Args:
-            stage: name in `zoosplat.pipeline.STAGES`.
-            project_url: the project on S3, which holds experiment.yaml.
+            stage: name in `zoosplat.stages.registry.STAGES`.
+            run: the recorded run that it works for, in a project on S3.
             workers: shards at a time; None: `cpu.parallelism` of the settings.
-            force: compute again although it is done.
             progress: called with shards done, their number and what the pods are waiting for; for GPU stages with
                 what the stage itself reports.
-
-        Returns:
-            `done`, `skipped` (it was done before) or `reused` (taken from another project).
+            log: called with every line that a pod has printed, and the pod's name, once it has ended.
 
         Raises:
             UserError: bad input, too little memory, or a pod that cannot start.
@@ -599,51 +589,51 @@ class Jobs:
             RuntimeError: any other failure, with the last lines of the log.
             Interrupted: the pipeline ended meanwhile.
         """
-        project = Project.at(project_url)
-        if not stores.is_s3(project.url):
+        if not stores.is_s3(run.project.url):
             raise UserError(
-                f"{project.url}: the pods of a cluster share no folder; use a project at s3://bucket/prefix"
+                f"{run.project.url}: the pods of a cluster share no folder; use a project at s3://bucket/prefix"
             )
-        before = project.read_mark(stage)
-        digest = request_digest(project, project.read_experiment(), stage, self.settings, force)
-        again = ["--force"] if force else []
+        result = run.result(stage)
+        digest = request_digest(result, self.settings)
 
         def step(name: str, arguments: list[str], **options: Any) -> None:
             manifest = job_manifest(
-                self.settings, project.url, stage, name, digest, arguments, run=self._run, owner=self._owner, **options
+                self.settings,
+                run.project.url,
+                stage,
+                name,
+                digest,
+                ["--run", run.id, *arguments],
+                run=self._run,
+                owner=self._owner,
+                **options,
             )
-            self._finish_job(manifest, progress, lambda: _renewed(project, stage, before))
+            self._finish_job(manifest, progress, log, result.is_done)
 
         if STAGES[stage].gpu:
             if self.profile is None:
                 raise UserError(f"{stage}: needs a GPU; choose a profile")
-            step("run", again, profile=self.settings.profile(self.profile))
-        else:
-            step("prepare", ["--prepare", *again])
-            # It removes the mark of what it makes again, and leaves that of what is done.
-            if project.read_mark(stage) is None:
-                plan = stores.read_json(project.plan_url(stage))
-                if plan is None:
-                    raise RuntimeError(f"{stage}: prepared, but without its plan {project.plan_url(stage)}")
-                shards = len(plan["bounds"]) - 1
-                arguments = ["--shard", f"$(JOB_COMPLETION_INDEX)/{shards}"]
-                step("shards", arguments, shards=shards, parallelism=workers or self.settings.cpu.parallelism)
-                step("finish", ["--finish"])
-        after = project.read_mark(stage)
-        if after is None:
-            raise RuntimeError(f"{stage}: ended without its success mark {project.mark_url(stage)}")
-        if before == after:
-            return "skipped"
-        return "reused" if after.get("location") else "done"
+            step("run", [], profile=self.settings.profile(self.profile))
+            return
+        step("prepare", ["--prepare"])
+        if result.is_done():
+            return
+        plan = result.plan()
+        if plan is None:
+            raise RuntimeError(f"{stage}: prepared, but without its plan in {result.folder}")
+        shards = len(plan["bounds"]) - 1
+        arguments = ["--shard", f"$(JOB_COMPLETION_INDEX)/{shards}"]
+        step("shards", arguments, shards=shards, parallelism=workers or self.settings.cpu.parallelism)
+        step("finish", ["--finish"])
 
-    def _finish_job(self, manifest: Object, progress: Progress, renewed: Callable[[], bool]) -> None:
+    def _finish_job(self, manifest: Object, progress: Progress, log: Log, is_done: Callable[[], bool]) -> None:
         """Create or adopt a Job and wait until it is complete."""
         name = manifest["metadata"]["name"]
         for attempt in range(TIMES_GONE):
-            if attempt and renewed():
+            if attempt and is_done():
                 return
             self._create(manifest)
-            if self._wait(name, progress):
+            if self._wait(name, progress, log):
                 return
         raise RuntimeError(f"{name}: was deleted {TIMES_GONE} times by someone else")
 
@@ -672,9 +662,10 @@ class Jobs:
         if self._closed.wait(POLL_S):
             raise Interrupted(name)
 
-    def _wait(self, name: str, progress: Progress) -> bool:
+    def _wait(self, name: str, progress: Progress, log: Log) -> bool:
         """Wait for a Job. Returns whether it is complete; False where it has gone."""
         answered = time.monotonic()
+        logged: set[str] = set()
         blocked_since: float | None = None
         while True:
             try:
@@ -685,6 +676,7 @@ class Jobs:
                     return False
                 end = job_condition(job)
                 pods = self.api.pods(**{JOB_LABEL: name})
+                self._keep_logs(pods, logged, log)
                 if end is not None:
                     self.placements += map(placement, pods)
                 if end == "Complete":
@@ -710,6 +702,24 @@ class Jobs:
                     raise RuntimeError(f"{name}: the Kubernetes API server does not answer: {error}") from error
             self._sleep(name)
 
+    def _keep_logs(self, pods: list[Object], logged: set[str], log: Log) -> None:
+        """Keep what each pod that has ended has printed, once: the pod goes, with its Job, soon after."""
+        for pod in pods:
+            name = pod["metadata"]["name"]
+            if name in logged or pod.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
+                continue
+            logged.add(name)
+            labels = pod["metadata"]["labels"]
+            shard = f" shard {labels[INDEX_LABEL]}" if INDEX_LABEL in labels else ""
+            where = f"{pod['spec'].get('nodeName', '')}/{name}{shard}"
+            # A log that cannot be read any more costs its lines, not the stage.
+            with contextlib.suppress(Exception):
+                for line in self.api.log(name, KEPT_LOG_LINES).splitlines():
+                    if line.strip():
+                        log(line, where)
+            end = _ended(pod)
+            log(f"exit status {end.get('exitCode', 'unknown')} {end.get('reason', '')}".rstrip(), where)
+
     def _memory_key(self, job: Object) -> str:
         if STAGES[job["metadata"]["labels"][f"{LABELS}/stage"]].gpu:
             larger = [n for n in self.settings.ordered() if self.profile and gpu_gib(n) > gpu_gib(self.profile)]
@@ -732,11 +742,6 @@ class Jobs:
                             return
         if why:
             progress(0, 0, why)
-
-
-def _renewed(project: Project, stage: str, before: Mark | None) -> bool:
-    after = project.read_mark(stage)
-    return after is not None and after != before
 
 
 def _api_error(error: Exception) -> Exception:

@@ -10,27 +10,25 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
 from types import TracebackType
 from typing import IO
 
 from zoosplat.errors import UserError
-from zoosplat.project import Project
+from zoosplat.stages.registry import STAGES
+from zoosplat.stages.runs import Run
+from zoosplat_flows.execution import Interrupted, Log, Progress
 
-Progress = Callable[[int, int, str], None]
 KEPT_LINES = 40
-GRACE_S = 10.0
-
-
-class Interrupted(Exception):
-    """The stage was stopped because its pipeline ends; trying again would be wrong."""
+GRACE_S = 3.0  # for a stage to end by itself
+PROGRESS_S = 10.0  # between lines of progress in the log
 
 
 class Processes:
     """The stage processes of one pipeline run; leaving the `with` block ends those that still run.
 
-    A killed parent cannot end them: then a stage's next progress line finds no reader and the stage stops there.
+    Where this process is killed, a guard beside each stage ends it.
     """
 
     def __init__(self) -> None:
@@ -52,40 +50,26 @@ class Processes:
         for process in running:
             _signal_group(process, signal.SIGTERM)
 
-    def run(
-        self, stage: str, project_url: str, *, workers: int | None = None, force: bool = False, progress: Progress
-    ) -> str:
+    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: Progress, log: Log) -> None:
         """Run a whole stage as `python -m zoosplat_<stage>` and wait for it.
 
         Args:
-            stage: name in `zoosplat.pipeline.STAGES`.
-            project_url: the project, which holds experiment.yaml.
+            stage: name in `zoosplat.stages.registry.STAGES`.
+            run: the recorded run that it works for.
             workers: processes for its shards; None: a core each.
-            force: compute again although it is done.
             progress: called with frames (or steps) done, their total and a message.
-
-        Returns:
-            `done`, `skipped` (it was done before) or `reused` (taken from another project).
+            log: called with every line that it prints.
 
         Raises:
             UserError: exit status 2, with the stage's line.
             RuntimeError: any other failure, with the last lines of its stderr.
             Interrupted: the pipeline ended meanwhile.
         """
-        project = Project.at(project_url)
-        before = project.read_mark(stage)
-        command = [sys.executable, "-m", f"zoosplat_{stage}", "--project", project.url]
+        command = [sys.executable, "-m", f"zoosplat_{stage}", "--project", run.project.url, "--run", run.id]
         command += ["--workers", str(workers)] if workers else []
-        command += ["--force"] if force else []
-        self._wait(stage, command, progress)
-        after = project.read_mark(stage)
-        if after is None:
-            raise RuntimeError(f"{stage}: ended without its success mark {project.mark_url(stage)}")
-        if before == after:
-            return "skipped"
-        return "reused" if after.get("location") else "done"
+        self._wait(stage, command, progress, log)
 
-    def _wait(self, stage: str, command: list[str], progress: Progress) -> None:
+    def _wait(self, stage: str, command: list[str], progress: Progress, log: Log) -> None:
         with self._lock:
             if self._closed:
                 raise Interrupted(stage)
@@ -104,23 +88,31 @@ class Processes:
         assert process.stdout is not None
         assert process.stderr is not None
         last: deque[str] = deque(maxlen=KEPT_LINES)
+        guard = _guard(process)
         helpers = [
-            threading.Thread(target=_keep_last, args=(process.stderr, last), daemon=True),
+            threading.Thread(target=_keep_last, args=(process.stderr, last, log), daemon=True),
             threading.Thread(target=_clear_up, args=(process,), daemon=True),
         ]
         for helper in helpers:
             helper.start()
         try:
+            shown = float("-inf")
             for line in process.stdout:
-                _report(line, progress)
+                is_progress = _report(line, progress)
+                if not is_progress or time.monotonic() - shown > PROGRESS_S:
+                    log(line.rstrip())
+                    shown = time.monotonic() if is_progress else shown
             status = process.wait()
         finally:
             if process.returncode is None:
                 _end_group(process)
             for helper in helpers:
                 helper.join(timeout=GRACE_S)
+            guard.kill()
+            guard.communicate()
             with self._lock:
                 self._running.discard(process)
+        log(f"exit status {status}")
         if status != 0 and self._closed:
             raise Interrupted(stage)
         if status != 0:
@@ -150,20 +142,41 @@ def _clear_up(process: subprocess.Popen[str]) -> None:
     _end_group(process)
 
 
-def _keep_last(stream: IO[str], last: deque[str]) -> None:
+def _guard(process: subprocess.Popen[str]) -> subprocess.Popen[bytes]:
+    """A process that ends a stage, its workers included, as soon as this one has ended, however it was ended."""
+    return subprocess.Popen(
+        ["sh", "-c", f"cat >/dev/null; kill -KILL -{process.pid} 2>/dev/null"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _keep_last(stream: IO[str], last: deque[str], log: Log) -> None:
     for line in stream:
         if line.strip():
             last.append(line.rstrip())
+            log(line.rstrip())
 
 
-def _report(line: str, progress: Progress) -> None:
-    """Hand a JSON progress line on; libraries may print other things, which are no concern of ours."""
+def _report(line: str, progress: Progress) -> bool:
+    """Hand a JSON progress line on; whether it was one. Other lines, of libraries too, are for the log alone."""
     try:
         event = json.loads(line)
         if event["event"] == "progress":
             progress(int(event["done"]), int(event["total"]), str(event["message"]))
+            return True
     except (ValueError, KeyError, TypeError):
-        return
+        pass
+    return False
+
+
+def out_of_memory(stage: str) -> str:
+    """What to do where the system has killed a stage, most likely for its memory."""
+    if STAGES[stage].gpu:
+        return "out of memory? Close other programs, raise ingest.image_downsample, or lower crop.grid_size"
+    return "out of memory? Lower --workers, or scheduling.frames_per_shard"
 
 
 def _failure(stage: str, status: int, lines: list[str]) -> UserError | RuntimeError:
@@ -177,6 +190,6 @@ def _failure(stage: str, status: int, lines: list[str]) -> UserError | RuntimeEr
         return UserError(f"{stage}: the Python package {missing[1]} is missing; pip install 'zoosplat[{stage}]'")
     if status < 0:
         name = signal.Signals(-status).name
-        hint = "; out of memory? Lower --workers" if -status == signal.SIGKILL else ""
-        return RuntimeError(f"{stage}: ended by {name}{hint}\n{text}".rstrip())
+        hint = f"; {out_of_memory(stage)}" if -status == signal.SIGKILL else ""
+        return RuntimeError(f"{stage}: ended by {name}{hint}")
     return RuntimeError(f"{stage}: exit status {status}\n{text}".rstrip())

@@ -85,11 +85,11 @@ class Viewer:
         url: of the page.
     """
 
-    def __init__(self, project: str, host: str, port: int, device: str = "auto") -> None:
+    def __init__(self, project: str, host: str, port: int, device: str = "auto", run_id: str | None = None) -> None:
         """Raises UserError where there is no project, or the device does not exist."""
-        self._project, self._device = project, device
-        self._state = state(project)
-        self._scene = Scene(project)
+        self._project, self._run_id, self._device = project, run_id, device
+        self._state = state(project, run_id)
+        self._scene = Scene(project, run_id)
         if device != "auto":  # a wrong one is refused at once; the model is loaded when the page is there
             from zoosplat_model.predictor import pick_device
 
@@ -203,7 +203,7 @@ class Viewer:
         failing = False
         while not self._stopping.wait(LOOK_S):
             try:
-                now = state(self._project)
+                now = state(self._project, self._run_id)
             except Exception as error:  # such as a server that is being restarted
                 self._failed(error)
                 failing = True
@@ -232,7 +232,7 @@ class Viewer:
 
     def _open(self) -> None:
         """The project as it is now; until it is loaded, the page shows it as it was."""
-        scene = Scene(self._project)
+        scene = Scene(self._project, self._run_id)
         scene.load_model(self._device)
         self._scene = scene
         self._fill()
@@ -465,9 +465,9 @@ def _blank(height: int, width: int) -> Any:
     return np.full((height, width, 3), 255, np.uint8)
 
 
-def serve(project: str, host: str, port: int, device: str) -> None:
+def serve(project: str, host: str, port: int, device: str, run_id: str | None = None) -> None:
     """Until it is interrupted. Raises UserError where there is no project, or the device does not exist."""
-    viewer = Viewer(project, host, port, device)
+    viewer = Viewer(project, host, port, device, run_id)
     print(f"{viewer.url}  (Ctrl-C ends)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()

@@ -16,7 +16,7 @@ import zarr
 from zoosplat import media, schema, stores, visual_hull
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.project import Project
+from zoosplat.stages.runs import Project, Run
 
 if TYPE_CHECKING:
     from zoosplat_model.predictor import Predictor
@@ -142,16 +142,18 @@ class Cache:
         return found
 
 
-def state(url: str) -> tuple[object, ...]:
+def state(url: str, run_id: str | None = None) -> tuple[object, ...]:
     """Something that changes when there is more to see in a project, or other things; a few small reads."""
-    project = Project.at(url)
-    marks = [(project.read_mark(stage) or {}).get("digest") for stage in STAGES_SHOWN]
-    return (*marks, *_checkpoints(project))
+    run = Project.at(url).run(run_id)
+    done = [run.id, *(run.read_mark(stage) is not None for stage in STAGES_SHOWN)]
+    return (*done, *_checkpoints(run))
 
 
-def _checkpoints(project: Project) -> tuple[object, object]:
+def _checkpoints(run: Run) -> tuple[object, object]:
     """What a training that has not ended has to show so far, of pose_splatter and of dynamic; None: nothing yet."""
-    url = project.output_url("train")
+    if "train" not in run.results:
+        return None, None
+    url = run.output_url("train")
     best = stores.read_json(stores.join(url, "best.json"))
     dynamic = sorted(name for name in stores.list_files(url) if name.startswith("chkpnt_"))
     shown = (best.get("checkpoint"), best.get("valid_loss")) if best else None
@@ -175,10 +177,10 @@ class Scene:
         embedding: None where there is none.
     """
 
-    def __init__(self, url: str) -> None:
-        """Raises UserError where there is no project."""
-        self.project = Project.at(url)
-        self.experiment: Experiment = self.project.read_experiment()
+    def __init__(self, url: str, run_id: str | None = None) -> None:
+        """A run of a project; None: the latest. Raises UserError where there is none."""
+        self.run = Project.at(url).run(run_id)
+        self.experiment: Experiment = self.run.experiment
         self.notes: list[str] = []
         self.n_frames, self.cameras = 0, list[Camera]()
         self.times_s = self.video_frames = np.zeros(0)
@@ -197,16 +199,16 @@ class Scene:
                 self._read_tracking(self._tracking)
             self._read_embedding()
         ready = all(group is not None for group in (self._masks, self._tracking, self._crop, self._images))
-        self.training = self.project.read_mark("train") is None
-        found = _checkpoints(self.project)[self.experiment.train.method == "dynamic"]
+        self.training = self.run.read_mark("train") is None
+        found = _checkpoints(self.run)[self.experiment.train.method == "dynamic"]
         self.has_model = ready and (not self.training or found is not None)
 
     def _open(self, stage: str) -> zarr.Group | None:
-        """A stage's group; None where it is not there yet, or (with a note) no longer fits the configuration."""
-        if self.project.read_mark(stage) is None:
+        """A stage's group; None where it is not there yet, or (with a note) cannot be read."""
+        if self.run.read_mark(stage) is None:
             return None
         try:
-            return self.project.open_input(stage, self.experiment)
+            return self.run.open_input(stage)
         except UserError as error:
             self.notes.append(str(error))
             return None
@@ -237,14 +239,14 @@ class Scene:
         self.floor_m = float(np.median(self.centers[:, 2] - FLOOR_DEVIATIONS * deviations))
 
     def _read_embedding(self) -> None:
-        mark = self.project.read_mark("embedding")
+        mark = self.run.read_mark("embedding")
         if mark is None:
             return
         try:
-            group = stores.open_group(str(mark.get("location") or self.project.path("embedding.zarr")))
+            group = self.run.open_input("embedding")
             place, valid = (schema.read(group, key) for key in ("map", "valid"))
         except (FileNotFoundError, KeyError):
-            self.notes.append(f"{self.project.path('embedding.zarr')}: gone or incomplete; run stage embedding again")
+            self.notes.append(f"{self.run.output_url('embedding')}: gone or incomplete; run stage embedding again")
             return
         if len(place) == self.n_frames and valid.any():
             self.embedding = Embedding(place.astype(np.float32), valid.astype(bool) & np.isfinite(place).all(1))
@@ -257,7 +259,7 @@ class Scene:
 
         pick_device(device)
         try:
-            self.predictor = Predictor.open(self.project, self.experiment, device, finished=not self.training)
+            self.predictor = Predictor.open(self.run, device, finished=not self.training)
         except UserError as error:
             self.notes.append(str(error))
 

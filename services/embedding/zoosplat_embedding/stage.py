@@ -233,8 +233,9 @@ def embed_together(runs: Sequence[Run], output: str) -> list[str]:
         for key, value in recordings[-1].kind.items():
             if first.get(key) != value:
                 raise UserError(
-                    f"{run.project.url}: {key} of the features is {value}, but {first.get(key)} in {runs[0].project.url}; "
-                    f"set features.{key.removesuffix('_m')} to the same in both and run stage features again"
+                    f"{run.project.url}: {key} of the features is {value}, but {first.get(key)} in "
+                    f"{runs[0].project.url}; set features.{key.removesuffix('_m')} to the same in both and run stage "
+                    "features again"
                 )
     arrays, attributes = embed(recordings, settings)
     write(output, arrays, {**attributes, "recordings": [run.project.url for run in runs]})

@@ -9,7 +9,6 @@ import zarr
 
 from zoosplat import dnerf, schema, stores, video
 from zoosplat.cameras import Cameras, WorldTransform
-from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.recording.checks import check_recording, kept_frames
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split

@@ -195,9 +195,7 @@ def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess])
     return results[0]
 
 
-def _run_rank(
-    train: Train, url: str, run_id: str, rank: int, size: int, meeting: str, report: Connection
-) -> None:
+def _run_rank(train: Train, url: str, run_id: str, rank: int, size: int, meeting: str, report: Connection) -> None:
     start_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage, which gets it too, ends its ranks
     # One machine: no other network is needed, nor a name for this one.

@@ -162,7 +162,9 @@ class _Training:
             start.begin(self.trainer.model, self.settings.start_from)
             self.trainer.averaged.load_state_dict(self.trainer.model.state_dict())
         if self.ranks.agreed(self.progress.step) != self.progress.step:
-            raise UserError(f"{self.ctx.run.project.url}: the checkpoint changed while it was read; let one run work on it")
+            raise UserError(
+                f"{self.ctx.run.project.url}: the checkpoint changed while it was read; let one run work on it"
+            )
         self.ranks.copy(self.trainer.state())
         self.steps_per_epoch = -(-len(self.frames) // self.settings.batch_frames)
         self.sums = torch.zeros(len(ops.TRAIN_FIGURES), dtype=torch.float64, device=self.device)

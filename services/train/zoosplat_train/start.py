@@ -29,8 +29,8 @@ def begin(model: PoseSplatter, start_from: str) -> None:
 
     Args:
         model: on any device; all its parameters but the cameras' colours are replaced.
-        start_from: `random` (nothing changes), `animals`, the URL of a project, of the folder of a training's result, or
-            of a .safetensors file that `write` wrote.
+        start_from: `random` (nothing changes), `animals`, the URL of a project, of the folder of a training's result,
+            or of a .safetensors file that `write` wrote.
 
     Raises:
         UserError: there are no such weights, or they are those of a network of another architecture.

@@ -1,1 +1,1 @@
-"""Stages and their results: the contract, the runner, results that are written once, and the runs that refer to them."""
+"""Stages: the contract, the runner, results that are written once, and the runs that refer to them."""

@@ -130,7 +130,10 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
         with terminal_progress(stage.name) as progress:
             _work(stage, args, progress)
     except KeyboardInterrupt:
-        print(f"zoosplat {stage.name}: stopped; finished work is kept, the same command goes on from here", file=sys.stderr)
+        print(
+            f"zoosplat {stage.name}: stopped; finished work is kept, the same command goes on from here",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     except Exception as error:
         return failed(stage.name, error, args.project)

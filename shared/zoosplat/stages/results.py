@@ -155,7 +155,9 @@ class Result:
             if mark is None:
                 return None
             if mark.get("id") != self.id:
-                raise UserError(f"{self.file(DONE)}: is the mark of {mark.get('id')}; the folder was renamed or mixed up")
+                raise UserError(
+                    f"{self.file(DONE)}: is the mark of {mark.get('id')}; the folder was renamed or mixed up"
+                )
             self._mark["done"] = mark
         return self._mark["done"]
 

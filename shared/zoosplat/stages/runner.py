@@ -1,7 +1,7 @@
 """Runs a stage: skipping, resuming, marking, parallel shards and leases, once for all stages.
 
-A stage runs as `prepare` (checks its input, creates its empty group, writes its plan), any number of shards in any order,
-place and number of tries, and `finish` (writes what needs all shards, then the success mark: the last write).
+A stage runs as `prepare` (checks its input, creates its empty group, writes its plan), any number of shards in any
+order, place and number of tries, and `finish` (writes what needs all shards, then the success mark: the last write).
 """
 
 from __future__ import annotations
@@ -232,8 +232,8 @@ def _complete_files(stage: Stage, result: Result) -> dict[str, int]:
             lost = sorted(schema.expected_files(stores.open_group(url)) - below.keys())
             if lost:
                 raise UserError(
-                    f"{stores.join(url, lost[0])}: is missing ({len(lost)} of such), though its shard was done; run stage "
-                    f"{stage.name} with --force"
+                    f"{stores.join(url, lost[0])}: is missing ({len(lost)} of such), though its shard was done; run "
+                    f"stage {stage.name} with --force"
                 )
         files |= {stores.join(name, path) if path else name: size for path, size in below.items()}
     return files

@@ -30,7 +30,14 @@ from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.results import FOLDER, REQUEST, Mark, Request, Result, Source, attempt_of
 
-RUNS, CONFIG, RECORD, LATEST, LINKS, SOURCES = "runs", "config.yaml", "run.json", "latest.json", "latest", "sources.json"
+RUNS, CONFIG, RECORD, LATEST, LINKS, SOURCES = (
+    "runs",
+    "config.yaml",
+    "run.json",
+    "latest.json",
+    "latest",
+    "sources.json",
+)
 LEGACY_CONFIG = "experiment.yaml"
 REUSABLE = ("ingest", "pack")  # stages whose results may be read from the project that `reuse` names
 
@@ -120,7 +127,9 @@ class Run:
         except FileNotFoundError:
             text = None
         if record is None or text is None:
-            raise UserError(f"{where}: holds no complete record of a run; `zoosplat runs {project.url}` lists those there are")
+            raise UserError(
+                f"{where}: holds no complete record of a run; `zoosplat runs {project.url}` lists those there are"
+            )
         try:
             experiment = Experiment.from_yaml(text)
         except UserError as error:
@@ -168,6 +177,18 @@ class Run:
             dict(self.sources.get(stage, {})),
             attempt_of(result.id, base) or 0,
         )
+
+    def older_version(self, stage: str) -> int | None:
+        """The newest earlier version of a stage that has a finished result of this request; None: none has."""
+        request = self.request(stage)
+        for version in range(request.version - 1, 0, -1):
+            older = replace(request, version=version, attempt=0)
+            if any(
+                Result.at(self.project.url, stage, replace(older, attempt=attempt).id).is_done()
+                for attempt in _attempts(self.project, older)
+            ):
+                return version
+        return None
 
     def sibling(self, stage: str, ignoring: Collection[str]) -> Result | None:
         """A finished result of a stage that differs from this run's in some keys of the configuration alone.
@@ -264,7 +285,7 @@ def resolve(
     force: Collection[str] = (),
     hashing: Callable[[str], None] = lambda url: None,
 ) -> Draft:
-    """Which result each stage has under a configuration. Reads every outside file that is not known yet; writes nothing.
+    """Which result each stage has under a configuration. Reads outside files that are not known yet; writes nothing.
 
     An id of an attempt that `--force` began is taken up by the runs after it, finished or not.
 

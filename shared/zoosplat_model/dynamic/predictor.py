@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoosplat.config import Experiment
 from zoosplat.stages.runs import Run
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet, colors_of
