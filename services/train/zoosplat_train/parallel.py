@@ -27,6 +27,7 @@ from torch import Tensor
 from zoosplat import stores
 from zoosplat.config import Experiment
 from zoosplat.errors import Passing, UserError
+from zoosplat.machine import loopback
 from zoosplat.project import Project
 from zoosplat.stage import Context, Result, Stage, failed, main, start_process
 from zoosplat_model.predictor import pick_device
@@ -199,8 +200,8 @@ def _run_rank(
     start_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage, which gets it too, ends its ranks
     # One machine: no other network is needed, nor a name for this one.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback())
     try:
         device = device_of(experiment, rank)
         store = dist.FileStore(meeting, size)  # type: ignore[attr-defined]
