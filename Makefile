@@ -5,9 +5,16 @@ export OMP_WAIT_POLICY ?= passive
 export PYTHON
 
 .PHONY: help install demo demo-containers demo-kubernetes test lint minio images bench cluster-tools test-cluster clean
+# Before anything is built: what a target needs of this machine.
+CHECKED := $(addprefix check-,demo-containers demo-kubernetes test-cluster)
+.PHONY: $(CHECKED)
+.NOTPARALLEL:
 
 help:            ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 16
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(CHECKED): check-%:
+	@deploy/requirements.sh $*
 
 install: .venv/installed  ## .venv with everything, at the versions of constraints.txt
 
@@ -32,10 +39,10 @@ minio:           ## build a MinIO server for the tests, once a machine, where Go
 images:          ## container images of the stages and of the flows, with podman or docker
 	@deploy/images/build.sh
 
-demo-containers: install minio  ## the demo, each stage in its own container on a MinIO of its own; needs images
+demo-containers: check-demo-containers install minio  ## the demo, each stage in its own container on a MinIO of its own; needs images
 	@$(BIN)/python deploy/demo/in_containers.py
 
-demo-kubernetes: install minio cluster-tools  ## the demo on a Kubernetes of this machine; needs root and images
+demo-kubernetes: check-demo-kubernetes install minio cluster-tools  ## the demo on a Kubernetes of this machine; needs root and images
 	@$(BIN)/python deploy/demo/on_kubernetes.py
 
 bench: install   ## CPU stages against ffmpeg, rasteriser
@@ -45,7 +52,7 @@ bench: install   ## CPU stages against ffmpeg, rasteriser
 cluster-tools:   ## build a Kubernetes, kwok and helm for the tests, once a machine, where Go is
 	@deploy/cluster/build.sh
 
-test-cluster: install minio cluster-tools  ## tests on a Kubernetes of this machine; its real nodes need root and images
+test-cluster: check-test-cluster install minio cluster-tools  ## tests on a Kubernetes of this machine; needs root and images
 	ZOOSPLAT_CI_CLUSTER=1 $(BIN)/pytest -q tests/cluster
 
 clean:           ## remove .venv and caches; experiments stay

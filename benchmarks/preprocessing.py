@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from zoosplat.config import Experiment, read_config
+from zoosplat.machine import peak_bytes
 from zoosplat.project import Project
 
 STAGES = ("ingest", "center_rotation", "crop", "pack")
@@ -83,7 +84,7 @@ def main() -> None:
         for key, value in best.items():
             memory = f", peak {peaks[key]:.0f} MiB" if key in peaks else ""
             print(f"{key:16} {value:6.2f}{'' if key == 'ratio' else ' s'}{memory}")
-        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        children = peak_bytes(resource.getrusage(resource.RUSAGE_CHILDREN)) / 2**20
         print(f"largest process  {children:.0f} MiB")
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import zoosplat_pack.stage
 import zoosplat_render.stage
 import zoosplat_train.stage
 from zoosplat.config import Experiment, read_config
+from zoosplat.machine import usable_cores
 from zoosplat.memory import GIB, measured_sizes, peak_gpu_bytes
 from zoosplat.project import Project
 from zoosplat.stage import Stage, run_stage
@@ -136,7 +136,7 @@ def main() -> None:
             experiment = experiment.model_copy(update={"reuse": before})
         project.write_experiment(experiment)
         for stage in CPU_STAGES:
-            run_stage(stage, project, workers=len(os.sched_getaffinity(0)))
+            run_stage(stage, project, workers=usable_cores())
         print(f"{name} prepared", file=sys.stderr, flush=True)
     if args.prepare:
         return

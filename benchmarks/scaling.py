@@ -33,6 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "deploy" / "demo")]
 from servers import Servers  # noqa: E402
 from tests.conftest import loop_video  # noqa: E402
 
+from zoosplat.machine import peak_bytes  # noqa: E402
+
 STAGES = ("ingest", "center_rotation", "crop", "pack")
 RENDERED, REPEATED = 128, 8  # frames of the synthetic recording, and how often they are played
 FRAMES_READ = 1000
@@ -92,7 +94,7 @@ def measure(endpoint: str, stage: str, url: str, words: list[str], frames: int) 
     time.sleep(METRICS_S)
     puts, gets, sent, received = (b - a for a, b in zip(before, counts(endpoint), strict=True))
     cpu = usage.ru_utime + usage.ru_stime
-    step = Step(frames, cpu, wall, usage.ru_maxrss / 1024, int(puts), int(gets), sent, received)
+    step = Step(frames, cpu, wall, peak_bytes(usage) / 2**20, int(puts), int(gets), sent, received)
     print(f"{stage} {' '.join(words)}: {json.dumps(vars(step))}", flush=True)
     return step
 

@@ -6,6 +6,7 @@ import pytest
 from zoosplat import random_animals
 from zoosplat.random_animals import HEIGHT, VIEWS, WIDTH, Film, random_animal, random_rig
 from zoosplat.synthetic import Scene, Solids, View
+from zoosplat_model import animals
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,13 @@ def test_the_place_of_an_animal_holds_all_of_its_pictures(film: Film) -> None:
             rows, columns = np.nonzero(film.mask[i, v])
             assert (pixels.min(0) < (columns.min() + 2, rows.min() + 2)).all()
             assert (pixels.max(0) > (columns.max() - 2, rows.max() - 2)).all()
+
+
+def test_animals_filmed_by_several_processes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(animals, "RIGS", 2)
+    filmed = animals.films(2, first=3)
+    assert len(filmed) == 2
+    for rig, film in zip((3, 4), filmed, strict=True):
+        alone = random_animals.film(rig, 1)
+        for name in ("rgb", "mask", "centers", "headings"):
+            np.testing.assert_array_equal(getattr(film, name), getattr(alone, name))

@@ -16,10 +16,7 @@ if [ ${#missing[@]} -eq 0 ]; then
   echo "cluster tools: $BIN has them all"
   exit 0
 fi
-if ! command -v go > /dev/null; then
-  echo "cluster tools: needs Go to build ${missing[*]}; install Go" >&2
-  exit 2
-fi
+../requirements.sh cluster-tools
 mkdir -p "$BIN"
 # Built beside and renamed: an interrupted build leaves nothing that looks finished.
 building=$(mktemp -d "$BIN/building.XXXXXX")

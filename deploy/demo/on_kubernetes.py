@@ -17,6 +17,7 @@ from typing import Any
 from servers import BIN, Servers, prefect, show_results
 
 from zoosplat.pipeline import PREPROCESSING
+from zoosplat_flows.runners.containers import engine
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_IMAGES = ("ingest", "center-rotation", "crop", "pack", "embedding", "flows")
@@ -79,8 +80,9 @@ class Cluster:
         self.servers.run(str(BIN / "helm"), "-n", NAMESPACE, *arguments)
 
     def _nodes(self) -> None:
-        store = Path.home() / ".cache" / "zoosplat" / "containers"
-        podman = ["podman", "--storage-driver=overlay", "--root", str(store / "root"), "--runroot", str(store / "run")]
+        words = engine()
+        # podman puts one image into an archive unless it is told otherwise, docker all.
+        save = [*words, "save", *(["-q", "--multi-image-archive"] if Path(words[0]).name == "podman" else [])]
         gpu = ["--gpus", "1", "--taint", "nvidia.com/gpu=present:NoSchedule"]
         kinds: list[tuple[tuple[str, ...], list[str], dict[str, str]]] = [
             (CPU_IMAGES, [], {"cpu-1": "pool=cpu", "cpu-2": "pool=cpu"}),
@@ -88,10 +90,10 @@ class Cluster:
         ]
         port = self.kubelet_port
         for images, options, nodes in kinds:
-            with tempfile.TemporaryDirectory(dir=store.parent) as folder:
+            with tempfile.TemporaryDirectory(dir=BIN.parent) as folder:  # gigabytes: /tmp may be in memory
                 archive = f"{folder}/images.tar"
                 names = [f"localhost/zoosplat-{image}:dev" for image in images]
-                self.servers.run(*podman, "save", "-q", "--multi-image-archive", "-o", archive, *names)
+                self.servers.run(*save, "-o", archive, *names)
                 for name, labels in nodes.items():
                     self.script("node.sh", self.prefix + name, str(port), "--labels", labels, *options, archive)
                     port += 1

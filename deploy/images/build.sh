@@ -9,20 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 REGISTRY=${REGISTRY:-localhost} TAG=${TAG:-dev}
 STAGES=(ingest center_rotation crop pack train evaluate render features embedding)
-python_image=docker.io/library/python:3.12-slim-bookworm
-
-if [ -n "${ZOOSPLAT_CONTAINER_ENGINE:-}" ]; then
-  read -ra engine <<<"$ZOOSPLAT_CONTAINER_ENGINE"
-elif docker info >/dev/null 2>&1; then
-  engine=(docker)
-elif command -v podman >/dev/null; then
-  # Apart from other images of this user; the same words as in zoosplat_flows/runners/containers.py.
-  state=$HOME/.cache/zoosplat/containers
-  engine=(podman --root "$state/root" --runroot "$state/run" --storage-driver=overlay --runtime runc --cgroup-manager=cgroupfs)
-else
-  echo "images: neither docker nor podman runs here; install one of them" >&2
-  exit 2
-fi
+deploy/requirements.sh images
+. deploy/engine.sh
 options=(--network host)
 if [[ ${engine[0]} == *podman ]]; then
   cache=$HOME/.cache/zoosplat/containers/cache
@@ -35,11 +23,11 @@ if [[ ${engine[0]} == *podman ]]; then
 fi
 
 if [ -z "${BASE_IMAGE:-}" ]; then
-  BASE_IMAGE=$python_image
-  if ! "${engine[@]}" image inspect "$BASE_IMAGE" >/dev/null 2>&1 && ! "${engine[@]}" pull -q "$BASE_IMAGE" >/dev/null 2>&1; then
-    BASE_IMAGE=localhost/zoosplat-base:dev
-    if ! "${engine[@]}" image inspect "$BASE_IMAGE" >/dev/null 2>&1; then
-      echo "images: $python_image cannot be had; making $BASE_IMAGE from Debian"
+  BASE_IMAGE=$PYTHON_IMAGE
+  if ! has_image "$BASE_IMAGE" && ! "${engine[@]}" pull -q "$BASE_IMAGE" >/dev/null 2>&1; then
+    BASE_IMAGE=$OWN_BASE
+    if ! has_image "$BASE_IMAGE"; then
+      echo "images: $PYTHON_IMAGE cannot be had; making $BASE_IMAGE from Debian"
       tar=$(mktemp)
       trap 'rm -f "$tar"' EXIT
       deploy/images/base.sh "$tar"

@@ -25,7 +25,7 @@ RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q -r /wanted/uv.tx
 # Architectures, such as "9.0" or "8.0 8.6 8.9 9.0 12.0"; none: no kernels, the images rasterise on the CPU alone.
 ARG GSPLAT_ARCHS="8.0 8.6 8.9 9.0 12.0"
 ARG MAX_JOBS=2
-COPY shared/zoosplat/errors.py /build/zoosplat/errors.py
+COPY shared/zoosplat/errors.py shared/zoosplat/machine.py /build/zoosplat/
 COPY flows/zoosplat_flows/kernels.py /build/kernels.py
 RUN if [ -n "$GSPLAT_ARCHS" ]; then \
         if ! command -v g++ || ! [ -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; then \

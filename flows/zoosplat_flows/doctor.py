@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.markup import escape
 
 from zoosplat.errors import UserError
+from zoosplat.machine import memory_bytes, usable_cores
 from zoosplat_flows import kernels
 from zoosplat_flows.status import memory
 
@@ -69,14 +71,15 @@ def findings(project: str | None) -> Iterator[Finding]:
 
 
 def _python() -> Finding:
-    text = f"{platform.python_version()}, {os.cpu_count()} cores, {memory(_physical_memory())} memory"
-    if (3, 11) <= sys.version_info[:2] < (3, 13):
+    version = platform.python_version()
+    text = f"{version}, {usable_cores()} cores, {memory(memory_bytes())} memory"
+    try:
+        allowed = importlib.metadata.metadata("zoosplat")["Requires-Python"]
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("python", "problem", f"{text}; zoosplat is not installed in it: pip install 'zoosplat[all]'")
+    if SpecifierSet(allowed).contains(version, prereleases=True):
         return Finding("python", "ok", text)
-    return Finding("python", "broken", f"{text}; install Python 3.11 or 3.12")
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Finding("python", "broken", f"{text}; install Python {allowed}")
 
 
 def _package(module: str, extra: str, *, required: bool, distribution: str | None = None) -> Finding:

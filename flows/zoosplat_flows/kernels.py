@@ -3,8 +3,8 @@
 They are put where gsplat looks before it looks for a toolkit, `gsplat/csrc.py`. The cache of torch's extensions would
 not do: without nvcc gsplat never looks there.
 
-The GPU image runs this file as it is (`python kernels.py 8.0 9.0`), beside `zoosplat/errors.py` and nothing else of
-zoosplat.
+The GPU image runs this file as it is (`python kernels.py 8.0 9.0`), beside `zoosplat/errors.py`, `zoosplat/machine.py`
+and nothing else of zoosplat.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zoosplat.errors import UserError
+from zoosplat.machine import memory_bytes, usable_cores
 
 FIRST_CUDA = 13  # PyPI's package of an earlier compiler has no nvcc
 JOB_BYTES = 3 << 30  # of memory, that a compiler process takes
@@ -143,8 +144,7 @@ def _fetched(cuda: str, folder: Path) -> Path:
 
 def _compiled(gsplat: Path, home: Path, archs: Sequence[str], folder: Path, progress: Progress) -> Path:
     """The library, compiled by gsplat's own import."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    jobs = max(1, min(len(os.sched_getaffinity(0)), memory // JOB_BYTES))
+    jobs = max(1, min(usable_cores(), memory_bytes() // JOB_BYTES))
     kernels = folder / "kernels"
     environment = {
         "MAX_JOBS": str(jobs),

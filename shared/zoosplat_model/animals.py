@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from zoosplat import random_animals
 from zoosplat.config import OF_ANIMALS, RANDOM, Experiment
+from zoosplat.machine import usable_cores
 from zoosplat.random_animals import HEIGHT, VIEWS, WIDTH, Film
 from zoosplat_model.frames import Frame, FrameReader, send
 from zoosplat_model.splatter import Gaussians, Observed, PoseSplatter
@@ -29,12 +29,9 @@ LEARNING_RATE = 5e-4
 
 
 def films(animals: int, first: int = 0) -> list[Film]:
-    """At least so many animals, of rigs from number `first` on, on all CPU cores: minutes for thousands.
-
-    Processes are forked, and must not inherit a GPU: so one is to be used only after this.
-    """
+    """At least so many animals, of rigs from number `first` on, on all CPU cores: minutes for thousands."""
     each = -(-animals // RIGS)
-    with multiprocessing.get_context("fork").Pool(min(RIGS, len(os.sched_getaffinity(0)))) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(RIGS, usable_cores())) as pool:
         return pool.starmap(random_animals.film, [(first + rig, each) for rig in range(RIGS)], chunksize=1)
 
 

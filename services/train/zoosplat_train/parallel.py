@@ -26,6 +26,7 @@ from torch import Tensor
 from zoosplat import stores
 from zoosplat.config import Experiment
 from zoosplat.errors import Passing, UserError
+from zoosplat.machine import loopback
 from zoosplat.stages.command import arguments_of, failed, main
 from zoosplat.stages.contract import Context, Outcome, Stage
 from zoosplat.stages.runner import start_process
@@ -199,8 +200,8 @@ def _run_rank(train: Train, url: str, run_id: str, rank: int, size: int, meeting
     start_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage, which gets it too, ends its ranks
     # One machine: no other network is needed, nor a name for this one.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback())
     try:
         run = Project.at(url).run(run_id)
         device = device_of(run.experiment, rank)

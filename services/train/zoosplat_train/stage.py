@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -17,6 +16,7 @@ import torch
 from zoosplat import stores
 from zoosplat.config import Train as Settings
 from zoosplat.errors import UserError
+from zoosplat.machine import usable_cores
 from zoosplat.memory import VALID_FRAMES
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat_model import checkpoints
@@ -78,7 +78,7 @@ def train(ctx: Context, device: torch.device, ranks: Ranks) -> Outcome:
     if ranks.size > frames:
         raise UserError(f"{ranks.size} processes share the frames of a step; set train.batch_frames ({frames}) to more")
     if device.type == "cpu":
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks.size)))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores() // ranks.size)))
     else:
         torch.backends.cudnn.benchmark = True
     _load_kernels(ctx, device, ranks)
