@@ -96,9 +96,9 @@ def _read_experiment(project: Project) -> Experiment:
 def upgrade(project: Project) -> tuple[Run, dict[str, str]]:
     """Adopt the results of a project of the earlier layout: write a run that refers to them where they are.
 
-    A result is adopted under the id that a run of today has for it, if the digest in its mark shows that it was made from
-    the files and settings as they are now; then the next run takes it for done. Any other keeps an id of its own: it can
-    be looked at, and the next run makes a new one beside it.
+    A result is adopted under the id that a run of today has for it, if the digest in its mark shows that it was made
+    from the files and settings as they are now; then the next run takes it for done. Any other keeps an id of its own:
+    it can be looked at, and the next run makes a new one beside it.
 
     Returns:
         The run, and stage -> why its result keeps an id of its own.
