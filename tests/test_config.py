@@ -776,7 +776,7 @@ SCALARS = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(SCALARS)
 def test_text_is_written_so_that_every_reader_takes_it_for_text(text: str) -> None:
     """PyYAML's own reader is one of YAML 1.1."""
