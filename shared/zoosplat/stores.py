@@ -224,12 +224,13 @@ def list_names(url: str) -> list[str]:
     """Names of the files and folders directly below a URL, sorted; none where there is no such folder."""
     if not is_s3(url):
         return sorted(os.listdir(url)) if os.path.isdir(url) else []
+    bucket, prefix = _folder(url)
     found, token = set[str](), {}
     while True:
-        answer = _list_objects(url, Delimiter="/", **token)
+        answer = _list_objects(bucket, prefix, Delimiter="/", **token)
         keys = [entry["Prefix"] for entry in answer.get("CommonPrefixes", [])]
         keys += [entry["Key"] for entry in answer.get("Contents", [])]
-        found |= {key.rstrip("/").rpartition("/")[2] for key in keys if key != answer["Prefix"]}
+        found |= {key[len(prefix) :].rstrip("/") for key in keys if key != prefix}
         if not answer.get("IsTruncated"):
             return sorted(found)
         token = {"ContinuationToken": answer["NextContinuationToken"]}
@@ -242,12 +243,15 @@ def first_file(url: str) -> str | None:
     Where there are many it takes no longer. A symbolic link to a folder counts as a file.
     """
     if is_s3(url):
-        keys = [str(entry["Key"]) for entry in _list_objects(url, MaxKeys=PAGE).get("Contents", [])]
+        bucket, prefix = _folder(url)
+        keys = [str(entry["Key"]) for entry in _list_objects(bucket, prefix).get("Contents", [])]
         # Consoles make folders by objects whose names end so.
         keys = [key for key in keys if not key.endswith("/")]
         if keys:
-            return keys[0][len(url[5:].partition("/")[2]) + 1 :]
-        return "" if exists(url) else None
+            return keys[0][len(prefix) :]
+        key = prefix.rstrip("/")
+        same = _list_objects(bucket, key, MaxKeys=1).get("Contents", [])  # the shortest name is the first
+        return "" if same and same[0]["Key"] == key else None
     if not os.path.isdir(url):
         return "" if os.path.lexists(url) else None
     for folder, folders, files in os.walk(url):
@@ -258,15 +262,18 @@ def first_file(url: str) -> str | None:
     return None
 
 
-def _list_objects(url: str, **options: Any) -> dict[str, Any]:
-    """One page of the objects below a URL; `Prefix` is what their keys begin with."""
+def _folder(url: str) -> tuple[str, str]:
+    """The bucket of an S3 URL, and what the keys of all objects below the URL begin with."""
+    bucket, _, key = url[5:].partition("/")
+    return bucket, key and key + "/"
+
+
+def _list_objects(bucket: str, prefix: str, **options: Any) -> dict[str, Any]:
+    """A page of a bucket's objects, in the order of their keys: S3's own answer."""
     from fsspec.asyn import sync
 
-    bucket, _, prefix = url[5:].partition("/")
-    prefix = prefix and prefix + "/"
     s3 = _s3()
-    answer = sync(s3.loop, s3._call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, **options)
-    return {**answer, "Prefix": prefix}
+    return cast(dict[str, Any], sync(s3.loop, s3._call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, **options))
 
 
 @_naming_the_url
