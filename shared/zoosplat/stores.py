@@ -377,8 +377,10 @@ def first_file(url: str) -> str | None:
         # Consoles make folders by objects whose names end so.
         keys = [key for key in keys if not key.endswith("/")]
         if keys:
-            return keys[0][len(url[5:].partition("/")[2]) + 1 :]
-        return "" if exists(url) else None
+            return keys[0][len(prefix) :]
+        key = prefix.rstrip("/")
+        same = _list_objects(bucket, key, MaxKeys=1).get("Contents", [])  # the shortest name is the first
+        return "" if same and same[0]["Key"] == key else None
     if not os.path.isdir(url):
         return "" if os.path.lexists(url) else None
     for folder, folders, files in os.walk(url):
