@@ -15,7 +15,7 @@ import pytest
 from zoosplat.config import Experiment, StageName, load_config
 from zoosplat.effects import affects, effects, outside_files, settings_of
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PIPELINE
+from zoosplat.stages.registry import PIPELINE
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.stage import main, run_stage
 from zoosplat_embedding import ops

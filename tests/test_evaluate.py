@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.stage import run_stage
 from zoosplat_evaluate import ops, stage

@@ -15,7 +15,7 @@ from zoosplat import ply
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.outside_files import check_outside_files
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat.prechecks import check_before_run, check_kept_frames, check_project_place
 
 if TYPE_CHECKING:

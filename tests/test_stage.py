@@ -16,7 +16,7 @@ import pytest
 from zoosplat import schema, stage, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PREPROCESSING, STAGES
+from zoosplat.stages.registry import PREPROCESSING, STAGES
 from zoosplat.project import Project
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 
 from servers import BIN, Servers, prefect, show_results
 
-from zoosplat.pipeline import PREPROCESSING
+from zoosplat.stages.registry import PREPROCESSING
 from zoosplat_flows.runners.containers import engine
 
 ROOT = Path(__file__).resolve().parents[2]

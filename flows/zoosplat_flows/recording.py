@@ -7,7 +7,7 @@ from typing import Any, cast, get_args
 import typer
 from rich.console import Console
 from rich.table import Table
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 
 from zoosplat import stores
 from zoosplat.calibration import Format, Unit, read_cameras

@@ -19,7 +19,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.storage import LocalStore, ObjectStore, WrapperStore
 
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PIPELINE
+from zoosplat.stages.registry import PIPELINE
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype

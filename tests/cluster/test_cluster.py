@@ -22,7 +22,7 @@ import yaml
 from servers import Servers, prefect
 
 from zoosplat import stores
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat_flows.runners.kubernetes import JOB_LABEL, Api, job_manifest
 from zoosplat_flows.runners.settings import Settings
 

@@ -22,7 +22,7 @@ import pytest
 from servers import free_port
 
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PIPELINE
+from zoosplat.stages.registry import PIPELINE
 from zoosplat_flows.runners.containers import engine, image_of
 
 if TYPE_CHECKING:

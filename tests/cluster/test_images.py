@@ -17,7 +17,7 @@ import pytest
 
 from zoosplat import stores
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PREPROCESSING, STAGES
+from zoosplat.stages.registry import PREPROCESSING, STAGES
 from zoosplat_flows.runners import containers
 
 if TYPE_CHECKING:

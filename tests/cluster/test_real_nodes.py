@@ -23,7 +23,7 @@ from servers import BIN, Servers, prefect
 
 from zoosplat import stores
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PIPELINE
+from zoosplat.stages.registry import PIPELINE
 from zoosplat.project import Project
 from zoosplat_flows.runners.kubernetes import Api, Exhausted, Jobs, job_manifest
 from zoosplat_flows.runners.settings import Settings

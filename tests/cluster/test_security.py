@@ -20,7 +20,7 @@ from zoosplat import stores, video
 from zoosplat.calibration import read_cameras
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PREPROCESSING
+from zoosplat.stages.registry import PREPROCESSING
 from zoosplat_flows.runners import containers
 from zoosplat_flows.runners.kubernetes import job_manifest
 from zoosplat_flows.runners.local import Progress

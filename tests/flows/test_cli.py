@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from zoosplat.config import Experiment, load_config
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat_flows.cli import app
 from zoosplat_flows.running import headline

@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.testing.utilities import prefect_test_harness
 
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PIPELINE
+from zoosplat.stages.registry import PIPELINE
 from zoosplat_flows import pipeline as flow_module
 from zoosplat_flows.pipeline import Event, listening, pipeline, run_stage, select, with_followers
 from zoosplat_flows.runners.local import Interrupted, Processes

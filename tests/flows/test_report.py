@@ -17,7 +17,7 @@ import pytest
 from zoosplat import media, schema
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.pipeline import PIPELINE, STAGES
+from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat_flows import plots
 from zoosplat_flows.report import _outlined, build_report

@@ -23,7 +23,7 @@ import zarr
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat.recording.checks import check_recording
 
 if TYPE_CHECKING:

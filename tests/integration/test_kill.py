@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat.pipeline import PREPROCESSING, STAGES
+from zoosplat.stages.registry import PREPROCESSING, STAGES
 
 if TYPE_CHECKING:
     from tests.conftest import Recording, Stages

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from zoosplat import schema, stores
-from zoosplat.pipeline import PREPROCESSING, STAGES
+from zoosplat.stages.registry import PREPROCESSING, STAGES
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording, Stages

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat.pipeline import PIPELINE, STAGES
+from zoosplat.stages.registry import PIPELINE, STAGES
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording

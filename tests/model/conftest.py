@@ -10,7 +10,7 @@ import pytest
 
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.synthetic import ring_of_cameras
 

@@ -14,7 +14,7 @@ import torch
 
 from zoosplat import stores
 from zoosplat.errors import UserError
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.stage import run_stage
 from zoosplat_evaluate.stage import STAGE as EVALUATE

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoosplat import schema, stores
 from zoosplat.errors import UserError
-from zoosplat.pipeline import STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat.project import Project, settings_of
 from zoosplat.stage import main, run_stage
 from zoosplat_embedding.stage import _variation

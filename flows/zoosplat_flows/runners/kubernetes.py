@@ -191,7 +191,7 @@ def job_manifest(
     Args:
         settings: of the runner.
         project_url: the project.
-        stage: name in `zoosplat.pipeline.STAGES`.
+        stage: name in `zoosplat.stages.registry.STAGES`.
         step: prepare, shards, finish, or run for a whole GPU stage.
         digest: `request_digest`.
         arguments: of the stage, after --project URL.

@@ -228,14 +228,18 @@ def _complete_files(stage: Stage, result: Result) -> dict[str, int]:
         url = stores.join(result.data_folder, name)
         stores.sync(url)
         below = stores.manifest(url)
-        if name.endswith(".zarr"):
+        if not below and stores.exists(url):
+            files[name] = stores.size(url)
+            continue
+        lost = [""] if not below else []
+        if below and name.endswith(".zarr"):
             lost = sorted(schema.expected_files(stores.open_group(url)) - below.keys())
-            if lost:
-                raise UserError(
-                    f"{stores.join(url, lost[0])}: is missing ({len(lost)} of such), though its shard was done; run "
-                    f"stage {stage.name} with --force"
-                )
-        files |= {stores.join(name, path) if path else name: size for path, size in below.items()}
+        if lost:
+            raise UserError(
+                f"{stores.join(url, lost[0]).rstrip('/')}: is missing, one of {len(lost)} of such, though its shard was "
+                f"done; run stage {stage.name} with --force"
+            )
+        files |= {stores.join(name, path): size for path, size in below.items()}
     return files
 
 
