@@ -299,7 +299,10 @@ def _pages(url: str, **arguments: Any) -> Iterator[dict[str, Any]]:
 
 @_naming_the_url
 def manifest(url: str) -> dict[str, int]:
-    """Size in bytes of every file below a URL, by its path relative to it, sorted; empty where there is nothing."""
+    """Size in bytes of every file below a URL, by its path relative to it, sorted.
+
+    Of a file it is the size by the empty path. Where there is nothing it is empty.
+    """
     found: dict[str, int] = {}
     if is_s3(url):
         for page in _pages(url):
@@ -314,6 +317,9 @@ def manifest(url: str) -> dict[str, int]:
                 # A link that leads nowhere is no file, and a file may be removed meanwhile.
                 with suppress(FileNotFoundError):
                     found[os.path.relpath(path, url).replace(os.sep, "/")] = os.stat(path).st_size
+    if not found:
+        with suppress(FileNotFoundError, IsADirectoryError):
+            return {"": stat(url)[0]}
     return dict(sorted(found.items()))
 
 
@@ -325,20 +331,21 @@ def check_manifest(url: str, expected: dict[str, int]) -> None:
     """
     found = manifest(url)
     for name, n in sorted(expected.items()):
+        where = join(url, name).rstrip("/")
         if name not in found:
-            raise lost(join(url, name), "is missing")
+            raise lost(where, "is missing")
         if found[name] != n:
-            raise lost(join(url, name), f"is damaged: {found[name]} bytes instead of {n}")
+            raise lost(where, f"is damaged: {found[name]} bytes instead of {n}")
 
 
 def _unless_absent(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
 
 def list_files(url: str) -> Iterator[str]:
     """Every file below a URL, as paths relative to it, sorted."""
-    yield from manifest(url)
+    yield from (name for name in manifest(url) if name)
 
 
 @_naming_the_url
