@@ -16,3 +16,7 @@ class Passing(UserError):
 
 class Unreachable(Passing):
     """A storage server that does not answer."""
+
+
+class LockLost(Passing):
+    """Another process has taken over the work that this one had locked."""
