@@ -12,6 +12,7 @@ import zarr
 
 from zoosplat import schema, stores
 from zoosplat.errors import UserError
+from zoosplat.group_store import lost
 
 if TYPE_CHECKING:
     from tests.conftest import S3
@@ -25,7 +26,7 @@ SHARD = "rgb/c/1/0/0/0/0"  # frames 4 to 7
 def url(request: pytest.FixtureRequest, s3_here: S3, tmp_path: Path) -> str:
     """Where a group may be written."""
     folder = str(tmp_path) if request.param == "disk" else f"s3://{s3_here.bucket()}/project"
-    return f"{folder}/images.zarr"
+    return f"{folder}/results/pack/1f2e/images.zarr"
 
 
 def pictures() -> dict[str, Any]:
@@ -216,10 +217,10 @@ def test_manifests(url: str) -> None:
     stores.check_manifest(url, {})
 
 
-def test_the_stage_that_is_named_is_the_innermost() -> None:
+def test_the_stage_that_is_named() -> None:
     for url, stage in (
-        ("/home/model/p/results/pack/1f/images.zarr/rgb/c/0", "stage pack"),
-        ("s3://lab/p/model/history.csv", "stage train"),
-        ("/data/others.zarr/x", "the stage that wrote it"),
+        ("/home/results/2026/mouse/results/pack/1f/images.zarr/rgb/c/0", "stage pack"),
+        ("s3://lab/p/results/train/1f/model/history.csv", "stage train"),
+        ("/data/mouse/images.zarr/rgb/c/0", "the stage that wrote it"),
     ):
-        assert str(stores.lost(url, "is missing")) == f"{url} is missing; run {stage} with --force"
+        assert str(lost(url, "is missing")) == f"{url} is missing; run {stage} with --force"

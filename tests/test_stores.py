@@ -129,7 +129,12 @@ def test_listings(place: str) -> None:
     assert stores.list_dirs(place) == ["a.zarr", "b [1]"]
     assert stores.list_dirs(stores.join(place, "b [1]")) == ["d"]
     assert stores.list_dirs(stores.join(place, "b [1]", "d", "e")) == []
-    assert stores.stat(stores.join(place, "a.zarr/c/0"))[0] == 3
+    file = stores.join(place, "a.zarr/c/0")
+    assert stores.stat(file)[0] == 3
+    assert (stores.manifest(file), list(stores.list_files(file))) == ({"": 3}, [])
+    stores.check_manifest(file, {"": 3})
+    with pytest.raises(UserError, match=r"a.zarr/c/0 is damaged: 3 bytes instead of 4; run the stage that wrote it"):
+        stores.check_manifest(file, {"": 4})
 
 
 def test_a_listing_of_several_answers(s3_here: S3, monkeypatch: pytest.MonkeyPatch) -> None:

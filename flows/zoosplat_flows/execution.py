@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
-from zoosplat.errors import Passing, Unreachable, UserError
+from zoosplat.errors import Passing, UserError
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Run
@@ -71,7 +71,7 @@ def select(from_stage: str | None = None, until_stage: str | None = None) -> lis
 def worth_retrying(error: BaseException) -> bool:
     """Whether another try of a stage may help: not when the input is wrong or the pipeline ends."""
     if isinstance(error, Passing):
-        return isinstance(error, Unreachable)
+        return True
     return not isinstance(error, UserError | Interrupted | Exhausted)
 
 

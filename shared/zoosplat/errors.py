@@ -21,6 +21,10 @@ class Unreachable(Passing):
     """A storage server that does not answer."""
 
 
+class LockLost(Passing):
+    """Another process has taken over the work that this one had locked."""
+
+
 class Problems:
     """Collects what a user can mend, so that all of it is reported together.
 

@@ -19,11 +19,11 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.storage import LocalStore, ObjectStore, WrapperStore
 
 from zoosplat.errors import UserError
-from zoosplat.stages.registry import PIPELINE
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
+RESULTS = "results"
 ABSENT = np.uint64(2**64 - 1)  # in a shard's table: a chunk that was not written
 
 # So that absence always means loss. Here, as arrays take it from here when they are opened, and only then.
@@ -32,9 +32,12 @@ zarr.config.set({"array.write_empty_chunks": True})
 
 def lost(url: str, what: str) -> UserError:
     """The error for a file of a result that is not what its stage wrote, such as "is missing"."""
-    stages = {spec.writes: f"stage {spec.name}" for spec in PIPELINE}
-    known = (stages[part] for part in reversed(url.split("/")) if part in stages)
-    return UserError(f"{url} {what}; run {next(known, 'the stage that wrote it')} with --force")
+    parts = url.split("/")
+    # Results lie in PROJECT/results/<stage>/<result id>; groups from before they did tell no stage.
+    stages = [
+        f"stage {stage}" for folder, stage, _ in zip(parts, parts[1:], parts[2:], strict=False) if folder == RESULTS
+    ]
+    return UserError(f"{url} {what}; run {stages[-1] if stages else 'the stage that wrote it'} with --force")
 
 
 class GroupStore(WrapperStore[Store]):

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from functools import lru_cache, wraps
 from pathlib import Path
 from stat import S_ISDIR
@@ -296,7 +297,10 @@ def _pages(url: str, **arguments: Any) -> Iterator[dict[str, Any]]:
 
 @_naming_the_url
 def manifest(url: str) -> dict[str, int]:
-    """Size in bytes of every file below a URL, by its path relative to it, sorted; empty where there is nothing."""
+    """Size in bytes of every file below a URL, by its path relative to it, sorted.
+
+    Of a file it is the size by the empty path. Where there is nothing it is empty.
+    """
     found: dict[str, int] = {}
     if is_s3(url):
         for page in _pages(url):
@@ -311,6 +315,9 @@ def manifest(url: str) -> dict[str, int]:
                 # A link that leads nowhere is no file, and a file may be removed meanwhile.
                 with suppress(FileNotFoundError):
                     found[os.path.relpath(path, url).replace(os.sep, "/")] = os.stat(path).st_size
+    if not found:
+        with suppress(FileNotFoundError, IsADirectoryError):
+            return {"": stat(url)[0]}
     return dict(sorted(found.items()))
 
 
@@ -322,20 +329,21 @@ def check_manifest(url: str, expected: dict[str, int]) -> None:
     """
     found = manifest(url)
     for name, n in sorted(expected.items()):
+        where = join(url, name).rstrip("/")
         if name not in found:
-            raise lost(join(url, name), "is missing")
+            raise lost(where, "is missing")
         if found[name] != n:
-            raise lost(join(url, name), f"is damaged: {found[name]} bytes instead of {n}")
+            raise lost(where, f"is damaged: {found[name]} bytes instead of {n}")
 
 
 def _unless_absent(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
 
 def list_files(url: str) -> Iterator[str]:
     """Every file below a URL, as paths relative to it, sorted."""
-    yield from manifest(url)
+    yield from (name for name in manifest(url) if name)
 
 
 @_naming_the_url
@@ -423,26 +431,60 @@ def remove_partials(url: str) -> None:
             path.unlink(missing_ok=True)
 
 
+@_naming_the_url
 def etag(url: str) -> str:
     """Of an object on S3. Raises FileNotFoundError."""
     return str(_s3().info(url)["ETag"])
 
 
+@_naming_the_url
+def age(url: str) -> float:
+    """Seconds since an object on S3 was written, by the server's own clock, in whole seconds. FileNotFoundError."""
+    bucket, _, key = url[5:].partition("/")
+    answer = _call_s3("head_object", Bucket=bucket, Key=key)
+    now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return float((now - answer["LastModified"]).total_seconds())
+
+
+@_naming_the_url
 def put_if(url: str, data: bytes, etag: str | None) -> str | None:
     """Write an object on S3 in place of the one with that ETag, None: where there is none.
 
     Returns:
-        Its ETag; None where another has been there first.
+        Its ETag; None where another has been there first. That other one may be this very call: it is sent again where
+        the answer was lost, and the second time the object is there.
     """
     condition = {"mode": "create"} if etag is None else {"IfMatch": etag}
     try:
         return str(_s3().pipe_file(url, data, **condition)["ETag"])
     except OSError as error:
-        known: Any = error.__cause__
-        code = getattr(known, "response", {}).get("Error", {}).get("Code")
-        if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
+        gone = ("NoSuchKey",) if etag is not None else ()
+        if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409", *gone):
             return None
         raise
+
+
+def _code(error: BaseException) -> str:
+    """S3's code of an error that it answered with and s3fs translated; empty where it is none."""
+    response: dict[str, Any] = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+@_naming_the_url
+def delete_if(url: str, etag: str) -> None:
+    """Remove an object on S3 if it has that ETag, with one request: a second one could meet what another put there.
+
+    MinIO does not look at the ETag.
+    """
+    from fsspec.asyn import sync
+
+    bucket, _, key = url[5:].partition("/")
+
+    async def send() -> None:
+        client = await _s3().get_s3(bucket)
+        await client.delete_object(Bucket=bucket, Key=key, IfMatch=etag)
+
+    sync(_s3().loop, send)
 
 
 # -- arrays -------------------------------------------------------------------------------------------------------
