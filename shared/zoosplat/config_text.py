@@ -23,13 +23,14 @@ _FLOAT = re.compile(
 )
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
 _NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
+_MERGE = re.compile(r"<<\Z")
 MAX_DIGITS = 1000  # of a number; Python takes long to read more
 
 
 class _Loader(yaml.SafeLoader):
     """YAML's own kinds of values, as version 1.2 reads them, and merge keys; no other tag has a meaning."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     yaml_constructors: ClassVar[dict[Any, Any]] = {
         tag: constructor
         for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
@@ -89,8 +90,9 @@ for _kind, _pattern, _first, _read in _KINDS:
     _Loader.add_implicit_resolver(_TAG + _kind, _pattern, _first)
     _Loader.add_constructor(_TAG + _kind, _reader(_kind, _pattern, _read))
     _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, _first)
-_Loader.add_implicit_resolver(_TAG + "merge", re.compile(r"<<\Z"), ["<"])
-_Loader.add_constructor(_TAG + "merge", yaml.SafeLoader.construct_yaml_str)
+# As a key of a mapping it merges another one into it; elsewhere it is text.
+_Loader.add_implicit_resolver(_TAG + "merge", _MERGE, ["<"])
+_Loader.add_constructor(_TAG + "merge", _reader("merge key", _MERGE, str))
 # YAML 1.2 takes 0100 for a hundred, and some readers of YAML 1.1 take y and n for true and false.
 _Dumper.add_implicit_resolver(_TAG + "int", re.compile(r"[-+]?[0-9]+\Z"), _DIGIT)
 _Dumper.add_implicit_resolver(_TAG + "bool", re.compile(r"[yYnN]\Z"), list("yYnN"))
