@@ -225,7 +225,7 @@ def list_names(url: str) -> list[str]:
     if not is_s3(url):
         return sorted(os.listdir(url)) if os.path.isdir(url) else []
     bucket, prefix = _folder(url)
-    found, token = set[str](), {}
+    found, token = set[str](), dict[str, str]()
     while True:
         answer = _list_objects(bucket, prefix, Delimiter="/", **token)
         keys = [entry["Prefix"] for entry in answer.get("CommonPrefixes", [])]
