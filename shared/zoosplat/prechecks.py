@@ -35,7 +35,7 @@ def check_before_run(
     Raises:
         UserError: a line for each problem.
     """
-    problems, warnings, kept = Problems(), (), None
+    problems, warnings, kept = Problems(), tuple[str, ...](), None
     with problems.noted():
         if "ingest" in stages:
             # Here, because it takes half a second to import what opens videos.

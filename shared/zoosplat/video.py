@@ -32,7 +32,8 @@ _BT709 = 1  # AVCOL_SPC_BT709
 
 def _open(file: Any) -> InputContainer:
     """A container for reading. Titles and comments, which cameras write in any encoding, are no reason to refuse it."""
-    return av.open(file, "r", options=ALONE, metadata_errors="replace")
+    container: InputContainer = av.open(file, "r", options=ALONE, metadata_errors="replace")
+    return container
 
 
 @dataclass(frozen=True)

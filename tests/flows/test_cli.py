@@ -277,8 +277,11 @@ def test_config_check_names_all_that_is_missing(config: Path, tmp_path: Path) ->
     weights = tmp_path / "weights.safetensors"
     status, _, err = call("config", "check", str(config), "--set", f"train.start_from={weights}")
     assert status == 2
-    missing = ("am.mp4 (mask of camera 0)", "bm.mp4 (mask of camera 1)", "a.mp4 (video of camera 0)")
-    missing = (*missing, "b.mp4 (video of camera 1)", "recording/cameras.h5", f"train.start_from = {weights}")
+    missing = [
+        *("am.mp4 (mask of camera 0)", "bm.mp4 (mask of camera 1)"),
+        *("a.mp4 (video of camera 0)", "b.mp4 (video of camera 1)"),
+        *("recording/cameras.h5", f"train.start_from = {weights}"),
+    ]
     lines = err.splitlines()
     assert [name in line and "no such file" in line for name, line in zip(missing, lines, strict=True)] == [True] * 6
 

@@ -112,28 +112,6 @@ def cut_short(path: Path) -> None:
     cut(path, 0.5)
 
 
-def cut_off_alike(folder: Path) -> None:
-    """Index in front, the first 100 pictures there, of all files."""
-    for path in (*folder.glob("masks/*"), *folder.glob("videos/*")):
-        keyframes_alone(path)
-        with av.open(str(path)) as file:
-            end = file.streams.video[0].index_entries[100].pos
-        path.write_bytes(path.read_bytes()[: end + 1])
-
-
-def keyframes_alone(path: Path) -> None:
-    """Encode a video again, so that its pictures lie in the file in their order, behind the index."""
-    with av.open(str(path)) as file:
-        pictures = [frame.reformat(format="yuv420p").to_ndarray() for frame in file.decode(video=0)]
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
-        stream: Any = file.add_stream("libx264", rate=Fraction(50))
-        stream.width, stream.height, stream.pix_fmt = 96, 80, "yuv420p"
-        stream.options = {"qp": "20", "threads": "1", "preset": "ultrafast", "g": "1"}
-        for picture in pictures:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))
-        file.mux(stream.encode())
-
-
 # What no header tells: it is found when the pictures are decoded.
 BY_DECODING = ("corrupt", "grey_mask", "all_black")
 # What is damaged in the recording, and what the line must name.
@@ -160,10 +138,6 @@ RECORDINGS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("masks/3.mp4 (mask of camera 3)", "truncated", "of its 144 frames", "ingest.on_short"),
     ),
     "video_cut_off": (lambda f: cut_short(f / "videos/0.mp4"), ("videos/0.mp4 (video of camera 0)", "truncated")),
-    "all_cut_off_alike": (
-        cut_off_alike,
-        ("masks/0.mp4 (mask of camera 0) is truncated: 100 of its 144", "videos/3.mp4 (video of camera 3) is truncated"),
-    ),
     "corrupt": (lambda f: zero_packet(f / "masks/1.mp4", 70), ("masks/1.mp4 (mask of camera 1)", "frame ")),
     "unequal_lengths": (
         lambda f: rewrite(f / "masks/2.mp4", lambda luma, i: luma if i < 140 else None),

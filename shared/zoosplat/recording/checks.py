@@ -184,7 +184,7 @@ def _check_apart(cameras: Cameras, file: str) -> None:
 def _check_videos(experiment: Experiment, kinds: Sequence[Kind]) -> Footage:
     data, problems = experiment.data, Problems()
     files = {"mask": data.masks, "video": data.videos}
-    names = data.camera_names or tuple(range(len(data.videos)))
+    names = data.camera_names or tuple(str(i) for i in range(len(data.videos)))
     infos: dict[Kind, list[VideoInfo]] = {"mask": [], "video": []}
     for kind in kinds:
         for camera, file in zip(names, files[kind], strict=True):
