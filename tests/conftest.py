@@ -30,6 +30,7 @@ from typing import Any
 
 import pytest
 
+CONFIG = "tested.yaml"  # the configuration in a project's folder that `Stages` begins its runs with
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -101,10 +102,10 @@ class Recording:
         return raw
 
     def write_project(self, project: Path, directory: str | Path | None = None, **changes: Any) -> str:
-        """A new project with that configuration, unchecked; its URL."""
+        """A folder with that configuration, unchecked, from which `Stages` begins runs in it; its URL."""
         project.mkdir(parents=True, exist_ok=True)
         # YAML holds JSON.
-        (project / "experiment.yaml").write_text(json.dumps(self.config(directory, **changes)))
+        (project / CONFIG).write_text(json.dumps(self.config(directory, **changes)))
         return str(project)
 
     def copy(self, folder: Path) -> Path:
@@ -160,7 +161,7 @@ class Stages:
         assert self._server.stdout is not None
         request = {
             "module": f"zoosplat_{stage}",
-            "argv": ["--project", project, *args],
+            "argv": ["--project", project, *self._which_run(project, args, env), *args],
             "env": {**os.environ, "ZOOSPLAT_TEST": "1", **(env or {})},
             "folder": str(self._folder),
             "as_nobody": as_nobody,
@@ -168,6 +169,13 @@ class Stages:
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return int(json.loads(self._server.stdout.readline()))
+
+    @staticmethod
+    def _which_run(project: str, args: tuple[str, ...], env: dict[str, str] | None) -> list[str]:
+        """The configuration in the project's folder, unless the arguments say otherwise."""
+        there = "AWS_ENDPOINT_URL" in (env or {}) or Path(project, CONFIG).exists()
+        named = {"--run", "--config"} & set(args)
+        return ["--config", f"{project}/{CONFIG}"] if there and not named else []
 
     def finished(self) -> Outcome:
         """Wait for the stage that was started last."""
@@ -197,7 +205,7 @@ def _serve() -> None:
     import s3fs  # noqa: F401
     import scipy.io  # noqa: F401
 
-    from zoosplat.pipeline import PREPROCESSING
+    from zoosplat.stages.registry import PREPROCESSING
 
     for spec in PREPROCESSING:
         __import__(f"zoosplat_{spec.name}.stage")
@@ -253,7 +261,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
 @pytest.fixture(scope="session")
 def finished(recording: Recording, stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project in which the stages before the model have run undisturbed. Not to be written to."""
-    from zoosplat.pipeline import PREPROCESSING
+    from zoosplat.stages.registry import PREPROCESSING
 
     project = tmp_path_factory.mktemp("finished")
     recording.write_project(project)
@@ -325,7 +333,7 @@ def check_same_rows(ours: Path, theirs: Path) -> None:
 
 def check_same_stage(stage: str, project: Path, reference: Path) -> None:
     """A stage's result: byte for byte, or, where it was learned, within float noise."""
-    from zoosplat.pipeline import PREPROCESSING, STAGES
+    from zoosplat.stages.registry import PREPROCESSING, STAGES
 
     spec = STAGES[stage]
     ours, theirs = project / spec.writes, reference / spec.writes

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from zoosplat.config import Experiment, classic_project_directory, load_config, parse_classic, read_config
+from zoosplat.config import (
+    MAX_INT,
+    Experiment,
+    classic_project_directory,
+    load_config,
+    parse_classic,
+    read_config,
+)
+from zoosplat.config_text import dump, parse_json, parse_yaml
 from zoosplat.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -74,6 +85,145 @@ def test_observed_views_are_the_others_in_order() -> None:
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001"])
 def test_exponents_are_numbers(text: str) -> None:
     assert Experiment.from_yaml(yaml.safe_dump(native()) + f"train: {{lr: {text}}}\n").train.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("+5", 5),
+        ("-0", 0),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("1E3", 1000.0),
+        (".inf", math.inf),
+        ("-.INF", -math.inf),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, number: float) -> None:
+    value = parse_yaml(f"[{text}]")[0]
+    assert (value, type(value)) == (number, type(number))
+    assert math.isnan(parse_yaml(".NaN"))
+
+
+NO_NUMBERS = [
+    ("1:30", "90 (1:30 in sixties)"),
+    ("1:00", "60 (1:00 in sixties)"),
+    ("1:30:00.5", "5400.5 (1:30:00.5 in sixties)"),
+    ("0100", "100 (decimal) or 0o100 (octal: 64)"),
+    ("007", "7"),
+    ("08", "8"),
+    ("-0100", "-100"),
+    ("1_0", "10"),
+    ("1_000.5", "1000.5"),
+    ("0b11", "3"),
+    ("-0x1F", "-31"),
+]
+
+
+@pytest.mark.parametrize(("text", "nearest"), NO_NUMBERS)
+def test_other_numbers_are_refused_with_what_to_write(text: str, nearest: str, tmp_path: Path) -> None:
+    path = write(tmp_path, yaml.safe_dump(native()))
+    for key, rule in (("train.max_minutes", "must be a number"), ("train.epochs", "must be a whole number")):
+        with pytest.raises(UserError) as caught:
+            Experiment.from_yaml(yaml.safe_dump(native()) + f"train: {{{key[6:]}: {text}}}\n")
+        assert str(caught.value) == f"{key} = {text!r}: {rule}; nearest: {nearest}"
+        with pytest.raises(UserError) as caught:
+            read_config(path, [f"{key}={text}"])
+        assert str(caught.value) == f"{path}: {key} = {text!r}: {rule}; nearest: {nearest}"
+    for override, line in {
+        f"holdout_views=[1, {text}]": f"holdout_views[1] = {text!r}: must be a whole number; nearest: {nearest}",
+        f"train.gpus={text}": f"train.gpus = {text!r}: must be auto or a whole number, 1 at least; nearest: {nearest}",
+        f"data.up=[0, {text}, 1]": f"data.up = [0, {text!r}, 1]: must be auto, a direction [x, y, z] that is not zero, "
+        f"or the name of an .npz file; nearest: {nearest} for {text}",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            read_config(path, [override])
+        assert str(caught.value) == f"{path}: {line}"
+
+
+LIKE_NUMBERS = [text for text, _ in NO_NUMBERS] + ["2024-01-01", "2024-01-01 10:00:00", "yes", "no", "on", "off", "y"]
+
+
+@pytest.mark.parametrize("text", LIKE_NUMBERS)
+def test_text_is_as_it_is_written(text: str, tmp_path: Path) -> None:
+    e = Experiment.from_yaml(yaml.safe_dump(native()) + f"name: {text}\n")
+    assert e.name == text
+    path = write(tmp_path, yaml.safe_dump(native()))
+    e = read_config(path, [f"name={text}", f"data.camera_names=[{text}, b, c, d, e, 0x]"])
+    assert e.name == text
+    assert e.data.camera_names == (text, "b", "c", "d", "e", "0x")
+
+
+@pytest.mark.parametrize(("text", "nearest"), [("yes", "true"), ("ON", "true"), ("no", "false"), ("off", "false")])
+def test_true_and_false_are_the_only_switches(text: str, nearest: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Experiment.from_yaml(yaml.safe_dump(native()) + f"adaptive_camera: {text}\n")
+    assert str(caught.value) == f"adaptive_camera = {text!r}: must be true or false; nearest: {nearest}"
+
+
+@pytest.mark.parametrize("tagged", ["!!int 0100", "!!int ''", "!!float 1:30", "!!bool yes", "!!bool x", "!!null x"])
+def test_tags_do_not_bring_yaml_1_1_back(tagged: str) -> None:
+    with pytest.raises(UserError, match=r"not valid YAML: line 1: .* is no (int|float|bool|null) of YAML 1\.2"):
+        parse_yaml(f"a: {tagged}")
+    for other in ("!!timestamp 2024-01-01", "!!timestamp x", "!!binary eA==", "!!set {a}"):
+        with pytest.raises(UserError, match="could not determine a constructor for the tag"):
+            parse_yaml(other)
+    assert parse_yaml("[!!str 0100, !!int 100, <<]") == ["0100", 100, "<<"]
+
+
+# -- dotted keys --------------------------------------------------------------------------------------------------
+def test_dotted_keys_are_keys_of_their_sections(tmp_path: Path) -> None:
+    plain = native(crop__grid_size=256, train__lr=1e-3, train__epochs=7)
+    flat = {"data": plain["data"], "center_rotation.ell": 0.25, "crop": {"ell": 0.22}, "crop.grid_size": 256}
+    flat |= {"train.lr": 1e-3, "train": {"epochs": 7}}
+    expected = Experiment.from_yaml(yaml.safe_dump(plain))
+    assert Experiment.from_yaml(yaml.safe_dump(flat, sort_keys=False)) == expected
+    assert Experiment.from_yaml(yaml.safe_dump(dict(reversed(flat.items())), sort_keys=False)) == expected
+    read = read_config(write(tmp_path, yaml.safe_dump(flat)), ["crop.grid_size=128"])
+    assert (read.crop.grid_size, read.crop.ell) == (128, 0.22)
+    assert read.data.directory == str(tmp_path / "rec")
+    flat.pop("data")
+    flat |= {f"data.{key}": value for key, value in plain["data"].items()}
+    assert read_config(write(tmp_path, yaml.safe_dump(flat))).data.directory == str(tmp_path / "rec")
+    assert read_config(write(tmp_path, json.dumps(flat))).crop.grid_size == 256
+    profile = (CONFIGS / "profiles" / "24gb.yaml").read_text()
+    raw = {key: value for key, value in plain.items() if key not in ("crop", "train")}
+    e = Experiment.from_yaml(yaml.safe_dump(raw | {"crop.ell": 0.22}) + profile)
+    assert (e.crop.grid_size, e.model.base_filters) == (224, 16)
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (
+            "crop.ell: 0.3",
+            "crop.ell is given twice, once with dots and once in its section; keep one of them",
+        ),
+        ("crop.grid_sise: 64", "unknown key crop.grid_sise (did you mean crop.grid_size?)"),
+        ("crop.grid_size: 8", "crop.grid_size = 8: must be at least 16; nearest: 16"),
+        ("name.first: a\nname: b", "name is given twice, once with dots and once in its section; keep one of them"),
+        ("name: b\nname.first: a", "name.first: name is given a value of its own as well; keep one of them"),
+        ("crop..ell: 1", "unknown key crop..ell (did you mean "),
+    ],
+)
+def test_dotted_keys_that_cannot_be(more: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Experiment.from_yaml(yaml.safe_dump(native()) + more)
+    assert str(caught.value).splitlines()[0].startswith(line)
+
+
+def test_a_dotted_key_does_not_leak_through_a_yaml_alias() -> None:
+    text = yaml.safe_dump(native()) + "evaluate: &a {device: cpu}\nrender: *a\nrender.camera: 2\n"
+    assert Experiment.from_yaml(text).render.camera == 2  # evaluate has no such key
+    with pytest.raises(UserError, match="unknown key x"):
+        Experiment.from_yaml(yaml.safe_dump(native()) + "x: &a {x: *a, y.z: *a}\n")
+
+
+def test_classic_files_have_no_dotted_keys() -> None:
+    with pytest.raises(UserError, match=r"^unknown key crop\.grid_size"):
+        parse_classic(classic_keys(**{"crop.grid_size": 64}), "/configs")
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------
@@ -177,6 +327,86 @@ def test_crop_ranges(given_range: tuple[int, int], fault: str, nearest: tuple[in
     assert refusal(raw) == [f"crop.volume_idx[1] = {given_range}: {fault}; nearest: {nearest}"]
     raw["crop"]["volume_idx"][1] = list(nearest)
     assert Experiment.from_yaml(yaml.safe_dump(raw)).crop.volume_idx == ((0, 96), nearest, (24, 88))
+
+
+def nearest(raw: dict[str, Any]) -> dict[str, str]:
+    """Key by key, what a refusal calls nearest; nothing where it is not refused."""
+    try:
+        Experiment.model_validate(raw)
+    except ValidationError as error:
+        lines = str(error.errors()[0]["ctx"]["error"]).splitlines()
+        return {line.split(" = ")[0]: line.partition("nearest: ")[2] for line in lines}
+    return {}
+
+
+def nearest_by_search(value: int, valid: Any) -> str:
+    """The slow twin: all numbers up to the largest size, one by one."""
+    below = next((v for v in range(value - 1, 0, -1) if valid(v)), None)
+    above = next((v for v in range(value + 1, 200) if valid(v)), None)
+    return " or ".join(str(v) for v in (below, above) if v is not None)
+
+
+def test_nearest_sizes_are_those_that_a_search_finds() -> None:
+    sizes = [(None, None), (64, None), (None, 45), (48, 36), (60, 36), (37, 74), (35, 24)]
+    for (width, height), working, metrics in itertools.product(sizes, (1, 2, 3, 5, 12, 40), (None, 1, 4, 6, 7, 25, 90)):
+        raw = native(data__image_width=width, data__image_height=height, ingest__image_downsample=working)
+        raw["evaluate"] = {"image_downsample": metrics}
+        divided = [size for size in (width, height) if size is not None]
+
+        def divides(d: int, divided: list[int] = divided) -> bool:
+            return all(size % d == 0 for size in divided)
+
+        def fits(d: int, working: int = working, divides: Any = divides) -> bool:
+            return d % working == 0 and (divides(d) or not divides(working))
+
+        expected = {}
+        if not divides(working):
+            expected["ingest.image_downsample"] = nearest_by_search(working, divides)
+        if metrics is not None and not fits(metrics):
+            expected["evaluate.image_downsample"] = nearest_by_search(metrics, fits)
+        assert nearest(raw) == expected, (width, height, working, metrics)
+
+
+@pytest.mark.parametrize("value", [2_000_000_000, MAX_INT, MAX_INT - 1, 1_999_999_973])
+def test_huge_numbers_are_answered_at_once(value: int, tmp_path: Path) -> None:
+    path = write(tmp_path, yaml.safe_dump(native()))
+    start = time.monotonic()
+    for overrides, line in (
+        ([f"ingest.image_downsample={value}"], "does not divide images of 1152 x 1024; nearest: 128"),
+        ([f"evaluate.image_downsample={value}"], "does not divide images of 1152 x 1024; nearest: 128"),
+        (
+            [f"data.image_{side}=null" for side in ("width", "height")]
+            + ["ingest.image_downsample=13", f"evaluate.image_downsample={value}"],
+            f"is not a multiple of ingest.image_downsample = 13; nearest: {value // 13 * 13}",
+        ),
+        (
+            [f"data.image_width={value}", "data.image_height=null", f"ingest.image_downsample={value - 1}"],
+            f"does not divide images of {value} x ?; nearest: ",
+        ),
+        ([f"crop.grid_size={value}"], "must be at most 1024; nearest: 1024"),
+        ([f"crop.volume_idx=[[0, {value}], [0, 16], [0, 16]]"], "reaches outside the grid of 112"),
+        ([f"crop.volume_idx=[[{value}, {value}], [0, 16], [0, 16]]"], "nearest: (96, 112)"),
+        ([f"holdout_views=[{value}]"], "there are 6 cameras; valid: 0 to 5"),
+        ([f"render.camera={value}"], "there are 6 cameras; nearest: 5"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_config(path, overrides)
+        assert line in str(caught.value), overrides
+    assert time.monotonic() - start < 5
+
+
+def test_many_problems_are_counted_and_not_all_worded() -> None:
+    views, keys = ["7"] * 20_000, [f"trian{i}: 1" for i in range(2000)]
+    start = time.monotonic()
+    for text, more in ((f"holdout_views: [{', '.join(views)}]", 39_969), ("\n".join(keys), 1970)):
+        with pytest.raises(UserError) as caught:
+            Experiment.from_yaml(yaml.safe_dump(native()) + text)
+        lines = str(caught.value).splitlines()
+        assert len(lines) == 31
+        assert lines[-1] == f"and {more} more problems"
+    many = ",".join(f'"k{i}": 1' for i in range(40_000))
+    assert len(parse_json("{" + many + "}")) == 40_000
+    assert time.monotonic() - start < 30
 
 
 def test_every_problem_is_reported_a_line_each() -> None:
@@ -504,7 +734,7 @@ def experiments(draw: st.DrawFn) -> Experiment:
     vector = st.tuples(*[st.floats(-10, 10)] * 3).filter(lambda v: max(map(abs, v)) > 1e-3)
     raw = {
         "name": draw(
-            TEXT | st.sampled_from(["1e-4", "no", "null", "2024-01-01", "0x1", "- a", "a: b", "#", "~", "1:30"])
+            TEXT | st.sampled_from(["1e-4", "no", "null", "0x1", "0o17", "- a", "a: b", "#", "~", *LIKE_NUMBERS])
         ),
         "data": {
             "directory": draw(TEXT),
@@ -537,6 +767,23 @@ def experiments(draw: st.DrawFn) -> Experiment:
 def test_round_trip_is_exact(experiment: Experiment) -> None:
     assert Experiment.from_yaml(experiment.to_yaml()) == experiment
     assert Experiment.from_yaml(experiment.describe()) == experiment
+
+
+SCALARS = st.one_of(
+    st.sampled_from([*LIKE_NUMBERS, "0o17", "0x1F", "1e-4", "1E3", ".5", "5.", ".inf", "null", "~", "<<", "=", "true"]),
+    st.from_regex(r"[-+]?[0-9][0-9_:.]{0,6}([eE][-+]?[0-9]{1,2})?", fullmatch=True),
+    st.text(st.characters(exclude_categories=("C", "Z")), max_size=6),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SCALARS)
+def test_text_is_written_so_that_every_reader_takes_it_for_text(text: str) -> None:
+    """PyYAML's own reader is one of YAML 1.1."""
+    for flow in (False, True):
+        written = dump({"key": text, "list": [text]}, default_flow_style=flow)
+        for read in (parse_yaml, yaml.safe_load):
+            assert read(written) == {"key": text, "list": [text]}, written
 
 
 def test_describe_documents_every_key() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from zoosplat.config import OF_ANIMALS, Experiment, read_config
@@ -128,13 +131,71 @@ def test_the_smallest_profile_and_advice_that_makes_it_fit() -> None:
     assert smallest_fitting(large, PROFILES) == "80gb"
     assert smallest_fitting(large, ["12gb"]) is None
     for asked, room in ((large, 11 * GIB), (experiment(train__batch_frames=32), 8 * GIB), (experiment(), 2.7 * GIB)):
-        words, key, _, value = (text := advice(asked, room)).split()[:4]
-        assert words == "set", text
-        changed = asked.model_dump(mode="json")
-        section, leaf = key.split(".")
-        changed[section][leaf] = int(value)
-        assert peak_gpu_bytes(Experiment.model_validate(changed)) <= room, text
+        assert peak_gpu_bytes(followed(asked, text := advice(asked, room))) <= room, text
     assert "image_downsample" in advice(experiment(), 0.5 * GIB)
+
+
+def followed(asked: Experiment, text: str) -> Experiment:
+    """The experiment with what an advice says set as `--set` does."""
+    assert text.startswith("set "), text
+    pairs = [words.split(" to ") for words in text.removeprefix("set ").split(" and ")]
+    return read_config(MOUSE, [*overrides(asked), *(f"{key}={value}" for key, value in pairs)])
+
+
+def overrides(asked: Experiment) -> list[str]:
+    sections = ("crop", "model", "train", "dynamic", "ingest")
+    whole = asked.model_dump(mode="json")
+    return [f"{section}={json.dumps(whole[section])}" for section in sections]
+
+
+def test_advice_is_never_a_configuration_that_is_refused() -> None:
+    # Of 8,000 Gaussians at least, a grid of 16 has not the voxels; a range of a grid of 112 is not one of 96.
+    asked = experiment(model__min_gaussians=8000, crop__volume_idx="[[0, 112], [16, 112], [0, 96]]")
+    for room in (2.5 * GIB, 1.6 * GIB, 1.2 * GIB, 1.05 * GIB):
+        if not (text := advice(asked, room)).startswith("raise "):
+            assert peak_gpu_bytes(followed(asked, text)) <= room, text
+    text = advice(asked, peak_gpu_bytes(experiment(crop__grid_size=64, model__min_gaussians=8000)) + 1e6)
+    assert text == "set crop.grid_size to 64 and crop.volume_idx to null"
+    animals = read_config(MOUSE, ["train.start_from=animals", "crop.grid_size=1024"])
+    assert "base_filters" not in advice(animals, 1 * GIB)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_whatever_is_advised_is_valid_and_fits(data: st.DataObject) -> None:
+    draw = data.draw
+    grid = draw(st.sampled_from([16, 32, 50, 112, 224, 512]))
+    ends = st.integers(1, grid // 16).map(lambda k: [0, 16 * k])
+    crop = draw(st.none() | st.lists(ends, min_size=3, max_size=3))
+    voxels = math.prod(stop - start for start, stop in crop or [[0, grid]] * 3)
+    fewest = draw(st.integers(1, min(voxels, 20_000)))
+    frames = draw(st.sampled_from([1, 2, 6, 16, 33]))
+    changes = {
+        "crop__grid_size": grid,
+        "crop__volume_idx": json.dumps(crop),
+        "model__min_gaussians": fewest,
+        "model__max_gaussians": draw(st.integers(fewest, 200_000)),
+        "model__bottleneck": draw(st.sampled_from([0, 1, 48, 512])),
+        "model__network": draw(st.sampled_from(["zoosplat", "published"])),
+        "model__base_filters": draw(st.integers(1, 64)),
+        "train__batch_frames": frames,
+        "train__gpus": draw(st.just("auto") | st.integers(1, frames)),
+        "train__method": draw(st.sampled_from(["pose_splatter", "pose_splatter", "dynamic"])),
+        "dynamic__max_gaussians": draw(st.integers(1, 10**6)),
+        "dynamic__views": draw(st.integers(1, 8)),
+    }
+    asked = experiment(**changes)
+    if draw(st.booleans()):
+        like = {f"model.{key}": value for key, value in OF_ANIMALS.items()} | {"train.start_from": "animals"}
+        asked = read_config(MOUSE, [*overrides(asked), *(f"{key}={value}" for key, value in like.items())])
+    room = draw(st.floats(0.05, 1)) * peak_gpu_bytes(asked)
+    text = advice(asked, room)
+    if not text.startswith("raise "):
+        assert peak_gpu_bytes(followed(asked, text)) <= room, text
+    sizes = Sizes(max(voxels // 3, 1), 352 * 480, views=4, cameras=6, frames=300)
+    text = advice(asked, draw(st.floats(0.05, 1)) * peak_gpu_bytes(asked, sizes), sizes)
+    if not text.startswith("raise "):
+        followed(asked, text)
 
 
 @pytest.mark.parametrize("name", ["cpu", *PROFILES])
@@ -162,6 +223,11 @@ def test_plan_prints_parts_the_profile_and_the_key() -> None:
     assert "smallest profile that fits: 12gb" in plan()
     assert "peak of training" in plan("--profile", "80gb")
     assert "no profile fits; for 80gb, set " in plan("--set", "crop.grid_size=1024")
+    # Its range is one of that grid, and 8,000 Gaussians are more than a grid of 16 has voxels.
+    ranged = ("crop.grid_size=1024", "crop.volume_idx=[[0, 1008], [0, 1008], [0, 1008]]", "model.min_gaussians=8000")
+    said = plan(*(word for key in ranged for word in ("--set", key)))
+    assert "no profile fits; for 80gb, set crop.grid_size to " in said
+    assert " and crop.volume_idx to null" in said
     done = CliRunner().invoke(app, ["plan", MOUSE, "--profile", "huge"])
     assert done.exit_code == 2
     assert "choose one of cpu, 12gb" in done.output

@@ -157,6 +157,28 @@ def test_index_at_the_end_is_cut_off(tmp_path: Path) -> None:
         video.probe(str(path), "clip")
 
 
+def test_a_folder_is_no_video(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"clip: no such file, but a folder: .*; check the names"):
+        video.probe(str(tmp_path), "clip")
+
+
+def test_titles_in_any_encoding(tmp_path: Path) -> None:
+    """Cameras write their maker's notes as they like."""
+    path = tmp_path / "v.avi"
+    with av.open(str(path), "w") as file:
+        file.metadata["title"] = "Muenchen"
+        stream: Any = file.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for i in range(5):
+            picture = av.VideoFrame.from_ndarray(numbered(i), format="gray").reformat(format="yuv420p")
+            file.mux(stream.encode(picture))
+        file.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"Muenchen", "München ".encode("latin-1")))
+    info = video.probe(str(path), "v")
+    assert info.n_frames == 5
+    assert numbers(info, 0, 5) == list(range(5))
+
+
 def test_corrupt_bytes_are_never_shown_as_a_picture(tmp_path: Path) -> None:
     """Zeros over the middle of the film: an error with the frame's number, or, before it, the right pictures."""
     path = write_numbered(tmp_path / "v.mp4", 75, GOPS["b_frames"])

@@ -6,18 +6,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import Protocol
 
-from zoosplat.config import Experiment
 from zoosplat.errors import Passing, Unreachable, UserError
-from zoosplat.prechecks import check_before_run, check_project_place
 from zoosplat.stages import runs
-from zoosplat.stages.ownership import foreign_names
-from zoosplat.stages.registry import PIPELINE, STAGES, upstream
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat.stages.runs import Run
 from zoosplat_flows.recorder import Event, Listener, Recorder
 
 RETRIES = 2
@@ -71,47 +66,6 @@ def select(from_stage: str | None = None, until_stage: str | None = None) -> lis
     if last < first:
         raise UserError(f"stage {until_stage} comes before {from_stage}; the stages are {', '.join(names)}")
     return names[first : last + 1]
-
-
-@contextmanager
-def begun(project: Project, experiment: Experiment, stages: list[str], force: list[str]) -> Iterator[Run]:
-    """A run of the stages, begun after everything that can be checked has been; nothing is written before that.
-
-    Raises:
-        UserError: files that are not ours are in the way, an earlier stage is not done, or the configuration or a file
-            that it names cannot be used.
-    """
-    for name in force:
-        select(name)
-    _check_folder(project)
-    check_project_place(project.url, experiment)
-    draft = runs.resolve(project, experiment, force)
-    draft.require(stages)
-    todo = draft.todo(stages)
-    earlier = draft.todo(upstream(todo) - set(stages))
-    if earlier:
-        draft.require(earlier)
-        result = draft.results[earlier[0]]
-        raise UserError(f"{result.data_url} is not complete; run stage {earlier[0]} first, or leave --from out")
-    masks = draft.results.get("ingest")
-    masks_url = masks.data_url if masks is not None and masks.is_done() else None
-    check_before_run(draft.experiment, todo, masks_url, lambda url: runs.trained_result(url) is not None)
-    with runs.working(draft, stages) as run:
-        yield run
-
-
-def _check_folder(project: Project) -> None:
-    if runs.is_legacy(project):
-        raise UserError(
-            f"{project.url}: has the layout of an earlier version; `zoosplat upgrade {project.url}` adopts its "
-            "results, and moves nothing"
-        )
-    foreign = foreign_names(project.url)
-    if foreign:
-        raise UserError(
-            f"{project.url}: holds files that are not of a zoosplat project ({', '.join(foreign)}); choose an empty "
-            "folder, or move them"
-        )
 
 
 def worth_retrying(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from zoosplat import stores
 from zoosplat.config import Experiment, load_config
 from zoosplat.errors import UserError
+from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Project, Run
 from zoosplat_flows.execution import (
@@ -33,7 +34,6 @@ from zoosplat_flows.execution import (
     Interrupted,
     Runner,
     attempt,
-    begun,
     make_report,
     select,
     worth_retrying,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 
 import typer
@@ -23,7 +24,7 @@ def profile_overrides(name: str) -> list[str]:
         text = (FOLDER / f"{name}.yaml").read_text()
     except OSError:
         raise UserError(f"profile {name}: choose one of cpu, {', '.join(memory.PROFILES)}") from None
-    return [f"{key}={value}" for key, value in parse_yaml(text).items()]
+    return [f"{key}={json.dumps(value)}" for key, value in parse_yaml(text).items()]
 
 
 def _measured(experiment: Experiment, project: Project) -> Run:
@@ -34,7 +35,8 @@ def _measured(experiment: Experiment, project: Project) -> Run:
 
 def show(experiment: Experiment, project: Project | None) -> None:
     """Print the prediction. Raises UserError where a project is given whose stages crop and pack are not done."""
-    sizes = memory.sizes_of(experiment) if project is None else memory.measured_sizes(_measured(experiment, project))
+    measured = None if project is None else memory.measured_sizes(_measured(experiment, project))
+    sizes = measured or memory.sizes_of(experiment)
     parts = memory.training(experiment, sizes)
     peak = sum(parts.values())
     table = Table("GPU memory", "GiB", caption_justify="left")
@@ -53,5 +55,5 @@ def show(experiment: Experiment, project: Project | None) -> None:
         typer.echo(f"smallest profile that fits: {fitting}")
         return
     largest = memory.PROFILES[-1]
-    advice = memory.advice(experiment, memory.USABLE * memory.gpu_gib(largest) * memory.GIB, sizes)
+    advice = memory.advice(experiment, memory.USABLE * memory.gpu_gib(largest) * memory.GIB, measured)
     typer.echo(f"no profile fits; for {largest}, {advice}")

@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from zoosplat import stores
 from zoosplat.config import Experiment, read_config
 from zoosplat.errors import UserError
+from zoosplat.stages.begin import begun
 from zoosplat.stages.runs import Project, Run
-from zoosplat_flows.execution import Failed, begun, execute, make_report, select, warnings_of
+from zoosplat_flows.execution import Failed, execute, make_report, select, warnings_of
 from zoosplat_flows.recorder import ENDED, Event, recording
 from zoosplat_flows.runners.local import Processes
 

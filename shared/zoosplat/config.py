@@ -6,6 +6,7 @@ Native configurations are YAML; the JSON files of the published tool (arXiv 2505
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from zoosplat import classic, dnerf, stores
 from zoosplat.config_messages import lines_of
-from zoosplat.config_text import dump, parse_json, parse_yaml
+from zoosplat.config_text import dump, nested, parse_json, parse_yaml
 from zoosplat.errors import UserError
 
 CROP_MULTIPLE = 16
@@ -549,7 +550,8 @@ class Experiment(_Section):
 
     def observed_views(self, n_cameras: int) -> tuple[int, ...]:
         """Indices of the cameras that tracking, carving and training see: all but `holdout_views`."""
-        return tuple(c for c in range(n_cameras) if c not in self.holdout_views)
+        held_out = set(self.holdout_views)
+        return tuple(c for c in range(n_cameras) if c not in held_out)
 
     def check(self, n_cameras: int, width: int, height: int) -> None:
         """Check against the recording: number of cameras, and video size in pixels.
@@ -576,8 +578,9 @@ class Experiment(_Section):
 
     @classmethod
     def from_yaml(cls, text: str) -> Experiment:
-        """Read native YAML. Raises UserError, a line for each problem."""
-        return _validate(parse_yaml(text))
+        """Read native YAML; dotted keys count as keys of their sections. Raises UserError, a line for each problem."""
+        raw = parse_yaml(text)
+        return _validate(nested(raw) if isinstance(raw, dict) else raw)
 
     def describe(self) -> str:
         """YAML of the experiment with the meaning and unit of each key as a comment; `from_yaml` reads it too."""
@@ -702,7 +705,7 @@ def _load(text: str, folder: str, overrides: Sequence[str]) -> Loaded:
         native, notes = _native(raw, folder)
         project = classic_project_directory(raw, folder)
     else:
-        native, notes, project = raw, [], None
+        native, notes, project = nested(raw), [], None
     for override in overrides:
         _override(native, override)
     paths = (
@@ -757,9 +760,11 @@ def _list_problems(e: Experiment) -> Iterator[str]:
         if values is not None and len(values) != n:
             yield f"data.{key}: {len(values)} entries for {n} videos; give one a camera, in the order of data.videos"
     for key, values in {"videos": e.data.videos, **lists}.items():
+        seen = set()
         for i, value in enumerate(values or ()):
-            if value in (values or ())[:i]:
+            if value in seen:
                 yield f"data.{key}[{i}] = {value!r}: is listed twice; give every camera its own"
+            seen.add(value)
 
 
 def _problems(e: Experiment, n_cameras: int, width: int | None, height: int | None) -> Iterator[str]:
@@ -767,7 +772,7 @@ def _problems(e: Experiment, n_cameras: int, width: int | None, height: int | No
     for i, view in enumerate(e.holdout_views):
         if view >= n_cameras:
             yield f"holdout_views[{i}] = {view}: there are {n_cameras} cameras; valid: 0 to {n_cameras - 1}"
-        if view in e.holdout_views[:i]:
+        if i and view == e.holdout_views[i - 1]:  # they are sorted
             yield f"holdout_views[{i}] = {view}: is listed twice"
     moving = e.ingest.source == "dnerf"
     if moving and e.train.method != "dynamic":
@@ -779,21 +784,24 @@ def _problems(e: Experiment, n_cameras: int, width: int | None, height: int | No
         yield f"render.camera = {e.render.camera}: there are {n_cameras} cameras; nearest: {n_cameras - 1}"
 
     width, height = width or e.data.image_width, height or e.data.image_height
-    sizes = [size for size in (width, height) if size is not None]
+    common = math.gcd(width or 0, height or 0)  # 0, which everything divides: no size is known
     working, metrics = e.ingest.image_downsample, e.evaluate.image_downsample
     size = f"{width or '?'} x {height or '?'}"
-    if any(s % working for s in sizes):
-        common = _nearest(working, lambda d: math.gcd(*sizes) % d == 0)
-        yield f"ingest.image_downsample = {working}: does not divide images of {size}; nearest: {common}"
-    if metrics is not None and metrics % working:
-        near = _nearest(metrics, lambda d: d % working == 0)
-        yield (
-            f"evaluate.image_downsample = {metrics}: is not a multiple of ingest.image_downsample = {working}; "
-            f"nearest: {near}"
+    if common % working:
+        near = _nearest(working, _divisors(common))
+        yield f"ingest.image_downsample = {working}: does not divide images of {size}; nearest: {near}"
+    if metrics is not None and (metrics % working or (common % metrics and not common % working)):
+        if common and not common % working:
+            near = _nearest(metrics, [d for d in _divisors(common) if d % working == 0])
+        else:
+            below = metrics // working * working
+            near = _nearest(metrics, [d for d in (below, below + working) if 0 < d <= MAX_INT])
+        fault = (
+            f"is not a multiple of ingest.image_downsample = {working}"
+            if metrics % working
+            else f"does not divide images of {size}"
         )
-    elif metrics is not None and any(s % metrics for s in sizes) and not any(s % working for s in sizes):
-        near = _nearest(metrics, lambda d: d % working == 0 and math.gcd(*sizes) % d == 0)
-        yield f"evaluate.image_downsample = {metrics}: does not divide images of {size}; nearest: {near}"
+        yield f"evaluate.image_downsample = {metrics}: {fault}; nearest: {near}"
 
     n = e.crop.grid_size
     for i, (start, end) in enumerate(e.crop.volume_idx or ()):
@@ -827,11 +835,16 @@ def _problems(e: Experiment, n_cameras: int, width: int | None, height: int | No
         yield f"model.min_gaussians = {e.model.min_gaussians}: the crop has {voxels} voxels; nearest: {voxels}"
 
 
-def _nearest(value: int, valid: Callable[[int], bool]) -> str:
-    """The nearest valid positive integers on both sides of one that is not."""
-    below = next((v for v in range(value - 1, 0, -1) if valid(v)), None)
-    above = next((v for v in range(value + 1, 2 * value + 64) if valid(v)), None)
-    return " or ".join(str(v) for v in (below, above) if v is not None)
+def _divisors(n: int) -> list[int]:
+    """Divisors of a positive n, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def _nearest(value: int, valid: Sequence[int]) -> str:
+    """Those next to a value on both sides, of ascending numbers that it is not one of."""
+    at = bisect.bisect(valid, value)
+    return " or ".join(str(v) for v in valid[max(at - 1, 0) : at + 1])
 
 
 def _nearest_range(start: int, end: int, n: int) -> tuple[int, int]:

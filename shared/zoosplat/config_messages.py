@@ -11,7 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from zoosplat.config_text import meant_number
+
 MAX_LINES = 30
+SPOKEN = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -50,7 +53,11 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
 def lines_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """A line for each problem that pydantic found: key, value, what is valid, the nearest valid value."""
     lines: list[str] = []
+    more = 0
     for detail in error.errors(include_url=False):
+        if len(lines) >= MAX_LINES:  # looking for close keys takes its time
+            more += 1
+            continue
         loc, kind, value, context = detail["loc"], detail["type"], detail["input"], detail.get("ctx", {})
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
         if kind == "extra_forbidden":
@@ -61,14 +68,23 @@ def lines_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
         elif kind == "value_error" and not loc:
             lines += str(context["error"]).splitlines()
         elif kind == "value_error":
-            lines.append(f"{key} = {_short(value)}: {context['error']}")
+            near = _meant(value)
+            lines.append(f"{key} = {_short(value)}: {context['error']}" + (f"; nearest: {near}" if near else ""))
         else:
             rule = _rule(kind, value, context, detail["msg"])
             default = _field(model, loc)[0] if kind == "greater_than" else None
             lines.append(f"{key} = {_short(value)}: {rule}" + (f"; default: {default}" if default else ""))
-    if len(lines) > MAX_LINES:
-        lines[MAX_LINES:] = [f"and {len(lines) - MAX_LINES} more problems"]
-    return list(dict.fromkeys(lines))
+    lines = list(dict.fromkeys(lines))
+    more += len(lines[MAX_LINES:])
+    return lines[:MAX_LINES] + ([f"and {more} more problems"] if more else [])
+
+
+def _meant(value: Any) -> str | None:
+    """What to write instead of text that looks like a number: a value, or the first such of a list."""
+    if isinstance(value, str):
+        return meant_number(value)
+    texts = [text for text in value if isinstance(text, str)] if isinstance(value, list | tuple) else []
+    return next((f"{near} for {text}" for text in texts if (near := meant_number(text))), None)
 
 
 def _short(value: Any) -> str:
@@ -91,7 +107,9 @@ def _rule(kind: str, value: Any, context: dict[str, Any], message: str) -> str:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if math.isfinite(number):
+        if isinstance(value, str) and (meant := meant_number(value)):
+            near = meant
+        elif math.isfinite(number):
             near = round(number) if kind.startswith("int") else number
     elif kind == "finite_number":
         text = "must be finite"
@@ -105,14 +123,15 @@ def _rule(kind: str, value: Any, context: dict[str, Any], message: str) -> str:
         text = f"must be {context['expected']}"
         choices = re.findall(r"'([^']*)'", context["expected"])
         near = next(iter(difflib.get_close_matches(_short(value).strip("'").lower(), choices, 1)), None)
+    elif kind == "bool_type":
+        text, near = "must be true or false", SPOKEN.get(value.lower()) if isinstance(value, str) else None
     else:
         text = {
-            "string_type": "must be text (in quotes, if it looks like a number, a date or yes and no)",
+            "string_type": "must be text (in quotes, if it looks like a number, true, false or null)",
             "string_too_short": "must not be empty",
             "string_too_long": f"must have at most {context.get('max_length')} characters",
             "too_short": f"must have at least {context.get('min_length')} entries",
             "too_long": f"must have at most {context.get('max_length')} entries",
-            "bool_type": "must be true or false",
             "tuple_type": "must be a list",
             "list_type": "must be a list",
             "model_type": "must be a section, with keys of its own",

@@ -141,3 +141,28 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+class Held:
+    def check(self) -> None: ...
+
+
+_locked = locked
+
+
+@contextmanager
+def locked(url, waiting):  # type: ignore
+    with _locked(url, waiting):
+        yield Held()
+
+
+@contextmanager
+def try_locked(url):  # type: ignore
+    lock = _Lease(url) if stores.is_s3(url) else _FileLock(url)
+    if not lock.take():
+        yield None
+        return
+    try:
+        yield Held()
+    finally:
+        lock.release()

@@ -9,9 +9,11 @@ prediction with a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
+
+from pydantic import ValidationError
 
 from zoosplat.config import CROP_MULTIPLE, RANDOM, Experiment
 from zoosplat.schema import read
@@ -191,38 +193,58 @@ def smallest_fitting(experiment: Experiment, profiles: Sequence[str], sizes: Siz
 
 
 def advice(experiment: Experiment, room: float, sizes: Sizes | None = None) -> str:
-    """The key to lower so that a training fits into `room` bytes, and to what; those that cost least quality first."""
-    size, model = sizes or sizes_of(experiment), experiment.model
-    gpus = 1 if experiment.train.gpus == "auto" else experiment.train.gpus
-    grid = experiment.crop.grid_size
+    """What to set so that a training fits into `room` bytes, in words; what costs least quality comes first.
 
-    def at(edge: int) -> Sizes:
-        return size._replace(voxels=int(size.voxels * (edge / grid) ** 3))
+    The experiment so changed is valid and predicted to fit. Where no key alone is enough, the words name several.
 
-    grids = range(grid // CROP_MULTIPLE * CROP_MULTIPLE, 0, -CROP_MULTIPLE)
-    halves = {
-        "train.batch_frames": experiment.train.batch_frames,
-        "model.bottleneck": model.bottleneck,
-        "model.base_filters": model.base_filters,
-        "model.max_gaussians": model.max_gaussians,
-    }
-    if experiment.train.start_from != RANDOM:  # weights of a network of this size
-        del halves["model.bottleneck"], halves["model.base_filters"]
-    dynamic = experiment.train.method == "dynamic"
-    if dynamic:
-        halves = {"dynamic.max_gaussians": experiment.dynamic.max_gaussians, "dynamic.views": experiment.dynamic.views}
-    tries = [(key, value >> k, size) for key, value in halves.items() for k in range(1, 31) if value >> k or k == 1]
-    least = {"train.batch_frames": gpus, "model.bottleneck": 0, "model.max_gaussians": model.min_gaussians}
-    tries += [("crop.grid_size", edge, at(edge)) for edge in grids if edge < grid and not dynamic]
-    for key, value, then in tries:
-        if value >= least.get(key, 1):
-            changed = experiment.model_dump(mode="json")
-            section, leaf = key.split(".")
-            changed[section][leaf] = value
-            if key == "crop.grid_size":
-                changed["crop"]["volume_idx"] = None
-            if peak_gpu_bytes(Experiment.model_validate(changed), then) <= room:
-                return f"set {key} to {value}"
-    if dynamic:
+    Args:
+        sizes: those of the recording as it is cropped now; default: the most that each configuration can come to.
+    """
+    for changes in _smaller(experiment):
+        tried = _with(experiment, changes)
+        if tried is None:
+            continue
+        scale = (tried.crop.grid_size / experiment.crop.grid_size) ** 3
+        then = None if sizes is None else sizes._replace(voxels=int(sizes.voxels * scale))
+        if peak_gpu_bytes(tried, then) <= room:
+            words = [f"{key} to {'null' if value is None else value}" for key, value in changes.items()]
+            return f"set {' and '.join(words)}"
+    if experiment.train.method == "dynamic":
         return "raise ingest.image_downsample or ingest.frame_jump, and lower dynamic.max_gaussians"
-    return "raise ingest.image_downsample and lower crop.grid_size, model.base_filters and train.batch_frames"
+    filters = "model.base_filters, " if experiment.train.start_from == RANDOM else ""
+    return (
+        f"raise ingest.image_downsample and lower crop.grid_size, {filters}model.max_gaussians and train.batch_frames"
+    )
+
+
+def _smaller(experiment: Experiment) -> Iterator[dict[str, int | None]]:
+    """Dotted keys and values that make a training smaller, not all of them valid; the mildest of each key first."""
+    train, model, crop = experiment.train, experiment.model, experiment.crop
+    if train.method == "dynamic":
+        halved = {"dynamic.max_gaussians": experiment.dynamic.max_gaussians, "dynamic.views": experiment.dynamic.views}
+    else:
+        halved = {"train.batch_frames": train.batch_frames}
+        if train.start_from == RANDOM:  # other weights are those of a network of one size
+            halved |= {"model.bottleneck": model.bottleneck, "model.base_filters": model.base_filters}
+        halved |= {"model.max_gaussians": model.max_gaussians}
+    for key, value in halved.items():
+        while value:
+            value //= 2
+            yield {key: value}
+    if train.method == "dynamic":
+        return
+    whole = {} if crop.volume_idx is None else {"crop.volume_idx": None}  # its indices are those of one grid
+    for edge in range((crop.grid_size - 1) // CROP_MULTIPLE * CROP_MULTIPLE, 0, -CROP_MULTIPLE):
+        yield {"crop.grid_size": edge, **whole}
+
+
+def _with(experiment: Experiment, changes: dict[str, int | None]) -> Experiment | None:
+    """An experiment with some keys changed; None where that is not valid."""
+    raw = experiment.model_dump()
+    for key, value in changes.items():
+        section, leaf = key.split(".")
+        raw[section][leaf] = value
+    try:
+        return Experiment.model_validate(raw)
+    except ValidationError:
+        return None

@@ -7,10 +7,10 @@ zarr shards of `block` frames with one chunk a frame. All are zstd-compressed wi
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import google_crc32c
 import numpy as np
 import zarr
 from numcodecs.zstd import Zstd
@@ -19,10 +19,11 @@ from zarr.core.sync import sync
 
 from zoosplat import stores
 from zoosplat.errors import UserError
+from zoosplat.group_store import ABSENT, GroupStore, lost
 
 BLOCK_BYTES = 48 << 20  # upper bound of what a writer holds of one array; also a good object size on S3
 SMALL_BLOCK = 64
-ABSENT = np.uint64(2**64 - 1)  # in a shard's table: a chunk of fill values
+COMPRESSORS = (ZstdCodec(level=3), Crc32cCodec())
 
 Layout = Literal["sharded", "blocks", "per_shard", "whole"]
 
@@ -133,7 +134,7 @@ def create(url: str, name: str, sizes: dict[str, int], block: int, attributes: d
             chunks=tuple(chunks),
             shards=shards,
             fill_value=fill,
-            compressors=[ZstdCodec(level=3), Crc32cCodec()],
+            compressors=COMPRESSORS,
             filters=None,
             dimension_names=[d if isinstance(d, str) else None for d in spec.dims],
             attributes={"unit": spec.unit, "meaning": spec.meaning},
@@ -153,27 +154,50 @@ def add_moving(group: zarr.Group, values: dict[str, Any]) -> None:
     for key, spec in MOVING.items():
         value = np.asarray(values[key], spec.dtype)
         meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
-        group.create_array(key, shape=value.shape, dtype=spec.dtype, chunks=value.shape, attributes=meaning)
+        group.create_array(
+            key,
+            shape=value.shape,
+            dtype=spec.dtype,
+            chunks=value.shape,
+            compressors=COMPRESSORS,
+            attributes=meaning,
+        )
         array(group, key)[...] = value
 
 
 def array(group: zarr.Group, key: str) -> zarr.Array[Any]:
-    """An array of a group, typed."""
-    found = group[key]
+    """An array of a group, typed. Raises UserError where the group has none of this name."""
+    try:
+        found = group[key]
+    except KeyError:
+        raise lost(f"{_url(group)}/{key}/zarr.json", "is missing") from None
     if not isinstance(found, zarr.Array):
-        raise UserError(f"{group.store_path}: {key} is not an array")
+        raise UserError(f"{_url(group)}: {key} is not an array")
     return found
 
 
+def _url(group: zarr.Group) -> str:
+    assert isinstance(group.store, GroupStore)
+    return group.store.url
+
+
 def read(group: zarr.Group, key: str, start: int | None = None, stop: int | None = None) -> Any:
-    """An array as numpy, or a range of its first axis. Raises UserError when its checksum shows damage."""
-    try:
-        return np.asarray(array(group, key)[start:stop])
-    except ValueError as error:
-        if "checksum" not in str(error):
-            raise
-        where = getattr(getattr(group.store, "store", None), "prefix", None) or group.store_path
-        raise UserError(f"{where}: array {key} is damaged; run the stage that wrote it with --force") from error
+    """An array as numpy, or a range of its first axis.
+
+    Raises:
+        UserError: naming the object that is damaged, or missing from a group that was opened as complete.
+    """
+    return np.asarray(array(group, key)[start:stop])
+
+
+def expected_files(group: zarr.Group) -> set[str]:
+    """Paths, relative to the group, of all files that it has when it is complete, from what its arrays are."""
+    names = {"zarr.json"}
+    for key, found in group.arrays():
+        names.add(f"{key}/zarr.json")
+        grid = [range(-(-n // m)) for n, m in zip(found.shape, found.shards or found.chunks, strict=True)]
+        names |= {f"{key}/{found.metadata.encode_chunk_key(place)}" for place in itertools.product(*grid)}
+    return names
 
 
 class FrameArray:
@@ -186,11 +210,13 @@ class FrameArray:
     def __init__(self, group: zarr.Group, key: str) -> None:
         self._array, self._key = array(group, key), key
         assert self._array.shards is not None
+        assert isinstance(self._array.store, GroupStore)
+        self._store = self._array.store
         self.shape, self._per_shard = self._array.shape, self._array.shards[0]
         self._tables: dict[str, Any] = {}  # of the shards read from so far
 
     def __getitem__(self, t: int) -> Any:
-        """Frame t as a new numpy array. Raises UserError when a checksum shows damage."""
+        """Frame t as a new numpy array. Raises UserError as `read`."""
         frame = np.empty(self.shape[1:], self._array.dtype)
         number, within = divmod(t, self._per_shard)
         key = self._array.metadata.encode_chunk_key((number,) + (0,) * frame.ndim)
@@ -198,23 +224,19 @@ class FrameArray:
         if key not in self._tables:
             size = 16 * self._per_shard + 4
             try:
-                table = np.frombuffer(self._checked(stores.part_of(self._array.store, key, -size, size)), "<u8")
+                table = np.frombuffer(stores.part_of(self._store, key, -size, size)[:-4], "<u8")
             except FileNotFoundError:
                 table = np.full(2 * self._per_shard, ABSENT)
             self._tables[key] = table.reshape(-1, 2)
         offset, length = self._tables[key][within]
         if offset == ABSENT:
+            if self._store.complete:
+                raise lost(f"{self._store.url}/{key}", f"has no frame {t}")
             frame[...] = self._array.fill_value
         else:
-            data = self._checked(stores.part_of(self._array.store, key, int(offset), int(length)))
-            Zstd().decode(data, frame.reshape(-1).view(np.uint8))
+            data = stores.part_of(self._store, key, int(offset), int(length))
+            Zstd().decode(data[:-4], frame.reshape(-1).view(np.uint8))
         return frame
-
-    def _checked(self, data: bytes) -> bytes:
-        if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
-            where = getattr(getattr(self._array.store, "store", None), "prefix", None) or self._array.store_path
-            raise UserError(f"{where}: array {self._key} is damaged; run the stage that wrote it with --force")
-        return data[:-4]
 
 
 def write_block(group: zarr.Group, key: str, start: int, values: Any) -> None:

@@ -26,6 +26,7 @@ import zarr
 from zarr.abc.store import Store
 
 from zoosplat.errors import Unreachable, UserError
+from zoosplat.group_store import GroupStore, lost
 
 # Together less than half a minute, after which a server that has never answered is reported.
 CONNECT_TIMEOUT_S = 5
@@ -299,7 +300,7 @@ def manifest(url: str) -> dict[str, int]:
     found: dict[str, int] = {}
     if is_s3(url):
         for page in _pages(url):
-            prefix = page["Prefix"]
+            prefix = page.get("Prefix", "")
             # Consoles make an empty object whose name ends in "/" for a folder.
             objects = (each for each in page.get("Contents", []) if not each["Key"].endswith("/"))
             found |= {each["Key"][len(prefix) :]: int(each["Size"]) for each in objects}
@@ -311,6 +312,20 @@ def manifest(url: str) -> dict[str, int]:
                 with suppress(FileNotFoundError):
                     found[os.path.relpath(path, url).replace(os.sep, "/")] = os.stat(path).st_size
     return dict(sorted(found.items()))
+
+
+def check_manifest(url: str, expected: dict[str, int]) -> None:
+    """Compare what lies below a URL with what `manifest` once found there; files besides are of no concern.
+
+    Raises:
+        UserError: naming the first file that is missing or of another size.
+    """
+    found = manifest(url)
+    for name, n in sorted(expected.items()):
+        if name not in found:
+            raise lost(join(url, name), "is missing")
+        if found[name] != n:
+            raise lost(join(url, name), f"is damaged: {found[name]} bytes instead of {n}")
 
 
 def _unless_absent(error: OSError) -> None:
@@ -362,8 +377,10 @@ def first_file(url: str) -> str | None:
         # Consoles make folders by objects whose names end so.
         keys = [key for key in keys if not key.endswith("/")]
         if keys:
-            return keys[0][len(url[5:].partition("/")[2]) + 1 :]
-        return "" if exists(url) else None
+            return keys[0][len(prefix) :]
+        key = prefix.rstrip("/")
+        same = _list_objects(bucket, key, MaxKeys=1).get("Contents", [])  # the shortest name is the first
+        return "" if same and same[0]["Key"] == key else None
     if not os.path.isdir(url):
         return "" if os.path.lexists(url) else None
     for folder, folders, files in os.walk(url):
@@ -459,21 +476,9 @@ def _zarr_store(url: str, *, read_only: bool) -> Store:
 
 
 def part_of(store: Store, key: str, start: int, length: int) -> bytes:
-    """`length` bytes of an object of a group's store, from `start` on; if that is negative, from so far before the end.
-
-    For many small reads from threads: zarr's own way through its event loop takes a millisecond of Python each.
-    FileNotFoundError where there is no such object.
-    """
-    if isinstance(store, zarr.storage.LocalStore):
-        with open(store.root / key, "rb") as file:
-            file.seek(start, os.SEEK_END if start < 0 else os.SEEK_SET)
-            return file.read(length)
-    import obstore
-
-    assert isinstance(store, zarr.storage.ObjectStore)
-    if start < 0:
-        return bytes(obstore.get(store.store, key, options={"range": {"suffix": -start}}).bytes())[:length]
-    return bytes(obstore.get_range(store.store, key, start=start, length=length))
+    """Part of an object of a group's store, as `GroupStore.part`."""
+    assert isinstance(store, GroupStore)
+    return store.part(key, start, length)
 
 
 @lru_cache(maxsize=1)
@@ -487,16 +492,29 @@ def _boto3_session() -> tuple[Any, str | None, str]:
 
 
 @_naming_the_url
-def open_group(url: str, *, write: bool = False) -> zarr.Group:
-    """An existing zarr v3 group. FileNotFoundError where there is none."""
-    return zarr.open_group(_zarr_store(url, read_only=not write), mode="r+" if write else "r", zarr_format=3)
+def open_group(url: str, *, write: bool = False, complete: bool = False) -> zarr.Group:
+    """An existing zarr v3 group.
+
+    Args:
+        url: where.
+        write: open it for writing.
+        complete: a chunk that is missing is an error when it is read, and not taken for fill values. Not for groups
+            that were written by versions which left out such chunks.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: here and when arrays are read: the storage refuses or cannot be reached, or an object is damaged.
+    """
+    store = GroupStore(_zarr_store(url, read_only=not write), url, complete=complete)
+    return zarr.open_group(store, mode="r+" if write else "r", zarr_format=3)
 
 
 @_naming_the_url
 def create_group(url: str, attributes: dict[str, Any]) -> zarr.Group:
     """A new, empty zarr v3 group in place of whatever is at the URL."""
     delete(url)
-    return zarr.create_group(_zarr_store(url, read_only=False), zarr_format=3, attributes=attributes)
+    store = GroupStore(_zarr_store(url, read_only=False), url, complete=False)
+    return zarr.create_group(store, zarr_format=3, attributes=attributes)
 
 
 _REFUSED = (

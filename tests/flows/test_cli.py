@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import av
 import h5py
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ from zoosplat.project import Project, settings_of
 from zoosplat_flows.cli import app
 from zoosplat_flows.running import headline
 from zoosplat_flows.status import duration, states
+
+if TYPE_CHECKING:
+    from tests.conftest import Recording
 
 CONFIG = """
 name: two cameras
@@ -265,10 +269,62 @@ def test_config_show_and_convert_keep_the_meaning(tmp_path: Path, classic: Path)
     assert load_config(str(target)).experiment == expected
 
 
-def test_config_check_names_what_is_missing(config: Path) -> None:
+def test_config_check_names_all_that_is_missing(config: Path, tmp_path: Path) -> None:
     status, _, err = call("config", "check", str(config))
     assert status == 2
-    assert "cameras.h5" in err
+    assert f"{tmp_path}/recording: no such folder" in err
+    (tmp_path / "recording").mkdir()
+    weights = tmp_path / "weights.safetensors"
+    status, _, err = call("config", "check", str(config), "--set", f"train.start_from={weights}")
+    assert status == 2
+    missing = ("am.mp4 (mask of camera 0)", "bm.mp4 (mask of camera 1)", "a.mp4 (video of camera 0)")
+    missing = (*missing, "b.mp4 (video of camera 1)", "recording/cameras.h5", f"train.start_from = {weights}")
+    lines = err.splitlines()
+    assert [name in line and "no such file" in line for name, line in zip(missing, lines, strict=True)] == [True] * 6
+
+
+def cut_off(path: Path, kept: int) -> None:
+    """Put a film's index in front and cut it off after so many packets, as a copy that was stopped."""
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        packets = [packet for packet in file.demux(stream) if packet.size]
+        with av.open(str(path.with_suffix(".new.mp4")), "w", options={"movflags": "faststart"}) as copy:
+            target: Any = copy.add_stream_from_template(stream)
+            for packet in packets:
+                packet.stream = target
+                copy.mux(packet)
+    path.with_suffix(".new.mp4").replace(path)
+    with av.open(str(path)) as file:
+        end = file.streams.video[0].index_entries[kept].pos
+    path.write_bytes(path.read_bytes()[: end + 1])
+
+
+def test_config_check_finds_what_ingest_refuses(recording: Recording, tmp_path: Path) -> None:
+    config, data = tmp_path / "config.yaml", recording.copy(tmp_path / "recording")
+    config.write_text(json.dumps(recording.config(data)))
+    status, out, err = call("config", "check", str(config))
+    assert (status, err) == (0, "")
+    assert "the configuration fits the recording" in out
+    assert sum("96 x 80" in line and "144" in line and "50.00" in line for line in out.splitlines()) == 8
+
+    assert "there are 144 kept frames" in call("config", "check", str(config), "--set", "render.frame=144")[2]
+    up = (data / "vertical_lines.npz").read_bytes()
+    (data / "vertical_lines.npz").write_text("no numbers")
+    assert "vertical_lines.npz: cannot read the key 'up'" in call("config", "check", str(config))[2]
+    (data / "vertical_lines.npz").unlink()
+    status, out, err = call("config", "check", str(config))
+    assert (status, out) == (2, "")
+    assert "vertical_lines.npz: no such file" in err
+    (data / "vertical_lines.npz").write_bytes(up)
+    for path in (*data.glob("masks/*"), *data.glob("videos/*")):
+        cut_off(path, 100)
+    status, _, err = call("config", "check", str(config))
+    assert status == 2
+    assert len([line for line in err.splitlines() if "is truncated" in line]) == 8
+    status, out, err = call("config", "check", str(config), "--set", "ingest.on_short=truncate")
+    assert status == 0
+    assert "note: masks/0.mp4 (mask of camera 0) is truncated" in err
+    assert "of 144" in out
 
 
 def test_cameras_are_converted_to_metres(tmp_path: Path) -> None:

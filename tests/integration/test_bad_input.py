@@ -21,8 +21,10 @@ import pytest
 import zarr
 
 from zoosplat import schema, stores
+from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.pipeline import STAGES
+from zoosplat.recording.checks import check_recording
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Outcome, Recording, Stages
@@ -110,11 +112,35 @@ def cut_short(path: Path) -> None:
     cut(path, 0.5)
 
 
+def cut_off_alike(folder: Path) -> None:
+    """Index in front, the first 100 pictures there, of all files."""
+    for path in (*folder.glob("masks/*"), *folder.glob("videos/*")):
+        keyframes_alone(path)
+        with av.open(str(path)) as file:
+            end = file.streams.video[0].index_entries[100].pos
+        path.write_bytes(path.read_bytes()[: end + 1])
+
+
+def keyframes_alone(path: Path) -> None:
+    """Encode a video again, so that its pictures lie in the file in their order, behind the index."""
+    with av.open(str(path)) as file:
+        pictures = [frame.reformat(format="yuv420p").to_ndarray() for frame in file.decode(video=0)]
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
+        stream: Any = file.add_stream("libx264", rate=Fraction(50))
+        stream.width, stream.height, stream.pix_fmt = 96, 80, "yuv420p"
+        stream.options = {"qp": "20", "threads": "1", "preset": "ultrafast", "g": "1"}
+        for picture in pictures:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))
+        file.mux(stream.encode())
+
+
+# What no header tells: it is found when the pictures are decoded.
+BY_DECODING = ("corrupt", "grey_mask", "all_black")
 # What is damaged in the recording, and what the line must name.
 RECORDINGS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "mask_missing": (lambda f: (f / "masks/2.mp4").unlink(), ("masks/2.mp4", "no such file")),
     "video_missing": (lambda f: (f / "videos/3.mp4").unlink(), ("videos/3.mp4", "no such file")),
-    "folder_missing": (lambda f: shutil.rmtree(f), ("masks/0.mp4", "no such file")),
+    "folder_missing": (lambda f: shutil.rmtree(f), ("recording", "no such f", "check data.directory")),
     "mask_is_a_folder": (
         lambda f: [change() for change in ((f / "masks/2.mp4").unlink, (f / "masks/2.mp4").mkdir)],
         ("masks/2.mp4", "no such file"),
@@ -134,6 +160,10 @@ RECORDINGS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("masks/3.mp4 (mask of camera 3)", "truncated", "of its 144 frames", "ingest.on_short"),
     ),
     "video_cut_off": (lambda f: cut_short(f / "videos/0.mp4"), ("videos/0.mp4 (video of camera 0)", "truncated")),
+    "all_cut_off_alike": (
+        cut_off_alike,
+        ("masks/0.mp4 (mask of camera 0) is truncated: 100 of its 144", "videos/3.mp4 (video of camera 3) is truncated"),
+    ),
     "corrupt": (lambda f: zero_packet(f / "masks/1.mp4", 70), ("masks/1.mp4 (mask of camera 1)", "frame ")),
     "unequal_lengths": (
         lambda f: rewrite(f / "masks/2.mp4", lambda luma, i: luma if i < 140 else None),
@@ -174,6 +204,14 @@ def test_recording(case: str, recording: Recording, stages: Stages, tmp_path: Pa
     assert all(word in line for word in words), line
     # Nothing is taken for done by a second try either, with workers: whichever shard comes first names its own frames.
     again = refused(stages, "ingest", project, "--workers", "2")
+    # What is checked before a run says the same.
+    experiment = Experiment.model_validate(recording.config(folder))
+    if case in BY_DECODING:
+        check_recording(experiment)
+    else:
+        with pytest.raises(UserError) as early:
+            check_recording(experiment)
+        assert all(word in str(early.value) for word in words), early.value
     numbers = r"(frames?|shard) [\d/]+( to \d+)?"
     assert re.sub(numbers, r"\1", again) == re.sub(numbers, r"\1", line)
 

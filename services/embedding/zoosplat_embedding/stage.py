@@ -198,7 +198,7 @@ class Embed(Stage):
             ctx.progress(done * frames // 5, frames, "")
 
         arrays, attributes = embed([recording], ctx.experiment.embedding, progress)
-        write(ctx.run.project.url, arrays, attributes)
+        write(ctx.run.result(self.name).data_folder, arrays, attributes)
         ctx.progress(frames, frames, "")
         explained = round(sum(attributes["explained_variance"]), 4)
         figures = {key: attributes[key] for key in ("encoder", "heading_removal", "heading_r2")}

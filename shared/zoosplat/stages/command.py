@@ -13,7 +13,8 @@ from zoosplat import stores
 from zoosplat.config import load_config
 from zoosplat.errors import Passing, UserError
 from zoosplat.machine import usable_cores
-from zoosplat.stages import runner, runs
+from zoosplat.stages import runner
+from zoosplat.stages.begin import begun
 from zoosplat.stages.contract import Context, Progress, Stage
 from zoosplat.stages.runs import Project, Run
 
@@ -88,9 +89,8 @@ def chosen_run(stage: str, args: argparse.Namespace) -> Run:
     if args.config is None and not args.force:
         return project.run(args.run)
     experiment = load_config(args.config).experiment if args.config else project.run(args.run).experiment
-    draft = runs.resolve(project, experiment, [stage] if args.force else [])
-    draft.require([stage])
-    return runs.recorded(draft, [stage])
+    with begun(project, experiment, [stage], [stage] if args.force else []) as run:
+        return run
 
 
 def _work(stage: Stage, args: argparse.Namespace, progress: Progress) -> None:

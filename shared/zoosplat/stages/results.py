@@ -128,7 +128,9 @@ class Result:
         mark = found.mark()
         if mark is None or "data" not in mark:
             return found
-        return cls(stage, result_id, folder, stores.join(project_url, str(mark["data"])).rstrip("/"), reused)
+        data = str(mark["data"])
+        whole = data if data.startswith(("/", "s3://")) else stores.join(project_url, data).rstrip("/")
+        return cls(stage, result_id, folder, whole, reused)
 
     @property
     def data_url(self) -> str:

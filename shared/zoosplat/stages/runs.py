@@ -423,23 +423,24 @@ def _content(draft: Draft) -> tuple[str, dict[str, Any]]:
     """Text of config.yaml and the entry `results` of run.json."""
     entries: dict[str, Any] = {}
     for stage, result in draft.results.items():
-        request = draft.requests[stage]
+        request = draft.requests.get(stage)
         entries[stage] = {
             "id": result.id,
-            "version": request.version,
-            "sources": {key: vars(source) for key, source in request.sources.items()},
+            "version": result.require()["version"] if request is None else request.version,
+            "sources": {} if request is None else {key: vars(source) for key, source in request.sources.items()},
         }
         if result.reused:
             entries[stage]["project"] = result.folder.removesuffix(f"/{FOLDER}/{stage}/{result.id}")
     return draft.experiment.to_yaml(), entries
 
 
-def record(draft: Draft, stages: Collection[str] = ()) -> Run:
+def record(draft: Draft, stages: Collection[str], state: str = "begun") -> Run:
     """Write a new run's record and make it the project's latest.
 
     Args:
         draft: from `resolve`.
         stages: those that the run is to make; kept for display.
+        state: of the run.
     """
     project = draft.project
     text, entries = _content(draft)
@@ -457,7 +458,7 @@ def record(draft: Draft, stages: Collection[str] = ()) -> Run:
             "forced": sorted(draft.forced),
             "selected": [spec.name for spec in PIPELINE if spec.name in stages],
             "results": entries,
-            "state": "begun",
+            "state": state,
             "stages": {},
         },
     )
@@ -506,12 +507,6 @@ def working(draft: Draft, stages: Collection[str]) -> Iterator[Run]:
         _remember(draft)
         link_latest(run)
         yield run
-
-
-def recorded(draft: Draft, stages: Collection[str]) -> Run:
-    """The latest run where it was to do the same, else a new one: for a stage that is run alone, by hand."""
-    with working(draft, stages) as run:
-        return run
 
 
 def _is_same(run: Run, draft: Draft) -> bool:

@@ -1,0 +1,69 @@
+"""The one door through which runs begin: everything that can be checked is checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from zoosplat.config import Experiment
+from zoosplat.errors import UserError
+from zoosplat.prechecks import check_before_run, check_project_place
+from zoosplat.stages import runs
+from zoosplat.stages.ownership import foreign_names
+from zoosplat.stages.registry import STAGES, upstream
+from zoosplat.stages.runs import Project, Run
+
+
+@contextmanager
+def begun(
+    project: Project,
+    experiment: Experiment,
+    stages: list[str],
+    force: list[str],
+    hashing: Callable[[str], None] = lambda url: None,
+) -> Iterator[Run]:
+    """A run of the stages, begun after everything that can be checked has been; while the block runs, it is alive.
+
+    Args:
+        project: where its results go.
+        experiment: its configuration.
+        stages: that it is to make; what they read must be done.
+        force: stages whose results are made again; what is made from them follows.
+        hashing: told the URL of each file whose content is about to be read for its fingerprint.
+
+    Raises:
+        UserError: files that are not ours are in the way, an earlier stage is not done, or the configuration or a file
+            that it names cannot be used.
+    """
+    for name in force:
+        if name not in STAGES:
+            raise UserError(f"there is no stage {name}; the stages are {', '.join(STAGES)}")
+    _check_folder(project)
+    check_project_place(project.url, experiment)
+    draft = runs.resolve(project, experiment, force, hashing)
+    draft.require(stages)
+    todo = draft.todo(stages)
+    earlier = draft.todo(upstream(todo) - set(stages))
+    if earlier:
+        draft.require(earlier)
+        result = draft.results[earlier[0]]
+        raise UserError(f"{result.data_url} is not complete; run stage {earlier[0]} first, or leave --from out")
+    masks = draft.results.get("ingest")
+    masks_url = masks.data_url if masks is not None and masks.is_done() else None
+    check_before_run(draft.experiment, todo, masks_url, lambda url: runs.trained_result(url) is not None)
+    with runs.working(draft, stages) as run:
+        yield run
+
+
+def _check_folder(project: Project) -> None:
+    if runs.is_legacy(project):
+        raise UserError(
+            f"{project.url}: has the layout of an earlier version; `zoosplat upgrade {project.url}` adopts its "
+            "results, and moves nothing"
+        )
+    foreign = foreign_names(project.url)
+    if foreign:
+        raise UserError(
+            f"{project.url}: holds files that are not of a zoosplat project ({', '.join(foreign)}); choose an empty "
+            "folder, or move them"
+        )

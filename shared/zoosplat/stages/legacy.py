@@ -1,0 +1,198 @@
+"""Projects of the layout before runs: read as one run, and adopted without moving a file.
+
+Such a project has `experiment.yaml`, the groups and folders of the stages beside it, and `_marks/<stage>.json` with the
+digest of settings, inputs and source files that a result was made from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from zoosplat import effects, stores
+from zoosplat.config import Experiment
+from zoosplat.errors import UserError
+from zoosplat.stages import runs
+from zoosplat.stages.registry import PIPELINE, STAGES, StageSpec
+from zoosplat.stages.results import DONE, REQUEST, Mark, Result, digest_of
+from zoosplat.stages.runs import Draft, Project, Run
+
+MARKS = "_marks"
+RUN_ID = "before-runs"
+# Which part of the configuration a stage's digest was made from: sections and keys, those with a `-` taken out again.
+SETTINGS = {
+    "ingest": (
+        "data.camera_names",
+        "data.calibration_format",
+        "data.calibration_unit",
+        "data.up",
+        "data.fps",
+        "data.image_width",
+        "data.image_height",
+        "ingest",
+    ),
+    "center_rotation": ("center_rotation", "holdout_views", "unit", "adaptive_camera"),
+    "crop": ("crop", "holdout_views", "unit"),
+    "pack": ("pack",),
+    "train": ("model", "dynamic", "train", "-train.device", "-train.gpus", "holdout_views"),
+    "evaluate": ("evaluate", "-evaluate.device"),
+    "render": ("render", "-render.device"),
+    "features": ("features", "-features.device"),
+    "embedding": ("embedding",),
+}
+
+
+@dataclass(frozen=True)
+class LegacyResult(Result):
+    """A stage's result of a project of the earlier layout, with the mark that was found."""
+
+    def is_done(self) -> bool:
+        return "done" in self._mark
+
+    def mark(self) -> Mark | None:
+        return self._mark.get("done")
+
+    def plan(self) -> Mark | None:
+        return None
+
+    def shards_done(self) -> tuple[int, int]:
+        count = int(self._mark["done"].get("shards", 0)) if self.is_done() else 0
+        return count, count
+
+
+def legacy_run(project: Project) -> Run:
+    """The one run that a project of the earlier layout amounts to; reading it writes nothing.
+
+    Raises:
+        UserError: its configuration cannot be read.
+    """
+    experiment = _read_experiment(project)
+    results: dict[str, Result] = {}
+    for spec in PIPELINE:
+        mark = stores.read_json(project.path(MARKS, f"{spec.name}.json"))
+        folder = project.url
+        location = None if mark is None else mark.get("location")
+        if location is not None:
+            folder = str(location).rpartition("/")[0]
+        found = {} if mark is None else {"done": {"figures": {}, "warnings": [], **mark}}
+        name = RUN_ID if mark is None else str(mark["digest"])
+        results[spec.name] = LegacyResult(spec.name, name, folder, folder, location is not None, found)
+    return Run(project, RUN_ID, experiment, results, {}, {spec.name: spec.version for spec in PIPELINE})
+
+
+def _read_experiment(project: Project) -> Experiment:
+    where = project.path(runs.LEGACY_CONFIG)
+    try:
+        return Experiment.from_yaml(stores.read_bytes(where).decode())
+    except FileNotFoundError:
+        raise UserError(f"{project.url}: holds neither a run nor {runs.LEGACY_CONFIG}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not text in UTF-8; write it again") from None
+    except UserError as error:
+        raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+
+
+def upgrade(project: Project) -> tuple[Run, dict[str, str]]:
+    """Adopt the results of a project of the earlier layout: write a run that refers to them where they are.
+
+    A result is adopted under the id that a run of today has for it, if the digest in its mark shows that it was made
+    from the files and settings as they are now; then the next run takes it for done. Any other keeps an id of its own:
+    it can be looked at, and the next run makes a new one beside it.
+
+    Returns:
+        The run, and stage -> why its result keeps an id of its own.
+
+    Raises:
+        UserError: the project is not of the earlier layout, or its configuration cannot be read.
+    """
+    if not runs.is_legacy(project):
+        raise UserError(f"{project.url}: is not of the earlier layout; there is nothing to upgrade")
+    old = legacy_run(project)
+    draft = runs.resolve(project, old.experiment)
+    kept: dict[str, str] = {}
+    results: dict[str, Result] = {}
+    for spec in PIPELINE:
+        found = old.results[spec.name]
+        mark = found.mark()
+        if mark is None:
+            if spec.name in draft.results and not set(spec.reads) & kept.keys():
+                results[spec.name] = draft.results[spec.name]
+            continue
+        why = _why_not_current(spec, mark, old, draft, kept)
+        if why:
+            kept[spec.name] = why
+            name = f"adopted-{mark['digest'][:16]}"
+        else:
+            name = draft.requests[spec.name].id
+        results[spec.name] = _adopt(project, spec, name, mark, found, draft)
+    adopted = Draft(
+        project,
+        old.experiment,
+        {stage: request for stage, request in draft.requests.items() if stage in results},
+        results,
+        frozenset(),
+        {},
+    )
+    return runs.record(adopted, [spec.name for spec in PIPELINE], "adopted"), kept
+
+
+def _why_not_current(spec: StageSpec, mark: Mark, old: Run, draft: Draft, kept: dict[str, str]) -> str:
+    """Why a run of today would not make this very result; empty where it would."""
+    above = [name for name in spec.reads if name in kept]
+    if above:
+        return f"was made from a result of stage {above[0]} that is not of today's files and settings"
+    if spec.name not in draft.requests:
+        return draft.missing[spec.name]
+    if mark["version"] != spec.version:
+        return f"is of version {mark['version']} of the stage; this is version {spec.version}"
+    inputs = {name: (old.read_mark(name) or {}).get("digest") for name in spec.reads}
+    sources = [stores.legacy_fingerprint(url) for url in _legacy_sources(spec.name, old.experiment)]
+    settings = _legacy_settings(spec.name, old.experiment)
+    if digest_of([spec.name, spec.version, settings, inputs, sources]) != mark["digest"]:
+        return "was made from other files or settings than those of today"
+    return ""
+
+
+def _legacy_settings(stage: str, experiment: Experiment) -> dict[str, Any]:
+    whole = experiment.model_dump(mode="json")
+    chosen: dict[str, Any] = {}
+    for key in SETTINGS[stage]:
+        if key.startswith("-"):
+            section, leaf = key[1:].split(".")
+            chosen[section] = {k: v for k, v in chosen[section].items() if k != leaf}
+            continue
+        value: Any = whole
+        for part in key.split("."):
+            value = value[part]
+        chosen[key] = value
+    chosen.pop({"pose_splatter": "dynamic", "dynamic": "model"}[experiment.train.method], None)
+    return dict(json.loads(json.dumps(chosen)))
+
+
+def _legacy_sources(stage: str, experiment: Experiment) -> list[str]:
+    """Files whose fingerprints a digest was made from, in their order then."""
+    files = effects.outside_files(stage, experiment)
+    if stage == "ingest" and experiment.ingest.source == "dnerf":
+        return [url for key, url in files.items() if key.endswith(".json")]
+    if stage == "train":
+        return []
+    order = ("data.masks", "data.calibration", "data.up", "data.videos", "features.weights")
+    return [url for start in order for key, url in files.items() if key.startswith(start)]
+
+
+def _adopt(project: Project, spec: StageSpec, name: str, mark: Mark, found: Result, draft: Draft) -> Result:
+    """Write the request and the mark of a result that stays where it is."""
+    result = Result.at(project.url, spec.name, name)
+    request = draft.requests[spec.name].to_json() if spec.name in draft.requests else {"stage": spec.name}
+    inputs = {stage: draft.requests[stage].id for stage in spec.reads if stage in draft.requests}
+    new = {**mark, **request, "id": name, "version": mark["version"], "inputs": inputs, "run": RUN_ID}
+    new["data"] = "" if found.data_folder == project.url else found.data_folder
+    for key in ("digest", "location"):
+        new.pop(key, None)
+    stores.write_json(result.file(REQUEST), {**request, "id": name})
+    stores.write_json(result.file(DONE), new)
+    return Result.at(project.url, spec.name, name)
+
+
+assert set(SETTINGS) == set(STAGES)
