@@ -1,5 +1,4 @@
-from zoosplat.stages.command import run
-from zoosplat_features.stage import STAGE
+from zoosplat.stages.process import service
 
 if __name__ == "__main__":
-    run(STAGE)
+    service("features")

@@ -1,10 +1,13 @@
-import sys
+from zoosplat.stages.process import run_stoppable
 
-from zoosplat.stages.command import run
-from zoosplat_train import parallel
-from zoosplat_train.stage import STAGE, train
+
+def main() -> int:
+    from zoosplat.stages import command
+    from zoosplat_train import parallel
+    from zoosplat_train.stage import STAGE, train
+
+    return parallel.run_under_torchrun(STAGE, train) if parallel.by_torchrun() else command.main(STAGE)
+
 
 if __name__ == "__main__":
-    if parallel.by_torchrun():
-        sys.exit(parallel.run_under_torchrun(STAGE, train))
-    run(STAGE)
+    run_stoppable("train", main)

@@ -29,7 +29,7 @@ from zoosplat.errors import Passing, UserError
 from zoosplat.machine import loopback
 from zoosplat.stages.command import arguments_of, failed, main
 from zoosplat.stages.contract import Context, Outcome, Stage
-from zoosplat.stages.runner import start_process
+from zoosplat.stages.process import prepared, run_spawned, spawning
 from zoosplat.stages.runs import Project
 from zoosplat_model.predictor import pick_device
 
@@ -144,9 +144,10 @@ def start(train: Train, ctx: Context, size: int) -> Outcome:
         try:
             for rank in range(size):
                 ours, theirs = spawn.Pipe(duplex=False)
-                arguments = (train, ctx.run.project.url, ctx.run.id, rank, size, f"{folder}/meeting", theirs)
-                process = spawn.Process(target=_run_rank, args=arguments, name=f"rank {rank}", daemon=True)
-                process.start()
+                work = prepared(_run_rank, train, ctx.run.project.url, ctx.run.id, rank, size, f"{folder}/meeting")
+                process = spawn.Process(target=run_spawned, args=(work, theirs), name=f"rank {rank}", daemon=True)
+                with spawning():
+                    process.start()
                 theirs.close()  # so that it ends with the process
                 pipes.append(ours)
                 processes.append(process)
@@ -197,8 +198,7 @@ def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess])
 
 
 def _run_rank(train: Train, url: str, run_id: str, rank: int, size: int, meeting: str, report: Connection) -> None:
-    start_process()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage, which gets it too, ends its ranks
+    stores.expect_answers()
     # One machine: no other network is needed, nor a name for this one.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback())

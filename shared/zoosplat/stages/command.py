@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +17,6 @@ from zoosplat.stages import runner
 from zoosplat.stages.begin import begun
 from zoosplat.stages.contract import Context, Progress, Stage
 from zoosplat.stages.runs import Project, Run
-
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -122,19 +118,13 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
     """Entry point of a service.
 
     Returns:
-        Exit status: 0 done or skipped, 2 bad input or configuration (one line on stderr), 130 after Ctrl-C, 1 anything
-        else, which may pass: where the storage does not answer or a process was killed, with one line too.
+        Exit status: 0 done or skipped, 2 bad input or configuration (one line on stderr), 1 anything else, which may
+        pass: where the storage does not answer or a process was killed, with one line too.
     """
     args = arguments_of(stage.name, stage.__doc__).parse_args(argv)
     try:
         with terminal_progress(stage.name) as progress:
             _work(stage, args, progress)
-    except KeyboardInterrupt:
-        print(
-            f"zoosplat {stage.name}: stopped; finished work is kept, the same command goes on from here",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
     except Exception as error:
         return failed(stage.name, error, args.project)
     return 0
@@ -148,15 +138,3 @@ def failed(stage: str, error: Exception, url: str) -> int:
     lines = [*str(known).splitlines(), *getattr(known, "__notes__", ())]
     print(f"zoosplat {stage}: {'; '.join(lines)}", file=sys.stderr, flush=True)
     return 1 if isinstance(known, Passing) else 2
-
-
-def run(stage: Stage) -> None:
-    """`__main__` of a service."""
-    status = main(stage)
-    if status == INTERRUPTED:
-        # Threads and processes of libraries must not hold the terminal, nor print while they end.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        os._exit(status)
-    sys.exit(status)

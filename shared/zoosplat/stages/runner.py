@@ -10,20 +10,19 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 from zoosplat import locks, schema, stores
 from zoosplat.errors import Passing, UserError
 from zoosplat.machine import peak_memory_bytes
 from zoosplat.stages.contract import Context, Plan, Progress, Shard, Stage
+from zoosplat.stages.process import killed_at_stop, prepared, run_spawned, spawning
 from zoosplat.stages.results import DONE, MANIFEST, PLAN, Mark, Result
 from zoosplat.stages.runs import Project, Run, claim, link_latest
 
@@ -251,21 +250,10 @@ def _no_progress(done: int, total: int, message: str) -> None:
 _queue: Any = None  # of a worker process: where its progress goes
 
 
-def start_process() -> None:
-    """What a process that a stage has started does first: it ends with the stage, and expects the storage to answer.
-
-    A parent that is killed leaves its children waiting for ever, or writing beside those of the next run.
-    """
-    stores.expect_answers()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
-
-
 def _start_worker(queue: Any) -> None:
     global _queue
     _queue = queue
-    start_process()
+    stores.expect_answers()
 
 
 def _shard_in_worker(stage: Stage, url: str, run_id: str, index: int, plan: Plan) -> None:
@@ -312,8 +300,10 @@ def _run_in_processes(stage: Stage, ctx: Context, plan: Plan, todo: list[int], w
     total = plan.bounds[-1]
     done = {i: 0 for i in todo}
     before = total - sum(plan.shard(i).stop - plan.shard(i).start for i in todo)
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(queue,)) as pool:
-        pending = {pool.submit(_shard_in_worker, stage, ctx.run.project.url, ctx.run.id, i, plan): i for i in todo}
+    begin = (prepared(_start_worker), queue)
+    with ProcessPoolExecutor(workers, spawn, initializer=run_spawned, initargs=begin) as pool, killed_at_stop():
+        with spawning():
+            pending = {pool.submit(_shard_in_worker, stage, ctx.run.project.url, ctx.run.id, i, plan): i for i in todo}
         futures = dict(pending)
         errors: dict[int, BaseException] = {}
         while pending:
