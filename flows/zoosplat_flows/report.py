@@ -393,7 +393,7 @@ def _provenance(stages: dict[str, StageState]) -> Part:
     marks = {name: s.mark for name, s in stages.items() if s.mark}
     packages = sorted({package for mark in marks.values() for package in mark["versions"]})
     return {
-        "stages": [(name, mark["version"], mark["digest"]) for name, mark in marks.items()],
+        "stages": [(name, mark["version"], mark["id"]) for name, mark in marks.items()],
         "packages": [
             (package, ", ".join(sorted({m["versions"][package] for m in marks.values() if package in m["versions"]})))
             for package in packages
