@@ -69,7 +69,7 @@ def _text(value: Any) -> str:
 
 
 def settings(project: Project, run_id: str) -> dict[str, Any]:
-    """A run's configuration with dotted keys, as recorded: of whatever version. Raises UserError where it is damaged."""
+    """A run's configuration with dotted keys, of whatever version. Raises UserError where it is damaged."""
     url = project.path(RUNS, run_id, CONFIG)
     try:
         values = parse_yaml(stores.read_bytes(url).decode(errors="replace"))
@@ -127,9 +127,7 @@ def entries(project: Project) -> list[Entry]:
     return found
 
 
-def _entry(
-    project: Project, record: Mark, values: dict[str, Any], before: tuple[Mark, dict[str, Any]] | None
-) -> Entry:
+def _entry(project: Project, record: Mark, values: dict[str, Any], before: tuple[Mark, dict[str, Any]] | None) -> Entry:
     changes = [f"{stage}: made again" for stage in record["forced"]]
     if before is not None:
         changes += [f"{key} {old} -> {new}" for key, old, new in differences(before[1], values)]
