@@ -332,9 +332,9 @@ def test_without_a_manifest_whatever_a_damaged_group_leads_to_costs_only_its_par
     _, page = _build(run)
     assert "Stage embedding is marked as done, but its output cannot be read: IndexError" in page.text
     assert "1 of 8, interpolated" in page.text
-    short = run.experiment.model_copy(
-        update={"data": run.experiment.data.model_copy(update={"videos": run.experiment.data.videos[:2]})}
-    )
+    data = run.experiment.data
+    fewer = {key: getattr(data, key)[:2] for key in ("videos", "masks", "camera_names")}
+    short = run.experiment.model_copy(update={"data": data.model_copy(update=fewer), "holdout_views": ()})
     Path(run.path("config.yaml")).write_text(short.to_yaml())
     _, page = _build(run)
     assert "Stage ingest is marked as done, but its output cannot be read" in page.text
@@ -353,7 +353,7 @@ def test_damaged_images_leave_the_silhouettes_and_say_so(run: Run, mark: Mark) -
     _groups(run, mark)
     Path(run.result("pack").file("images.zarr/rgb/c/0/0/0/0/0")).unlink()
     _, page = _build(run)
-    assert "images.zarr/rgb/c/0/0/0/0/0: is missing" in page.text
+    assert "images.zarr/rgb/c/0/0/0/0/0 is missing" in page.text
     assert sum("outline of its mask" in alt for alt in page.pictures) == C
 
 
