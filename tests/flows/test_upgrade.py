@@ -61,7 +61,7 @@ def check_shown(project: Project) -> None:
     """Status, report and viewer show all of it."""
     assert {s.stage: s.state for s in states(project.run())} == dict.fromkeys(NAMES, "done")
     status, out, err = call("status", project.url)
-    assert (status, err, out.count("done")) == (0, "", len(NAMES)), out
+    assert (status, err, out.count("│ done")) == (0, "", len(NAMES)), out
     page = Path(call("report", project.url)[1].strip()).read_text()
     assert 'class="missing"' not in page
     assert page.count("truth, render and error of camera") == 4
