@@ -19,6 +19,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.storage import LocalStore, ObjectStore, WrapperStore
 
 from zoosplat.errors import UserError
+from zoosplat.storage_errors import is_answer, no_bucket
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -68,7 +69,7 @@ class GroupStore(WrapperStore[Store]):
         try:
             found = await self._store.get(key, prototype, byte_range)
         except Exception as error:
-            if not _is_refusal(error) or _fits(byte_range, await self._store.getsize(key)):
+            if not is_answer(error) or _fits(byte_range, await self._store.getsize(key)):
                 raise
             raise lost(f"{self.url}/{key}", "is cut short") from error
         array, _, chunk = key.partition("/c/")
@@ -84,6 +85,14 @@ class GroupStore(WrapperStore[Store]):
             if not _is_whole(found.as_numpy_array(), n_chunks):
                 raise lost(f"{self.url}/{key}", "is damaged")
         return found
+
+    async def set(self, key: str, value: Buffer) -> None:
+        try:
+            await self._store.set(key, value)
+        except FileNotFoundError as error:
+            if isinstance(self._store, LocalStore):
+                raise
+            raise no_bucket(self.url) from error
 
     def part(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes of an object, from `start` on; if that is negative, from so far before the end.
@@ -103,7 +112,7 @@ class GroupStore(WrapperStore[Store]):
             raise lost(f"{self.url}/{key}", "is missing") from None
         except Exception as error:
             wanted: ByteRequest = SuffixByteRequest(-start) if start < 0 else RangeByteRequest(start, start + length)
-            if not _is_refusal(error) or _fits(wanted, _size(self._store, key)):
+            if not is_answer(error) or _fits(wanted, _size(self._store, key)):
                 raise
             raise lost(f"{self.url}/{key}", "is cut short") from error
         if not _is_whole(np.frombuffer(data, np.uint8), 0):
@@ -146,15 +155,6 @@ def _size(store: Store, key: str) -> int:
 
     assert isinstance(store, ObjectStore)
     return int(obstore.head(store.store, key)["size"])
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether an S3 server has refused a request, for a reason that obstore does not tell apart."""
-    if not type(error).__module__.startswith("obstore"):
-        return False
-    import obstore.exceptions
-
-    return isinstance(error, obstore.exceptions.GenericError)
 
 
 def _fits(wanted: ByteRequest | None, n: int) -> bool:

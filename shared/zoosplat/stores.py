@@ -26,8 +26,10 @@ from typing import IO, Any, ParamSpec, TypeVar, cast
 import zarr
 from zarr.abc.store import Store
 
-from zoosplat.errors import Unreachable, UserError
+from zoosplat.errors import UserError
 from zoosplat.group_store import GroupStore, lost
+from zoosplat.storage_errors import as_user_error as as_user_error
+from zoosplat.storage_errors import is_unreachable
 
 # Together less than half a minute, after which a server that has never answered is reported.
 CONNECT_TIMEOUT_S = 5
@@ -97,7 +99,7 @@ def _s3() -> Any:
                 try:
                     answer = await super()._call_s3(method, *args, **kwargs)
                 except Exception as error:
-                    if not _is_unreachable(error):
+                    if not is_unreachable(error):
                         self.answered = True
                         raise
                     if not self.answered or waited >= OUTAGE_S:
@@ -136,7 +138,7 @@ def _naming_the_url(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except Exception as error:
             known = as_user_error(error, str(args[0]))
-            if known is None:
+            if known is None or known is error:
                 raise
             raise known from error
 
@@ -481,6 +483,7 @@ def delete_if(url: str, etag: str) -> None:
     bucket, _, key = url[5:].partition("/")
 
     async def send() -> None:
+        await _s3().set_session()
         client = await _s3().get_s3(bucket)
         await client.delete_object(Bucket=bucket, Key=key, IfMatch=etag)
 
@@ -491,11 +494,14 @@ def delete_if(url: str, etag: str) -> None:
 def _zarr_store(url: str, *, read_only: bool) -> Store:
     if not is_s3(url):
         return zarr.storage.LocalStore(url, read_only=read_only)
+    from botocore.exceptions import NoCredentialsError
     from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import S3Store
 
     bucket, _, prefix = url[5:].partition("/")
     session, endpoint, region = _boto3_session()
+    if session.get_credentials() is None:
+        raise NoCredentialsError
     store = S3Store(
         bucket,
         prefix=prefix or None,
@@ -557,65 +563,6 @@ def create_group(url: str, attributes: dict[str, Any]) -> zarr.Group:
     delete(url)
     store = GroupStore(_zarr_store(url, read_only=False), url, complete=False)
     return zarr.create_group(store, zarr_format=3, attributes=attributes)
-
-
-_REFUSED = (
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "AccessDenied",
-    "Forbidden",
-    "PermissionError",
-    "NoCredentialsError",
-    "Unable to locate credentials",
-    "InvalidToken",
-    "ExpiredToken",
-    "Unauthenticated",
-)
-_UNREACHABLE = (
-    "EndpointConnectionError",
-    "ConnectTimeout",
-    "error sending request",
-    "ConnectionClosedError",
-    "Connect call failed",
-    "ClientConnectorError",
-    "ConnectionRefusedError",
-    "ReadTimeout",
-    "HTTP error",
-    "ServerDisconnectedError",
-    "ServiceUnavailable",
-    "ServerNotInitialized",
-    "not initialized yet",
-)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_unreachable(error: BaseException) -> bool:
-    return any(word in f"{type(seen).__name__}: {seen}" for seen in _chain(error) for word in _UNREACHABLE)
-
-
-def as_user_error(error: BaseException, url: str) -> UserError | None:
-    """What a storage failure means to the user, in one line; None where it is not a storage failure."""
-    for seen in _chain(error):
-        text = f"{type(seen).__name__}: {seen}"
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return UserError(f"{url}: no space left; free some and run again, finished work is kept")
-        if isinstance(seen, OSError) and seen.errno == errno.EROFS:
-            return UserError(f"{getattr(seen, 'filename', None) or url}: read-only file system; choose another folder")
-        if isinstance(seen, OSError) and seen.errno in (errno.EACCES, errno.EPERM) and not is_s3(url):
-            return UserError(f"{getattr(seen, 'filename', None) or url}: permission denied; make it accessible")
-        if any(word in text for word in ("NoSuchBucket", "bucket does not exist")):
-            return UserError(f"{url}: the bucket does not exist; create it first")
-        if any(word in text for word in _REFUSED):
-            return UserError(f"{url}: access refused by the S3 server; check the credentials (AWS_ACCESS_KEY_ID, ...)")
-        if any(word in text for word in _UNREACHABLE):
-            where = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint")
-            return Unreachable(f"{url}: {where} cannot be reached; start the server or correct AWS_ENDPOINT_URL")
-    return None
 
 
 def sync(url: str) -> None:
