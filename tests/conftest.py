@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import csv
 import gc
+import hashlib
 import io
 import json
 import os
@@ -332,11 +333,12 @@ def check_same_rows(ours: Path, theirs: Path) -> None:
 
 
 def check_same_stage(stage: str, project: Path, reference: Path) -> None:
-    """A stage's result: byte for byte, or, where it was learned, within float noise."""
+    """A stage's result in the latest runs of two projects: the same bytes, or, where it was learned, within noise."""
     from zoosplat.stages.registry import PREPROCESSING, STAGES
+    from zoosplat.stages.runs import Project
 
     spec = STAGES[stage]
-    ours, theirs = project / spec.writes, reference / spec.writes
+    ours, theirs = (Path(Project.at(str(folder)).run().input_url(stage)) for folder in (project, reference))
     if stage == "train":
         mine, other = (losses((folder / "history.csv").read_bytes()) for folder in (ours, theirs))
         assert [value for row in mine for value in row] == pytest.approx([v for row in other for v in row], rel=1e-4)
@@ -352,6 +354,24 @@ def check_same_stage(stage: str, project: Path, reference: Path) -> None:
             check_same_file(ours / name, theirs / name)
         else:
             assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def finished_files(project: Path) -> dict[str, str]:
+    """Digest of every file of the finished results of a project, and of the name of its latest run."""
+    from zoosplat.stages.results import DONE
+
+    found = {"latest.json": hashlib.sha256((project / "latest.json").read_bytes()).hexdigest()}
+    for mark in project.glob(f"results/*/*/{DONE}"):
+        for path in mark.parent.rglob("*"):
+            if path.is_file():
+                found[path.relative_to(project).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="session")
+def files_of() -> Callable[[Path], dict[str, str]]:
+    """`finished_files`, for tests, which cannot import this module."""
+    return finished_files
 
 
 @pytest.fixture(scope="session")
