@@ -173,11 +173,16 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def read_json(url: str) -> dict[str, Any] | None:
-    """A JSON object, or None where the file does not exist."""
+    """A JSON object, or None where the file does not exist. Raises UserError where it holds anything else."""
     try:
-        return cast(dict[str, Any], json.loads(read_bytes(url)))
+        value = json.loads(read_bytes(url))
     except FileNotFoundError:
         return None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{url}: is damaged: holds no JSON object; remove it, or put it back from a copy")
+    return cast(dict[str, Any], value)
 
 
 def write_json(url: str, value: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ RUNS, CONFIG, RECORD, LATEST, LINKS, SOURCES = (
     "sources.json",
 )
 LEGACY_CONFIG = "experiment.yaml"
+LEGACY_RUN = "before-runs"  # id of the one run that a project of the layout before amounts to
 REUSABLE = ("ingest", "pack")  # stages whose results may be read from the project that `reuse` names
 
 
@@ -60,6 +61,10 @@ class Project:
         """Ids of all runs, the oldest first: an id begins with the time when the run was begun."""
         return sorted(name for name in stores.list_dirs(self.path(RUNS)) if not name.startswith("."))
 
+    def exists(self) -> bool:
+        """Whether there is a project, of today's layout or of the one before."""
+        return self.latest_id() is not None or is_legacy(self)
+
     def latest_id(self) -> str | None:
         """Id of the run that was begun last; None where there is none."""
         latest = stores.read_json(self.path(LATEST))
@@ -77,10 +82,11 @@ class Project:
             latest = self.latest_id()
             if latest is not None:
                 return Run.load(self, latest)
-            if is_legacy(self):
-                from zoosplat.stages.legacy import legacy_run
+        if run_id in (None, LEGACY_RUN) and is_legacy(self):
+            from zoosplat.stages.legacy import legacy_run
 
-                return legacy_run(self)
+            return legacy_run(self)
+        if run_id is None:
             raise UserError(f"{self.url}: holds no run; start with `zoosplat run CONFIG --project URL`")
         found = [name for name in self.run_ids() if name.startswith(run_id)]
         if run_id in found:
