@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
+from zoosplat.stages import runs
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
 from zoosplat_evaluate import ops, stage
@@ -174,9 +175,8 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(
         float(means["mean_held_out"]["psnr_corrected"]), abs=1e-3
     )
 
-    gallery = json.loads(stores.read_bytes(stores.join(project.run().output_url("evaluate"), "gallery.json")))[
-        "pictures"
-    ]
+    url = project.run().output_url("evaluate")
+    gallery = json.loads(stores.read_bytes(stores.join(url, "gallery.json")))["pictures"]
     assert [(p["camera"], p["t"], p["kind"]) for p in gallery[:3]] == [
         ("top", 9, "worst"),
         ("top", 8, "best"),
@@ -185,9 +185,7 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(
     assert [p["held_out"] for p in gallery] == [True] * 3 + [False] * 6
     assert gallery[0]["iou"] == pytest.approx(half, abs=1e-6)
     for name in [*(p["file"] for p in gallery), "per_frame.png"]:
-        picture = cv2.imdecode(
-            np.frombuffer(stores.read_bytes(stores.join(project.run().output_url("evaluate"), name)), np.uint8), 1
-        )
+        picture = cv2.imdecode(np.frombuffer(stores.read_bytes(stores.join(url, name)), np.uint8), 1)
         assert picture is not None
         assert picture.shape == (500, 900, 3) if name == "per_frame.png" else (320, 968, 3)
 
@@ -206,6 +204,34 @@ def test_coarser_metrics_without_held_out_views(
     mark = project.run().read_mark("evaluate")
     assert mark is not None
     assert set(mark["figures"]) == {"observed"}
+
+
+@pytest.mark.usefixtures("with_ball")
+def test_another_gallery_takes_the_metrics_that_were_measured(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = experiment(tmp_path, evaluate={"gallery_frames": 0})
+    project = make_project(tmp_path, settings)
+    first = project.run()
+    run_stage(STAGE, first)
+    measured = []
+    monkeypatch.setattr(type(STAGE), "_measure", lambda *of: measured.append(of))
+    larger = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"gallery_frames": 3})})
+    second = runs.record(runs.resolve(project, larger), ["evaluate"])
+    assert run_stage(STAGE, second)
+    assert not measured
+    one, other = (
+        [
+            stores.read_bytes(stores.join(run.output_url("evaluate"), f"{name}_test.csv"))
+            for name in ("frames", "metrics")
+        ]
+        for run in (first, second)
+    )
+    assert one == other
+    galleries = [
+        len(list(stores.list_files(stores.join(r.output_url("evaluate"), "gallery")))) for r in (first, second)
+    ]
+    assert galleries[0] < galleries[1]
 
 
 @pytest.mark.usefixtures("with_ball")
