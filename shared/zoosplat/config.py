@@ -140,7 +140,8 @@ class Data(_Section):
     directory: Annotated[Text, Effect(("ingest", "pack"), applies=_if_scene, names_files=_any)] = Field(
         description="folder or s3:// URL of the recording; relative to this file's folder"
     )
-    videos: Annotated[tuple[Inside, ...], Effect(("pack",), applies=_if_videos, names_files=_any)] = Field(
+    # Stage ingest takes the recording's length and rate from them.
+    videos: Annotated[tuple[Inside, ...], Effect(("ingest", "pack"), applies=_if_videos, names_files=_any)] = Field(
         min_length=2, description="RGB videos, one a camera, relative to directory"
     )
     masks: Annotated[tuple[Inside, ...], Effect(("ingest",), applies=_if_videos, names_files=_any)] = Field(
