@@ -549,6 +549,11 @@ class Experiment(_Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def flat_gaussians(self) -> bool:
+        """Whether Gaussians are discs, whose third scale means nothing. Only a network's can be, not dynamic ones."""
+        return self.train.method == "pose_splatter" and self.model.gaussian_mode == "2d"
+
     def observed_views(self, n_cameras: int) -> tuple[int, ...]:
         """Indices of the cameras that tracking, carving and training see: all but `holdout_views`."""
         held_out = set(self.holdout_views)

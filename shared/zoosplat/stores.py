@@ -388,13 +388,14 @@ def first_file(url: str) -> str | None:
     Where there are many it takes no longer. A symbolic link to a folder counts as a file.
     """
     if is_s3(url):
+        bucket, _, key = url[5:].rstrip("/").partition("/")
         keys = [str(entry["Key"]) for entry in next(_pages(url)).get("Contents", [])]
         # Consoles make folders by objects whose names end so.
-        keys = [key for key in keys if not key.endswith("/")]
+        keys = [name for name in keys if not name.endswith("/")]
         if keys:
-            return keys[0][len(prefix) :]
-        key = prefix.rstrip("/")
-        same = _list_objects(bucket, key, MaxKeys=1).get("Contents", [])  # the shortest name is the first
+            return keys[0].removeprefix(f"{key}/")
+        # The shortest name is the first.
+        same = _call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
         return "" if same and same[0]["Key"] == key else None
     if not os.path.isdir(url):
         return "" if os.path.lexists(url) else None
