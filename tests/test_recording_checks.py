@@ -162,6 +162,25 @@ def test_one_line_for_one_problem(case: str, folder: Path) -> None:
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["up.npz", "cameras.h5"])
+def test_damaged_bytes_are_one_line_or_harmless(name: str, folder: Path) -> None:
+    whole, rng, refusals = (folder / name).read_bytes(), np.random.default_rng(0), list[str]()
+    experiment = configured(folder)
+    for _ in range(60):
+        data = bytearray(whole)
+        for at in rng.integers(len(data), size=8):
+            data[at] = rng.integers(256)
+        (folder / name).write_bytes(data)
+        try:
+            check_recording(experiment)
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 8
+    for refusal in refusals:
+        assert f"{folder}/{name}" in refusal
+        assert len(refusal.splitlines()) == 1
+
+
 def test_configuration_that_does_not_fit_is_reported_with_the_rest(folder: Path) -> None:
     (folder / "up.npz").unlink()
     found = problems(configured(folder, ingest__image_downsample=3, data__image_width=33))

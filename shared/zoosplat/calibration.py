@@ -124,10 +124,12 @@ def read_up(spec: str | Sequence[float] | FloatArray, cameras: Cameras | None, o
         return _unit(up)
     if isinstance(spec, str):
         where = f"{spec}: up"
+        data = open_bytes(spec)
         try:
-            with np.load(io.BytesIO(open_bytes(spec)), allow_pickle=False) as stored:
+            with np.load(io.BytesIO(data), allow_pickle=False) as stored:
                 value = -stored["up"]
-        except (ValueError, KeyError, EOFError, OSError, TypeError, AttributeError, IndexError) as error:
+        # numpy and zipfile raise whatever they trip over.
+        except Exception as error:
             raise UserError(f"{spec}: cannot read the key 'up' of an npz file ({error})") from error
     try:
         up = np.asarray(value, dtype=np.float64)
@@ -256,7 +258,10 @@ def _read_hdf5(data: bytes, file: str) -> list[_Camera]:
             group = _entry(stored, ["camera_parameters"], file)
             values = {key: group[key][()] for key in group}
             names = [n.decode() if isinstance(n, bytes) else str(n) for n in group.attrs.get("names", [])]
-    except (OSError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    # Of a damaged file h5py may raise anything.
+    except Exception as error:
         raise UserError(f"{file}: not a readable HDF5 file with the group camera_parameters ({error})") from error
     k, rotation, translation = (
         _numbers(_entry(values, [key], f"{file}: camera_parameters"), None, f"{file}: {key}")
@@ -346,7 +351,10 @@ def _load_mat_v73(data: bytes, file: str) -> dict[str, Any]:
         with h5py.File(io.BytesIO(data), "r") as stored:
             _refuse_other_files(stored, file)
             return {key: value(stored[key]) for key in MAT_KEYS if key in stored}
-    except (OSError, ValueError, TypeError) as error:
+    except UserError:
+        raise
+    # As in `_read_hdf5`.
+    except Exception as error:
         raise UserError(f"{file}: not a readable MATLAB 7.3 file ({error}); save it with -v7") from error
 
 

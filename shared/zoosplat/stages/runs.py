@@ -135,8 +135,9 @@ class Run:
         except UserError as error:
             raise UserError("\n".join(f"{where}/{CONFIG}: {line}" for line in str(error).splitlines())) from None
         results, sources, versions = {}, {}, {}
-        for stage, entry in record["results"].items():
-            if stage not in STAGES:
+        for stage in STAGES:  # in the order of the pipeline
+            entry = record["results"].get(stage)
+            if entry is None:
                 continue
             home = entry.get("project")
             where_made = project.url if home is None else stores.normalize(home)
