@@ -146,7 +146,8 @@ class Run:
             if entry is None:
                 continue
             home = entry.get("project")
-            results[stage] = Result.at(home or project.url, stage, entry["id"], reused=home is not None)
+            where_made = project.url if home is None else stores.normalize(home)
+            results[stage] = Result.at(where_made, stage, entry["id"], reused=home is not None)
             sources[stage] = {key: Source(**value) for key, value in entry["sources"].items()}
             versions[stage] = int(entry["version"])
         return cls(project, run_id, experiment, results, sources, versions)
