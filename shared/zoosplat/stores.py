@@ -27,7 +27,7 @@ import zarr
 from zarr.abc.store import Store
 
 from zoosplat.errors import UserError
-from zoosplat.group_store import GroupStore, lost
+from zoosplat.group_store import GroupStore, lost, sync_path, sync_written
 from zoosplat.storage_errors import as_user_error as as_user_error
 from zoosplat.storage_errors import is_unreachable
 
@@ -155,21 +155,33 @@ def read_bytes(url: str) -> bytes:
 
 @_naming_the_url
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a file whole or not at all: one put on S3, a rename on a file system."""
+    """Write a file whole or not at all: one put on S3, a rename on a file system.
+
+    On a file system it is there after a power cut only if what this process had written to groups before is there too.
+    """
     if is_s3(url):
         _s3().pipe_file(url, data)
         return
     path = Path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        sync_written()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    sync_path(path.parent)
+
+
+def _make_folder(path: Path) -> None:
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(new):
+        sync_path(folder.parent)
 
 
 def read_json(url: str) -> dict[str, Any] | None:
@@ -285,9 +297,9 @@ def legacy_fingerprint(url: str) -> str:
 
 def _call_s3(method: str, **arguments: Any) -> Any:
     """A request of the S3 API that s3fs has no function for, with its retries."""
-    from fsspec.asyn import sync
+    from fsspec import asyn
 
-    return sync(_s3().loop, _s3()._call_s3, method, **arguments)
+    return asyn.sync(_s3().loop, _s3()._call_s3, method, **arguments)
 
 
 def _pages(url: str, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -484,7 +496,7 @@ def delete_if(url: str, etag: str) -> None:
 
     MinIO does not look at the ETag.
     """
-    from fsspec.asyn import sync
+    from fsspec import asyn
 
     bucket, _, key = url[5:].partition("/")
 
@@ -493,7 +505,7 @@ def delete_if(url: str, etag: str) -> None:
         client = await _s3().get_s3(bucket)
         await client.delete_object(Bucket=bucket, Key=key, IfMatch=etag)
 
-    sync(_s3().loop, send)
+    asyn.sync(_s3().loop, send)
 
 
 # -- arrays -------------------------------------------------------------------------------------------------------
@@ -567,6 +579,8 @@ def open_group(url: str, *, write: bool = False, complete: bool = False) -> zarr
 def create_group(url: str, attributes: dict[str, Any]) -> zarr.Group:
     """A new, empty zarr v3 group in place of whatever is at the URL."""
     delete(url)
+    if not is_s3(url):
+        _make_folder(Path(url))
     store = GroupStore(_zarr_store(url, read_only=False), url, complete=False)
     return zarr.create_group(store, zarr_format=3, attributes=attributes)
 
