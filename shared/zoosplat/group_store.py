@@ -18,6 +18,7 @@ import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.storage import LocalStore, ObjectStore, WrapperStore
 
+from zoosplat import writing
 from zoosplat.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,6 +85,22 @@ class GroupStore(WrapperStore[Store]):
             if not _is_whole(found.as_numpy_array(), n_chunks):
                 raise lost(f"{self.url}/{key}", "is damaged")
         return found
+
+    async def set(self, key: str, value: Buffer) -> None:
+        writing.check()
+        await self._store.set(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        writing.check()
+        await self._store.set_if_not_exists(key, value)
+
+    async def delete(self, key: str) -> None:
+        writing.check()
+        await self._store.delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        writing.check()
+        await self._store.delete_dir(prefix)
 
     def part(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes of an object, from `start` on; if that is negative, from so far before the end.

@@ -26,6 +26,7 @@ from typing import IO, Any, ParamSpec, TypeVar, cast
 import zarr
 from zarr.abc.store import Store
 
+from zoosplat import writing
 from zoosplat.errors import Unreachable, UserError
 from zoosplat.group_store import GroupStore, lost
 
@@ -154,11 +155,16 @@ def read_bytes(url: str) -> bytes:
 @_naming_the_url
 def write_bytes(url: str, data: bytes) -> None:
     """Write a file whole or not at all: one put on S3, a rename on a file system."""
+    writing.check()
     if is_s3(url):
         _s3().pipe_file(url, data)
         return
     path = Path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # The real one: a link to a folder that is not there yet is no reason to fail.
+        os.makedirs(os.path.realpath(path.parent), exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{url}: {error.filename} is a file; choose another folder") from None
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
@@ -180,6 +186,22 @@ def read_json(url: str) -> dict[str, Any] | None:
 
 def write_json(url: str, value: dict[str, Any]) -> None:
     write_bytes(url, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def create_json(url: str, value: dict[str, Any]) -> bool:
+    """Write a JSON object unless the file exists; whether this has written it.
+
+    On S3 no two processes write it both. On a file system they might: there, who writes holds a lock.
+    """
+    if not is_s3(url):
+        if exists(url):
+            return False
+        write_json(url, value)
+        return True
+    writing.check()
+    data = json.dumps(value, indent=1, sort_keys=True).encode()
+    # What is there already may be of this very call, whose answer was lost.
+    return put_if(url, data, None) is not None or read_bytes(url) == data
 
 
 @_naming_the_url
@@ -381,14 +403,15 @@ def first_file(url: str) -> str | None:
     Where there are many it takes no longer. A symbolic link to a folder counts as a file.
     """
     if is_s3(url):
-        keys = [str(entry["Key"]) for entry in next(_pages(url)).get("Contents", [])]
+        page = next(_pages(url))
         # Consoles make folders by objects whose names end so.
-        keys = [key for key in keys if not key.endswith("/")]
+        keys = [each["Key"] for each in page.get("Contents", []) if not each["Key"].endswith("/")]
         if keys:
-            return keys[0][len(prefix) :]
-        key = prefix.rstrip("/")
-        same = _list_objects(bucket, key, MaxKeys=1).get("Contents", [])  # the shortest name is the first
-        return "" if same and same[0]["Key"] == key else None
+            return str(keys[0][len(page["Prefix"]) :])
+        with suppress(FileNotFoundError, IsADirectoryError):
+            stat(url)
+            return ""
+        return None
     if not os.path.isdir(url):
         return "" if os.path.lexists(url) else None
     for folder, folders, files in os.walk(url):
@@ -402,6 +425,7 @@ def first_file(url: str) -> str | None:
 @_naming_the_url
 def delete(url: str) -> None:
     """Remove a file or everything below a URL; nothing there is fine."""
+    writing.check()
     if is_s3(url):
         _delete_objects(url)
         return
