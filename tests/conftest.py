@@ -337,6 +337,19 @@ def losses(history: bytes) -> list[list[float]]:
     return [[float(row["train_loss"]), float(row["valid_loss"])] for row in rows]
 
 
+def same_losses(ours: bytes, theirs: bytes) -> None:
+    """Two histories of a training: the same within float noise."""
+    mine, other = losses(ours), losses(theirs)
+    assert [value for row in mine for value in row] == pytest.approx([v for row in other for v in row], rel=1e-4)
+    assert len(mine) == len(other)
+
+
+@pytest.fixture(scope="session")
+def check_same_losses() -> Callable[[bytes, bytes], None]:
+    """`same_losses`, for tests, which cannot import this module."""
+    return same_losses
+
+
 def pictures(path: Path) -> Any:
     """The pictures of a PNG or MP4 file, [n, h, w, 3]."""
     import av
@@ -398,9 +411,7 @@ def check_same_stage(stage: str, project: Path, reference: Path) -> None:
     spec = STAGES[stage]
     ours, theirs = (Path(Project.at(str(folder)).run().input_url(stage)) for folder in (project, reference))
     if stage == "train":
-        mine, other = (losses((folder / "history.csv").read_bytes()) for folder in (ours, theirs))
-        assert [value for row in mine for value in row] == pytest.approx([v for row in other for v in row], rel=1e-4)
-        assert len(mine) == len(other)
+        same_losses(*((folder / "history.csv").read_bytes() for folder in (ours, theirs)))
         return
     if stage in ("features", "embedding"):
         check_same_rows(ours, theirs)

@@ -280,7 +280,9 @@ def upgrade(project: ProjectUrl) -> None:
 def embed(
     projects: Annotated[
         list[str],
-        typer.Argument(metavar="URL[@RUN]...", help="Projects whose stage features is done; their latest runs, or RUN."),
+        typer.Argument(
+            metavar="URL[@RUN]...", help="Projects whose stage features is done; their latest runs, or RUN."
+        ),
     ],
     output: Annotated[str, typer.Option(metavar="URL", help="Folder or s3:// prefix for embedding.zarr and .csv.")],
 ) -> None:

@@ -127,9 +127,7 @@ def entries(project: Project) -> list[Entry]:
     return found
 
 
-def _entry(
-    project: Project, record: Mark, values: dict[str, Any], before: tuple[Mark, dict[str, Any]] | None
-) -> Entry:
+def _entry(project: Project, record: Mark, values: dict[str, Any], before: tuple[Mark, dict[str, Any]] | None) -> Entry:
     changes = [f"{stage}: made again" for stage in record["forced"]]
     if before is not None:
         changes += [f"{key} {old} -> {new}" for key, old, new in differences(before[1], values)]

@@ -22,6 +22,7 @@ import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.storage import LocalStore, ObjectStore, WrapperStore
 
+from zoosplat import writing
 from zoosplat.errors import UserError
 from zoosplat.storage_errors import is_answer, no_bucket
 
@@ -91,6 +92,7 @@ class GroupStore(WrapperStore[Store]):
         return found
 
     async def set(self, key: str, value: Buffer) -> None:
+        writing.check()
         if isinstance(self._store, LocalStore):
             await self._store.set(key, value)
             _written.append((self._store.root / key, self._store.root))
@@ -99,6 +101,18 @@ class GroupStore(WrapperStore[Store]):
             await self._store.set(key, value)
         except FileNotFoundError as error:
             raise no_bucket(self.url) from error
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        writing.check()
+        await self._store.set_if_not_exists(key, value)
+
+    async def delete(self, key: str) -> None:
+        writing.check()
+        await self._store.delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        writing.check()
+        await self._store.delete_dir(prefix)
 
     def part(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes of an object, from `start` on; if that is negative, from so far before the end.

@@ -26,6 +26,7 @@ from typing import IO, Any, ParamSpec, TypeVar, cast
 import zarr
 from zarr.abc.store import Store
 
+from zoosplat import writing
 from zoosplat.errors import UserError
 from zoosplat.group_store import GroupStore, lost, sync_path, sync_written
 from zoosplat.storage_errors import as_user_error as as_user_error
@@ -159,11 +160,15 @@ def write_bytes(url: str, data: bytes) -> None:
 
     On a file system it is there after a power cut only if what this process had written to groups before is there too.
     """
+    writing.check()
     if is_s3(url):
         _s3().pipe_file(url, data)
         return
     path = Path(url)
-    _make_folder(path.parent)
+    try:
+        _make_folder(path.parent)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{url}: {error.filename} is a file; choose another folder") from None
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
@@ -178,6 +183,7 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def _make_folder(path: Path) -> None:
+    path = Path(os.path.realpath(path))  # a link to a folder that is not there yet is no reason to fail
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(new):
@@ -199,6 +205,22 @@ def read_json(url: str) -> dict[str, Any] | None:
 
 def write_json(url: str, value: dict[str, Any]) -> None:
     write_bytes(url, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def create_json(url: str, value: dict[str, Any]) -> bool:
+    """Write a JSON object unless the file exists; whether this has written it.
+
+    On S3 no two processes write it both. On a file system they might: there, who writes holds a lock.
+    """
+    if not is_s3(url):
+        if exists(url):
+            return False
+        write_json(url, value)
+        return True
+    writing.check()
+    data = json.dumps(value, indent=1, sort_keys=True).encode()
+    # What is there already may be of this very call, whose answer was lost.
+    return put_if(url, data, None) is not None or read_bytes(url) == data
 
 
 @_naming_the_url
@@ -422,6 +444,7 @@ def first_file(url: str) -> str | None:
 @_naming_the_url
 def delete(url: str) -> None:
     """Remove a file or everything below a URL; nothing there is fine."""
+    writing.check()
     if is_s3(url):
         _delete_objects(url)
         return
@@ -583,7 +606,3 @@ def create_group(url: str, attributes: dict[str, Any]) -> zarr.Group:
         _make_folder(Path(url))
     store = GroupStore(_zarr_store(url, read_only=False), url, complete=False)
     return zarr.create_group(store, zarr_format=3, attributes=attributes)
-
-
-def sync(url: str) -> None:
-    """temporary"""

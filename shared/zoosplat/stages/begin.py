@@ -40,6 +40,8 @@ def begun(
             raise UserError(f"there is no stage {name}; the stages are {', '.join(STAGES)}")
     _check_folder(project)
     check_project_place(project.url, experiment)
+    if force and runs.forced_before(project, experiment, stages, force):
+        force = []
     draft = runs.resolve(project, experiment, force, hashing)
     draft.require(stages)
     todo = draft.todo(stages)

@@ -30,14 +30,8 @@ from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.results import FOLDER, REQUEST, Mark, Request, Result, Source, attempt_of
 
-RUNS, CONFIG, RECORD, LATEST, LINKS, SOURCES = (
-    "runs",
-    "config.yaml",
-    "run.json",
-    "latest.json",
-    "latest",
-    "sources.json",
-)
+RUNS, LATEST, LINKS, SOURCES = "runs", "latest.json", "latest", "sources.json"
+CONFIG, RECORD, REPORT, LOGS = "config.yaml", "run.json", "report", "logs"  # in a run's folder
 LEGACY_CONFIG = "experiment.yaml"
 LEGACY_RUN = "before-runs"  # id of the one run that a project of the layout before amounts to
 REUSABLE = ("ingest", "pack")  # stages whose results may be read from the project that `reuse` names
@@ -548,6 +542,22 @@ def working(draft: Draft, stages: Collection[str]) -> Iterator[Run]:
         yield run
 
 
+def forced_before(project: Project, experiment: Experiment, stages: Collection[str], force: Collection[str]) -> bool:
+    """Whether the latest run was begun by the very same command with `--force`, and has not come to its end.
+
+    Then the command is not to make its stages once more: it goes on with that run, whichever stage it was stopped in.
+    """
+    try:
+        run = project.run()
+        record = run.record()
+        draft = resolve(project, experiment)
+    except UserError:
+        return False
+    if record.get("forced") != sorted(force) or set(record["selected"]) != set(stages) or not _is_same(run, draft):
+        return False
+    return record["state"] in ("running", "failed", "stopped") or bool(draft.todo(stages))
+
+
 def _is_same(run: Run, draft: Draft) -> bool:
     text, entries = _content(draft)
     stored = run.record()["results"]
@@ -565,21 +575,22 @@ def link_latest(run: Run) -> None:
     if stores.is_s3(project.url) or project.latest_id() != run.id:
         return
     folder = Path(project.path(LINKS))
-    targets: dict[str, str] = {"report": run.path("report"), "logs": run.path("logs"), CONFIG: run.path(CONFIG)}
+    targets = {name: run.path(name) for name in (REPORT, LOGS, CONFIG)}
     for stage, result in run.results.items():
         if result.is_done():
             for name in (STAGES[stage].writes, *STAGES[stage].also):
                 targets[name] = stores.join(result.data_folder, name)
-    # A file system without links costs the plain names, not the run.
+    # A file system without links costs the plain names, not the run; so does another process that does the same.
     with contextlib.suppress(OSError, NotImplementedError):
         folder.mkdir(exist_ok=True)
         here = os.path.realpath(folder)
-        for name, target in targets.items():
-            if os.path.exists(target):
-                _link(folder / name, os.path.relpath(os.path.realpath(target), here))
+        there = {name for name, target in targets.items() if os.path.exists(target)}
+        for name in there:
+            with contextlib.suppress(FileNotFoundError):
+                _link(folder / name, os.path.relpath(os.path.realpath(targets[name]), here))
         for entry in folder.iterdir():
-            if entry.is_symlink() and entry.name not in targets:
-                entry.unlink()
+            if entry.is_symlink() and entry.name not in there:
+                entry.unlink(missing_ok=True)
 
 
 def _link(link: Path, target: str) -> None:
