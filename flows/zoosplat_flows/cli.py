@@ -292,9 +292,7 @@ def upgrade(project: ProjectUrl) -> None:
 def embed(
     projects: Annotated[
         list[str],
-        typer.Argument(
-            metavar="URL[@RUN]...", help="Projects with stage features done; RUN: default the latest."
-        ),
+        typer.Argument(metavar="URL[@RUN]...", help="Projects with stage features done; RUN: default the latest."),
     ],
     output: Annotated[str, typer.Option(metavar="URL", help="Folder or s3:// prefix for embedding.zarr and .csv.")],
 ) -> None:

@@ -101,7 +101,7 @@ class _FileLock(Held):
         self._file = -1
 
     def take(self) -> bool:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.realpath(self._path.parent), exist_ok=True)
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:

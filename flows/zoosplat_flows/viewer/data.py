@@ -351,7 +351,7 @@ class Scene:
         drawn = opacities >= 1 / 255
         means, quats, scales, opacities, colors = (v[drawn] for v in (means, quats, scales, opacities, colors))
         voxel_m, origin = self.predictor.reader.voxel_size_m, self.predictor.reader.pose(t)[0].cpu().numpy()
-        if self.experiment.model.gaussian_mode == "2d":  # discs: the third scale has no meaning
+        if self.experiment.flat_gaussians:
             scales = scales * np.array([1, 1, 0], np.float32)
         axes = _rotations(quats) * (scales / voxel_m)[:, None]
         return Splats(

@@ -164,10 +164,12 @@ def _legacy_sources(stage: str, experiment: Experiment) -> list[str]:
     files = effects.outside_files(stage, experiment)
     if stage == "ingest" and experiment.ingest.source == "dnerf":
         return [url for key, url in files.items() if key.endswith(".json")]
-    if stage == "train":
-        return []
-    order = ("data.masks", "data.calibration", "data.up", "data.videos", "features.weights")
-    return [url for start in order for key, url in files.items() if key.startswith(start)]
+    order = {
+        "ingest": ("data.masks", "data.calibration", "data.up"),
+        "pack": ("data.videos",),
+        "features": ("features.weights",),
+    }
+    return [url for start in order.get(stage, ()) for key, url in files.items() if key.startswith(start)]
 
 
 def _request_of(spec: StageSpec, mark: Mark, results: dict[str, Result]) -> Mark:
