@@ -160,11 +160,8 @@ def write_bytes(url: str, data: bytes) -> None:
         _s3().pipe_file(url, data)
         return
     path = Path(url)
-    try:
-        # The real one: a link to a folder that is not there yet is no reason to fail.
-        os.makedirs(os.path.realpath(path.parent), exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{url}: {error.filename} is a file; choose another folder") from None
+    # The real one: a link to a folder that is not there yet is no reason to fail.
+    os.makedirs(os.path.realpath(path.parent), exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
@@ -180,7 +177,7 @@ def read_json(url: str) -> dict[str, Any] | None:
     """A JSON object, or None where the file does not exist."""
     try:
         return cast(dict[str, Any], json.loads(read_bytes(url)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

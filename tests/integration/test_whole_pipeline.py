@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zoosplat import stores
+from zoosplat.config import Experiment
+from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
 
 if TYPE_CHECKING:
@@ -139,3 +142,35 @@ def test_the_same_on_s3(
     status = zoosplat("status", f"s3://{bucket}/results/tiny", env=s3.env)
     assert status.returncode == 0
     assert status.stdout.count("done") >= len(PIPELINE)
+
+
+def test_another_gallery_takes_over_the_metrics(
+    project: Path,
+    recording: Recording,
+    files_of: Callable[[Path], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """`evaluate.gallery_frames` is part of an evaluation, but not of its numbers: no frame is rendered for them."""
+    from zoosplat_evaluate import stage as evaluate
+
+    def measure(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(evaluate.Evaluate, "_measure", measure)
+    shutil.copytree(project, tmp_path / "project", symlinks=True)
+    before = files_of(tmp_path / "project")
+    here = Project.at(str(tmp_path / "project"))
+    old = here.run()
+    changes = {**SMALL, "evaluate": {"gallery_frames": 2, "device": "cpu"}}
+    with begun(here, Experiment.model_validate(recording.config(**changes)), ["evaluate"], []) as run:
+        assert run_stage(evaluate.STAGE, run)
+    urls = [each.output_url("evaluate") for each in (old, run)]
+    assert urls[0] != urls[1]
+    for name in ("metrics.npy", "metrics_test.csv"):
+        ours, theirs = (stores.read_bytes(f"{url}/{name}") for url in urls)
+        assert ours == theirs
+    shown = [{path.name.split("_")[0] for path in Path(url, "gallery").iterdir()} for url in urls]
+    assert [len(frames) for frames in shown] == [1, 2]
+    after = files_of(tmp_path / "project")
+    assert {name: after[name] for name in before if name != "latest.json"}.items() <= before.items()

@@ -374,6 +374,8 @@ def test_a_project_below_a_file(begin: Callable[..., Run], tmp_path: Path) -> No
     for place in ("notes.txt", "notes.txt/project"):
         with pytest.raises(UserError, match=rf"{tmp_path}/notes\.txt is a file; choose another folder"):
             begin(project=tmp_path / place)
+        with pytest.raises(UserError, match="holds no run"):
+            Project.at(str(tmp_path / place)).run()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
