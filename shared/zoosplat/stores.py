@@ -174,11 +174,13 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def read_json(url: str) -> dict[str, Any] | None:
-    """A JSON object, or None where the file does not exist."""
+    """A JSON object, or None where the file does not exist. Raises UserError where it is damaged."""
     try:
         return cast(dict[str, Any], json.loads(read_bytes(url)))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError:
+        raise UserError(f"{url}: is damaged: it is no JSON; move it away and run again") from None
 
 
 def write_json(url: str, value: dict[str, Any]) -> None:

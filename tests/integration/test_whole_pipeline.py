@@ -86,6 +86,38 @@ def test_again_computes_nothing(
     assert len(Project.at(str(project)).run_ids()) == 1
 
 
+MISTAKES: dict[str, tuple[list[str], dict[str, Any], str]] = {
+    "start_from": (["--set", "train.start_from=/nope.safetensors", "--until", "train"], {}, "/nope.safetensors"),
+    "render_frame": (["--set", "render.frame=99"], {}, "render.frame = 99: there are 36 kept frames"),
+    "fewer_videos": (
+        [],
+        {"data__videos": ["videos/0.mp4", "videos/1.mp4"], "data__masks": ["masks/0.mp4", "masks/1.mp4"]},
+        "4 cameras",
+    ),
+    "no_such_stage": (["--force", "trian"], {}, "there is no stage trian"),
+    "forced_mistake": (["--force", "train", "--set", "train.start_from=/nope"], {}, "/nope"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_costs_nothing_that_is_there(
+    mistake: str, project: Path, recording: Recording, files_of: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from zoosplat_flows.cli import app
+
+    options, changes, words = MISTAKES[mistake]
+    everything, before = stores.manifest(str(project)), files_of(project)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(recording.config(**SMALL, **changes)))
+    outcome = CliRunner().invoke(app, ["run", str(config), "--project", str(project), *options])
+    assert outcome.exit_code == 2, outcome.output
+    assert words in outcome.output.replace("\n", " ")
+    assert files_of(project) == before
+    assert stores.manifest(str(project)) == everything
+
+
 def undone(project: Path, folder: Path, stage: str) -> Path:
     """A copy of a finished project in which one of the learning stages has not run yet."""
     shutil.copytree(project, folder, symlinks=True)
