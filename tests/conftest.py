@@ -272,6 +272,64 @@ def finished(recording: Recording, stages: Stages, tmp_path_factory: pytest.Temp
     return project
 
 
+# -- results that are written by hand ------------------------------------------------------------------------------
+def given_group(url: str, sizes: dict[str, int], attributes: dict[str, Any], values: dict[str, Any]) -> None:
+    """A whole group: what is not given of it is the arrays' fill value."""
+    import numpy as np
+
+    from zoosplat import schema
+
+    name = url.rpartition("/")[2]
+    group = schema.create(url, name, sizes, schema.SMALL_BLOCK, attributes)
+    for key in schema.GROUPS[name]:
+        array = schema.array(group, key)
+        array[...] = np.broadcast_to(values.get(key, array.fill_value), array.shape)
+
+
+def given_results(project: Any, experiment: Any, results: dict[str, Callable[[str], None]]) -> Any:
+    """A run of which some stages are finished: a stand-in for each writes the result, by the same runner as any.
+
+    Files of the recording that are not there are made up too, a byte each: what is in them is what they are known by.
+
+    Args:
+        project: a Project.
+        experiment: the configuration of the run.
+        results: stage -> writes its group or folder at a URL; in the order of the pipeline. Stages that are finished
+            under this configuration are left as they are.
+    """
+    from zoosplat import effects, stores
+    from zoosplat.stages import contract, runner, runs
+
+    class StandIn(contract.Stage):
+        def prepare(self, ctx: contract.Context) -> contract.Plan:
+            return contract.Plan((0, 1))
+
+        def run_shard(self, ctx: contract.Context, shard: contract.Shard, plan: contract.Plan) -> contract.Outcome:
+            results[self.name](ctx.run.output_url(self.name))
+            return contract.Outcome(1)
+
+    for stage in ("ingest", "pack"):
+        for url in effects.outside_files(stage, experiment).values():
+            if not stores.exists(url):
+                stores.write_bytes(url, b"0")
+    run = runs.record(runs.resolve(project, experiment), list(results))
+    for stage in results:
+        runner.run_stage(StandIn(stage), run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def write_group() -> Callable[..., None]:
+    """`given_group`, for tests, which cannot import this module."""
+    return given_group
+
+
+@pytest.fixture(scope="session")
+def finish() -> Callable[..., Any]:
+    """`given_results`, for tests, which cannot import this module."""
+    return given_results
+
+
 # -- results of runs that went differently ------------------------------------------------------------------------
 def losses(history: bytes) -> list[list[float]]:
     """Training and validation loss of every epoch."""

@@ -235,16 +235,15 @@ def prefect() -> str:
 
 
 def show_results(project: str, folder: Path) -> None:
-    """Print a project's metrics and put its report page into a folder."""
+    """Print the metrics of a project's latest run and put its report page into a folder."""
     from zoosplat import stores
-    from zoosplat.project import Project
+    from zoosplat.stages.runs import Project
     from zoosplat_flows.running import headline
 
-    for line in headline(Project.at(project)):
+    run = Project.at(project).run()
+    for line in headline(run):
         print(line)
-    page = stores.read_bytes(f"{project}/report/index.html")
-    assert page is not None
-    stores.write_bytes(str(folder / "index.html"), page)
+    stores.write_bytes(str(folder / "index.html"), stores.read_bytes(run.path("report", "index.html")))
     print(f"report: {folder / 'index.html'}")
 
 

@@ -102,7 +102,10 @@ class _FileLock(Held):
 
     def take(self) -> bool:
         os.makedirs(os.path.realpath(self._path.parent), exist_ok=True)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            return False  # who held it removed its folder in between
         if self._is_locked() and not self.lost:
             return True
         os.close(self._file)  # held, or removed by the one that held it

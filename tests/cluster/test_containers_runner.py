@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from zoosplat import stores
+from zoosplat.config import Experiment
 from zoosplat.errors import UserError
+from zoosplat.stages.runs import Project, Run, record, resolve
+from zoosplat_flows.execution import Interrupted
 from zoosplat_flows.runners import containers
-from zoosplat_flows.runners.local import Interrupted
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
@@ -63,13 +65,20 @@ def folder(tmp_path: Path, s3: S3, recording: Recording, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def project(s3: S3, recording: Recording) -> str:
-    import json
-
+def run(folder: Path, s3: S3, recording: Recording) -> Run:
+    """A run that is begun, in a project on S3 whose recording is there too."""
     name = s3.bucket()
-    config = recording.config(f"s3://{name}/recording")
-    s3.client.put_object(Bucket=name, Key="p/experiment.yaml", Body=json.dumps(config).encode())
-    return f"s3://{name}/p"
+    s3.put_folder(recording.folder, name, "recording")
+    experiment = Experiment.model_validate(recording.config(f"s3://{name}/recording"))
+    return record(resolve(Project.at(f"s3://{name}/p"), experiment), ["crop", "pack"])
+
+
+def no_progress(done: int, total: int, message: str) -> None:
+    return None
+
+
+def no_log(line: str, source: str = "") -> None:
+    return None
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -98,41 +107,64 @@ def test_registry_and_gpus_from_the_environment(monkeypatch: pytest.MonkeyPatch)
     assert "--gpus=all" not in containers.container_command(["docker"], "n", "crop", [])
 
 
-def test_refuses_folders(folder: Path, recording: Recording, project: str, tmp_path: Path) -> None:
-    local = recording.write_project(tmp_path / "local", "s3://bucket/recording")
-    with containers.Containers() as runner, pytest.raises(UserError, match="containers see no folders"):
-        runner.run("crop", local, progress=lambda *_: None)
+def test_refuses_folders(run: Run, recording: Recording, tmp_path: Path) -> None:
+    experiment = Experiment.model_validate(recording.config())
+    project = Project.at(str(tmp_path / "project"))
+    here = [record(resolve(project, each), ["crop"]) for each in (experiment, run.experiment)]
+    elsewhere = record(resolve(run.project, experiment), ["crop"])
+    for local, named in ((here[0], project.url), (here[1], project.url), (elsewhere, str(recording.folder))):
+        with containers.Containers() as runner, pytest.raises(UserError) as caught:
+            runner.run("crop", local, progress=no_progress, log=no_log)
+        assert str(caught.value) == f"{named}: containers see no folders of this machine; use s3://bucket/prefix"
 
 
-def test_a_missing_image_is_named(folder: Path, project: str) -> None:
+def test_a_missing_image_is_named(run: Run) -> None:
     with containers.Containers() as runner, pytest.raises(UserError, match="no image localhost/zoosplat-pack:dev"):
-        runner.run("pack", project, progress=lambda *_: None)
+        runner.run("pack", run, progress=no_progress, log=no_log)
 
 
-def test_bad_input_and_a_killed_container(folder: Path, project: str) -> None:
+def test_a_container_is_told_the_project_and_the_run(folder: Path, run: Run) -> None:
+    (folder / "fails").write_text("zoosplat crop: some reason\n")
+    (folder / "status").write_text("2")
+    with containers.Containers() as runner, pytest.raises(UserError):
+        runner.run("crop", run, workers=3, progress=no_progress, log=no_log)
+    words = (folder / "words").read_text().splitlines()
+    at = words.index("localhost/zoosplat-crop:dev")
+    assert words[at + 1 :] == ["--project", run.project.url, "--run", run.id, "--workers", "3"]
+
+
+def test_bad_input_and_a_killed_container(folder: Path, run: Run) -> None:
+    """What they have printed goes to the run's log, of each try."""
     (folder / "fails").write_text("zoosplat crop: grid_size: too small\n")
     (folder / "status").write_text("2")
+    logged: list[str] = []
+
+    def log(line: str, source: str = "") -> None:
+        logged.append(line)
+
     with containers.Containers() as runner:
         with pytest.raises(UserError, match=r"^crop: grid_size: too small$"):
-            runner.run("crop", project, progress=lambda *_: None)
+            runner.run("crop", run, progress=no_progress, log=log)
         (folder / "status").write_text("137")
         with pytest.raises(RuntimeError, match="out of memory"):
-            runner.run("crop", project, progress=lambda *_: None)
+            runner.run("crop", run, progress=no_progress, log=log)
+    said = "zoosplat crop: grid_size: too small"
+    assert logged == [said, "exit status 2", said, "exit status 137"]
 
 
-def test_leaving_removes_the_container(folder: Path, project: str) -> None:
+def test_leaving_removes_the_container(folder: Path, run: Run) -> None:
     """The stage ignores SIGTERM, as process 1 of a container does; the runner is left in the middle."""
     failures: list[BaseException] = []
     heard: list[tuple[int, int]] = []
     with containers.Containers() as runner:
 
-        def run() -> None:
+        def work() -> None:
             try:
-                runner.run("crop", project, progress=lambda done, total, _: heard.append((done, total)))
+                runner.run("crop", run, progress=lambda done, total, _: heard.append((done, total)), log=no_log)
             except BaseException as error:
                 failures.append(error)
 
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=work)
         thread.start()
         until(lambda: bool(heard))
     thread.join(timeout=30)
@@ -140,15 +172,17 @@ def test_leaving_removes_the_container(folder: Path, project: str) -> None:
     assert [type(failure) for failure in failures] == [Interrupted]
     assert not list(folder.glob("box-*"))
     with pytest.raises(Interrupted):
-        runner.run("crop", project, progress=lambda *_: None)
+        runner.run("crop", run, progress=no_progress, log=no_log)
 
 
-def test_a_killed_pipeline_leaves_no_container(folder: Path, project: str) -> None:
+def test_a_killed_pipeline_leaves_no_container(folder: Path, run: Run) -> None:
     program = (
-        "import sys; from zoosplat_flows.runners.containers import Containers\n"
-        "with Containers() as runner: runner.run('crop', sys.argv[1], progress=lambda *_: None)"
+        "import sys; from zoosplat.stages.runs import Project\n"
+        "from zoosplat_flows.runners.containers import Containers\n"
+        "run = Project.at(sys.argv[1]).run()\n"
+        "with Containers() as runner: runner.run('crop', run, progress=lambda *_: None, log=lambda *_: None)"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, project], env=os.environ.copy())
+    process = subprocess.Popen([sys.executable, "-c", program, run.project.url], env=os.environ.copy())
     until(lambda: bool(list(folder.glob("box-*"))))
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import random
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +22,10 @@ import pytest
 from servers import free_port
 
 from zoosplat.errors import UserError
+from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.results import Result
+from zoosplat.stages.runs import Project
 from zoosplat_flows.runners.containers import engine, image_of
 
 if TYPE_CHECKING:
@@ -66,8 +69,9 @@ run_stage.retry_delay_seconds = 0
 def show(event):
     if event.state != "running":
         print(event.stage, event.state, event.message.replace("\\n", " | "), flush=True)
+config, project, until_stage, *force = sys.argv[1:]
 with listening(show):
-    pipeline(project=sys.argv[1], until_stage=sys.argv[2], force=sys.argv[3:], runner="containers", workers=2)
+    pipeline(project, until_stage=until_stage, force=force, config=config, runner="containers", workers=2)
 """
 
 
@@ -164,15 +168,10 @@ class Pipelines:
         command = [program, "run", str(config), "--project", project, "--workers", "2", *arguments]
         return Run(self.folder / "logs", command, {**self.env, **(env or {})})
 
-    def put_project(self, s3: S3, bucket: str, name: str) -> None:
-        """A new project on S3, whose recording is there too."""
-        config = self.recording.config(f"s3://{bucket}/recording", **SMALL)
-        s3.client.put_object(Bucket=bucket, Key=f"{name}/experiment.yaml", Body=json.dumps(config).encode())
-
     def start_in_containers(
-        self, project: str, until_stage: str, env: dict[str, str], force: Sequence[str] = ()
+        self, config: Path, project: str, until_stage: str, env: dict[str, str], force: Sequence[str] = ()
     ) -> Run:
-        command = [sys.executable, "-c", IN_CONTAINERS, project, until_stage, *force]
+        command = [sys.executable, "-c", IN_CONTAINERS, str(config), project, until_stage, *force]
         return Run(self.folder / "logs", command, {**self.env, **env, "PREFECT_LOGGING_LEVEL": "CRITICAL"})
 
 
@@ -214,15 +213,29 @@ def download(s3: S3, bucket: str, prefix: str, folder: Path) -> Path:
 
 
 def check_result(project: Path, reference: Path, check_same: CheckSame, stages: list[str] = NAMES) -> None:
+    """The latest run of a project has the results of the reference, under their ids, and what manifests say of them."""
     assert not list(project.rglob("*.partial"))
+    ours, theirs = (Project.at(str(folder)).run() for folder in (project, reference))
+    runs.link_latest(ours)  # which a run on S3 has not done
     for stage in stages:
-        ours, theirs = (json.loads((f / "_marks" / f"{stage}.json").read_text()) for f in (project, reference))
-        assert ours["digest"] == theirs["digest"]
-        check_same(stage, project, reference)
+        result = ours.result(stage)
+        if not ours.record()["forced"]:
+            assert result.id == theirs.result(stage).id
+        assert result.require()["settings"] == theirs.result(stage).require()["settings"]
+        check_same(stage, project / runs.LINKS, reference / runs.LINKS)
+        for name, size in (result.manifest() or {}).items():
+            assert Path(result.data_folder, name).stat().st_size == size
 
 
 def marks(project: Path) -> dict[str, bytes]:
-    return {p.relative_to(project).as_posix(): p.read_bytes() for p in (project / "_marks").rglob("*.json")}
+    """Plans, marks of shards and success marks, by their paths in the project."""
+    found = [p for name in ("plan.json", "shards/*.json", "done.json") for p in project.glob(f"results/*/*/{name}")]
+    return {p.relative_to(project).as_posix(): p.read_bytes() for p in found}
+
+
+def result_of(project: str | Path, stage: str) -> Result:
+    """A stage's result of the latest run."""
+    return Project.at(str(project)).run().result(stage)
 
 
 # -- a stage's container is killed --------------------------------------------------------------------------------
@@ -241,6 +254,14 @@ def podman() -> list[str]:
     if missing:
         pytest.skip(f"no images {', '.join(missing)}; make images")
     return command
+
+
+def working(s3: S3, bucket: str, project: str) -> set[str]:
+    """Stages that are between their plan and their success mark."""
+    keys = set(s3.objects(bucket))
+    planned = re.compile(rf"({project}/results/(\w+)/[\w-]+)/plan\.json")
+    found = [match for match in map(planned.fullmatch, keys) if match]
+    return {match[2] for match in found if f"{match[1]}/done.json" not in keys}
 
 
 def containers(podman: list[str], project: str) -> dict[str, str]:
@@ -263,7 +284,7 @@ def test_containers_are_killed_twenty_times(
     tmp_path: Path,
 ) -> None:
     """At random moments, half of them while the stage is at its work; a pipeline that gives up is started again."""
-    pipelines.put_project(own_s3, bucket, "killed")
+    config = pipelines.config("killed", f"s3://{bucket}/recording")
     rng = random.Random(20)
     left, killed = Counter(KILLS), Counter[str]()
     statuses: list[int] = []
@@ -272,11 +293,9 @@ def test_containers_are_killed_twenty_times(
     while True:
         # A stage that was too quick to be killed often enough is made again.
         again = [stage for stage in NAMES if left[stage]][:1] if statuses and statuses[-1] == 0 else []
-        run = pipelines.start_in_containers(project, NAMES[-1], own_s3.env, again)
+        run = pipelines.start_in_containers(config, project, NAMES[-1], own_s3.env, again)
         while run.running():
-            planned = {
-                stage for stage in NAMES if left[stage] and f"killed/_marks/{stage}/plan.json" in own_s3.objects(bucket)
-            }
+            planned = {stage for stage in working(own_s3, bucket, "killed") if left[stage]}
             for name, stage in containers(podman, project).items():
                 if name not in due:
                     due[name] = None if rng.random() < 0.5 else time.monotonic() + rng.uniform(0, 4)
@@ -302,16 +321,6 @@ def test_containers_are_killed_twenty_times(
 
 
 # -- the storage server stops -------------------------------------------------------------------------------------
-def working(s3: S3, bucket: str, project: str) -> set[str]:
-    """Stages that are between their plan and their success mark."""
-    keys = set(s3.objects(bucket))
-    return {
-        stage
-        for stage in NAMES
-        if f"{project}/_marks/{stage}/plan.json" in keys and f"{project}/_marks/{stage}.json" not in keys
-    }
-
-
 def test_storage_stops_in_the_middle_of_each_stage(
     pipelines: Pipelines, reference: Path, own_s3: S3, bucket: str, check_same: CheckSame, tmp_path: Path
 ) -> None:
@@ -347,15 +356,19 @@ def test_storage_stays_away(
     pipelines: Pipelines, reference: Path, own_s3: S3, bucket: str, check_same: CheckSame, tmp_path: Path
 ) -> None:
     """A stage alone ends with one line and the status that has it tried again; what it had done is kept."""
-    pipelines.put_project(own_s3, bucket, "away")
-    command = [sys.executable, "-m", "zoosplat_ingest", "--project", f"s3://{bucket}/away", "--workers", "1"]
-    stage = Run(tmp_path / "logs", command, own_s3.env)
-    first = "away/_marks/ingest/shard-00000-of-00003.json"
+    config = pipelines.config("away", f"s3://{bucket}/recording")
+    command = [sys.executable, "-m", "zoosplat_ingest", "--project", f"s3://{bucket}/away", "--config", str(config)]
+    stage = Run(tmp_path / "logs", [*command, "--workers", "1"], own_s3.env)
+
+    def first() -> dict[str, Any]:
+        """The mark of the first shard, once it is there."""
+        mark = re.compile(r"away/results/ingest/\w+/shards/00000-of-00003\.json")
+        return {key: what for key, what in own_s3.objects(bucket).items() if mark.fullmatch(key)}
 
     def reached() -> bool:
         """Looks while the stage stands still, which otherwise may have ended by the time of the answer."""
         stage.process.send_signal(signal.SIGSTOP)
-        if first in own_s3.objects(bucket):
+        if first():
             return True
         stage.process.send_signal(signal.SIGCONT)
         return False
@@ -371,16 +384,10 @@ def test_storage_stays_away(
     assert stage.err.startswith("zoosplat ingest: s3://")
     assert f"{own_s3.endpoint} cannot be reached; start the server" in stage.err
     assert stage.err.count("\n") == 1
-    kept = own_s3.objects(bucket)[first]
-    run = pipelines.start(
-        pipelines.config("away", f"s3://{bucket}/recording"),
-        f"s3://{bucket}/away",
-        "--until",
-        "ingest",
-        env=own_s3.env,
-    )
+    kept = first()
+    run = pipelines.start(config, f"s3://{bucket}/away", "--until", "ingest", env=own_s3.env)
     assert run.ended() == 0, run.out + run.err
-    assert own_s3.objects(bucket)[first] == kept
+    assert first() == kept
     check_result(download(own_s3, bucket, "away", tmp_path / "away"), reference, check_same, ["ingest"])
 
 
@@ -393,8 +400,8 @@ def test_storage_stops_under_a_container(
     check_same: CheckSame,
     tmp_path: Path,
 ) -> None:
-    pipelines.put_project(own_s3, bucket, "boxed")
-    run = pipelines.start_in_containers(f"s3://{bucket}/boxed", "ingest", own_s3.env)
+    config = pipelines.config("boxed", f"s3://{bucket}/recording")
+    run = pipelines.start_in_containers(config, f"s3://{bucket}/boxed", "ingest", own_s3.env)
     until(lambda: not run.running() or working(own_s3, bucket, "boxed"), pause=0.01)
     own_s3.stop()
     try:
@@ -417,7 +424,7 @@ def test_prefect_stops(
     try:
         prefect.start()
         run = pipelines.start(config, str(project), "--until", "crop", env={"PREFECT_API_URL": prefect.url})
-        until(lambda: (project / "_marks" / "center_rotation" / "plan.json").exists(), pause=0.01)
+        until(lambda: list(project.glob("results/center_rotation/*/plan.json")), pause=0.01)
         prefect.kill()
         if comes_back:
             prefect.start()
@@ -430,8 +437,8 @@ def test_prefect_stops(
         assert "the Prefect server cannot be reached" in run.err
         assert "PREFECT_API_URL" in run.err
         assert run.err.count("\n") == 1
-    kept = {k: v for k, v in marks(project).items() if "shard-" in k or k == "_marks/ingest.json"}
-    assert "_marks/ingest.json" in kept
+    kept = marks(project)
+    assert Path(result_of(project, "ingest").file("done.json")).relative_to(project).as_posix() in kept
     again = pipelines.start(config, str(project), "--until", "crop")
     assert again.ended() == 0, again.err
     assert "ingest: skipped" in again.out
@@ -456,10 +463,17 @@ def test_two_pipelines_on_one_project(
     check_result(result, reference, check_same, NAMES if on_s3 else NAMES[:3])
     # Nothing was computed twice: a stage's shards all have the time of the run that made its plan.
     for stage in NAMES[:3]:
-        plan = json.loads((result / "_marks" / stage / "plan.json").read_text())
-        shards = [json.loads(p.read_text()) for p in (result / "_marks" / stage).glob("shard-*.json")]
+        (made,) = (result / "results" / stage).iterdir()
+        plan = json.loads((made / "plan.json").read_text())
+        shards = [json.loads(p.read_text()) for p in (made / "shards").glob("*.json")]
         assert len(shards) == 3
         assert min(shard["started"] for shard in shards) >= plan["started"]
+    # Of each stage one of them says that it has computed it, the other that it had not to.
+    records = [Project.at(str(result)).run(name).record() for name in Project.at(str(result)).run_ids()]
+    assert len(records) == 2
+    for stage in NAMES if on_s3 else NAMES[:3]:
+        first, second = sorted(record["stages"][stage]["state"] for record in records)
+        assert (first, second) in (("done", "shared"), ("done", "skipped"))
 
 
 # -- a shard that always fails ------------------------------------------------------------------------------------
@@ -468,13 +482,12 @@ def test_a_shard_that_always_crashes(
 ) -> None:
     """Its block cannot be written: three tries, then its number and log; mended, it alone is computed."""
     project, config = tmp_path / "project", pipelines.config("crash")
-    for part in ("masks.zarr", "_marks/ingest"):
-        shutil.copytree(reference / part, project / part)
-    for name in ("experiment.yaml", "_marks/ingest.json"):
-        shutil.copy(reference / name, project / name)
+    ingest = pipelines.start(config, str(project), "--until", "ingest")
+    assert ingest.ended() == 0, ingest.err
     prepare = [sys.executable, "-m", "zoosplat_center_rotation", "--project", str(project), "--prepare"]
     subprocess.run(prepare, check=True)
-    block = project / "tracking.zarr" / "n_voxels" / "c" / "1"
+    result = result_of(project, "center_rotation")
+    block = Path(result.data_url) / "n_voxels" / "c" / "1"
     block.mkdir(parents=True)
     run = pipelines.start(config, str(project), "--until", "crop")
     assert run.ended() == 1, run.out + run.err
@@ -484,9 +497,10 @@ def test_a_shard_that_always_crashes(
     assert "IsADirectoryError" in run.err
     assert "finished work is kept" in run.err
     kept = marks(project)
-    others = {f"_marks/center_rotation/shard-0000{i}-of-00003.json" for i in (0, 2)}
-    assert others <= set(kept)
-    assert "_marks/center_rotation/shard-00001-of-00003.json" not in kept
+    assert [Path(result.shard_mark_url(i, 3)).exists() for i in range(3)] == [True, False, True]
+    log = Path(Project.at(str(project)).run().path("logs", "center_rotation.log")).read_text()
+    assert log.count(" exit status 1\n") == 3
+    assert log.count("IsADirectoryError: ") >= 3
     block.rmdir()
     again = pipelines.start(config, str(project), "--until", "crop")
     assert again.ended() == 0, again.err
@@ -509,10 +523,14 @@ def test_a_shard_with_bad_input(
     assert "masks/1.mp4" in run.err
     assert "in shard 1/3, kept frames 64 to 127" in run.err
     assert "Traceback" not in run.err
-    assert {p.name for p in (project / "_marks" / "ingest").glob("shard-*")} >= {"shard-00000-of-00003.json"}
+    broken = result_of(project, "ingest")
+    assert Path(broken.shard_mark_url(0, 3)).exists()
     video.write_bytes(whole)
     again = pipelines.start(config, str(project), "--until", "crop")
     assert again.ended() == 0, again.err
+    # The repaired recording has a result of its own; what was made of the broken one is not taken for it.
+    assert result_of(project, "ingest") != broken
+    assert not broken.is_done()
     check_result(project, reference, check_same, ["ingest", "center_rotation", "crop"])
 
 

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zoosplat import stores
+from zoosplat.config import Experiment
 from zoosplat.errors import UserError
+from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PREPROCESSING, STAGES
+from zoosplat.stages.runs import Project, Run
 from zoosplat_flows.runners import containers
 
 if TYPE_CHECKING:
@@ -105,8 +108,19 @@ def test_no_secrets(stage: str, engine: list[str]) -> None:
         assert word not in text
 
 
+def no_progress(done: int, total: int, message: str) -> None:
+    return None
+
+
+def begin(url: str, raw: dict[str, Any]) -> Run:
+    """A run of the whole pipeline that nobody works on yet."""
+    with begun(Project.at(url), Experiment.model_validate(raw), list(STAGES), []) as run:
+        return run
+
+
 @pytest.fixture(scope="module")
 def bucket(s3: S3, recording: Recording) -> str:
+    """A bucket with a recording and the configuration of a small experiment on it."""
     name = s3.bucket()
     s3.put_folder(recording.folder, name, "recording")
     small: dict[str, Any] = {
@@ -121,7 +135,7 @@ def bucket(s3: S3, recording: Recording) -> str:
         "features": {"device": "cpu"},
     }
     config = recording.config(f"s3://{name}/recording", **small)
-    s3.client.put_object(Bucket=name, Key="p/experiment.yaml", Body=json.dumps(config).encode())
+    s3.client.put_object(Bucket=name, Key="p.yaml", Body=json.dumps(config).encode())
     return name
 
 
@@ -130,14 +144,40 @@ def bucket(s3: S3, recording: Recording) -> str:
 def test_runs_from_s3_to_s3(stage: str, engine: list[str], s3: S3, bucket: str) -> None:
     """In the order of the pipeline: each reads what the others' containers wrote."""
     inspected(engine, stage)
+    run = begin(f"s3://{bucket}/p", json.loads(s3.read(bucket, "p.yaml")))
     heard: list[tuple[int, int]] = []
+    printed: list[str] = []
+
+    def log(line: str, source: str = "") -> None:
+        printed.append(line)
+
     with containers.Containers() as runner:
-        url = f"s3://{bucket}/p"
-        assert runner.run(stage, url, workers=1, progress=lambda done, total, _: heard.append((done, total))) == "done"
-        assert runner.run(stage, url, workers=1, progress=lambda *_: None) == "skipped"
-    assert heard
-    assert heard[-1][0] == heard[-1][1]
-    assert f"p/_marks/{stage}.json" in s3.objects(bucket)
+        runner.run(stage, run, workers=1, progress=lambda done, total, _: heard.append((done, total)), log=log)
+        assert heard[-1][0] == heard[-1][1]
+        assert run.result(stage).is_done()
+        assert printed[-1] == "exit status 0"
+        made = s3.objects(bucket)
+        # Done before: another container finds it so, and changes nothing.
+        heard.clear()
+        runner.run(stage, run, workers=1, progress=lambda done, total, _: heard.append((done, total)), log=log)
+    assert heard == []
+    assert s3.objects(bucket) == made
+
+
+@pytest.mark.usefixtures("s3_here")
+@pytest.mark.parametrize("stage", CPU)
+def test_begins_a_run_by_itself(stage: str, engine: list[str], s3: S3, bucket: str) -> None:
+    """What a stage's image holds is enough to check a configuration, whatever else that needs elsewhere."""
+    inspected(engine, stage)
+    command = containers.container_command(
+        engine,
+        f"zoosplat-test-{os.getpid()}",
+        stage,
+        ["--project", f"s3://{bucket}/alone", "--config", f"s3://{bucket}/p.yaml", "--workers", "1"],
+    )
+    done = subprocess.run(command, env={**os.environ, **s3.env}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Project.at(f"s3://{bucket}/alone").run().result(stage).is_done()
 
 
 @pytest.mark.usefixtures("s3_here")
@@ -147,19 +187,21 @@ def test_the_same_objects_as_without_a_container(
 ) -> None:
     """A container's groups are those of a process of this machine, byte for byte."""
     inspected(engine, stage)
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "experiment.yaml").write_bytes(s3.read(bucket, "p/experiment.yaml"))
+    config = tmp_path / "config.yaml"
+    config.write_bytes(s3.read(bucket, "p.yaml"))
     env = {**os.environ, **s3.env}
     env.pop("OPENBLAS_CORETYPE", None)  # not known in there: other kernels round otherwise
     for name in CPU[: CPU.index(stage) + 1]:
-        command = [sys.executable, "-m", f"zoosplat_{name}", "--project", str(project)]
+        command = [sys.executable, "-m", f"zoosplat_{name}", "--project", str(tmp_path / "p"), "--config", str(config)]
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
-    group = STAGES[stage].writes
-    prefix = f"p/{group}/"
-    there = {k.removeprefix(prefix): s3.read(bucket, k) for k in s3.objects(bucket) if k.startswith(prefix)}
-    here = project / group
-    assert there == {path: (here / path).read_bytes() for path in stores.list_files(str(here))}
+    theirs, ours = (Project.at(url).run().result(stage) for url in (f"s3://{bucket}/p", str(tmp_path / "p")))
+    assert theirs.id == ours.id
+    there, here = (
+        {path: stores.read_bytes(stores.join(result.data_url, path)) for path in stores.list_files(result.data_url)}
+        for result in (theirs, ours)
+    )
+    assert there == here
+    assert theirs.manifest() == ours.manifest()
 
 
 @pytest.mark.usefixtures("s3_here")
@@ -168,11 +210,12 @@ def test_a_killed_pipeline_leaves_no_container(engine: list[str], s3: S3, record
     inspected(engine, "ingest")
     name = s3.bucket()
     s3.put_folder(recording.folder, name, "recording")
-    config = json.dumps(recording.config(f"s3://{name}/recording")).encode()
-    s3.client.put_object(Bucket=name, Key="p/experiment.yaml", Body=config)
+    run = begin(f"s3://{name}/p", recording.config(f"s3://{name}/recording"))
     program = (
-        "import sys; from zoosplat_flows.runners.containers import Containers\n"
-        "with Containers() as runner: runner.run('ingest', sys.argv[1], progress=lambda *_: None)"
+        "import sys; from zoosplat.stages.runs import Project\n"
+        "from zoosplat_flows.runners.containers import Containers\n"
+        "run = Project.at(sys.argv[1]).run()\n"
+        "with Containers() as runner: runner.run('ingest', run, progress=lambda *_: None, log=lambda *_: None)"
     )
 
     def running() -> bool:
@@ -188,6 +231,7 @@ def test_a_killed_pipeline_leaves_no_container(engine: list[str], s3: S3, record
     while running():
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert "p/_marks/ingest.json" not in s3.objects(name)
+    assert not run.result("ingest").is_done()
     with containers.Containers() as runner:
-        assert runner.run("ingest", f"s3://{name}/p", workers=1, progress=lambda *_: None) == "done"
+        runner.run("ingest", run, workers=1, progress=no_progress, log=lambda line, source="": None)
+    assert run.result("ingest").is_done()

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from zoosplat.project import Project
 
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.project import Project
 from zoosplat_flows.cli import app
 from zoosplat_flows.runners import kubernetes
 from zoosplat_flows.runners.kubernetes import (

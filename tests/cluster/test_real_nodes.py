@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,13 @@ from on_kubernetes import CPU_IMAGES, GPU_IMAGES, NAMESPACE, ROOT, Cluster, plac
 from servers import BIN, Servers, prefect
 
 from zoosplat import stores
+from zoosplat.config import load_config
 from zoosplat.errors import UserError
+from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE
-from zoosplat.project import Project
-from zoosplat_flows.runners.kubernetes import Api, Exhausted, Jobs, job_manifest
+from zoosplat.stages.runs import Project
+from zoosplat_flows.execution import Exhausted, Log
+from zoosplat_flows.runners.kubernetes import Api, Jobs, job_manifest
 from zoosplat_flows.runners.settings import Settings
 
 pytestmark = [
@@ -164,6 +168,14 @@ def test_a_pipeline_runs_on_the_nodes_of_its_stages_and_an_upgrade_does_not_dist
     )
     assert same_objects(bucket, "whole", "local") > 20
     assert not place.stage_jobs()
+    # The pods are gone, what they have printed is kept with the run.
+    recorded = Project.at(f"s3://{bucket}/whole").run()
+    assert recorded.record()["state"] == "done"
+    for spec in PIPELINE:
+        lines = stores.read_bytes(recorded.path("logs", f"{spec.name}.log")).decode().splitlines()
+        ended = [line.split()[1:] for line in lines if " exit status 0" in line]
+        assert len(ended) == len(shards[spec.name])
+        assert {where.partition("/")[0] for where, *_ in ended} == {row["node"] for row in shards[spec.name]}
 
 
 def test_a_second_run_shows_its_stages_as_cached(place: Place) -> None:
@@ -180,10 +192,8 @@ def test_a_second_run_shows_its_stages_as_cached(place: Place) -> None:
 
 def _training(place: Place, name: str) -> str:
     """A pipeline whose training takes long, in the midst of it; the id of its flow run."""
-    bucket = place.servers.bucket
-    done = Project.at(f"s3://{bucket}/whole")
     config = place.config(name, train__epochs=100_000)
-    run = place.start(f"config={config}", f"project={done.url}", "profile=12gb")
+    run = place.start(f"config={config}", f"project=s3://{place.servers.bucket}/whole", "profile=12gb")
     until(lambda: place.running("train"))
     return run
 
@@ -207,25 +217,54 @@ def test_killing_the_parent_leaves_no_job_and_no_pod(place: Place) -> None:
     until(lambda: place.state(run) in ("Crashed", "Failed"))
 
 
+# -- several pipelines on one project ------------------------------------------------------------------------------
+def test_pipelines_with_other_and_with_the_same_settings_run_at_once(place: Place) -> None:
+    """Each ends with its own results; what two of them need is made once."""
+    url = f"s3://{place.servers.bucket}/several"
+    configs = [place.config("several-48"), place.config("several-32", crop__grid_size=32)]
+    runs = [place.start(f"config={c}", f"project={url}", "until_stage=crop") for c in (*configs, configs[0])]
+    until(lambda: all(place.state(run) in ("Completed", "Failed", "Crashed") for run in runs), 600)
+    for run in runs:
+        assert place.state(run) == "Completed", place.servers.run(prefect(), "flow-run", "logs", run)
+    recorded = [Project.at(url).run(name) for name in Project.at(url).run_ids()]
+    assert [run.record()["state"] for run in recorded] == ["done"] * 3
+    assert sorted(run.experiment.crop.grid_size for run in recorded) == [32, 48, 48]
+    for run in recorded:
+        assert run.open_input("crop").attrs["grid_size"] == run.experiment.crop.grid_size
+    for stage, count in (("ingest", 1), ("center_rotation", 1), ("crop", 2)):
+        ids = {run.result(stage).id for run in recorded}
+        assert set(stores.list_dirs(stores.join(url, "results", stage))) == ids
+        assert len(ids) == count
+        makers = {(run.read_mark(stage) or {})["run"] for run in recorded}
+        assert len(makers) == count
+        states = [run.record()["stages"][stage]["state"] for run in recorded]
+        assert set(states) <= {"done", "shared", "skipped"}
+        assert sum(state == "done" for state in states) == count
+    assert not place.stage_jobs()
+
+
 # -- the runner on these nodes, without Prefect ---------------------------------------------------------------------
-def _ingest(place: Place, project: str, settings: Settings, workers: int | None = None) -> str:
-    quiet: Callable[[int, int, str], None] = lambda done, total, message: None  # noqa: E731
-    with Jobs(settings, None, Api(NAMESPACE), "direct") as jobs:
-        return jobs.run("ingest", project, workers=workers, progress=quiet)
+def _no_progress(done: int, total: int, message: str) -> None:
+    return None
 
 
-def _project(place: Place, name: str, **changes: Any) -> str:
-    url = f"s3://{place.servers.bucket}/{name}"
-    text = stores.read_bytes(place.config(name, **changes))
-    assert text is not None
-    stores.write_bytes(f"{url}/experiment.yaml", text)
-    return url
+def _ingest(place: Place, project: str, settings: Settings, workers: int | None = None) -> list[str]:
+    """Run stage ingest in a new project; what its pods have printed, each line after where it comes from."""
+    lines: list[str] = []
+    experiment = load_config(place.config(project)).experiment
+    with (
+        Jobs(settings, None, Api(NAMESPACE), "direct") as jobs,
+        begun(Project.at(f"s3://{place.servers.bucket}/{project}"), experiment, ["ingest"], []) as run,
+    ):
+        keep: Log = lambda line, source="": lines.append(f"{source}: {line}")  # noqa: E731
+        jobs.run("ingest", run, workers=workers, progress=_no_progress, log=keep)
+        assert run.result("ingest").is_done()
+    return lines
 
 
 def test_shards_of_a_drained_node_finish_elsewhere(place: Place) -> None:
-    project = _project(place, "drained")
-    outcome: list[Any] = []
-    thread = threading.Thread(target=lambda: outcome.append(_ingest(place, project, place.settings(), 3)))
+    outcome: list[list[str]] = []
+    thread = threading.Thread(target=lambda: outcome.append(_ingest(place, "drained", place.settings(), 3)))
     thread.start()
     try:
 
@@ -239,8 +278,11 @@ def test_shards_of_a_drained_node_finish_elsewhere(place: Place) -> None:
     finally:
         place.cluster.kubectl("uncordon", "zt-cpu-1")
         thread.join(60)
-    assert outcome == ["done"]
-    assert same_objects(place.servers.bucket, "drained/masks.zarr", "whole/masks.zarr") > 3
+    (lines,) = outcome
+    assert {line.partition(" ")[2].partition(":")[0] for line in lines if "exit status 0" in line} >= {
+        f"shard {i}" for i in range(3)
+    }
+    assert same_objects(place.servers.bucket, "drained/results/ingest", "whole/results/ingest") > 3
 
 
 def test_a_lack_of_memory_is_named_with_the_key_to_change(place: Place) -> None:
@@ -249,7 +291,7 @@ def test_a_lack_of_memory_is_named_with_the_key_to_change(place: Place) -> None:
         r"^ingest: prepare was OOMKilled on zt-cpu-[12]: it needs more than its 64Mi of memory; raise runner\.cpu"
     )
     with pytest.raises(UserError, match=expected):
-        _ingest(place, _project(place, "oom"), place.settings(resources=amounts))
+        _ingest(place, "oom", place.settings(resources=amounts))
 
 
 def test_a_failed_index_is_tried_again_then_reported_and_the_others_are_kept(place: Place) -> None:
@@ -258,8 +300,10 @@ def test_a_failed_index_is_tried_again_then_reported_and_the_others_are_kept(pla
     container = job["spec"]["template"]["spec"]["containers"][0]
     container["command"] = ["python", "-c"]
     container["args"] = ["import os; i = os.environ['JOB_COMPLETION_INDEX']; print('shard', i); assert i != '1'"]
+    logged: list[str] = []
+    keep: Log = lambda line, source="": logged.append(f"{source.partition(' ')[2]}: {line}")  # noqa: E731
     with Jobs(settings, None, Api(NAMESPACE), "f") as jobs, pytest.raises(Exhausted) as caught:
-        jobs._finish_job(job, lambda done, total, message: None, lambda: False)
+        jobs._finish_job(job, _no_progress, keep, lambda: False)
     lines = str(caught.value).splitlines()
     assert lines[0] == "ingest: shards failed for good: 1 of 3; the others are kept"
     times = 1 + settings.cpu.backoffLimitPerIndex
@@ -270,3 +314,10 @@ def test_a_failed_index_is_tried_again_then_reported_and_the_others_are_kept(pla
     assert [line for line in lines if line != "shard 1"][-1] == "AssertionError"
     tried = [row for row in jobs.placements if row["shard"] == "1"]
     assert len(tried) == times
+    # What every pod has printed is kept, that of each failed try too.
+    assert Counter(line for line in logged if ": shard " in line) == {
+        "shard 0: shard 0": 1,
+        "shard 1: shard 1": times,
+        "shard 2: shard 2": 1,
+    }
+    assert logged.count("shard 1: AssertionError") == times

@@ -21,9 +21,10 @@ from zoosplat.calibration import read_cameras
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import PREPROCESSING
+from zoosplat.stages.runs import Project, record, resolve
+from zoosplat_flows.execution import Progress
 from zoosplat_flows.runners import containers
 from zoosplat_flows.runners.kubernetes import job_manifest
-from zoosplat_flows.runners.local import Progress
 from zoosplat_flows.runners.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 POLICY = (ROOT / "deploy" / "s3-policy.json").read_text()
 CPU = [spec.name for spec in PREPROCESSING]
 NO_PROGRESS: Progress = lambda done, total, message: None  # noqa: E731
+CONFIG = "tested.yaml"  # in a project, where `Stages` looks for it
 HOSTILE = "s3://{bucket}/a b;touch pwned;`touch pwned`$(touch pwned)'\"&|>pwned"
 
 
@@ -62,7 +64,7 @@ def bucket(s3: S3, recording: Recording) -> str:
         "p": "recordings/mine",
     }.items():
         config = json.dumps(recording.config(f"s3://{name}/{recorded}")).encode()
-        s3.client.put_object(Bucket=name, Key=f"{project}/experiment.yaml", Body=config)
+        s3.client.put_object(Bucket=name, Key=f"{project}/{CONFIG}", Body=config)
     return name
 
 
@@ -92,18 +94,31 @@ def scoped(s3: S3, bucket: str) -> dict[str, str]:
 def test_the_policy_allows_all_that_a_project_needs(
     s3: S3, bucket: str, scoped: dict[str, str], stages: Stages
 ) -> None:
-    """Also to begin anew, which deletes."""
+    """Also to make a result again, and to delete the lease that another process held."""
     before = s3.objects(bucket)
     for stage in CPU:
         outcome = stages(stage, f"s3://{bucket}/projects/mine/good", env=scoped)
         assert (outcome.status, outcome.err) == (0, "")
+    first = s3.objects(bucket)
     again = stages("ingest", f"s3://{bucket}/projects/mine/good", "--force", env=scoped)
     assert (again.status, again.err) == (0, "")
     after = s3.objects(bucket)
     assert {key for key in after if not key.startswith("projects/mine/good/")} == {
         key for key in before if not key.startswith("projects/mine/good/")
     }
-    assert {f"projects/mine/good/_marks/{stage}.json" for stage in CPU} <= set(after)
+    # All that they write has one of three names; what is finished is not written again, nor deleted.
+    below = {key.removeprefix("projects/mine/good/") for key in after if key.startswith("projects/mine/good/")}
+    assert {name.partition("/")[0] for name in below} == {CONFIG, "results", "runs", "latest.json"}
+    results = {key: what for key, what in first.items() if "/results/" in key}
+    assert results.items() <= after.items()
+    made = {(stage, folder) for stage in CPU for folder in result_folders(below, stage)}
+    assert len(made) == len(CPU) + 1
+    assert {f"results/{stage}/{folder}/done.json" for stage, folder in made} <= below
+
+
+def result_folders(names: set[str], stage: str) -> set[str]:
+    """Folders of a stage's results, from the names of all files of a project."""
+    return {name.split("/")[2] for name in names if name.startswith(f"results/{stage}/")}
 
 
 @pytest.mark.parametrize(
@@ -128,36 +143,63 @@ def test_another_prefix_is_refused(
     assert stages("ingest", f"s3://{bucket}/{project}", "--prepare", env=s3.env).status == 0
 
 
-@pytest.mark.parametrize("operation", ["reuse", "report"])
+def change_json(s3: S3, bucket: str, key: str, change: Callable[[Any], None]) -> None:
+    """Change a record on S3, as someone who may write to the project can."""
+    value = json.loads(s3.read(bucket, key))
+    change(value)
+    s3.client.put_object(Bucket=bucket, Key=key, Body=json.dumps(value).encode())
+
+
+def misdirect(s3: S3, bucket: str, project: str, kind: str, other: str, data: str) -> str:
+    """Let a project's latest run, in which ingest is done, say that its masks lie elsewhere; the run's id.
+
+    Args:
+        s3, bucket, project: where the project lies.
+        kind: `record` or `mark`, which is to say so.
+        other: the project that the record names.
+        data: the folder that the mark names.
+    """
+    run = str(json.loads(s3.read(bucket, f"{project}/latest.json"))["run"])
+    record = f"{project}/runs/{run}/run.json"
+    if kind == "record":
+        change_json(s3, bucket, record, lambda value: value["results"]["ingest"].update(project=other))
+    else:
+        made = json.loads(s3.read(bucket, record))["results"]["ingest"]["id"]
+        done = f"{project}/results/ingest/{made}/done.json"
+        change_json(s3, bucket, done, lambda value: value.update(data=data))
+    return run
+
+
+@pytest.mark.parametrize("kind", ["reuse", "record", "mark"])
 def test_another_project_is_not_read(
-    operation: str, s3: S3, bucket: str, scoped: dict[str, str], recording: Recording, stages: Stages
+    kind: str, s3: S3, bucket: str, scoped: dict[str, str], recording: Recording, stages: Stages
 ) -> None:
-    """`reuse` names it, or a mark says that the group lies there."""
-    project = f"projects/mine/{operation}"
+    """`reuse` names it, the run's record says that a result lies there, or a mark that the group does."""
+    project = f"projects/mine/{kind}"
     theirs = f"s3://{bucket}/projects/theirs/p"
-    changes: dict[str, Any] = {"reuse": theirs} if operation == "reuse" else {}
+    changes: dict[str, Any] = {"reuse": theirs} if kind == "reuse" else {}
     config = json.dumps(recording.config(f"s3://{bucket}/recordings/mine", **changes)).encode()
-    s3.client.put_object(Bucket=bucket, Key=f"{project}/experiment.yaml", Body=config)
-    if operation == "reuse":
+    s3.client.put_object(Bucket=bucket, Key=f"{project}/{CONFIG}", Body=config)
+    if kind == "reuse":
         line = refusal(stages("ingest", f"s3://{bucket}/{project}", env=scoped), "ingest")
     else:
         assert stages("ingest", f"s3://{bucket}/{project}", env=scoped).status == 0
-        key = f"{project}/_marks/ingest.json"
-        mark = {**json.loads(s3.read(bucket, key)), "location": f"{theirs}/masks.zarr"}
-        s3.client.put_object(Bucket=bucket, Key=key, Body=json.dumps(mark).encode())
-        line = refusal(stages("center_rotation", f"s3://{bucket}/{project}", env=scoped), "center_rotation")
+        run = misdirect(s3, bucket, project, kind, theirs, f"{theirs}/results/ingest/x")
+        outcome = stages("center_rotation", f"s3://{bucket}/{project}", "--run", run, env=scoped)
+        line = refusal(outcome, "center_rotation")
+    assert f"{theirs}" in line
     assert "access refused by the S3 server" in line
 
 
 def test_a_url_is_no_pattern(s3_here: S3) -> None:
-    """Beginning anew in a project called p[12] leaves p1 and p2 alone."""
+    """Deleting results of a project called p[12] leaves those of p1 and p2 alone."""
     name = s3_here.bucket()
-    keys = {f"{project}/masks.zarr/zarr.json" for project in ("p1", "p2", "p[12]", "p?", "p*", "p")}
+    keys = {f"{project}/results/ingest/0/done.json" for project in ("p1", "p2", "p[12]", "p?", "p*", "p")}
     for key in keys:
         s3_here.client.put_object(Bucket=name, Key=key, Body=b"")
     for project in ("p[12]", "p?", "p*"):
-        stores.delete(f"s3://{name}/{project}/masks.zarr")
-        keys.remove(f"{project}/masks.zarr/zarr.json")
+        stores.delete(f"s3://{name}/{project}/results")
+        keys.remove(f"{project}/results/ingest/0/done.json")
         assert set(s3_here.objects(name)) == keys
 
 
@@ -187,34 +229,50 @@ LOCAL: dict[str, Callable[[Path], dict[str, Any]]] = {
 def test_a_container_reads_no_local_file(
     case: str, s3: S3, recording: Recording, stages: Stages, tmp_path: Path
 ) -> None:
-    """Although the file is there and good, as the same stage shows outside of a container."""
+    """Although the file is there and good, as the same stage shows outside of a container.
+
+    Neither where it begins a run, nor for one that was begun outside.
+    """
     name = s3.bucket()
     s3.put_folder(recording.folder, name, "recording")
     changes = LOCAL[case](recording.folder)
     config = json.dumps(recording.config(f"s3://{name}/recording", **changes)).encode()
-    s3.client.put_object(Bucket=name, Key="p/experiment.yaml", Body=config)
-    line = refusal(stages("ingest", f"s3://{name}/p", env={**s3.env, "ZOOSPLAT_S3_ONLY": "1"}), "ingest")
+    s3.client.put_object(Bucket=name, Key=f"p/{CONFIG}", Body=config)
+    inside = {**s3.env, "ZOOSPLAT_S3_ONLY": "1"}
+    line = refusal(stages("ingest", f"s3://{name}/p", env=inside), "ingest")
     assert "stages in containers read and write S3 alone; use s3://bucket/prefix" in line
-    assert set(s3.objects(name)) - {"p/experiment.yaml"} == {
+    assert set(s3.objects(name)) - {f"p/{CONFIG}"} == {
         f"recording/{path}" for path in stores.list_files(str(recording.folder))
     }
-    if case not in ("relative", "home"):
-        assert stages("ingest", f"s3://{name}/p", "--prepare", env=s3.env).status == 0
+    if case in ("relative", "home"):
+        return
+    assert stages("ingest", f"s3://{name}/p", "--prepare", env=s3.env).status == 0
+    if case == "reuse":  # names a folder that holds no results, which whoever begins a run finds out
+        return
+    run = json.loads(s3.read(name, "p/latest.json"))["run"]
+    before = s3.objects(name)
+    line = refusal(stages("ingest", f"s3://{name}/p", "--run", run, "--shard", "0/3", env=inside), "ingest")
+    assert "stages in containers read and write S3 alone; use s3://bucket/prefix" in line
+    assert s3.objects(name) == before
 
 
-def test_a_mark_cannot_send_a_container_to_a_local_file(
-    s3: S3, recording: Recording, stages: Stages, finished: Path
+@pytest.mark.parametrize("kind", ["record", "mark"])
+def test_what_lies_in_a_project_cannot_send_a_container_to_a_local_file(
+    kind: str, s3: S3, recording: Recording, stages: Stages, finished: Path
 ) -> None:
+    """A result of this very id is there, as the same stage shows outside of a container."""
     name = s3.bucket()
+    s3.put_folder(recording.folder, name, "recording")
     config = json.dumps(recording.config(f"s3://{name}/recording")).encode()
-    mark = {**json.loads((finished / "_marks/ingest.json").read_bytes()), "location": str(finished / "masks.zarr")}
-    s3.client.put_object(Bucket=name, Key="p/experiment.yaml", Body=config)
-    s3.client.put_object(Bucket=name, Key="p/_marks/ingest.json", Body=json.dumps(mark).encode())
-    env = {**s3.env, "ZOOSPLAT_S3_ONLY": "1"}
-    line = refusal(stages("center_rotation", f"s3://{name}/p", env=env), "center_rotation")
-    assert f"{finished}/masks.zarr: stages in containers read and write S3 alone" in line
-    assert "S3 alone" in refusal(stages("ingest", str(finished), env=env), "ingest")
-    assert stages("center_rotation", f"s3://{name}/p", "--prepare", env=s3.env).status == 0
+    s3.client.put_object(Bucket=name, Key=f"p/{CONFIG}", Body=config)
+    assert stages("ingest", f"s3://{name}/p", env=s3.env).status == 0
+    data = Project.at(str(finished)).run().result("ingest").folder
+    run = misdirect(s3, name, "p", kind, str(finished), data)
+    inside = {**s3.env, "ZOOSPLAT_S3_ONLY": "1"}
+    line = refusal(stages("center_rotation", f"s3://{name}/p", "--run", run, env=inside), "center_rotation")
+    assert f"{data if kind == 'mark' else finished}: stages in containers read and write S3 alone" in line
+    assert "S3 alone" in refusal(stages("ingest", str(finished), env=inside), "ingest")
+    assert stages("center_rotation", f"s3://{name}/p", "--run", run, "--prepare", env=s3.env).status == 0
 
 
 def test_every_container_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +293,7 @@ def test_names_are_taken_as_they_stand(
     s3.put_folder(recording.folder / "videos", bucket, "other")
     config = recording.config(f"s3://{bucket}/recording")
     config["data"]["videos"][0] = name
-    s3.client.put_object(Bucket=bucket, Key="p/experiment.yaml", Body=json.dumps(config).encode())
+    s3.client.put_object(Bucket=bucket, Key=f"p/{CONFIG}", Body=json.dumps(config).encode())
     line = refusal(stages("ingest", f"s3://{bucket}/p", env=s3.env), "ingest")
     assert f"{name} (video of camera 0): no such file: s3://{bucket}/recording/{name}" in line
     assert s3.env["AWS_SECRET_ACCESS_KEY"] not in line
@@ -273,18 +331,21 @@ def test_no_shell_reads_a_url(
     """A runner hands it on as one word, whatever it holds; the stage takes it for a name and nothing else."""
     bucket = s3_here.bucket()
     url = HOSTILE.format(bucket=bucket)
-    config = json.dumps(recording.config(f"s3://{bucket}/recording")).encode()
-    s3_here.client.put_object(Bucket=bucket, Key=f"{url[len(bucket) + 6 :]}/experiment.yaml", Body=config)
+    s3_here.put_folder(recording.folder, bucket, "recording")
+    raw = recording.config(f"s3://{bucket}/recording")
+    s3_here.client.put_object(Bucket=bucket, Key=f"{url[len(bucket) + 6 :]}/{CONFIG}", Body=json.dumps(raw).encode())
+    run = record(resolve(Project.at(url), Experiment.model_validate(raw)), ["ingest"])
     engine = tmp_path / "engine"
     engine.write_text('#!/bin/sh\n[ "$1" != run ] || for word in "$@"; do echo "$word"; done > "$0.words"\nexit 0\n')
     engine.chmod(engine.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("ZOOSPLAT_CONTAINER_ENGINE", str(engine))
     monkeypatch.chdir(tmp_path)
-    with containers.Containers() as runner, pytest.raises(RuntimeError, match="ended without its success mark"):
-        runner.run("ingest", url, progress=NO_PROGRESS)
-    assert (tmp_path / "engine.words").read_text().splitlines()[-2:] == ["--project", url]
-    line = refusal(stages("ingest", url, env=s3_here.env), "ingest")
-    assert f"s3://{bucket}/recording/masks/0.mp4: no such file" in line
+    with containers.Containers() as runner:
+        runner.run("ingest", run, progress=NO_PROGRESS, log=lambda line, source="": None)
+    assert (tmp_path / "engine.words").read_text().splitlines()[-4:] == ["--project", url, "--run", run.id]
+    outcome = stages("ingest", url, "--prepare", env=s3_here.env)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert run.result("ingest").plan() is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "engine.words"]
 
 

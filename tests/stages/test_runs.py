@@ -130,7 +130,7 @@ def test_a_record_that_is_damaged_is_named(begin: Callable[..., Run], tmp_path: 
     record = Path(run.path("run.json"))
     whole = record.read_bytes()
     record.write_bytes(whole[:-9])
-    with pytest.raises(UserError, match=rf"runs/{run.id}/run\.json: is damaged: it is no JSON"):
+    with pytest.raises(UserError, match=rf"runs/{run.id}/run\.json: is damaged: holds no JSON object"):
         Project.at(str(tmp_path / "project")).run()
     record.write_bytes(whole)
     Path(run.path("config.yaml")).unlink()

@@ -54,7 +54,7 @@ def begun(
         raise UserError(f"{result.data_url} is not complete; run stage {earlier[0]} first, or leave --from out")
     masks = draft.results.get("ingest")
     masks_url = masks.data_url if masks is not None and masks.is_done() else None
-    check_before_run(draft.experiment, todo, masks_url, lambda url: runs.trained_result(url) is not None)
+    check_before_run(draft.experiment, todo, masks_url)
     with runs.working(draft, stages) as run:
         yield run
 

@@ -127,15 +127,23 @@ class Result:
 
     @classmethod
     def at(cls, project_url: str, stage: str, result_id: str, *, reused: bool = False) -> Result:
-        """The result of that id below a project, whether or not anything of it exists."""
+        """The result of that id below a project, whether or not anything of it exists.
+
+        Raises:
+            UserError: its mark is of another result, or names a place that may not be read here.
+        """
         folder = stores.join(project_url, FOLDER, stage, result_id)
         found = cls(stage, result_id, folder, folder, reused)
-        mark = found.mark()
+        try:
+            mark = found.mark()
+        except UserError:  # whoever reads it is told; a damaged mark of one result must not cost the others
+            return found
         if mark is None or "data" not in mark:
             return found
         data = str(mark["data"])
-        whole = data if data.startswith(("/", "s3://")) else stores.join(project_url, data).rstrip("/")
-        return cls(stage, result_id, folder, whole, reused)
+        whole = data if data.startswith(("/", "s3://")) else stores.join(project_url, data)
+        # What is read from a mark is checked as what a user writes is: a container must not be sent to its own files.
+        return cls(stage, result_id, folder, stores.normalize(whole), reused)
 
     @property
     def data_url(self) -> str:

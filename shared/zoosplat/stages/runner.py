@@ -243,7 +243,6 @@ def _complete_files(stage: Stage, result: Result) -> dict[str, int]:
     files: dict[str, int] = {}
     for name in (stage.spec.writes, *stage.spec.also):
         url = stores.join(result.data_folder, name)
-        stores.sync(url)
         below = stores.manifest(url)
         if not below and stores.exists(url):
             files[name] = stores.size(url)
