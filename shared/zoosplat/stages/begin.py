@@ -64,14 +64,19 @@ def _check_folder(project: Project) -> None:
         place = next(each for each in (Path(project.url), *Path(project.url).parents) if each.exists())
         if not place.is_dir():
             raise UserError(f"{project.url}: {place} is a file; choose another folder")
-    if runs.is_legacy(project):
-        raise UserError(
-            f"{project.url}: has the layout of an earlier version; `zoosplat upgrade {project.url}` adopts its "
-            "results, and moves nothing"
-        )
+    check_layout(project)
     foreign = foreign_names(project.url)
     if foreign:
         raise UserError(
             f"{project.url}: holds files that are not of a zoosplat project ({', '.join(foreign)}); choose an empty "
             "folder, or move them"
+        )
+
+
+def check_layout(project: Project) -> None:
+    """Raise UserError where a project is of the earlier layout: it can be looked at, and no stage writes to it."""
+    if runs.is_legacy(project):
+        raise UserError(
+            f"{project.url}: has the layout of an earlier version; `zoosplat upgrade {project.url}` adopts its "
+            "results, and moves nothing"
         )
