@@ -39,6 +39,9 @@ SMALL: dict[str, Any] = {
 }
 EPOCHS = (1, 2)
 KINDS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+# Stages after whose begin a command is killed; with the empty one before, as it starts.
+MOMENTS = ("", *(spec.name for spec in PREPROCESSING), "train", "evaluate")
+PAUSE_S = 3.0
 ENDS_WITHIN_S = 20.0  # a process that was told to stop, on a busy machine
 FINISHES_WITHIN_S = 540.0
 
@@ -59,11 +62,21 @@ class Command:
         self.start()
 
     def start(self) -> None:
+        self._from = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(self._command, env=self._env, stdout=log, stderr=log)
 
-    def kill(self, number: signal.Signals) -> bool:
-        """Send a signal and start again; whether that has ended it, and it had not come to its end before."""
+    def kill(self, number: signal.Signals, stage: str, pause_s: float) -> bool:
+        """Send a signal so long after a stage has begun (none: after the start), and start again.
+
+        Returns:
+            Whether that has ended it, and it had not come to its end before.
+        """
+        deadline = time.monotonic() + FINISHES_WITHIN_S
+        while stage and f"{stage}: started" not in self.said()[self._from :] and self.process.poll() is None:
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+        time.sleep(pause_s)
         self.process.send_signal(number)
         status = self.process.wait(ENDS_WITHIN_S)
         assert status in (0, -number, 130), self.said()
@@ -125,11 +138,10 @@ def test_two_runs_at_once_killed_at_random(
         commands = [Command(folder, recording, epochs) for epochs in EPOCHS]
         try:
             while killed.total() < kills and any(command.process.poll() is None for command in commands):
-                time.sleep(rng.uniform(0, 12))
                 number = KINDS[killed.total() % len(KINDS)]
                 # Either of those that still run.
                 running = [command for command in commands if command.process.poll() is None]
-                if running and rng.choice(running).kill(number):
+                if running and rng.choice(running).kill(number, rng.choice(MOMENTS), rng.uniform(0, PAUSE_S)):
                     killed[number.name] += 1
             for command in commands:
                 command.end()
