@@ -185,12 +185,14 @@ class Result:
 
     def shards_done(self) -> tuple[int, int]:
         """How many shards are done, of how many; (0, 0) before the result is prepared."""
+        mark = self.mark()
+        if mark is not None:
+            count = int(mark.get("shards", 0))
+            return count, count
         plan = self.plan()
         if plan is None:
             return 0, 0
         count = len(plan["bounds"]) - 1
-        if self.is_done():
-            return count, count
         return sum(stores.exists(self.shard_mark_url(i, count)) for i in range(count)), count
 
     def require(self) -> Mark:
