@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from zoosplat import schema, visual_hull
 from zoosplat.geometry import rotation_between
-from zoosplat.project import Project
+from zoosplat.stages.runs import Project, Run
 
 Floats = npt.NDArray[np.floating[Any]]
 DIMENSIONS = 50
@@ -60,10 +60,10 @@ def principal(values: Floats, train: npt.NDArray[np.bool_]) -> Floats:
     return np.asarray(centered @ axes.T)
 
 
-def occupancy(project: Project) -> Floats:
+def occupancy(run: Run) -> Floats:
     """[T, 32^3] which cells of the model's cube, in the animal's frame, the observed views' visual hull fills."""
-    images, tracking, crop = (project.open_input(stage) for stage in ("pack", "center_rotation", "crop"))
-    observed = list(project.read_experiment().observed_views(len(schema.read(images, "intrinsics"))))
+    images, tracking, crop = (run.open_input(stage) for stage in ("pack", "center_rotation", "crop"))
+    observed = list(run.experiment.observed_views(len(schema.read(images, "intrinsics"))))
     axis = visual_hull.grid_axis(float(str(crop.attrs["ell_m"])), CELLS)
     origins, poses = schema.read(images, "origin"), schema.read(images, "world_to_camera")[observed]
     centers, angles, shifts = (schema.read(tracking, key) for key in ("centers", "angles", "principal_shift"))
@@ -85,8 +85,8 @@ def main() -> None:
     parser.add_argument("projects", nargs="+", metavar="PROJECT")
     parser.add_argument("--truth", required=True, metavar="NPZ")
     args = parser.parse_args()
-    projects = [Project.at(url) for url in args.projects]
-    groups = [project.open_input("embedding") for project in projects]
+    runs = [Project.at(url).run() for url in args.projects]
+    groups = [run.open_input("embedding") for run in runs]
     frames, valid = schema.read(groups[0], "frame"), schema.read(groups[0], "valid")
     train = (np.arange(len(valid)) < len(valid) // 3)[valid]
     with np.load(args.truth) as truth:
@@ -99,7 +99,7 @@ def main() -> None:
     compass = np.concatenate([cos, sin], 1)
 
     cases = {str(g.attrs["encoder"]): schema.read(g, "embedding")[valid].astype(float) for g in groups}
-    cases["occupancy grids, PCA"] = principal(occupancy(projects[0])[valid], train)
+    cases["occupancy grids, PCA"] = principal(occupancy(runs[0])[valid], train)
     cases["the pose itself, PCA"] = principal(pose, train)
     times = schema.read(groups[0], "time")[valid]
     folds = {

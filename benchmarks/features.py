@@ -15,7 +15,7 @@ import time
 import torch
 import torchvision.models as models
 
-from zoosplat.project import Project
+from zoosplat.stages.runs import Project
 from zoosplat_features import encoders
 from zoosplat_model.predictor import Predictor
 
@@ -32,9 +32,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=300)
     parser.add_argument("--encoders", nargs="+", default=["gaussians", "images"])
     args = parser.parse_args()
-    project = Project.at(args.project)
-    experiment = project.read_experiment()
-    predictor = Predictor.open(project, experiment)
+    run = Project.at(args.project).run()
+    predictor = Predictor.open(run)
     reader = predictor.reader
     network: torch.nn.Module = models.resnet18(weights=None)
     network.fc = torch.nn.Identity()
@@ -56,7 +55,7 @@ def main() -> None:
             results[name] = len(frames) / (synchronize() - began)
     grid = [stop - start for start, stop in reader.volume_idx]
     for name, rate in results.items():
-        about = {"frames": len(frames), "grid": grid, "gaussians": experiment.model.max_gaussians}
+        about = {"frames": len(frames), "grid": grid, "gaussians": run.experiment.model.max_gaussians}
         print(json.dumps({"what": name, "frames_a_second": round(rate, 1), **about}))
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from zoosplat.config import Experiment, read_config
 from zoosplat.machine import peak_bytes
-from zoosplat.project import Project
+from zoosplat.stages.begin import begun
+from zoosplat.stages.runs import Project
 
 STAGES = ("ingest", "center_rotation", "crop", "pack")
 SYNTHETIC = """
@@ -68,15 +69,15 @@ def main() -> None:
         peaks: dict[str, float] = {}
         for run in range(args.runs):
             project = Project.at(str(Path(scratch, f"run{run}")))
-            project.write_experiment(experiment)
+            with begun(project, experiment, list(STAGES), []) as begun_run:
+                pass
             seconds = {"ffmpeg": decode_seconds(experiment)}
             for stage in STAGES:
                 start = time.monotonic()
-                command = [sys.executable, "-m", f"zoosplat_{stage}", "--project", project.url]
+                command = [sys.executable, "-m", f"zoosplat_{stage}", "--project", project.url, "--run", begun_run.id]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 seconds[stage] = time.monotonic() - start
-                mark = project.read_mark(stage)
-                peaks[stage] = (mark or {})["peak_memory_bytes"] / 2**20
+                peaks[stage] = begun_run.result(stage).require()["peak_memory_bytes"] / 2**20
             seconds["together"] = sum(seconds[s] for s in STAGES)
             seconds["ratio"] = seconds["together"] / seconds["ffmpeg"]
             print(json.dumps({k: round(v, 2) for k, v in seconds.items()}))

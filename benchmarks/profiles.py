@@ -32,8 +32,10 @@ import zoosplat_train.stage
 from zoosplat.config import Experiment, read_config
 from zoosplat.machine import usable_cores
 from zoosplat.memory import GIB, measured_sizes, peak_gpu_bytes
-from zoosplat.project import Project
-from zoosplat.stage import Stage, run_stage
+from zoosplat.stages.begin import begun
+from zoosplat.stages.contract import Stage
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project, Run
 from zoosplat_flows.plan import profile_overrides
 from zoosplat_model.predictor import Predictor
 
@@ -66,20 +68,19 @@ def experiments(config: str, names: list[str], overrides: list[str]) -> dict[str
     }
 
 
-def measure(name: str, project: Project) -> dict[str, Any]:
+def measure(name: str, run: Run) -> dict[str, Any]:
     """Train, evaluate and render under the profile's cap."""
-    experiment = project.read_experiment()
-    row: dict[str, Any] = {"predicted": peak_gpu_bytes(experiment, measured_sizes(project, experiment))}
+    row: dict[str, Any] = {"predicted": peak_gpu_bytes(run.experiment, measured_sizes(run))}
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, CAPS[name] * GIB / total))
     for stage in GPU_STAGES:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        run_stage(stage, project)
+        run_stage(stage, run)
         free, total = torch.cuda.mem_get_info()
         context = total - free - torch.cuda.memory_reserved()
         row[stage.name] = torch.cuda.max_memory_reserved() + context
-    predictor = Predictor.open(project, experiment)
+    predictor = Predictor.open(run)
     reader, views = predictor.reader, list(range(predictor.reader.n_cameras))
     seconds = []
     for frame in reader.prefetch(reader.split("test")[:FRAMES]):
@@ -92,9 +93,7 @@ def measure(name: str, project: Project) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     row["reconstructed"] = 1 / statistics.median(seconds)
     for name in ("train", "evaluate"):
-        mark = project.read_mark(name)
-        assert mark is not None
-        row[f"{name} figures"] = mark["figures"]
+        row[f"{name} figures"] = run.result(name).require()["figures"]
     return row
 
 
@@ -122,7 +121,7 @@ def main() -> None:
     parser.add_argument("--measure", metavar="PROFILE", help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure, Project.at(str(args.folder / args.measure)))))
+        print(json.dumps(measure(args.measure, Project.at(str(args.folder / args.measure)).run())))
         return
 
     names = args.names or list(CAPS)
@@ -134,9 +133,9 @@ def main() -> None:
         before = prepared.setdefault(experiment.ingest.image_downsample, project.url)
         if before != project.url:
             experiment = experiment.model_copy(update={"reuse": before})
-        project.write_experiment(experiment)
-        for stage in CPU_STAGES:
-            run_stage(stage, project, workers=usable_cores())
+        with begun(project, experiment, [stage.name for stage in (*CPU_STAGES, *GPU_STAGES)], []) as run:
+            for stage in CPU_STAGES:
+                run_stage(stage, run, workers=usable_cores())
         print(f"{name} prepared", file=sys.stderr, flush=True)
     if args.prepare:
         return

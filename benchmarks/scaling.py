@@ -25,15 +25,19 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "deploy" / "demo")]
 
 from servers import Servers  # noqa: E402
-from tests.conftest import loop_video  # noqa: E402
+from tests.conftest import given_results, loop_video  # noqa: E402
 
 from zoosplat.machine import peak_bytes  # noqa: E402
+
+if TYPE_CHECKING:
+    from zoosplat.stages.runs import Run
+    from zoosplat_flows.execution import Log, Progress
 
 STAGES = ("ingest", "center_rotation", "crop", "pack")
 RENDERED, REPEATED = 128, 8  # frames of the synthetic recording, and how often they are played
@@ -126,7 +130,8 @@ def measure_stages(config: str | None) -> dict[str, Any]:
 
     from zoosplat import stores
     from zoosplat.config import read_config
-    from zoosplat.project import Project
+    from zoosplat.stages.begin import begun
+    from zoosplat.stages.runs import Project
 
     os.environ["MINIO_PROMETHEUS_AUTH_TYPE"] = "public"
     with Servers() as servers, tempfile.TemporaryDirectory() as scratch:
@@ -142,13 +147,13 @@ def measure_stages(config: str | None) -> dict[str, Any]:
             boto3.Session().client("s3").upload_file(source, servers.bucket, f"recording/{name}")
         time.sleep(METRICS_S)
         project = Project.at(f"s3://{servers.bucket}/project")
-        project.write_experiment(
-            experiment.model_copy(update={"data": data.model_copy(update={"directory": recording})})
-        )
+        chosen = experiment.model_copy(update={"data": data.model_copy(update={"directory": recording})})
+        with begun(project, chosen, list(STAGES), []) as run:
+            pass
         measured: dict[str, Any] = {"cameras": len(data.videos), "stages": {}}
         for stage in STAGES:
             steps: dict[str, Step] = {"prepare": measure(endpoint, stage, project.url, ["--prepare"], 0)}
-            bounds = (stores.read_json(project.plan_url(stage)) or {})["bounds"]
+            bounds = (run.result(stage).plan() or {})["bounds"]
             for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
                 words = ["--shard", f"{i}/{len(bounds) - 1}"]
                 steps[f"shard {i}"] = measure(endpoint, stage, project.url, words, stop - start)
@@ -159,7 +164,7 @@ def measure_stages(config: str | None) -> dict[str, Any]:
 
 
 def measure_video(servers: Servers, source: str) -> dict[str, float]:
-    """One video of FRAMES: its size, and the MB that a shard of FRAMES_READ reads of it: fingerprint, index and frames.
+    """One video of FRAMES: its size, and the MB that a shard of FRAMES_READ reads of it: index and frames.
 
     Read-ahead fetches 4 MiB wherever a file is looked into, of which a short recording has no more than one.
     """
@@ -173,7 +178,6 @@ def measure_video(servers: Servers, source: str) -> dict[str, float]:
     info = video.probe(url, url)
     time.sleep(METRICS_S)
     before = counts(servers.env["AWS_ENDPOINT_URL"])
-    stores.fingerprint(url)
     assert sum(1 for _ in video.read_frames(info, FRAMES // 2, FRAMES // 2 + FRAMES_READ)) == FRAMES_READ
     time.sleep(METRICS_S)
     read = counts(servers.env["AWS_ENDPOINT_URL"])[2] - before[2]
@@ -182,7 +186,7 @@ def measure_video(servers: Servers, source: str) -> dict[str, float]:
 
 # -- Prefect ------------------------------------------------------------------------------------------------------
 class Empty:
-    """A runner whose stages take a while and report each second, and do nothing."""
+    """A runner whose stages take a while, report each second, and make results without data."""
 
     seconds = 0
 
@@ -192,11 +196,17 @@ class Empty:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         return
 
-    def run(self, stage: str, project_url: str, *, workers: int | None, force: bool, progress: Any) -> str:
+    def run(self, stage: str, run: Run, *, workers: int | None, progress: Progress, log: Log) -> None:
+        from zoosplat import stores
+
         for second in range(self.seconds):
             progress(second, self.seconds, "")
             time.sleep(1)
-        return "done"
+        result = run.result(stage)
+        stores.write_json(result.file("done.json"), {"id": result.id, "run": run.id})
+
+    def stop(self) -> None:
+        return
 
 
 def cpu_seconds(names: tuple[str, ...]) -> float:
@@ -220,10 +230,17 @@ def measure_prefect() -> list[dict[str, float]]:
         import httpx
 
         import zoosplat_flows.report
+        from zoosplat.config import Experiment
+        from zoosplat.stages.runs import Project
         from zoosplat_flows import pipeline as flows
 
         vars(flows)["Processes"] = Empty
-        zoosplat_flows.report.build_report = lambda project: project.url
+        zoosplat_flows.report.build_report = lambda run: run.path("report")
+        names, cube = ["0.mp4", "1.mp4"], {"ell": 0.2}
+        recording = {"directory": str(servers.folder / "recording"), "videos": names, "masks": names}
+        experiment = Experiment.model_validate(
+            {"data": {**recording, "calibration": "c.h5"}, "center_rotation": cube, "crop": cube}
+        )
         measured = []
         for n, seconds in BATCHES:
             Empty.seconds = seconds
@@ -238,9 +255,13 @@ def measure_prefect() -> list[dict[str, float]]:
                         latencies.append(time.monotonic() - began)
 
             prober = threading.Thread(target=probe)
-            pipelines = [
-                threading.Thread(target=flows.pipeline, kwargs={"project": str(servers.folder / f"p{i}")})
+            begun = [
+                given_results(Project.at(str(servers.folder / f"batch{len(measured)}" / f"p{i}")), experiment, {})
                 for i in range(n)
+            ]
+            pipelines = [
+                threading.Thread(target=flows.pipeline, kwargs={"project": run.project.url, "run": run.id})
+                for run in begun
             ]
             before, began = cpu_seconds(("prefect", "postgres")), time.monotonic()
             for thread in (prober, *pipelines):

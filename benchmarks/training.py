@@ -16,10 +16,12 @@ import argparse
 import csv
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,16 @@ from zarr.abc.store import Store
 
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
-from zoosplat.stages.registry import STAGES
-from zoosplat.project import Project, settings_of
-from zoosplat.stage import run_stage
+from zoosplat.stages import runs
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project, Run
 from zoosplat_model import checkpoints, frames
 from zoosplat_model.frames import Frame
 from zoosplat_train.stage import STAGE
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.conftest import given_results
 
 WIDTH, HEIGHT = 288, 256
 POSES = 48  # different ones; noise makes each frame another
@@ -47,10 +53,15 @@ def pose(number: int) -> Frame:
     return Scene(torch.device("cpu"), WIDTH, HEIGHT).frame(number)
 
 
-def write_block(url: str, start: int, stop: int) -> None:
-    """Frames `start` to `stop` of images.zarr."""
+def write_block(url: str, start: int, stop: int, empty: bool) -> None:
+    """Frames `start` to `stop` of images.zarr, of which nothing is seen where they are to be empty."""
     torch.set_num_threads(1)
     group = stores.open_group(url, write=True)
+    if empty:
+        for key in ("rgb", "mask"):
+            array = schema.array(group, key)
+            array[start:stop] = array.fill_value
+        return
     rgb, mask = [], []
     for t in range(start, stop):
         frame = pose(t % POSES)
@@ -62,55 +73,57 @@ def write_block(url: str, start: int, stop: int) -> None:
     schema.array(group, "mask")[start:stop] = np.array(mask)
 
 
-def make(url: str, n_frames: int, experiment: Experiment) -> Project:
-    """A project whose stages before training are done; unless it is there. The last third of its frames is empty."""
-    project = Project.at(url)
-    if project.read_mark("pack"):
-        return project
+def write_group(url: str, n_frames: int, block: int, attributes: dict[str, Any], values: dict[str, Any]) -> None:
+    """A group without its pictures: what is not given of it is the arrays' fill value."""
     scene = Scene(torch.device("cpu"), WIDTH, HEIGHT)
-    poses = [pose(number) for number in range(POSES)]
-    each = np.arange(n_frames) % POSES
-    common: dict[str, Any] = {"full_width": WIDTH, "full_height": HEIGHT, "image_downsample": 1, "unit_m": 0.4}
-    common |= {"fps": 50.0, "frame_jump": 1, "camera_names": [str(c) for c in range(CAMERAS)]}
-    grid = {"ell_m": scene.ell_m, "grid_size": scene.grid_size}
-    block = schema.block_frames(CAMERAS * HEIGHT * WIDTH * 3)
-    arrays: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-        "pack": (
-            "images.zarr",
-            common,
-            {
-                "origin": np.zeros((n_frames, CAMERAS, 2), np.int32),
-                "intrinsics": scene.intrinsics.numpy(),
-                "world_to_camera": scene.world_to_camera.numpy(),
-            },
-        ),
-        "center_rotation": (
-            "tracking.zarr",
-            grid,
-            {
-                "principal_shift": np.zeros((n_frames, CAMERAS, 2)),
-                "centers": np.array([poses[i].center.numpy() for i in each]),
-                "angles": np.array([float(poses[i].angle) for i in each]),
-                "valid": np.ones(n_frames, bool),
-            },
-        ),
-        "crop": ("crop.zarr", grid, {"volume_idx": np.array(scene.volume_idx)}),
-    }
     sizes = {"T": n_frames, "C": CAMERAS, "h": HEIGHT, "w": WIDTH, "n": scene.grid_size, "S": 1}
-    for stage, (name, attributes, values) in arrays.items():
-        group = schema.create(project.output_url(stage), name, sizes, block, attributes)
-        for key, value in values.items():
-            schema.array(group, key)[...] = value
-    starts = range(0, 2 * n_frames // 3, block)
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), max_workers=12) as pool:
+    name = url.rpartition("/")[2]
+    group = schema.create(url, name, sizes, block, attributes)
+    for key, spec in schema.GROUPS[name].items():
+        if spec.layout != "sharded":
+            array = schema.array(group, key)
+            array[...] = np.broadcast_to(values.get(key, array.fill_value), array.shape)
+
+
+def make(url: str, n_frames: int, experiment: Experiment) -> tuple[Project, Experiment]:
+    """A project whose stages before training are done, and the configuration that says where its recording would be.
+
+    What is there already is not made again. The last third of its frames is empty.
+    """
+    project = Project.at(url)
+    data = experiment.data.model_copy(update={"directory": project.path("recording")})
+    experiment = experiment.model_copy(update={"data": data})
+    scene = Scene(torch.device("cpu"), WIDTH, HEIGHT)
+    block = schema.block_frames(CAMERAS * HEIGHT * WIDTH * 3)
+    grid = {"ell_m": scene.ell_m, "grid_size": scene.grid_size}
+
+    def track(url: str) -> None:
+        poses = [pose(number) for number in range(POSES)]
+        each = np.arange(n_frames) % POSES
+        values = {
+            "principal_shift": 0,
+            "centers": np.array([poses[i].center.numpy() for i in each]),
+            "angles": np.array([float(poses[i].angle) for i in each]),
+            "valid": True,
+        }
+        write_group(url, n_frames, block, grid, values)
+
+    def crop(url: str) -> None:
+        write_group(url, n_frames, block, grid, {"volume_idx": np.array(scene.volume_idx)})
+
+    def pack(url: str) -> None:
+        about: dict[str, Any] = {"full_width": WIDTH, "full_height": HEIGHT, "image_downsample": 1, "unit_m": 0.4}
+        about |= {"fps": 50.0, "frame_jump": 1, "camera_names": [str(c) for c in range(CAMERAS)]}
+        cameras = {"intrinsics": scene.intrinsics.numpy(), "world_to_camera": scene.world_to_camera.numpy()}
+        write_group(url, n_frames, block, about, cameras)
+        starts = range(0, n_frames, block)
         ends = [min(start + block, n_frames) for start in starts]
-        list(pool.map(write_block, [project.output_url("pack")] * len(starts), starts, ends))
-    project.write_experiment(experiment)
-    for stage in ("crop", "center_rotation", "pack"):
-        spec = STAGES[stage]
-        mark = {"digest": stage, "version": spec.version, "settings": settings_of(spec, experiment), "inputs": {}}
-        stores.write_json(project.mark_url(stage), mark)
-    return project
+        empty = [start >= 2 * n_frames // 3 for start in starts]
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), max_workers=12) as pool:
+            list(pool.map(write_block, [url] * len(starts), starts, ends, empty))
+
+    given_results(project, experiment, {"center_rotation": track, "crop": crop, "pack": pack})
+    return project, experiment
 
 
 def answer_late(milliseconds: float) -> None:
@@ -124,8 +137,8 @@ def answer_late(milliseconds: float) -> None:
     stores.part_of = late
 
 
-def history(project: Project) -> list[dict[str, float]]:
-    text = stores.read_bytes(project.path("model", "history.csv")).decode()
+def history(run: Run) -> list[dict[str, float]]:
+    text = stores.read_bytes(stores.join(run.output_url("train"), "history.csv")).decode()
     return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(text.splitlines())]
 
 
@@ -144,7 +157,7 @@ def main() -> None:
     folder = tempfile.TemporaryDirectory()
     once = [f"train.{what}_every={NEVER}" for what in ("valid", "plot", "save")]
     experiment = settings([f"train.epochs={args.epochs}", *once, *args.overrides])
-    project = make(args.url or f"{folder.name}/project", args.frames, experiment)
+    project, experiment = make(args.url or f"{folder.name}/project", args.frames, experiment)
     if args.read:
         frames.CACHE_BYTES = 0  # type: ignore[attr-defined]
     if args.latency:
@@ -153,9 +166,10 @@ def main() -> None:
     for n in args.gpus:
         batch = args.each * (max(args.gpus) if args.same else n)
         train = experiment.train.model_copy(update={"gpus": n, "batch_frames": batch})
-        project.write_experiment(experiment.model_copy(update={"train": train}))
-        run_stage(STAGE, project, force=True)
-        rows, found = history(project), checkpoints.load(project, "latest")
+        draft = runs.resolve(project, experiment.model_copy(update={"train": train}), ["train"])
+        run = runs.record(draft, ["train"])
+        run_stage(STAGE, run)
+        rows, found = history(run), checkpoints.load(run.output_url("train"), "latest")
         assert found is not None
         seconds = rows[-1]["seconds"] - rows[0]["seconds"]
         line = {
@@ -174,7 +188,7 @@ def main() -> None:
             line["averages_differ_by"] = float((average - first["average"]).norm() / first["average"].norm())
         first = first or {"fps": line["frames_per_second"]}
         line["times_one"] = round(line["frames_per_second"] / first["fps"], 3)
-        figures = (project.read_mark("train") or {})["figures"]
+        figures = run.result("train").require()["figures"]
         print(json.dumps({**line, "device": figures["device"], "gpu_bytes": figures.get("peak_gpu_bytes")}), flush=True)
 
 

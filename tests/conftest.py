@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import csv
 import gc
+import hashlib
 import io
 import json
 import os
@@ -271,11 +272,82 @@ def finished(recording: Recording, stages: Stages, tmp_path_factory: pytest.Temp
     return project
 
 
+# -- results that are written by hand ------------------------------------------------------------------------------
+def given_group(url: str, sizes: dict[str, int], attributes: dict[str, Any], values: dict[str, Any]) -> None:
+    """A whole group: what is not given of it is the arrays' fill value."""
+    import numpy as np
+
+    from zoosplat import schema
+
+    name = url.rpartition("/")[2]
+    group = schema.create(url, name, sizes, schema.SMALL_BLOCK, attributes)
+    for key in schema.GROUPS[name]:
+        array = schema.array(group, key)
+        array[...] = np.broadcast_to(values.get(key, array.fill_value), array.shape)
+
+
+def given_results(project: Any, experiment: Any, results: dict[str, Callable[[str], None]]) -> Any:
+    """A run of which some stages are finished: a stand-in for each writes the result, by the same runner as any.
+
+    Files of the recording that are not there are made up too, a byte each: what is in them is what they are known by.
+
+    Args:
+        project: a Project.
+        experiment: the configuration of the run.
+        results: stage -> writes its group or folder at a URL; in the order of the pipeline. Stages that are finished
+            under this configuration are left as they are.
+    """
+    from zoosplat import effects, stores
+    from zoosplat.stages import contract, runner, runs
+
+    class StandIn(contract.Stage):
+        def prepare(self, ctx: contract.Context) -> contract.Plan:
+            return contract.Plan((0, 1))
+
+        def run_shard(self, ctx: contract.Context, shard: contract.Shard, plan: contract.Plan) -> contract.Outcome:
+            results[self.name](ctx.run.output_url(self.name))
+            return contract.Outcome(1)
+
+    for stage in ("ingest", "pack"):
+        for url in effects.outside_files(stage, experiment).values():
+            if not stores.exists(url):
+                stores.write_bytes(url, b"0")
+    run = runs.record(runs.resolve(project, experiment), list(results))
+    for stage in results:
+        runner.run_stage(StandIn(stage), run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def write_group() -> Callable[..., None]:
+    """`given_group`, for tests, which cannot import this module."""
+    return given_group
+
+
+@pytest.fixture(scope="session")
+def finish() -> Callable[..., Any]:
+    """`given_results`, for tests, which cannot import this module."""
+    return given_results
+
+
 # -- results of runs that went differently ------------------------------------------------------------------------
 def losses(history: bytes) -> list[list[float]]:
     """Training and validation loss of every epoch."""
     rows = csv.DictReader(io.StringIO(history.decode()))
     return [[float(row["train_loss"]), float(row["valid_loss"])] for row in rows]
+
+
+def same_losses(ours: bytes, theirs: bytes) -> None:
+    """Two histories of a training: the same within float noise."""
+    mine, other = losses(ours), losses(theirs)
+    assert [value for row in mine for value in row] == pytest.approx([v for row in other for v in row], rel=1e-4)
+    assert len(mine) == len(other)
+
+
+@pytest.fixture(scope="session")
+def check_same_losses() -> Callable[[bytes, bytes], None]:
+    """`same_losses`, for tests, which cannot import this module."""
+    return same_losses
 
 
 def pictures(path: Path) -> Any:
@@ -332,15 +404,14 @@ def check_same_rows(ours: Path, theirs: Path) -> None:
 
 
 def check_same_stage(stage: str, project: Path, reference: Path) -> None:
-    """A stage's result: byte for byte, or, where it was learned, within float noise."""
+    """A stage's result in the latest runs of two projects: the same bytes, or, where it was learned, within noise."""
     from zoosplat.stages.registry import PREPROCESSING, STAGES
+    from zoosplat.stages.runs import Project
 
     spec = STAGES[stage]
-    ours, theirs = project / spec.writes, reference / spec.writes
+    ours, theirs = (Path(Project.at(str(folder)).run().input_url(stage)) for folder in (project, reference))
     if stage == "train":
-        mine, other = (losses((folder / "history.csv").read_bytes()) for folder in (ours, theirs))
-        assert [value for row in mine for value in row] == pytest.approx([v for row in other for v in row], rel=1e-4)
-        assert len(mine) == len(other)
+        same_losses(*((folder / "history.csv").read_bytes() for folder in (ours, theirs)))
         return
     if stage in ("features", "embedding"):
         check_same_rows(ours, theirs)
@@ -352,6 +423,24 @@ def check_same_stage(stage: str, project: Path, reference: Path) -> None:
             check_same_file(ours / name, theirs / name)
         else:
             assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def finished_files(project: Path) -> dict[str, str]:
+    """Digest of every file of the finished results of a project, and of the name of its latest run."""
+    from zoosplat.stages.results import DONE
+
+    found = {"latest.json": hashlib.sha256((project / "latest.json").read_bytes()).hexdigest()}
+    for mark in project.glob(f"results/*/*/{DONE}"):
+        for path in mark.parent.rglob("*"):
+            if path.is_file():
+                found[path.relative_to(project).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="session")
+def files_of() -> Callable[[Path], dict[str, str]]:
+    """`finished_files`, for tests, which cannot import this module."""
+    return finished_files
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
         ([], "data.fps=50", {"ingest"}),
         ([], "data.up=[0, 0, 1]", {"ingest"}),
         ([], "data.camera_names=[a, b, c, d, e, f]", {"ingest"}),
-        ([], "data.videos=[a, b, c, d, e, f]", {"pack"}),
+        ([], "data.videos=[a, b, c, d, e, f]", {"ingest", "pack"}),
         ([], "data.masks=[a, b, c, d, e, f]", {"ingest"}),
         ([], "data.directory=elsewhere", {"ingest", "pack"}),
         ([], "crop.grid_size=80", {"crop"}),
@@ -144,7 +144,7 @@ def test_outside_files_are_whole_urls() -> None:
     here = str(Path(DEMO).parent)
     e = experiment("train.start_from=../other", "features.weights=w.pth", IMAGES, "data.up=/rig/up.npz")
     assert outside_files("ingest", e) == {
-        **{f"data.masks[{c}]": f"{here}/demo/masks/{c}.mp4" for c in range(6)},
+        **{f"data.{kind}[{c}]": f"{here}/demo/{kind}/{c}.mp4" for kind in ("videos", "masks") for c in range(6)},
         "data.calibration": f"{here}/demo/camera_params.h5",
         "data.up": "/rig/up.npz",
     }

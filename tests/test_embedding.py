@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import zarr
 from typer.testing import CliRunner
 
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
-from zoosplat.stages.registry import STAGES
-from zoosplat.project import Project, settings_of
-from zoosplat.stage import main, run_stage
+from zoosplat.stages import runs
+from zoosplat.stages.command import main
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project
 from zoosplat_embedding import ops
-from zoosplat_embedding.stage import STAGE
+from zoosplat_embedding.stage import STAGE, _kind
 from zoosplat_flows.cli import app
 
 Array = npt.NDArray[Any]
@@ -191,56 +193,57 @@ def test_speed_and_height_by_hand() -> None:
 
 
 # -- the stage ------------------------------------------------------------------------------------------------------
-def project_of(folder: Path, seed: int = 0, n: int = 90, invalid: tuple[int, ...] = (4, 50), **changes: Any) -> Project:
-    """A project whose features are done: a pose in 40 numbers, two frames without a hull."""
-    names = ["0.mp4", "1.mp4"]
-    experiment = Experiment.model_validate(
-        {
-            "data": {"directory": "/none", "videos": names, "masks": names, "calibration": "none.h5"},
-            "center_rotation": {"ell": 0.2},
-            "crop": {"ell": 0.2},
-            "embedding": {"dimensions": 10, "neighbours": 3, "apart_s": 0.4, "states": 4, **changes},
-        }
-    )
-    project = Project.at(str(folder))
-    project.write_experiment(experiment)
-    rng = np.random.default_rng(seed)
-    features = walk(rng, n, 3, 20) @ np.random.default_rng(9).normal(size=(3, 40))
-    valid = ~np.isin(np.arange(n), invalid)
-    features[~valid] = np.nan
-    sizes = {"T": n, "D": 40, "C": 2, "h": 4, "w": 4}
-    groups: dict[str, tuple[str, dict[str, Any], dict[str, Array]]] = {
-        "pack": ("images.zarr", {"fps": FPS, "frame_jump": JUMP}, {}),
-        "center_rotation": (
-            "tracking.zarr",
-            {},
+@pytest.fixture
+def project_of(finish: Callable[..., Any], write_group: Callable[..., None]) -> Callable[..., Project]:
+    """Makes a project in a folder whose features are done: a pose in 40 numbers, two frames without a hull."""
+
+    def made(folder: Path, seed: int = 0, n: int = 90, invalid: tuple[int, ...] = (4, 50), **changes: Any) -> Project:
+        names = ["0.mp4", "1.mp4"]
+        recording = str(folder.with_name(f"{folder.name} recording"))
+        experiment = Experiment.model_validate(
             {
-                "centers": np.stack([np.arange(n) * 0.001, np.zeros(n), np.full(n, 0.02)], 1),
-                "covs": np.tile(np.eye(3) * 1e-4, (n, 1, 1)),
-                "angles": rng.uniform(-3, 3, n),
-                "valid": valid,
-            },
-        ),
-        "features": ("features.zarr", {"encoder": "gaussians", "radius_m": 0.1}, {"features": features}),
-    }
-    for stage, (name, attributes, arrays) in groups.items():
-        group = schema.create(project.output_url(stage), name, sizes, 64, attributes)
-        for key, values in arrays.items():
-            schema.array(group, key)[...] = values
-        spec = STAGES[stage]
-        mark = {"digest": stage, "version": spec.version, "settings": settings_of(spec, experiment), "inputs": {}}
-        stores.write_json(project.mark_url(stage), mark)
-    return project
+                "data": {"directory": recording, "videos": names, "masks": names, "calibration": "none.h5"},
+                "center_rotation": {"ell": 0.2},
+                "crop": {"ell": 0.2},
+                "embedding": {"dimensions": 10, "neighbours": 3, "apart_s": 0.4, "states": 4, **changes},
+            }
+        )
+        rng = np.random.default_rng(seed)
+        features = walk(rng, n, 3, 20) @ np.random.default_rng(9).normal(size=(3, 40))
+        valid = ~np.isin(np.arange(n), invalid)
+        features[~valid] = np.nan
+        tracking = {
+            "centers": np.stack([np.arange(n) * 0.001, np.zeros(n), np.full(n, 0.02)], 1),
+            "covs": np.eye(3) * 1e-4,
+            "angles": rng.uniform(-3, 3, n),
+            "valid": valid,
+        }
+        groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+            "center_rotation": ({}, tracking),
+            "pack": ({"fps": FPS, "frame_jump": JUMP}, {}),
+            "features": ({"encoder": "gaussians", "radius_m": 0.1}, {"features": features}),
+        }
+        sizes = {"T": n, "D": 40, "C": 2, "h": 4, "w": 4}
+        writers = {
+            stage: partial(write_group, sizes=sizes, attributes=attributes, values=values)
+            for stage, (attributes, values) in groups.items()
+        }
+        project = Project.at(str(folder))
+        finish(project, experiment, writers)
+        return project
+
+    return made
 
 
 def arrays_of(group: Any) -> dict[str, Array]:
     return {key: schema.read(group, key) for key in schema.GROUPS["embedding.zarr"]}
 
 
-def test_the_stage_writes_group_and_table(tmp_path: Path) -> None:
+def test_the_stage_writes_group_and_table(project_of: Callable[..., Project], tmp_path: Path) -> None:
     project = project_of(tmp_path / "a")
-    assert run_stage(STAGE, project)
-    group = project.open_input("embedding")
+    run = project.run()
+    assert run_stage(STAGE, run)
+    group = run.open_input("embedding")
     schema.validate(group, "embedding.zarr", "embedding.zarr")
     found = arrays_of(group)
     gone = np.array([4, 50])
@@ -260,33 +263,38 @@ def test_the_stage_writes_group_and_table(tmp_path: Path) -> None:
     attributes: dict[str, Any] = {**group.attrs}
     assert len(attributes["explained_variance"]) == 10
     assert sum(attributes["explained_variance"]) == pytest.approx(1, abs=1e-4)
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "a" / "embedding.csv").read_text())))
+    table = (tmp_path / "a" / "latest" / "embedding.csv").read_bytes()
+    rows = list(csv.DictReader(io.StringIO(table.decode())))
     assert len(rows) == 90
     assert rows[4]["valid"] == "0"
     assert rows[4]["e00"] == ""
     assert float(rows[7]["e03"]) == pytest.approx(float(found["embedding"][7, 3]), rel=1e-5, abs=1e-6)
     assert float(rows[7]["center_x"]) == pytest.approx(0.007)
-    mark = project.read_mark("embedding") or {}
+    mark = project.run().read_mark("embedding") or {}
     assert mark["frames"] == 88
     assert mark["warnings"] == ["29 training frames fit 3 of 10 dimensions; the others are 0"]
-    assert not run_stage(STAGE, project)
-    before = {name: (tmp_path / "a" / name).read_bytes() for name in stores.list_files(str(tmp_path / "a"))}
-    assert run_stage(STAGE, project, force=True)
-    for name, data in before.items():
-        if not name.startswith("_marks"):
-            assert (tmp_path / "a" / name).read_bytes() == data, name
+    assert not run_stage(STAGE, project.run())
+    again = runs.record(runs.resolve(project, project.run().experiment, ["embedding"]), ["embedding"])
+    assert run_stage(STAGE, again)
+    assert again.id == project.run().id != run.id
+    for name in stores.list_files(run.output_url("embedding")):
+        one, other = (stores.read_bytes(stores.join(r.output_url("embedding"), name)) for r in (run, again))
+        assert one == other, name
+    assert (tmp_path / "a" / "latest" / "embedding.csv").read_bytes() == table
 
 
-def test_fitted_to_all_frames_it_tells_what_the_first_third_does_not_show(tmp_path: Path) -> None:
+def test_fitted_to_all_frames_it_tells_what_the_first_third_does_not_show(
+    project_of: Callable[..., Project], tmp_path: Path
+) -> None:
     told = {}
     for fit_to in ("third", "all"):
         project = project_of(tmp_path / fit_to, fit_to=fit_to)
-        features = schema.array(zarr.open_group(project.path("features.zarr"), mode="r+"), "features")
+        features = schema.array(stores.open_group(project.run().output_url("features"), write=True), "features")
         later = np.where(np.arange(90) < 60, 0.0, np.sin(np.arange(90)))  # in the last third, in a direction of its own
         own = np.linalg.qr(np.random.default_rng(9).normal(size=(3, 40)).T, mode="complete")[0][:, 20]
         features[...] = np.asarray(features[...]) + 5 * later[:, None] * own
-        assert run_stage(STAGE, project)
-        group = project.open_input("embedding")
+        assert run_stage(STAGE, project.run())
+        group = project.run().open_input("embedding")
         found, valid = schema.read(group, "embedding").astype(float), schema.read(group, "valid").astype(bool)
         x = np.column_stack([found[valid], np.ones(valid.sum())])
         residual = later[valid] - x @ np.linalg.lstsq(x, later[valid], rcond=None)[0]
@@ -297,18 +305,37 @@ def test_fitted_to_all_frames_it_tells_what_the_first_third_does_not_show(tmp_pa
     assert told["all"] > 0.99
 
 
-def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    project_of: Callable[..., Project], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     project = project_of(tmp_path / "a", invalid=tuple(range(29)))
     assert main(STAGE, ["--project", project.url]) == 2
     error = capsys.readouterr().err
     assert "1 of the first third of 90 frames have a visual hull, too few to fit an embedding" in error
     assert error.count("\n") == 1
-    stores.delete(project.mark_url("features"))
+    stores.delete(project.run().result("features").file("done.json"))
     assert main(STAGE, ["--project", project.url]) == 2
     assert "features.zarr is not complete; run stage features first" in capsys.readouterr().err
 
 
-def test_recordings_embedded_together(tmp_path: Path) -> None:
+def test_weights_are_of_one_kind_wherever_their_file_lies(tmp_path: Path) -> None:
+    """Groups of earlier versions name the file; those of this one its content."""
+    one, other, changed = (tmp_path / name for name in ("a.pth", "b.pth", "c.pth"))
+    for file in (one, other):
+        file.write_bytes(b"weights")
+    changed.write_bytes(b"Weights")
+    content = stores.content_fingerprint(str(one))
+    about = {"encoder": "images", "radius_m": 0.1, "block": 64}
+    expected = {"encoder": "images", "radius_m": 0.1, "weights": content}
+    for weights in (str(one), str(other), content):
+        assert _kind({**about, "weights": weights}) == expected
+    assert _kind({**about, "weights": str(changed)}) != expected
+    for weights in ("IMAGENET1K_V1", str(tmp_path / "gone.pth")):
+        assert _kind({**about, "weights": weights})["weights"] == weights
+    assert _kind({"encoder": "gaussians", "radius_m": 0.1}) == {"encoder": "gaussians", "radius_m": 0.1}
+
+
+def test_recordings_embedded_together(project_of: Callable[..., Project], tmp_path: Path) -> None:
     first, second = project_of(tmp_path / "a"), project_of(tmp_path / "b", seed=1, n=60, invalid=(), fit_to="all")
     output = tmp_path / "both"
     run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
@@ -329,7 +356,11 @@ def test_recordings_embedded_together(tmp_path: Path) -> None:
     assert header.startswith("recording,t,frame,time,valid,center_x")
 
     schema.create(
-        second.output_url("features"), "features.zarr", {"T": 60, "D": 40}, 64, {"encoder": "images", "radius_m": 0.1}
+        second.run().output_url("features"),
+        "features.zarr",
+        {"T": 60, "D": 40},
+        64,
+        {"encoder": "images", "radius_m": 0.1},
     )
     run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
     assert run.exit_code == 2

@@ -4,7 +4,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.registry import STAGES
-from zoosplat.project import Project, settings_of
-from zoosplat.stage import run_stage
+from zoosplat.stages import runs
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project, Run
 from zoosplat_evaluate import ops, stage
 from zoosplat_evaluate.stage import STAGE
 from zoosplat_model.frames import Frame
@@ -63,73 +64,84 @@ def cameras() -> tuple[Any, Any]:
     return np.tile(k, (C, 1, 1)), poses
 
 
-def experiment(**sections: Any) -> Experiment:
-    data = {"directory": "/recording", "videos": ["a", "b", "c"], "masks": ["d", "e", "f"], "calibration": "c.h5"}
+def experiment(folder: Path, **sections: Any) -> Experiment:
+    data = {
+        "directory": str(folder / "recording"),
+        "videos": ["a", "b", "c"],
+        "masks": ["d", "e", "f"],
+        "calibration": "c.h5",
+    }
     data |= {"camera_names": ["left", "right", "top"]}
     cube = {"ell": 0.3, "grid_size": 16}
     values = {"data": data, "holdout_views": [HELD_OUT], "center_rotation": cube, "crop": cube, **sections}
     return Experiment.model_validate({"ingest": {"frame_jump": 5}, **values})
 
 
-def make_project(folder: Path, settings: Experiment) -> Project:
-    """A project as the earlier stages leave it, whose photographs are renderings of the ball, cut at alpha 0.5."""
-    project = Project.at(str(folder))
-    project.write_experiment(settings)
-    k, poses = cameras()
-    sizes = {"T": T, "C": C, "h": SIDE, "w": SIDE, "S": 1, "n": 16}
-    named = {"camera_names": ["left", "right", "top"], "fps": 20.0, "image_downsample": 1}
-    whole = {"full_width": WIDTH, "full_height": HEIGHT, "frame_jump": 5, "unit_m": DISTANCE_M}
-    images = schema.create(project.output_url("pack"), "images.zarr", sizes, 4, named | whole)
-    origin = np.array([(WIDTH - SIDE) // 2, (HEIGHT - SIDE) // 2])
-    window = k.copy()
-    window[:, :2, 2] -= origin
-    views = torch.tensor(poses).float(), torch.tensor(window).float(), SIDE, SIDE
-    rgb, alpha = Ball().render(make_ball().to_world(torch.zeros(3), torch.tensor(0.3)), *views)
-    mask = np.tile(alpha.numpy() > 0.5, (T, 1, 1, 1))
-    mask[SPOILT, HELD_OUT, :, : SIDE // 2] = False
-    values = {
-        "rgb": np.rint(rgb.numpy() * 255),
-        "mask": mask,
-        "origin": origin,
-        "intrinsics": k,
-        "world_to_camera": poses,
-    }
-    for key, value in values.items():
-        target = schema.array(images, key)
-        target[...] = np.broadcast_to(value, target.shape)
-    tracking = schema.create(project.output_url("center_rotation"), "tracking.zarr", sizes, 4, {})
-    for key, value in {"principal_shift": 0, "centers": 0, "angles": 0.3, "valid": np.arange(T) != T - 1}.items():
-        schema.array(tracking, key)[...] = value
-    crop = schema.create(project.output_url("crop"), "crop.zarr", sizes, 1, {"ell_m": 0.3, "grid_size": 16})
-    schema.array(crop, "volume_idx")[...] = [[0, 16]] * 3
-    for name in ("ingest", "pack", "center_rotation", "crop", "train"):
-        spec = STAGES[name]
-        mark = {"digest": name, "settings": settings_of(spec, settings), "version": spec.version}
-        stores.write_json(project.mark_url(name), json.loads(json.dumps(mark)))
-    return project
+@pytest.fixture
+def make_project(finish: Callable[..., Any], write_group: Callable[..., None]) -> Callable[[Path, Experiment], Project]:
+    """Makes a project as the earlier stages leave it: its photographs are renderings of the ball, cut at alpha 0.5."""
+
+    def made(folder: Path, settings: Experiment) -> Project:
+        k, poses = cameras()
+        sizes = {"T": T, "C": C, "h": SIDE, "w": SIDE, "S": 1, "n": 16}
+        named = {"camera_names": ["left", "right", "top"], "fps": 20.0, "image_downsample": 1}
+        whole = {"full_width": WIDTH, "full_height": HEIGHT, "frame_jump": 5, "unit_m": DISTANCE_M}
+        origin = np.array([(WIDTH - SIDE) // 2, (HEIGHT - SIDE) // 2])
+        window = k.copy()
+        window[:, :2, 2] -= origin
+        views = torch.tensor(poses).float(), torch.tensor(window).float(), SIDE, SIDE
+        rgb, alpha = Ball().render(make_ball().to_world(torch.zeros(3), torch.tensor(0.3)), *views)
+        mask = np.tile(alpha.numpy() > 0.5, (T, 1, 1, 1))
+        mask[SPOILT, HELD_OUT, :, : SIDE // 2] = False
+        images = {
+            "rgb": np.rint(rgb.numpy() * 255),
+            "mask": mask,
+            "origin": origin,
+            "intrinsics": k,
+            "world_to_camera": poses,
+        }
+        tracking = {"principal_shift": 0, "centers": 0, "angles": 0.3, "valid": np.arange(T) != T - 1}
+        groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+            "center_rotation": ({}, tracking),
+            "crop": ({"ell_m": 0.3, "grid_size": 16}, {"volume_idx": [[0, 16]] * 3}),
+            "pack": (named | whole, images),
+        }
+        writers = {
+            stage: partial(write_group, sizes=sizes, attributes=attributes, values=values)
+            for stage, (attributes, values) in groups.items()
+        }
+        project = Project.at(str(folder / "project"))
+        finish(
+            project, settings, {**writers, "train": lambda url: stores.write_json(stores.join(url, "best.json"), {})}
+        )
+        return project
+
+    return made
 
 
 @pytest.fixture
 def with_ball(monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_ball(project: Project, settings: Experiment, device: str) -> Predictor:
-        return Predictor(open_reader(project, settings, torch.device("cpu")), Ball(), 0)  # type: ignore[arg-type]
+    def open_ball(run: Run, device: str) -> Predictor:
+        return Predictor(open_reader(run, torch.device("cpu")), Ball(), 0)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Predictor, "open", open_ball)
 
 
 def rows_of(project: Project, name: str) -> list[dict[str, str]]:
-    text = stores.read_bytes(project.path("evaluation", name)).decode()
+    text = stores.read_bytes(stores.join(project.run().output_url("evaluate"), name)).decode()
     return list(csv.DictReader(io.StringIO(text)))
 
 
 @pytest.mark.usefixtures("with_ball")
-def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(tmp_path: Path) -> None:
-    settings = experiment(evaluate={"gallery_frames": 2})
+def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path
+) -> None:
+    settings = experiment(tmp_path, evaluate={"gallery_frames": 2})
     project = make_project(tmp_path, settings)
-    assert run_stage(STAGE, project)
-    assert not run_stage(STAGE, project)
+    assert run_stage(STAGE, project.run())
+    assert not run_stage(STAGE, project.run())
 
-    masks = schema.array(stores.open_group(project.output_url("pack")), "mask")
+    masks = schema.array(stores.open_group(project.run().output_url("pack")), "mask")
     half = float(np.asarray(masks[SPOILT, HELD_OUT]).sum() / np.asarray(masks[0, HELD_OUT]).sum())
     assert 0.4 < half < 0.6
     # The test third is t = 8 .. 11, of which 11 is not valid.
@@ -150,7 +162,7 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(tmp_path: Pa
         by_hand = np.mean([float(each[t, name][metric]) for t in (8, 9, 10) for name in ("left", "right")])
         assert float(means["mean_observed"][metric]) == pytest.approx(by_hand, rel=1e-4)
 
-    mark = project.read_mark("evaluate")
+    mark = project.run().read_mark("evaluate")
     assert mark is not None
     assert mark["frames"] == 3
     assert mark["figures"]["held_out"]["iou"] == pytest.approx((2 + half) / 3, abs=1e-5)
@@ -163,7 +175,8 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(tmp_path: Pa
         float(means["mean_held_out"]["psnr_corrected"]), abs=1e-3
     )
 
-    gallery = json.loads(stores.read_bytes(project.path("evaluation", "gallery.json")))["pictures"]
+    url = project.run().output_url("evaluate")
+    gallery = json.loads(stores.read_bytes(stores.join(url, "gallery.json")))["pictures"]
     assert [(p["camera"], p["t"], p["kind"]) for p in gallery[:3]] == [
         ("top", 9, "worst"),
         ("top", 8, "best"),
@@ -172,26 +185,60 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(tmp_path: Pa
     assert [p["held_out"] for p in gallery] == [True] * 3 + [False] * 6
     assert gallery[0]["iou"] == pytest.approx(half, abs=1e-6)
     for name in [*(p["file"] for p in gallery), "per_frame.png"]:
-        picture = cv2.imdecode(np.frombuffer(stores.read_bytes(project.path("evaluation", name)), np.uint8), 1)
+        picture = cv2.imdecode(np.frombuffer(stores.read_bytes(stores.join(url, name)), np.uint8), 1)
         assert picture is not None
         assert picture.shape == (500, 900, 3) if name == "per_frame.png" else (320, 968, 3)
 
 
 @pytest.mark.usefixtures("with_ball")
-def test_coarser_metrics_without_held_out_views(tmp_path: Path) -> None:
-    project = make_project(tmp_path, experiment(holdout_views=[], evaluate={"image_downsample": 2, "split": "valid"}))
-    run_stage(STAGE, project)
+def test_coarser_metrics_without_held_out_views(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path
+) -> None:
+    project = make_project(
+        tmp_path, experiment(tmp_path, holdout_views=[], evaluate={"image_downsample": 2, "split": "valid"})
+    )
+    run_stage(STAGE, project.run())
     rows = rows_of(project, "metrics_valid.csv")
     assert [r["camera"] for r in rows] == ["left", "right", "top", "mean_observed"]
     assert all(r["frames"] == "4" and float(r["iou"]) > 0.9 for r in rows)
-    mark = project.read_mark("evaluate")
+    mark = project.run().read_mark("evaluate")
     assert mark is not None
     assert set(mark["figures"]) == {"observed"}
 
 
 @pytest.mark.usefixtures("with_ball")
+def test_another_gallery_takes_the_metrics_that_were_measured(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = experiment(tmp_path, evaluate={"gallery_frames": 0})
+    project = make_project(tmp_path, settings)
+    first = project.run()
+    run_stage(STAGE, first)
+    measured = []
+    monkeypatch.setattr(type(STAGE), "_measure", lambda *of: measured.append(of))
+    larger = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"gallery_frames": 3})})
+    second = runs.record(runs.resolve(project, larger), ["evaluate"])
+    assert run_stage(STAGE, second)
+    assert not measured
+    one, other = (
+        [
+            stores.read_bytes(stores.join(run.output_url("evaluate"), f"{name}_test.csv"))
+            for name in ("frames", "metrics")
+        ]
+        for run in (first, second)
+    )
+    assert one == other
+    galleries = [
+        len(list(stores.list_files(stores.join(r.output_url("evaluate"), "gallery")))) for r in (first, second)
+    ]
+    assert galleries[0] < galleries[1]
+
+
+@pytest.mark.usefixtures("with_ball")
 @pytest.mark.parametrize("most", [1, 2, 8])
-def test_cameras_that_differ_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_cameras_that_differ_in_colour(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
     # The photographs of one camera are darker by a known map: the plain figures suffer, the corrected ones do not; also
     # where not all frames may be kept for the fit.
     monkeypatch.setattr(stage, "FIT_BYTES", 0)
@@ -199,13 +246,13 @@ def test_cameras_that_differ_in_colour(tmp_path: Path, monkeypatch: pytest.Monke
     rendered: list[int] = []
     gaussians = Predictor.gaussians
     monkeypatch.setattr(Predictor, "gaussians", lambda self, t: rendered.append(t) or gaussians(self, t))  # type: ignore[func-returns-value]
-    project = make_project(tmp_path, experiment(evaluate={"gallery_frames": 0}))
-    images = stores.open_group(project.output_url("pack"), write=True)
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0}))
+    images = stores.open_group(project.run().output_url("pack"), write=True)
     rgb = schema.array(images, "rgb")
     values = np.asarray(rgb[...])
     values[:, 0] = np.rint(0.5 * values[:, 0])
     rgb[...] = values
-    run_stage(STAGE, project)
+    run_stage(STAGE, project.run())
     assert sorted(rendered[:3]) == [8, 9, 10]  # each frame once, then the gallery's
     rows = rows_of(project, "metrics_test.csv")
     means = {r["camera"]: {k: float(v) for k, v in r.items() if k != "camera"} for r in rows}
@@ -222,12 +269,18 @@ def test_cameras_that_differ_in_colour(tmp_path: Path, monkeypatch: pytest.Monke
         ({"image_downsample": 9}, True, r"evaluate.image_downsample = 9: images of 64 x 48 px"),
     ],
 )
-def test_what_cannot_be_evaluated(tmp_path: Path, settings: dict[str, Any], valid: bool, message: str) -> None:
-    project = make_project(tmp_path, experiment(evaluate=settings))
-    tracking = stores.open_group(project.output_url("center_rotation"), write=True)
+def test_what_cannot_be_evaluated(
+    make_project: Callable[[Path, Experiment], Project],
+    tmp_path: Path,
+    settings: dict[str, Any],
+    valid: bool,
+    message: str,
+) -> None:
+    project = make_project(tmp_path, experiment(tmp_path, evaluate=settings))
+    tracking = stores.open_group(project.run().output_url("center_rotation"), write=True)
     schema.array(tracking, "valid")[...] = valid
     with pytest.raises(UserError, match=message):
-        run_stage(STAGE, project)
+        run_stage(STAGE, project.run())
 
 
 def test_means_leave_out_what_is_not_defined() -> None:

@@ -86,3 +86,9 @@ def test_names_of_many_objects(s3_here: S3) -> None:
         s3_here.client.put_object(Bucket=bucket, Key=f"p/{i:04d}", Body=b"")
     assert stores.list_names(f"s3://{bucket}/p") == [f"{i:04d}" for i in range(1003)]
     assert stores.first_file(f"s3://{bucket}/p") == "0000"
+
+
+def test_a_project_whose_first_run_was_killed_as_it_began(tmp_path: Path) -> None:
+    """Its record is written in two files; there may be the half of one only."""
+    write(tmp_path, "runs/20261130-195840-d47b/config.yaml.0123.partial")
+    assert foreign_names(str(tmp_path)) == []

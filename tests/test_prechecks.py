@@ -15,8 +15,8 @@ from zoosplat import ply
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.outside_files import check_outside_files
-from zoosplat.stages.registry import STAGES
 from zoosplat.prechecks import check_before_run, check_kept_frames, check_project_place
+from zoosplat.stages.registry import STAGES
 
 if TYPE_CHECKING:
     from tests.conftest import Recording
@@ -45,8 +45,8 @@ def problems(experiment: Experiment, *stages: str) -> list[str]:
 def test_weights_to_begin_with_that_are_not_there(tmp_path: Path) -> None:
     for value, what in (
         (str(tmp_path / "nope.safetensors"), "no such file; check train.start_from"),
-        (str(tmp_path / "nowhere"), "no project with a trained model"),
-        (str(tmp_path), "no project with a trained model"),
+        (str(tmp_path / "nowhere"), "no project with a finished training"),
+        (str(tmp_path), "no project with a finished training"),
     ):
         (line,) = problems(configured(train={"start_from": value}))
         assert line.startswith(f"train.start_from = {value}: ")
@@ -58,13 +58,12 @@ def test_weights_to_begin_with_that_are_not_there(tmp_path: Path) -> None:
         check_outside_files(configured(train={"start_from": word}, model=OF_ANIMALS), STAGES)
 
 
-def test_a_project_to_begin_with(tmp_path: Path) -> None:
-    experiment = configured(train={"start_from": str(tmp_path)})
-    asked: list[str] = []
-    check_outside_files(experiment, ["train"], lambda url: not asked.append(url))  # type: ignore[func-returns-value]
-    assert asked == [str(tmp_path)]
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "best.json").write_text("{}")
+def test_a_training_to_begin_with(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "train" / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    experiment = configured(train={"start_from": str(folder)})
+    assert "no project with a finished training" in problems(experiment, "train")[0]
+    (folder / "done.json").write_text(json.dumps({"id": folder.name}))
     check_outside_files(experiment, ["train"])
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +21,8 @@ from torch import Tensor
 from zoosplat import geometry, media, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.project import Project
-from zoosplat.stage import Context
+from zoosplat.stages.contract import Context
+from zoosplat.stages.runs import Project
 from zoosplat_model.frames import Frame
 from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering, rasterize
@@ -239,14 +239,20 @@ def render(gaussians: Gaussians, pose: Tensor, k: Tensor, width: int, height: in
     return rasterize(*gaussians, pose, k, width, height, background=torch.ones(3))
 
 
-def context(folder: Path, progress: list[tuple[int, int]] | None = None, **settings: Any) -> Context:
-    data = {"directory": "/recording", "videos": ["a", "b"], "masks": ["c", "d"], "calibration": "c.h5"}
-    cube = {"ell": 0.3}
-    values = {"data": data, "center_rotation": cube, "crop": cube, "ingest": {"frame_jump": 3}, "render": settings}
-    seen: list[tuple[int, int]] = [] if progress is None else progress
-    return Context(
-        Project.at(str(folder)), Experiment.model_validate(values), lambda done, total, _: seen.append((done, total))
-    )
+@pytest.fixture
+def context(finish: Callable[..., Any], tmp_path: Path) -> Callable[..., Context]:
+    """Makes what the stage is given, for settings of the section `render`."""
+
+    def made(progress: list[tuple[int, int]] | None = None, **settings: Any) -> Context:
+        recording = str(tmp_path / "recording")
+        data = {"directory": recording, "videos": ["a", "b"], "masks": ["c", "d"], "calibration": "c.h5"}
+        cube = {"ell": 0.3}
+        values = {"data": data, "center_rotation": cube, "crop": cube, "ingest": {"frame_jump": 3}, "render": settings}
+        seen: list[tuple[int, int]] = [] if progress is None else progress
+        run = finish(Project.at(str(tmp_path / "project")), Experiment.model_validate(values), {})
+        return Context(run, lambda done, total, _: seen.append((done, total)))
+
+    return made
 
 
 @pytest.fixture
@@ -265,13 +271,13 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
 
 
 def picture_of(ctx: Context, name: str) -> Any:
-    data = np.frombuffer(stores.read_bytes(ctx.project.path("renders", name)), np.uint8)
+    data = np.frombuffer(stores.read_bytes(stores.join(ctx.run.output_url("render"), name)), np.uint8)
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[..., ::-1]
 
 
-def test_everything_is_rendered(tmp_path: Path, reader: Reader) -> None:
+def test_everything_is_rendered(context: Callable[..., Context], reader: Reader) -> None:
     steps: list[tuple[int, int]] = []
-    ctx = context(tmp_path, steps, orbit_frames=6, sequence_frames=3, camera=1, width=WIDTH, height=HEIGHT)
+    ctx = context(steps, orbit_frames=6, sequence_frames=3, camera=1, width=WIDTH, height=HEIGHT)
     plan = stage.STAGE.prepare(ctx)
     # The test third is 8 .. 11 without 9, so its middle is 10 and the film begins at 8.
     assert plan.values == {"frame": 10, "sequence": [8, 10, 11]}
@@ -281,8 +287,8 @@ def test_everything_is_rendered(tmp_path: Path, reader: Reader) -> None:
     assert steps == [(i + 1, 11) for i in range(11)]
 
     names = ["frame_000010.ply", "index.json", "orbit.mp4", "sequence.mp4", "still_camera.png", "still_free.png"]
-    assert list(stores.list_files(ctx.project.path("renders"))) == names
-    index = json.loads(stores.read_bytes(ctx.project.path("renders", "index.json")))
+    assert list(stores.list_files(ctx.run.output_url("render"))) == names
+    index = json.loads(stores.read_bytes(stores.join(ctx.run.output_url("render"), "index.json")))
     assert sorted(entry["file"] for entry in index["files"]) == [n for n in names if n != "index.json"]
     still = next(entry for entry in index["files"] if entry["file"] == "still_camera.png")
     assert (still["t"], still["frame"], still["camera"]) == (10, 30, "right")
@@ -293,18 +299,18 @@ def test_everything_is_rendered(tmp_path: Path, reader: Reader) -> None:
     pixel, _ = geometry.project(np.array(CENTER), k[None], pose[None])
     np.testing.assert_allclose(pixel[0], [(WIDTH - 1) / 2, (HEIGHT - 1) / 2], atol=1e-4)
 
-    ply = read_ply(stores.read_bytes(ctx.project.path("renders", "frame_000010.ply")))
+    ply = read_ply(stores.read_bytes(stores.join(ctx.run.output_url("render"), "frame_000010.ply")))
     world = animal().to_world(torch.tensor(CENTER), torch.tensor(ANGLE))
     np.testing.assert_allclose(np.stack([ply["x"], ply["y"], ply["z"]], 1), world.means, atol=1e-6)
 
-    _, orbit = read_film(stores.read_bytes(ctx.project.path("renders", "orbit.mp4")))
+    _, orbit = read_film(stores.read_bytes(stores.join(ctx.run.output_url("render"), "orbit.mp4")))
     assert orbit.shape == (6, HEIGHT, WIDTH, 3)
     # The first camera stands in front: the red end is near, low in the picture. The fourth stands behind it.
     reds = [np.argwhere(p[..., 0].astype(int) - p[..., 1] > 80) for p in orbit]
     assert reds[0].mean(0)[0] > (HEIGHT - 1) / 2 + 3
     assert reds[3].mean(0)[0] < (HEIGHT - 1) / 2 - 3
 
-    _, film = read_film(stores.read_bytes(ctx.project.path("renders", "sequence.mp4")))
+    _, film = read_film(stores.read_bytes(stores.join(ctx.run.output_url("render"), "sequence.mp4")))
     assert film.shape == (3, HEIGHT, 2 * WIDTH + 4, 3)
     # The photograph is the same rendering, cut at alpha 0.5 and enlarged: the halves differ only along the outline.
     difference = np.abs(film[:, :, :WIDTH].astype(int) - film[:, :, WIDTH + 4 :]).mean(-1)
@@ -312,9 +318,9 @@ def test_everything_is_rendered(tmp_path: Path, reader: Reader) -> None:
     np.testing.assert_array_equal(picture_of(ctx, "still_camera.png"), picture_of(ctx, "still_free.png"))
 
 
-def test_free_still_turns_and_moves_the_animal(tmp_path: Path, reader: Reader) -> None:
+def test_free_still_turns_and_moves_the_animal(context: Callable[..., Context], reader: Reader) -> None:
     settings: dict[str, Any] = {"angle_offset": math.pi / 2, "delta_z": 0.02, "width": 64, "height": 48}
-    ctx = context(tmp_path, orbit_frames=1, sequence_frames=1, frame=3, **settings)
+    ctx = context(orbit_frames=1, sequence_frames=1, frame=3, **settings)
     plan = stage.STAGE.prepare(ctx)
     assert plan.values == {"frame": 3, "sequence": [3]}
     stage.STAGE.run_shard(ctx, plan.shard(0), plan)
@@ -331,15 +337,15 @@ def test_free_still_turns_and_moves_the_animal(tmp_path: Path, reader: Reader) -
     # A training pixel at the animal, f = 150: its width is the mean distance of the two cameras over 150.
     distances = np.linalg.norm(np.array([[0.8, 0.1, 0.3], [-0.7, 0.2, 0.2]]) - CENTER, axis=1)
     placed = placed._replace(scales=(placed.scales**2 + 0.3 * (distances.mean() / 150) ** 2).sqrt())
-    index = json.loads(stores.read_bytes(ctx.project.path("renders", "index.json")))
+    index = json.loads(stores.read_bytes(stores.join(ctx.run.output_url("render"), "index.json")))
     k, pose = (torch.tensor(index["view"][key])[None] for key in ("intrinsics", "world_to_camera"))
     expected = media.to_uint8(render(placed, pose, k, 64, 48).rgb[0].numpy())
     assert np.abs(free.astype(int) - expected).max() <= 1
     assert np.abs(free.astype(int) - picture_of(ctx, "still_camera.png")).max() > 100
 
 
-def test_small_recordings_are_enlarged(tmp_path: Path, reader: Reader) -> None:
-    ctx = context(tmp_path, orbit_frames=1, sequence_frames=1, frame=3)
+def test_small_recordings_are_enlarged(context: Callable[..., Context], reader: Reader) -> None:
+    ctx = context(orbit_frames=1, sequence_frames=1, frame=3)
     plan = stage.STAGE.prepare(ctx)
     stage.STAGE.run_shard(ctx, plan.shard(0), plan)
     # 9 times 60 x 44 is the first multiple whose shorter side has 384 pixels.
@@ -363,14 +369,16 @@ def test_moves_are_along_the_animals_own_axes() -> None:
         (40, r"render.frame = 40: there are 12 kept frames; nearest: 11"),
     ],
 )
-def test_frames_that_cannot_be_rendered(tmp_path: Path, reader: Reader, frame: int, message: str) -> None:
+def test_frames_that_cannot_be_rendered(
+    context: Callable[..., Context], reader: Reader, frame: int, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        stage.STAGE.prepare(context(tmp_path, frame=frame))
+        stage.STAGE.prepare(context(frame=frame))
 
 
-def test_no_frame_to_choose(tmp_path: Path, reader: Reader) -> None:
+def test_no_frame_to_choose(context: Callable[..., Context], reader: Reader) -> None:
     reader.valid = np.zeros(T, bool)
     with pytest.raises(UserError, match=r"render.frame = null: no test frame"):
-        stage.STAGE.prepare(context(tmp_path))
+        stage.STAGE.prepare(context())
     with pytest.raises(UserError, match="and no other frame has one"):
-        stage.STAGE.prepare(context(tmp_path, frame=2))
+        stage.STAGE.prepare(context(frame=2))

@@ -224,3 +224,26 @@ def test_the_stage_that_is_named() -> None:
         ("/data/mouse/images.zarr/rgb/c/0", "the stage that wrote it"),
     ):
         assert str(lost(url, "is missing")) == f"{url} is missing; run {stage} with --force"
+
+
+def test_blocks_are_written_whole(tmp_path: Path) -> None:
+    """A write that is not whole storage blocks would read and rewrite a neighbour's: refused."""
+    sizes = {"T": 150, "C": 2, "h": 4, "w": 6}
+    group = schema.create(str(tmp_path / "masks.zarr"), "masks.zarr", sizes, 64, {})
+    masks = np.random.default_rng(0).random((150, 2, 4, 6)) < 0.5
+    for start, stop in ((0, 63), (1, 64), (64, 100), (128, 149)):
+        with pytest.raises(ValueError, match="whole blocks"):
+            schema.write_block(group, "mask", start, masks[start:stop])
+    for start, stop in ((128, 150), (0, 128)):
+        schema.write_block(group, "mask", start, masks[start:stop])
+    assert (schema.read(group, "mask") == masks).all()
+    assert (schema.read(group, "mask", 60, 70) == masks[60:70]).all()
+    schema.validate(group, "masks.zarr", "here")
+    del group["box"]
+    with pytest.raises(UserError, match="here: array box is missing"):
+        schema.validate(group, "masks.zarr", "here")
+
+
+@pytest.mark.parametrize(("n_bytes", "frames"), [(1, 64), (48 << 20, 1), (1 << 20, 32), (3 << 18, 64), (10**9, 1)])
+def test_block_sizes(n_bytes: int, frames: int) -> None:
+    assert schema.block_frames(n_bytes) == frames

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -179,6 +181,51 @@ def status(project: ProjectUrl, run_id: RunId = None) -> None:
 
 
 @app.command(rich_help_panel="Look")
+def runs(project: ProjectUrl) -> None:
+    """List the runs of a project: what each changed against the one before, its state, and what came of it."""
+    from zoosplat.stages.runs import Project
+    from zoosplat_flows import history
+
+    with storage_errors(project):
+        history.show(Project.at(project))
+
+
+@app.command(rich_help_panel="Look")
+def compare(
+    project: ProjectUrl,
+    first: Annotated[str, typer.Argument(metavar="RUN", help="A run, or the beginning of its id.")],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="Another one; the page is put into its folder.")],
+) -> None:
+    """Compare two runs: settings that differ, metrics, and a page with truth and both renders side by side.
+
+    [bold]Example[/]
+
+    zoosplat compare runs/mouse 20250317-0912 20250318-1740
+    """
+    from zoosplat.stages.runs import Project
+    from zoosplat_flows import comparison
+
+    with storage_errors(project):
+        where = Project.at(project)
+        typer.echo(comparison.compare(where.run(first), where.run(second)))
+
+
+@app.command(rich_help_panel="Look")
+def logs(
+    project: ProjectUrl,
+    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="Only this one. [dim]default: all[/]")] = None,
+    run_id: RunId = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends, or Ctrl-C.")] = False,
+) -> None:
+    """Print what the stages of a run have printed, with time and host, wherever they ran."""
+    from zoosplat.stages.runs import Project
+    from zoosplat_flows import logs as module
+
+    with storage_errors(project), contextlib.suppress(KeyboardInterrupt):
+        module.show(Project.at(project).run(run_id), stage, follow)
+
+
+@app.command(rich_help_panel="Look")
 def report(project: ProjectUrl, run_id: RunId = None) -> None:
     """Build the report page of what is done: one self-contained HTML file."""
     from zoosplat.stages.runs import Project
@@ -188,9 +235,55 @@ def report(project: ProjectUrl, run_id: RunId = None) -> None:
         typer.echo(build_report(Project.at(project).run(run_id)))
 
 
+@app.command(rich_help_panel="Keep")
+def gc(
+    project: ProjectUrl,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Remove all but the newest N runs first. [dim]default: keep all[/]"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be freed.")] = False,
+) -> None:
+    """Free the space of results that no run of the project refers to.
+
+    Runs that are at work, the latest one, and whatever is not zoosplat's are left, and so is the data of a project of
+    an earlier layout. That another project reuses a result (reuse: in its configuration, or train.start_from) is not
+    seen: such a project makes the result anew, or says that it is gone.
+    """
+    from zoosplat.stages.runs import Project
+    from zoosplat_flows import collect
+
+    with storage_errors(project):
+        collect.show(Project.at(project), keep_last, dry_run)
+
+
+@app.command(rich_help_panel="Keep")
+def upgrade(project: ProjectUrl) -> None:
+    """Adopt the results of a project of an earlier version; nothing is moved or changed.
+
+    What was made from the files and settings of today counts as done. Anything else can still be looked at, and the
+    next run makes a new result beside it.
+    """
+    from zoosplat.stages import legacy
+    from zoosplat.stages.runs import Project
+
+    with storage_errors(project):
+        adopted, kept = legacy.upgrade(Project.at(project))
+    for stage, result in adopted.results.items():
+        if result.is_done():
+            note = f"can be looked at, and is made again by the next run: it {kept[stage]}" if stage in kept else "done"
+            typer.echo(f"{stage}: {note}")
+    typer.echo(f"run: {adopted.id}")
+
+
 @app.command(rich_help_panel="Run")
 def embed(
-    projects: Annotated[list[str], typer.Argument(metavar="URL...", help="Projects whose stage features is done.")],
+    projects: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="URL[@RUN]...", help="Projects whose stage features is done; their latest runs, or RUN."
+        ),
+    ],
     output: Annotated[str, typer.Option(metavar="URL", help="Folder or s3:// prefix for embedding.zarr and .csv.")],
 ) -> None:
     """Embed recordings together: one space, one map, states and neighbours across all of them.
@@ -201,10 +294,9 @@ def embed(
 
     zoosplat embed runs/mouse1 runs/mouse2 --output runs/mice
 
-    zoosplat embed s3://lab/mouse1 s3://lab/mouse2 --output s3://lab/mice
+    zoosplat embed s3://lab/mouse1 s3://lab/mouse2@20250317-0912 --output s3://lab/mice
     """
     from zoosplat import stores
-    from zoosplat.stages.runs import Project
 
     try:
         from zoosplat_embedding.stage import CSV, embed_together
@@ -212,9 +304,19 @@ def embed(
         raise UserError(f"{error.name} is missing; pip install 'zoosplat[embedding]'") from None
     with storage_errors(output):
         where = stores.normalize(output)
-        for warning in embed_together([Project.at(url).run() for url in projects], where):
+        for warning in embed_together([_run_of(text) for text in projects], where):
             typer.echo(f"note: {warning}", err=True)
     typer.echo(stores.join(where, CSV))
+
+
+def _run_of(text: str) -> Any:
+    """The run that `URL` or `URL@RUN` names. A project whose own name ends so is taken for what it is."""
+    from zoosplat.stages.runs import Project
+
+    found = re.fullmatch(r"(.+)@(\d[\d-]*[0-9a-f]*)", text)
+    if found is None or Project.at(text).exists():
+        return Project.at(text).run()
+    return Project.at(found[1]).run(found[2])
 
 
 @app.command(rich_help_panel="Look")

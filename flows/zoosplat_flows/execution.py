@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
+from zoosplat import stores
 from zoosplat.errors import Passing, UserError
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, STAGES
@@ -201,13 +202,13 @@ def make_report(run: Run, recorder: Recorder, tell: Listener) -> str:
     """The report page of what is done, unless it is there already. Returns its URL."""
     key, url = report_key(run), run.path("report", "index.html")
     tell(Event("report", "started"))
-    if recorder.get("report") == key:
+    if recorder.get("report") == key and stores.exists(url):
         tell(Event("report", "skipped"))
         return url
     from zoosplat_flows.report import build_report
 
     try:
-        build_report(run)
+        build_report(run, "done")
     except Exception as error:
         tell(Event("report", "failed", message=str(error)))
         raise

@@ -7,7 +7,6 @@ from typing import Any, cast, get_args
 import typer
 from rich.console import Console
 from rich.table import Table
-from zoosplat.stages.registry import STAGES
 
 from zoosplat import stores
 from zoosplat.calibration import Format, Unit, read_cameras
@@ -17,6 +16,7 @@ from zoosplat.errors import Problems, UserError
 from zoosplat.outside_files import check_outside_files
 from zoosplat.prechecks import check_kept_frames
 from zoosplat.recording.checks import check_recording, kept_frames
+from zoosplat.stages.registry import STAGES
 
 
 def read(files: list[str], format: str = "auto", unit: str = "auto") -> Cameras:

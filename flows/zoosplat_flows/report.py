@@ -17,13 +17,25 @@ import cv2
 import jinja2
 import numpy as np
 import numpy.typing as npt
+import zarr
 
 from zoosplat import media, schema, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
+from zoosplat.stages import runs
 from zoosplat.stages.runs import Run
 from zoosplat_flows import plots
-from zoosplat_flows.status import StageState, duration, memory, peak_memory, seconds, states
+from zoosplat_flows.status import (
+    StageState,
+    duration,
+    failures,
+    in_words,
+    memory,
+    peak_memory,
+    run_state,
+    seconds,
+    states,
+)
 
 OUTLINE = (255, 60, 90)
 GALLERY_PICTURES = 24
@@ -34,47 +46,81 @@ TYPES = {".png": "image/png", ".mp4": "video/mp4"}
 Part = dict[str, Any]
 
 
-def build_report(run: Run) -> str:
-    """Write report/index.html, with a line in place of every part whose stage is not done.
+def build_report(run: Run, state: str = "") -> str:
+    """Write the page of a run, with a line in place of every part whose stage is not done or cannot be read.
+
+    Args:
+        run: whose results are shown.
+        state: of the run, for the page's head; default: as its record says.
 
     Returns:
-        Its URL.
+        Its URL, see `report_url`.
 
     Raises:
         UserError: it cannot be written.
     """
-    experiment = run.experiment
+    experiment, record = run.experiment, run.record()
     stages = {s.stage: s for s in states(run)}
     parts: dict[str, Part | None] = {}
     missing: dict[str, str] = {}
     for name, stage, make in PARTS:
         parts[name] = None
+        if stages[stage].state == "damaged":
+            missing[name] = f"What stage {stage} has made cannot be read: {stages[stage].reason}"
+            continue
         if stages[stage].mark is None:
             missing[name] = f"Stage {stage} has not finished."
             continue
         try:
+            _check_files(run, stage)
             parts[name] = make(run, experiment, stages)
-        except (UserError, OSError, KeyError, ValueError) as error:
-            # A damaged or half-removed group must not cost the page that helps to find it.
-            missing[name] = f"Stage {stage} is marked as done, but its output cannot be read: {error}"
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = (importlib.resources.files("zoosplat_flows") / "report.html.j2").read_text()
-    page = environment.from_string(template).render(
+        except Exception as error:
+            # Whatever a damaged or half-removed result leads to, it must not cost the page that helps to find it.
+            what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            missing[name] = f"Stage {stage} is marked as done, but its output cannot be read: {what}"
+    if record:
+        state = in_words(state or run_state(run.project, record), record)
+    page = render_page(
+        "report.html.j2",
         experiment=experiment,
         run=run,
+        state=state,
         parts=parts,
         missing=missing,
-        stages=[_stage_row(s) for s in stages.values()],
+        stages=[_stage_row(s, run) for s in stages.values()],
         tiles=_tiles(stages),
         longest_s=max((seconds(s.mark) for s in stages.values() if s.mark), default=0.0) or 1.0,
+        failures=sorted(failures(run).items()),
         warnings=[(s.stage, w) for s in stages.values() if s.mark for w in s.mark["warnings"]],
         provenance=_provenance(stages),
         config=experiment.describe(),
         built=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     )
-    url = run.path("report", "index.html")
+    url = report_url(run)
     stores.write_bytes(url, page.encode())
     return url
+
+
+def report_url(run: Run) -> str:
+    """Where the page of a run lies: in the run's folder; in a project of the layout before runs, where it did then."""
+    home = run.project.path("report") if runs.is_legacy(run.project) else run.path("report")
+    return stores.join(home, "index.html")
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page of this package's templates, self-contained."""
+    folder = importlib.resources.files("zoosplat_flows")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    style = (folder / "page.css").read_text()
+    return environment.from_string((folder / template).read_text()).render(style=style, **values)
+
+
+def _check_files(run: Run, stage: str) -> None:
+    """Raise UserError, naming the file, where one of a complete result is missing or truncated."""
+    result = run.result(stage)
+    files = result.manifest()
+    if files is not None:
+        stores.check_manifest(result.data_folder, files)
 
 
 # -- parts --------------------------------------------------------------------------------------------------------
@@ -88,7 +134,7 @@ def _recording(run: Run, experiment: Experiment, stages: dict[str, StageState]) 
     area = np.where(seen, (box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]), 0)
     # The frame in which the animal is seen best: the largest of the smallest boxes.
     t = int(area.min(axis=1).argmax())
-    packed = run.open_input("pack") if stages["pack"].mark else None
+    packed, why_not = _packed(run, stages)
     cameras = []
     for c in range(n_cameras):
         if packed is None:
@@ -103,7 +149,7 @@ def _recording(run: Run, experiment: Experiment, stages: dict[str, StageState]) 
                 "name": attributes["camera_names"][c],
                 "video": experiment.data.videos[c],
                 "held_out": c in experiment.holdout_views,
-                "picture": _jpeg(_outlined(picture, silhouette)),
+                "picture": as_jpeg(_outlined(picture, silhouette)),
                 "seen": f"{100 * seen[:, c].mean():.1f} %",
                 "size": f"{np.median(sizes):.0f} px" if len(sizes) else "",
             }
@@ -117,9 +163,20 @@ def _recording(run: Run, experiment: Experiment, stages: dict[str, StageState]) 
         "frames": f"{n_frames} kept of {attributes['n_video_frames']}" + (f", 1 in {step}" if step > 1 else ""),
         "rate": f"{fps:g} frames per second: {n_frames * step / fps:.1f} s of behaviour",
         "working size": f"{width} x {height} px" + (f", videos averaged {d} x {d}" if d > 1 else ""),
-        "window": f"{window} px ({experiment.pack.window})" if window else "not packed yet",
+        "window": f"{window} px ({experiment.pack.window})" if window else why_not,
     }
     return {"cameras": cameras, "facts": facts, "t": t}
+
+
+def _packed(run: Run, stages: dict[str, StageState]) -> tuple[zarr.Group | None, str]:
+    """The images; where they are not packed yet, or damaged, None and why: then silhouettes are shown."""
+    if stages["pack"].mark is None:
+        return None, stages["pack"].reason or "not packed yet"
+    try:
+        _check_files(run, "pack")
+        return run.open_input("pack"), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def _tracking(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
@@ -171,7 +228,7 @@ def _training(run: Run, experiment: Experiment, stages: dict[str, StageState]) -
     if stores.exists(stores.join(url, "history.csv")):
         part["plot"] = _history_plot(_read_csv(stores.join(url, "history.csv")))
     if stores.exists(stores.join(url, "preview.png")):
-        part["preview"] = _as_jpeg(stores.join(url, "preview.png"))
+        part["preview"] = _picture_of(stores.join(url, "preview.png"))
     return part
 
 
@@ -186,7 +243,7 @@ def _history_plot(rows: list[dict[str, str]]) -> str:
         values = np.array([float(row[name] or "nan") for row in rows])
         # A loss whose weight is 0 is 0 throughout.
         if split in ("train", "valid") and np.isfinite(values).any() and np.nanmax(np.abs(values)) > 0:
-            panels.setdefault(_label(quantity), {})[split] = values
+            panels.setdefault(label(quantity), {})[split] = values
     panels = {key: panels[key] for key in sorted(panels, key=lambda k: {"loss": 0, "IoU": 1, "PSNR (dB)": 2}.get(k, 3))}
     if not panels:
         return ""
@@ -222,7 +279,7 @@ def _over_time(rows: list[dict[str, str]]) -> str:
                     values[int(row["frame"])].append(float(row[metric]))
             means = np.array([np.mean(values[frame]) if values[frame] else np.nan for frame in frames])
             if np.isfinite(means).any():
-                panels.setdefault(_label(metric), {})[name] = means
+                panels.setdefault(label(metric), {})[name] = means
     return plots.history(np.array(frames, float), "frame of the video", panels) if panels else ""
 
 
@@ -242,7 +299,7 @@ def _metrics(rows: list[dict[str, str]]) -> Part:
         }
         for row in sorted(rows, key=order)
     ]
-    return {"columns": [_label(c) for c in columns], "rows": body}
+    return {"columns": [label(c) for c in columns], "rows": body}
 
 
 def _gallery(url: str, files: list[str]) -> list[Part]:
@@ -251,13 +308,13 @@ def _gallery(url: str, files: list[str]) -> list[Part]:
         return []
     pictures = json.loads(stores.read_bytes(stores.join(url, "gallery.json")))["pictures"]
     chosen = sorted(pictures, key=lambda p: (not p["held_out"], p["t"], p["camera"]))[:GALLERY_PICTURES]
-    return [{**p, "data": _as_jpeg(stores.join(url, p["file"]))} for p in chosen]
+    return [{**p, "data": _picture_of(stores.join(url, p["file"]))} for p in chosen]
 
 
 def _renders(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
     url = run.input_url("render")
     names = list(stores.list_files(url))
-    stills = [{"name": _title(n), "data": _as_jpeg(stores.join(url, n))} for n in names if n.endswith(".png")]
+    stills = [{"name": _title(n), "data": _picture_of(stores.join(url, n))} for n in names if n.endswith(".png")]
     films, left = [], FILM_BYTES
     for name in sorted((n for n in names if n.endswith(".mp4")), key=lambda n: (n != "orbit.mp4", n)):
         left -= stores.size(stores.join(url, name))
@@ -333,7 +390,7 @@ class _Album:
 
     def strip(self, frames: list[int]) -> str:
         """Photographs of frames beside each other, as the source of an image."""
-        return _jpeg(media.side_by_side([self._cut_out(t) for t in frames]))
+        return as_jpeg(media.side_by_side([self._cut_out(t) for t in frames]))
 
     def _cut_out(self, t: int) -> media.Picture:
         mask = np.asarray(schema.array(self.images, "mask")[t, self.camera])
@@ -374,12 +431,12 @@ def _tiles(stages: dict[str, StageState]) -> list[tuple[str, str]]:
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------
-def _stage_row(s: StageState) -> Part:
+def _stage_row(s: StageState, run: Run) -> Part:
     mark = s.mark
     return {
         "stage": s.stage,
         "state": s.state,
-        "reason": s.reason or (f"reused from {mark['location']}" if mark and mark.get("location") else ""),
+        "reason": s.reason or (f"reused from {run.results[s.stage].folder}" if s.state == "reused" else ""),
         "shards": f"{s.shards_done}/{s.shards}" if s.shards else "",
         "seconds": seconds(mark) if mark else 0.0,
         "time": duration(seconds(mark)) if mark else "",
@@ -418,17 +475,17 @@ def _outlined(picture: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> np
     return large
 
 
-def _jpeg(picture: npt.NDArray[np.uint8]) -> str:
+def as_jpeg(picture: npt.NDArray[np.uint8]) -> str:
     _, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 88])
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
 
 
-def _as_jpeg(url: str) -> str:
+def _picture_of(url: str) -> str:
     """A PNG of a result, small enough to be one of dozens on a page."""
     picture = cv2.imdecode(np.frombuffer(stores.read_bytes(url), np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
         raise ValueError(f"{url} is not a picture")
-    return _jpeg(np.asarray(picture, dtype=np.uint8))
+    return as_jpeg(np.asarray(picture, dtype=np.uint8))
 
 
 def _data_uri(url: str) -> str:
@@ -440,7 +497,7 @@ def _read_csv(url: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(stores.read_bytes(url).decode())))
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
     """A column's name as people write it."""
     known = {"psnr": "PSNR (dB)", "ssim": "SSIM", "l1": "L1", "mae": "MAE"}
     known |= {f"{key}_corrected": f"{known[key]}, colours corrected" for key in ("l1", "psnr")}

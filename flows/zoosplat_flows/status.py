@@ -1,4 +1,4 @@
-"""The state of each stage of a run, read from its results."""
+"""The state of a run and of each of its stages, read from its record and its results."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from zoosplat import locks
+from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, StageSpec
-from zoosplat.stages.results import Mark
-from zoosplat.stages.runs import Run
+from zoosplat.stages.results import Mark, Result
+from zoosplat.stages.runs import RUNS, Project, Run
 
-COLOURS = {"done": "green", "reused": "green", "partial": "yellow", "missing": "dim"}
+COLOURS = {"done": "green", "reused": "green", "partial": "yellow", "damaged": "red", "missing": "dim"}
+RUN_COLOURS = {"done": "green", "adopted": "green", "running": "cyan", "failed": "red"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class StageState:
 
     Attributes:
         stage: its name.
-        state: done, reused (its result lies in another project), partial (begun) or missing.
+        state: done, reused (its result lies in another project), partial (begun), damaged (its mark cannot be read) or
+            missing.
         shards_done, shards: of its work; 0 before it is prepared.
         mark: its success mark, if it has one.
         reason: what else is to be said of it, such as why it cannot be made.
@@ -50,7 +54,10 @@ def _state(run: Run, spec: StageSpec) -> StageState:
     result = run.results.get(spec.name)
     if result is None:
         return StageState(spec.name, "missing", reason="what it is made from could not be read when the run was begun")
-    mark = result.mark()
+    try:
+        mark = result.mark()
+    except UserError as error:
+        return StageState(spec.name, "damaged", reason=str(error))
     done, count = result.shards_done()
     if mark is not None:
         return StageState(spec.name, "reused" if result.reused else "done", count, count, mark)
@@ -80,18 +87,72 @@ def peak_memory(mark: Mark) -> str:
     return memory(mark["peak_memory_bytes"]) + (f", GPU {memory(gpu)}" if gpu else "")
 
 
+def is_alive(project: Project, run_id: str) -> bool:
+    """Whether a process, of any machine, works on a run now."""
+    return locks.is_held(project.path(RUNS, run_id, "lease"))
+
+
+def run_state(project: Project, record: Mark) -> str:
+    """How a run stands, by what its run.json holds.
+
+    Returns:
+        running; interrupted where the run was to go on and no process works on it; done, failed or stopped as it ended;
+        begun where its stages are run one by one and are not all done; adopted from a project of the earlier layout.
+    """
+    state = str(record["state"])
+    if state not in ("begun", "running"):
+        return state
+    if is_alive(project, record["id"]):
+        return "running"
+    if state == "running":
+        return "interrupted"
+    entries = {stage: record["results"].get(stage) for stage in record["selected"]}
+    finished = all(
+        entry is not None and Result.at(entry.get("project") or project.url, stage, entry["id"]).is_done()
+        for stage, entry in entries.items()
+    )
+    return "done" if finished else "begun"
+
+
+def in_words(state: str, record: Mark) -> str:
+    """A run's state, with the stages that it was to make unless those are all."""
+    selected = record["selected"]
+    if len(selected) in (0, len(PIPELINE)):
+        return state
+    return f"{state} ({selected[0]})" if len(selected) == 1 else f"{state} ({selected[0]} to {selected[-1]})"
+
+
+def failures(run: Run) -> dict[str, str]:
+    """What the stages said that failed in a run and have no result since; `report` may be among them."""
+    ended = run.record().get("stages", {})
+    failed = {stage: str(entry.get("message", "")) for stage, entry in ended.items() if entry.get("state") == "failed"}
+    return {stage: text for stage, text in failed.items() if stage not in run.results or not _has_mark(run, stage)}
+
+
+def _has_mark(run: Run, stage: str) -> bool:
+    try:
+        return run.read_mark(stage) is not None
+    except UserError:
+        return False
+
+
 def show(run: Run) -> None:
-    """Print the table of `zoosplat status`."""
-    table = Table(title=f"{run.project.url}, run {run.id}", title_justify="left")
-    for column in ("stage", "state", "shards", "time", "peak memory", "finished", "notes"):
+    """Print the table of `zoosplat status`, and below it what is to be said of the stages."""
+    record, console = run.record(), Console()
+    title = f"{run.project.url}, run {run.id}"
+    if record:
+        state = run_state(run.project, record)
+        title += f": [{RUN_COLOURS.get(state, 'yellow')}]{in_words(state, record)}[/]"
+    console.print(title, soft_wrap=True, highlight=False)
+    table = Table()
+    for column in ("stage", "state", "shards", "time", "peak memory", "finished"):
         table.add_column(column, justify="right" if column in ("shards", "time", "peak memory") else "left")
-    failed = {stage: entry for stage, entry in run.record().get("stages", {}).items() if entry.get("state") == "failed"}
+    notes: list[tuple[str, str]] = []
     for s in states(run):
         mark = s.mark
-        notes = [s.reason] if s.reason else []
-        notes += [f"reused from {run.results[s.stage].folder}"] if s.state == "reused" else []
-        notes += mark["warnings"] if mark else []
-        notes += [f"failed: {failed[s.stage]['message']}"] if s.stage in failed and not mark else []
+        notes += [(s.stage, s.reason)] if s.reason else []
+        notes += [(s.stage, f"reused from {run.results[s.stage].folder}")] if s.state == "reused" else []
+        notes += [(s.stage, warning) for warning in mark["warnings"]] if mark else []
         table.add_row(
             s.stage,
             f"[{COLOURS[s.state]}]{s.state}",
@@ -99,6 +160,9 @@ def show(run: Run) -> None:
             duration(seconds(mark)) if mark else "",
             peak_memory(mark) if mark else "",
             f"{datetime.fromtimestamp(mark['finished']):%Y-%m-%d %H:%M}" if mark else "",
-            escape("; ".join(notes)),
         )
-    Console().print(table)
+    console.print(table)
+    # Not in a column of the table, which a narrow terminal would leave ten letters.
+    notes += [(stage, f"failed: {text}") for stage, text in failures(run).items()]
+    for stage, text in notes:
+        console.print(f"[bold]{stage}[/]: {escape(text)}", soft_wrap=True, highlight=False)

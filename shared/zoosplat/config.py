@@ -140,7 +140,8 @@ class Data(_Section):
     directory: Annotated[Text, Effect(("ingest", "pack"), applies=_if_scene, names_files=_any)] = Field(
         description="folder or s3:// URL of the recording; relative to this file's folder"
     )
-    videos: Annotated[tuple[Inside, ...], Effect(("pack",), applies=_if_videos, names_files=_any)] = Field(
+    # Stage ingest takes the recording's length and rate from them.
+    videos: Annotated[tuple[Inside, ...], Effect(("ingest", "pack"), applies=_if_videos, names_files=_any)] = Field(
         min_length=2, description="RGB videos, one a camera, relative to directory"
     )
     masks: Annotated[tuple[Inside, ...], Effect(("ingest",), applies=_if_videos, names_files=_any)] = Field(
@@ -547,6 +548,11 @@ class Experiment(_Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def flat_gaussians(self) -> bool:
+        """Whether Gaussians are discs, whose third scale means nothing. Only a network's can be, not dynamic ones."""
+        return self.train.method == "pose_splatter" and self.model.gaussian_mode == "2d"
 
     def observed_views(self, n_cameras: int) -> tuple[int, ...]:
         """Indices of the cameras that tracking, carving and training see: all but `holdout_views`."""

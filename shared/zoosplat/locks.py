@@ -101,8 +101,11 @@ class _FileLock(Held):
         self._file = -1
 
     def take(self) -> bool:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.makedirs(os.path.realpath(self._path.parent), exist_ok=True)
+        try:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            return False  # who held it removed its folder in between
         if self._is_locked() and not self.lost:
             return True
         os.close(self._file)  # held, or removed by the one that held it

@@ -10,14 +10,14 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from zoosplat import ply, stores
-from zoosplat.config import ANIMALS, RANDOM, Experiment
+from zoosplat.config import ANIMALS, RANDOM, Experiment, is_weights_file
 from zoosplat.errors import Problems, UserError
+from zoosplat.stages.runs import trained_result
 
-WEIGHTS = (".safetensors", ".pth")
 CHECKPOINT = re.compile(r"chkpnt_(coarse|fine)_\d+\.pth")
 MAX_HEADER = 100 << 20  # of a .safetensors file, as its own readers have it
 PLY_HEADER = 1 << 16
@@ -26,16 +26,12 @@ BOTTLENECK = 512  # of the published network, where model.bottleneck is 0
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_outside_files(
-    experiment: Experiment, stages: Iterable[str], holds_model: Callable[[str], bool] | None = None
-) -> None:
+def check_outside_files(experiment: Experiment, stages: Iterable[str]) -> None:
     """Check the files that these stages read besides the recording.
 
     Args:
         experiment: the configuration.
         stages: names of the stages that are to run.
-        holds_model: whether the project at a URL has a trained model to begin with; None: by the pointer to its
-            best checkpoint.
 
     Raises:
         UserError: a line for each file, with its key, its value and what to do.
@@ -44,7 +40,7 @@ def check_outside_files(
     train, dynamic, features = experiment.train, experiment.dynamic, experiment.features
     if "train" in chosen and train.method == "pose_splatter" and train.start_from not in (RANDOM, ANIMALS):
         with problems.noted():
-            _check_start(experiment, holds_model or _holds_model)
+            _check_start(experiment)
     if "train" in chosen and train.method == "dynamic":
         if dynamic.initial_ply is not None:
             with problems.noted():
@@ -52,7 +48,7 @@ def check_outside_files(
         if dynamic.start_checkpoint is not None:
             with problems.noted():
                 _check_checkpoint("dynamic.start_checkpoint", dynamic.start_checkpoint)
-    if "features" in chosen and features.encoder == "images" and features.weights.endswith(WEIGHTS):
+    if "features" in chosen and features.encoder == "images" and is_weights_file(features.weights):
         with problems.noted():
             _check_weights("features.weights", features.weights)
     problems.report()
@@ -79,13 +75,12 @@ def _read(value: str, start: int, count: int) -> bytes:
 
 
 # -- weights to begin with ----------------------------------------------------------------------------------------
-def _check_start(experiment: Experiment, holds_model: Callable[[str], bool]) -> None:
+def _check_start(experiment: Experiment) -> None:
     value = experiment.train.start_from
     if not value.endswith(".safetensors"):
-        url = stores.normalize(value)
-        if not holds_model(url):
+        if trained_result(stores.normalize(value)) is None:
             raise UserError(
-                f"train.start_from = {value}: no project with a trained model; name one, a .safetensors file, "
+                f"train.start_from = {value}: no project with a finished training; name one, a .safetensors file, "
                 f"{ANIMALS} or {RANDOM}"
             )
         return
@@ -107,10 +102,6 @@ def _check_start(experiment: Experiment, holds_model: Callable[[str], bool]) -> 
             )
     if problems:
         raise UserError("\n".join(problems))
-
-
-def _holds_model(project: str) -> bool:
-    return stores.exists(stores.join(project, "model", "best.json"))
 
 
 def _read_shapes(key: str, value: str) -> Shapes:

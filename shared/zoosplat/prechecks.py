@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from zoosplat import stores
 from zoosplat.config import Experiment
@@ -19,7 +19,6 @@ def check_before_run(
     experiment: Experiment,
     stages: Collection[str],
     masks_url: str | None,
-    holds_model: Callable[[str], bool] | None = None,
 ) -> tuple[str, ...]:
     """Check all that can be checked before these stages run. Videos are probed where ingest or pack is among them.
 
@@ -27,7 +26,6 @@ def check_before_run(
         experiment: the configuration.
         stages: names of the stages that are to run: neither finished nor left out.
         masks_url: the finished masks.zarr that they read; None: stage ingest is to make it.
-        holds_model: see `check_outside_files`.
 
     Returns:
         A line for each thing that is odd and does not stop a run.
@@ -49,7 +47,7 @@ def check_before_run(
         with problems.noted():
             check_kept_frames(experiment, stages, kept)
     with problems.noted():
-        check_outside_files(experiment, stages, holds_model)
+        check_outside_files(experiment, stages)
     problems.report()
     return warnings
 

@@ -26,8 +26,11 @@ from typing import IO, Any, ParamSpec, TypeVar, cast
 import zarr
 from zarr.abc.store import Store
 
-from zoosplat.errors import Unreachable, UserError
-from zoosplat.group_store import GroupStore, lost
+from zoosplat import writing
+from zoosplat.errors import UserError
+from zoosplat.group_store import GroupStore, lost, sync_path, sync_written
+from zoosplat.storage_errors import as_user_error as as_user_error
+from zoosplat.storage_errors import is_unreachable
 
 # Together less than half a minute, after which a server that has never answered is reported.
 CONNECT_TIMEOUT_S = 5
@@ -97,7 +100,7 @@ def _s3() -> Any:
                 try:
                     answer = await super()._call_s3(method, *args, **kwargs)
                 except Exception as error:
-                    if not _is_unreachable(error):
+                    if not is_unreachable(error):
                         self.answered = True
                         raise
                     if not self.answered or waited >= OUTAGE_S:
@@ -136,7 +139,7 @@ def _naming_the_url(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except Exception as error:
             known = as_user_error(error, str(args[0]))
-            if known is None:
+            if known is None or known is error:
                 raise
             raise known from error
 
@@ -153,33 +156,71 @@ def read_bytes(url: str) -> bytes:
 
 @_naming_the_url
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a file whole or not at all: one put on S3, a rename on a file system."""
+    """Write a file whole or not at all: one put on S3, a rename on a file system.
+
+    On a file system it is there after a power cut only if what this process had written to groups before is there too.
+    """
+    writing.check()
     if is_s3(url):
         _s3().pipe_file(url, data)
         return
     path = Path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _make_folder(path.parent)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{url}: {error.filename} is a file; choose another folder") from None
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        sync_written()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    sync_path(path.parent)
+
+
+def _make_folder(path: Path) -> None:
+    path = Path(os.path.realpath(path))  # a link to a folder that is not there yet is no reason to fail
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(new):
+        sync_path(folder.parent)
 
 
 def read_json(url: str) -> dict[str, Any] | None:
-    """A JSON object, or None where the file does not exist."""
+    """A JSON object, or None where the file does not exist. Raises UserError where it holds anything else."""
     try:
-        return cast(dict[str, Any], json.loads(read_bytes(url)))
+        value = json.loads(read_bytes(url))
     except FileNotFoundError:
         return None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{url}: is damaged: holds no JSON object; remove it, or put it back from a copy")
+    return cast(dict[str, Any], value)
 
 
 def write_json(url: str, value: dict[str, Any]) -> None:
     write_bytes(url, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def create_json(url: str, value: dict[str, Any]) -> bool:
+    """Write a JSON object unless the file exists; whether this has written it.
+
+    On S3 no two processes write it both. On a file system they might: there, who writes holds a lock.
+    """
+    if not is_s3(url):
+        if exists(url):
+            return False
+        write_json(url, value)
+        return True
+    writing.check()
+    data = json.dumps(value, indent=1, sort_keys=True).encode()
+    # What is there already may be of this very call, whose answer was lost.
+    return put_if(url, data, None) is not None or read_bytes(url) == data
 
 
 @_naming_the_url
@@ -278,9 +319,9 @@ def legacy_fingerprint(url: str) -> str:
 
 def _call_s3(method: str, **arguments: Any) -> Any:
     """A request of the S3 API that s3fs has no function for, with its retries."""
-    from fsspec.asyn import sync
+    from fsspec import asyn
 
-    return sync(_s3().loop, _s3()._call_s3, method, **arguments)
+    return asyn.sync(_s3().loop, _s3()._call_s3, method, **arguments)
 
 
 def _pages(url: str, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -381,13 +422,14 @@ def first_file(url: str) -> str | None:
     Where there are many it takes no longer. A symbolic link to a folder counts as a file.
     """
     if is_s3(url):
+        bucket, _, key = url[5:].rstrip("/").partition("/")
         keys = [str(entry["Key"]) for entry in next(_pages(url)).get("Contents", [])]
         # Consoles make folders by objects whose names end so.
-        keys = [key for key in keys if not key.endswith("/")]
+        keys = [name for name in keys if not name.endswith("/")]
         if keys:
-            return keys[0][len(prefix) :]
-        key = prefix.rstrip("/")
-        same = _list_objects(bucket, key, MaxKeys=1).get("Contents", [])  # the shortest name is the first
+            return keys[0].removeprefix(f"{key}/")
+        # The shortest name is the first.
+        same = _call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
         return "" if same and same[0]["Key"] == key else None
     if not os.path.isdir(url):
         return "" if os.path.lexists(url) else None
@@ -402,6 +444,7 @@ def first_file(url: str) -> str | None:
 @_naming_the_url
 def delete(url: str) -> None:
     """Remove a file or everything below a URL; nothing there is fine."""
+    writing.check()
     if is_s3(url):
         _delete_objects(url)
         return
@@ -476,26 +519,30 @@ def delete_if(url: str, etag: str) -> None:
 
     MinIO does not look at the ETag.
     """
-    from fsspec.asyn import sync
+    from fsspec import asyn
 
     bucket, _, key = url[5:].partition("/")
 
     async def send() -> None:
+        await _s3().set_session()
         client = await _s3().get_s3(bucket)
         await client.delete_object(Bucket=bucket, Key=key, IfMatch=etag)
 
-    sync(_s3().loop, send)
+    asyn.sync(_s3().loop, send)
 
 
 # -- arrays -------------------------------------------------------------------------------------------------------
 def _zarr_store(url: str, *, read_only: bool) -> Store:
     if not is_s3(url):
         return zarr.storage.LocalStore(url, read_only=read_only)
+    from botocore.exceptions import NoCredentialsError
     from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import S3Store
 
     bucket, _, prefix = url[5:].partition("/")
     session, endpoint, region = _boto3_session()
+    if session.get_credentials() is None:
+        raise NoCredentialsError
     store = S3Store(
         bucket,
         prefix=prefix or None,
@@ -555,68 +602,7 @@ def open_group(url: str, *, write: bool = False, complete: bool = False) -> zarr
 def create_group(url: str, attributes: dict[str, Any]) -> zarr.Group:
     """A new, empty zarr v3 group in place of whatever is at the URL."""
     delete(url)
+    if not is_s3(url):
+        _make_folder(Path(url))
     store = GroupStore(_zarr_store(url, read_only=False), url, complete=False)
     return zarr.create_group(store, zarr_format=3, attributes=attributes)
-
-
-_REFUSED = (
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "AccessDenied",
-    "Forbidden",
-    "PermissionError",
-    "NoCredentialsError",
-    "Unable to locate credentials",
-    "InvalidToken",
-    "ExpiredToken",
-    "Unauthenticated",
-)
-_UNREACHABLE = (
-    "EndpointConnectionError",
-    "ConnectTimeout",
-    "error sending request",
-    "ConnectionClosedError",
-    "Connect call failed",
-    "ClientConnectorError",
-    "ConnectionRefusedError",
-    "ReadTimeout",
-    "HTTP error",
-    "ServerDisconnectedError",
-    "ServiceUnavailable",
-    "ServerNotInitialized",
-    "not initialized yet",
-)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_unreachable(error: BaseException) -> bool:
-    return any(word in f"{type(seen).__name__}: {seen}" for seen in _chain(error) for word in _UNREACHABLE)
-
-
-def as_user_error(error: BaseException, url: str) -> UserError | None:
-    """What a storage failure means to the user, in one line; None where it is not a storage failure."""
-    for seen in _chain(error):
-        text = f"{type(seen).__name__}: {seen}"
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return UserError(f"{url}: no space left; free some and run again, finished work is kept")
-        if isinstance(seen, OSError) and seen.errno == errno.EROFS:
-            return UserError(f"{getattr(seen, 'filename', None) or url}: read-only file system; choose another folder")
-        if isinstance(seen, OSError) and seen.errno in (errno.EACCES, errno.EPERM) and not is_s3(url):
-            return UserError(f"{getattr(seen, 'filename', None) or url}: permission denied; make it accessible")
-        if any(word in text for word in ("NoSuchBucket", "bucket does not exist")):
-            return UserError(f"{url}: the bucket does not exist; create it first")
-        if any(word in text for word in _REFUSED):
-            return UserError(f"{url}: access refused by the S3 server; check the credentials (AWS_ACCESS_KEY_ID, ...)")
-        if any(word in text for word in _UNREACHABLE):
-            where = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint")
-            return Unreachable(f"{url}: {where} cannot be reached; start the server or correct AWS_ENDPOINT_URL")
-    return None
-
-
-def sync(url: str) -> None:
-    """temporary"""

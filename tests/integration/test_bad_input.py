@@ -23,8 +23,9 @@ import zarr
 from zoosplat import schema, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.registry import STAGES
 from zoosplat.recording.checks import check_recording
+from zoosplat.stages.results import Result
+from zoosplat.stages.runs import Project
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Outcome, Recording, Stages
@@ -43,7 +44,7 @@ def line_of(outcome: Outcome, stage: str, status: int = 2) -> str:
 
 def refused(stages: Stages, stage: str, project: str, *args: str, status: int = 2, **options: Any) -> str:
     line = line_of(stages(stage, project, *args, **options), stage, status)
-    assert not Path(project, "_marks", f"{stage}.json").exists()
+    assert not list(Path(project).glob(f"results/{stage}/*/done.json"))
     return line
 
 
@@ -183,6 +184,8 @@ def test_recording(case: str, recording: Recording, stages: Stages, tmp_path: Pa
     if case in BY_DECODING:
         check_recording(experiment)
     else:
+        # What is found before a run begins leaves nothing behind.
+        assert [path.name for path in Path(project).iterdir()] == ["tested.yaml"]
         with pytest.raises(UserError) as early:
             check_recording(experiment)
         assert all(word in str(early.value) for word in words), early.value
@@ -229,11 +232,11 @@ def test_configuration(case: str, recording: Recording, stages: Stages, tmp_path
 
 
 def test_project(stages: Stages, recording: Recording, tmp_path: Path) -> None:
-    assert "no experiment.yaml" in refused(stages, "ingest", str(tmp_path / "nowhere"))
-    (tmp_path / "experiment.yaml").write_text("{]")
-    assert "experiment.yaml: not valid YAML" in refused(stages, "ingest", str(tmp_path))
-    (tmp_path / "experiment.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "experiment.yaml" in refused(stages, "ingest", str(tmp_path))
+    assert f"{tmp_path}/nowhere: holds no run" in refused(stages, "ingest", str(tmp_path / "nowhere"))
+    (tmp_path / "tested.yaml").write_text("{]")
+    assert "tested.yaml: not valid YAML" in refused(stages, "ingest", str(tmp_path))
+    (tmp_path / "tested.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "tested.yaml" in refused(stages, "ingest", str(tmp_path))
     for url in ("s3://", "s3://bucket/../x", "gs://bucket/x"):
         assert url in line_of(stages("ingest", url), "ingest")
 
@@ -245,13 +248,17 @@ def test_inputs_not_there_yet(stages: Stages, recording: Recording, tmp_path: Pa
 
 
 # -- what does not stop a run -------------------------------------------------------------------------------------
+def result_of(project: Path | str, stage: str) -> Result:
+    """A stage's result in the project's latest run."""
+    return Project.at(str(project)).run().result(stage)
+
+
 def mark_of(project: Path, stage: str) -> dict[str, Any]:
-    mark: dict[str, Any] = json.loads((project / "_marks" / f"{stage}.json").read_text())
-    return mark
+    return result_of(project, stage).require()
 
 
 def open_group(project: Path, stage: str) -> zarr.Group:
-    return stores.open_group(str(project / STAGES[stage].writes))
+    return Project.at(str(project)).run().open_input(stage)
 
 
 def test_truncating_to_the_shortest(recording: Recording, stages: Stages, finished: Path, tmp_path: Path) -> None:
@@ -321,12 +328,9 @@ def test_black_frames_are_marked_and_shift_nothing(
 # -- later stages -------------------------------------------------------------------------------------------------
 def copied(finished: Path, folder: Path, stage: str, recording: Recording, data: Path) -> str:
     """A copy of the finished project, on a recording elsewhere, in which one stage has not run."""
-    shutil.copytree(finished, folder)
-    recording.write_project(folder, data)
-    shutil.rmtree(folder / STAGES[stage].writes)
-    shutil.rmtree(folder / "_marks" / stage)
-    (folder / "_marks" / f"{stage}.json").unlink()
-    return str(folder)
+    shutil.copytree(finished, folder, symlinks=True)
+    shutil.rmtree(result_of(folder, stage).folder)
+    return recording.write_project(folder, data)
 
 
 PACKING: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
@@ -373,14 +377,15 @@ def test_settings_that_find_nothing(recording: Recording, stages: Stages, finish
 def test_damaged_input(recording: Recording, stages: Stages, finished: Path, tmp_path: Path) -> None:
     """A flipped byte in a block of masks.zarr, and a group that was removed although its mark is there."""
     project = copied(finished, tmp_path / "project", "crop", recording, recording.folder)
-    block = tmp_path / "project/masks.zarr/mask/c/1/0/0/0"
+    masks = Path(result_of(project, "ingest").data_url)
+    block = masks / "mask/c/1/0/0/0"
     data = bytearray(block.read_bytes())
     data[len(data) // 3] ^= 0xFF
     block.write_bytes(data)
     line = refused(stages, "crop", project)
     assert "masks.zarr" in line
     assert "damaged" in line
-    shutil.rmtree(tmp_path / "project/masks.zarr")
+    shutil.rmtree(masks)
     line = refused(stages, "crop", project)
     assert "masks.zarr" in line
     assert "ingest" in line
@@ -409,7 +414,13 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("stage", ["ingest", "pack"])
 def test_no_space_left(
-    stage: str, workers: str, recording: Recording, stages: Stages, finished: Path, tmp_path: Path, mounted: Any
+    stage: str,
+    workers: str,
+    recording: Recording,
+    stages: Stages,
+    finished: Path,
+    mounted: Any,
+    check_same: Callable[[str, Path, Path], None],
 ) -> None:
     """The disk fills up within a shard: that shard is not marked, and with more space the run goes on."""
     folder = mounted("size=8m")
@@ -421,14 +432,13 @@ def test_no_space_left(
     assert "no space left" in line
     assert project in line
     subprocess.run(["mount", "-o", "remount,size=16m", folder], check=True)
-    done = {p.name: p.read_bytes() for p in Path(project, "_marks", stage).glob("shard-*")}
+    shards = Path(result_of(project, stage).file("shards"))
+    done = {p.name: p.read_bytes() for p in shards.glob("*.json")}
     assert len(done) < 3
     assert stages(stage, project).status == 0
-    group = STAGES[stage].writes
-    for name in stores.list_files(str(finished / group)):
-        assert Path(project, group, name).read_bytes() == (finished / group / name).read_bytes()
+    check_same(stage, Path(project), finished)
     assert not list(Path(project).rglob("*.partial"))
-    assert all(Path(project, "_marks", stage, name).read_bytes() == data for name, data in done.items())
+    assert all((shards / name).read_bytes() == data for name, data in done.items())
 
 
 def test_read_only_target(recording: Recording, stages: Stages, mounted: Any) -> None:
@@ -506,7 +516,7 @@ def test_s3_does_not_answer(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_s3_refuses(s3: S3, recording: Recording, stages: Stages, tmp_path: Path) -> None:
     bucket = s3.bucket()
-    s3.client.put_object(Bucket=bucket, Key="p/experiment.yaml", Body=json.dumps(recording.config()).encode())
+    s3.client.put_object(Bucket=bucket, Key="p/tested.yaml", Body=json.dumps(recording.config()).encode())
     local = recording.write_project(tmp_path, f"s3://{bucket}/recording")
     wrong = {
         "secret": {**s3.env, "AWS_SECRET_ACCESS_KEY": "x" * 32},
@@ -521,15 +531,15 @@ def test_s3_refuses(s3: S3, recording: Recording, stages: Stages, tmp_path: Path
             line = line_of(stages("ingest", project, env=env), "ingest")
             assert named in line, line
             assert "check the credentials" in line, line
-    assert list(s3.objects(bucket)) == ["p/experiment.yaml"]
+    assert list(s3.objects(bucket)) == ["p/tested.yaml"]
 
 
 def test_s3_bucket_or_recording_missing(s3: S3, recording: Recording, stages: Stages, tmp_path: Path) -> None:
     bucket = s3.bucket()
     line = line_of(stages("ingest", "s3://no-such-bucket-here/project", env=s3.env), "ingest")
-    assert "s3://no-such-bucket-here/project/experiment.yaml: the bucket does not exist" in line
+    assert "s3://no-such-bucket-here/project/tested.yaml: the bucket does not exist" in line
     line = line_of(stages("ingest", f"s3://{bucket}/project", env=s3.env), "ingest")
-    assert f"s3://{bucket}/project: no experiment.yaml" in line
+    assert f"s3://{bucket}/project/tested.yaml: no such file" in line
     project = recording.write_project(tmp_path / "a", "s3://no-such-bucket-here/recording")
     line = refused(stages, "ingest", project, env=s3.env)
     assert "s3://no-such-bucket-here/recording" in line

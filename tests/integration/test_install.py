@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from zoosplat.project import Project
 from zoosplat.stage import run_stage
 

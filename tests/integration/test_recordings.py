@@ -12,23 +12,23 @@ import pytest
 from zoosplat import geometry, schema, visual_hull
 from zoosplat.cameras import WorldTransform
 from zoosplat.config import Experiment
-from zoosplat.project import Project
-from zoosplat.stage import run_stage
+from zoosplat.stages.begin import begun
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project, Run
 
 CPU_STAGES = ("ingest", "center_rotation", "crop", "pack")
 
 
-def preprocess(experiment: Experiment, folder: Path) -> Project:
-    project = Project.at(str(folder))
-    project.write_experiment(experiment)
-    for name in CPU_STAGES:
-        run_stage(importlib.import_module(f"zoosplat_{name}.stage").STAGE, project, workers=2)
-    return project
+def preprocess(experiment: Experiment, folder: Path) -> Run:
+    with begun(Project.at(str(folder)), experiment, list(CPU_STAGES), []) as run:
+        for name in CPU_STAGES:
+            run_stage(importlib.import_module(f"zoosplat_{name}.stage").STAGE, run, workers=2)
+    return run
 
 
-def group(project: Project, stage: str) -> Any:
+def group(run: Run, stage: str) -> Any:
     """A stage's group, its arrays and attributes untyped."""
-    return project.open_input(stage)
+    return run.open_input(stage)
 
 
 def experiment(**sections: Any) -> Experiment:
@@ -36,7 +36,7 @@ def experiment(**sections: Any) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def mouse6(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def mouse6(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     names = range(6)
     return preprocess(
         experiment(
@@ -57,7 +57,7 @@ def mouse6(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Proje
 
 
 @pytest.fixture(scope="module")
-def cylinder5(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def cylinder5(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     names = [f"cam{c}" for c in range(1, 6)]
     return preprocess(
         experiment(
@@ -78,7 +78,7 @@ def cylinder5(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pr
     )
 
 
-def test_mouse6_tracking_against_truth(mouse6: Project, shared_data: Path) -> None:
+def test_mouse6_tracking_against_truth(mouse6: Run, shared_data: Path) -> None:
     masks, tracking = group(mouse6, "ingest"), group(mouse6, "center_rotation")
     world = WorldTransform.from_json(masks.attrs["world"])
     with np.load(shared_data / "mouse6" / "truth.npz") as truth:
@@ -93,7 +93,7 @@ def test_mouse6_tracking_against_truth(mouse6: Project, shared_data: Path) -> No
     assert off_deg.max() < 90  # no flip
 
 
-def test_mouse6_crop_holds_the_whole_animal(mouse6: Project) -> None:
+def test_mouse6_crop_holds_the_whole_animal(mouse6: Run) -> None:
     """Every hull voxel of every frame, carved again here, lies in the crop."""
     masks, tracking, crop = (group(mouse6, s) for s in ("ingest", "center_rotation", "crop"))
     ranges = schema.read(crop, "volume_idx")
@@ -116,7 +116,7 @@ def test_mouse6_crop_holds_the_whole_animal(mouse6: Project) -> None:
     assert not (mouse6.read_mark("crop") or {})["warnings"]
 
 
-def test_mouse6_windows_hold_the_masks(mouse6: Project) -> None:
+def test_mouse6_windows_hold_the_masks(mouse6: Run) -> None:
     masks, images = group(mouse6, "ingest"), group(mouse6, "pack")
     for t in (0, 150, 299):
         whole, small, origin = masks["mask"][t], images["mask"][t], images["origin"][t]
@@ -127,7 +127,7 @@ def test_mouse6_windows_hold_the_masks(mouse6: Project) -> None:
             assert whole[c].sum() == small[c].sum()
 
 
-def test_cylinder5_center_reprojects_into_the_masks(cylinder5: Project) -> None:
+def test_cylinder5_center_reprojects_into_the_masks(cylinder5: Run) -> None:
     masks, tracking = group(cylinder5, "ingest"), group(cylinder5, "center_rotation")
     mask = schema.read(masks, "mask")
     pixels, depth = geometry.project(
@@ -143,7 +143,7 @@ def test_cylinder5_center_reprojects_into_the_masks(cylinder5: Project) -> None:
     assert np.mean(hit) >= 0.99
 
 
-def test_cylinder5_hull_meets_the_held_out_mask(cylinder5: Project) -> None:
+def test_cylinder5_hull_meets_the_held_out_mask(cylinder5: Run) -> None:
     masks, tracking = group(cylinder5, "ingest"), group(cylinder5, "center_rotation")
     intrinsics, world_to_camera = schema.read(masks, "intrinsics"), schema.read(masks, "world_to_camera")
     centers, angles = schema.read(tracking, "centers"), schema.read(tracking, "angles")

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat import stores
+from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.runs import Project
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
@@ -49,37 +51,42 @@ def project(recording: Recording, tmp_path_factory: pytest.TempPathFactory) -> P
     config.write_text(json.dumps(recording.config(**SMALL)))
     done = zoosplat("run", str(config), "--project", str(folder / "project"))
     assert done.returncode == 0, done.stderr
-    assert str(folder / "project" / "report" / "index.html") in done.stdout.replace("\n", "")
+    run = Project.at(str(folder / "project")).run()
+    assert run.path("report", "index.html") in done.stdout.replace("\n", "")
     return folder / "project"
 
 
 def test_every_stage_is_done_and_reported(project: Path) -> None:
-    for spec in PIPELINE:
-        assert (project / "_marks" / f"{spec.name}.json").exists()
-    page = (project / "report" / "index.html").read_text()
+    run = Project.at(str(project)).run()
+    assert all(run.result(spec.name).is_done() for spec in PIPELINE)
+    assert run.record()["state"] == "done"
+    assert not list(project.rglob("*lease"))
+    assert not list(project.rglob("*.partial"))
+    page = (project / "latest" / "report" / "index.html").read_text()
     assert "data:video/mp4" in page
     assert 'src="http' not in page
-    rows = list(csv.DictReader((project / "evaluation" / "metrics_test.csv").open()))
+    rows = list(csv.DictReader((project / "latest" / "evaluation" / "metrics_test.csv").open()))
     assert [row["camera"] for row in rows][-2:] == ["mean_observed", "mean_held_out"]
     assert 0.2 < float(rows[-1]["iou"]) <= 1
-    assert sorted(p.name for p in (project / "renders").glob("*.mp4")) == ["orbit.mp4", "sequence.mp4"]
+    assert sorted(p.name for p in (project / "latest" / "renders").glob("*.mp4")) == ["orbit.mp4", "sequence.mp4"]
 
 
-def test_again_computes_nothing(project: Path, recording: Recording, tmp_path: Path) -> None:
-    before = {p.name: p.read_bytes() for p in (project / "_marks").glob("*.json")}
+def test_again_computes_nothing(
+    project: Path, recording: Recording, files_of: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    before = files_of(project)
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(recording.config(**SMALL)))
     done = zoosplat("run", str(config), "--project", str(project))
     assert done.returncode == 0, done.stderr
-    assert {p.name: p.read_bytes() for p in (project / "_marks").glob("*.json")} == before
+    assert files_of(project) == before
+    assert len(Project.at(str(project)).run_ids()) == 1
 
 
 def undone(project: Path, folder: Path, stage: str) -> Path:
     """A copy of a finished project in which one of the learning stages has not run yet."""
-    shutil.copytree(project, folder)
-    shutil.rmtree(folder / STAGES[stage].writes)
-    shutil.rmtree(folder / "_marks" / stage)
-    (folder / "_marks" / f"{stage}.json").unlink()
+    shutil.copytree(project, folder, symlinks=True)
+    shutil.rmtree(Project.at(str(folder)).run().result(stage).folder)
     return folder
 
 
@@ -109,9 +116,10 @@ def test_killed_and_run_again(
 
 
 def test_the_same_on_s3(
-    s3: S3, project: Path, recording: Recording, tmp_path: Path, check_same: Callable[[str, Path, Path], None]
+    s3_here: S3, project: Path, recording: Recording, check_same_losses: Callable[[bytes, bytes], None]
 ) -> None:
     """Videos and configuration read from S3, everything written there, the report read back, nothing beside it."""
+    s3 = s3_here
     bucket = s3.bucket()
     s3.put_folder(recording.folder, bucket, "recording")
     config = json.dumps(recording.config(f"s3://{bucket}/recording", **SMALL)).encode()
@@ -121,12 +129,13 @@ def test_the_same_on_s3(
     assert done.returncode == 0, done.stderr
     after = s3.objects(bucket)
     assert {key for key in after if not key.startswith("results/tiny/")} == set(before)
-    assert s3.read(bucket, "results/tiny/report/index.html").startswith(b"<!doctype html>")
-    for name in ("evaluation/metrics_test.csv", "renders/still_camera.png"):
-        assert s3.read(bucket, f"results/tiny/{name}") == (project / name).read_bytes()
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "history.csv").write_bytes(s3.read(bucket, "results/tiny/model/history.csv"))
-    check_same("train", tmp_path, project)
+    ours, theirs = Project.at(f"s3://{bucket}/results/tiny").run(), Project.at(str(project)).run()
+    assert stores.read_bytes(ours.path("report", "index.html")).startswith(b"<!doctype html>")
+    for stage, name in (("evaluate", "metrics_test.csv"), ("render", "still_camera.png")):
+        mine, other = (stores.read_bytes(f"{run.output_url(stage)}/{name}") for run in (ours, theirs))
+        assert mine == other
+    history = [stores.read_bytes(f"{run.output_url('train')}/history.csv") for run in (ours, theirs)]
+    check_same_losses(*history)
     status = zoosplat("status", f"s3://{bucket}/results/tiny", env=s3.env)
     assert status.returncode == 0
     assert status.stdout.count("done") >= len(PIPELINE)

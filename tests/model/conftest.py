@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from zoosplat import schema, stores
 from zoosplat.config import Experiment
-from zoosplat.stages.registry import STAGES
-from zoosplat.project import Project, settings_of
+from zoosplat.stages.runs import Project
 from zoosplat.synthetic import ring_of_cameras
 
 SEMI_AXES_M = np.array([0.045, 0.028, 0.024])
@@ -19,16 +19,16 @@ SIDE, CAMERAS, FRAMES, HELD_OUT = 32, 5, 9, 4
 RED, BLUE = (200, 40, 30), (30, 60, 210)
 
 
-def experiment(**train: Any) -> Experiment:
+def experiment(recording: Path) -> Experiment:
     names = [f"{c}.mp4" for c in range(CAMERAS)]
     return Experiment.model_validate(
         {
-            "data": {"directory": "/none", "videos": names, "masks": names, "calibration": "none.h5"},
+            "data": {"directory": str(recording), "videos": names, "masks": names, "calibration": "none.h5"},
             "holdout_views": [HELD_OUT],
             "center_rotation": {"ell": 0.16, "grid_size": 24},
             "crop": {"ell": 0.16, "grid_size": 24, "volume_idx": [[4, 20]] * 3},
             "model": {"num_unets": 2, "base_filters": 4, "poolings": 2, "bottleneck": 16, "min_gaussians": 64},
-            "train": {"lr": 3e-3, "epochs": 4, "device": "cpu", **train},
+            "train": {"lr": 3e-3, "epochs": 4, "device": "cpu"},
         }
     )
 
@@ -48,11 +48,9 @@ def _picture(k: Any, r: Any, t: Any, center: Any, angle: float) -> tuple[Any, An
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Project:
+def tiny(tmp_path: Path, finish: Callable[..., Any], write_group: Callable[..., None]) -> Project:
     """A project whose stages before training are done; 9 frames, of which frame 1 is not valid."""
     project = Project.at(str(tmp_path / "tiny"))
-    chosen = experiment()
-    project.write_experiment(chosen)
     k, r, t = ring_of_cameras(CAMERAS, 0.4, 0.2, focal_px=110.0, width=SIDE, height=SIDE)
     pose = np.tile(np.eye(4), (CAMERAS, 1, 1))
     pose[:, :3, :3], pose[:, :3, 3] = r, t
@@ -66,35 +64,23 @@ def tiny(tmp_path: Path) -> Project:
     common |= {"fps": 50.0, "frame_jump": 1, "camera_names": [str(c) for c in range(CAMERAS)], "unit_m": 0.4}
     sizes = {"T": FRAMES, "C": CAMERAS, "h": SIDE, "w": SIDE, "n": 24, "S": 1}
     grid = {"ell_m": 0.16, "grid_size": 24}
-    arrays: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "ingest": (common, {"mask": [[mask for _, mask in row] for row in views], "intrinsics": k}),
+        "center_rotation": (grid, {"principal_shift": 0, "centers": centers, "angles": angles, "valid": valid}),
+        "crop": (grid, {"volume_idx": [[4, 20]] * 3}),
         "pack": (
-            "images.zarr",
             common,
             {
-                "rgb": np.array([[rgb for rgb, _ in row] for row in views]),
-                "mask": np.array([[mask for _, mask in row] for row in views]),
-                "origin": np.zeros((FRAMES, CAMERAS, 2), np.int32),
+                "rgb": [[rgb for rgb, _ in row] for row in views],
+                "mask": [[mask for _, mask in row] for row in views],
                 "intrinsics": k,
                 "world_to_camera": pose,
             },
         ),
-        "center_rotation": (
-            "tracking.zarr",
-            grid,
-            {
-                "principal_shift": np.zeros((FRAMES, CAMERAS, 2)),
-                "centers": centers,
-                "angles": angles,
-                "valid": valid,
-            },
-        ),
-        "crop": ("crop.zarr", grid, {"volume_idx": np.array([[4, 20]] * 3)}),
     }
-    for stage, (name, attributes, values) in arrays.items():
-        group = schema.create(project.output_url(stage), name, sizes, 16, attributes)
-        for key, value in values.items():
-            schema.array(group, key)[...] = value
-        spec = STAGES[stage]
-        mark = {"digest": stage, "version": spec.version, "settings": settings_of(spec, chosen), "inputs": {}}
-        stores.write_json(project.mark_url(stage), mark)
+    writers = {
+        stage: partial(write_group, sizes=sizes, attributes=attributes, values=values)
+        for stage, (attributes, values) in groups.items()
+    }
+    finish(project, experiment(tmp_path / "recording"), writers)
     return project

@@ -10,7 +10,6 @@ from torch import nn
 
 from zoosplat import stores
 from zoosplat.errors import UserError
-from zoosplat.project import Project
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
 
@@ -26,15 +25,15 @@ def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def save(project: Project, step: int, best_step: int | None = None, keep_last: int = 2) -> None:
+def save(model_url: str, step: int, best_step: int | None = None, keep_last: int = 2) -> None:
     model, optimizer = trained(step)
     progress = Progress(step=step, best_step=best_step, best=None if best_step is None else 1.0)
     average = {k: v.clone() for k, v in model.state_dict().items()}
-    checkpoints.save(project, model, optimizer, average, progress, keep_last=keep_last)
+    checkpoints.save(model_url, model, optimizer, average, progress, keep_last=keep_last)
 
 
-def files(project: Project) -> list[str]:
-    return [n.removesuffix(".safetensors") for n in stores.list_files(project.path("model", "checkpoints"))]
+def files(model_url: str) -> list[str]:
+    return [n.removesuffix(".safetensors") for n in stores.list_files(stores.join(model_url, "checkpoints"))]
 
 
 def test_moments_come_back_in_the_layout_of_the_weights() -> None:
@@ -55,12 +54,12 @@ def test_moments_come_back_in_the_layout_of_the_weights() -> None:
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
-    project = Project.at(str(tmp_path))
+    model_url = str(tmp_path)
     model, optimizer = trained(5)
     progress = Progress(3, 7, 5, 0.1 + 0.2, {"loss": 1 / 3}, [{"epoch": 1, "loss": 2 / 3}], 0.25, 5)
     average = {k: v.clone() for k, v in model.state_dict().items()}
-    checkpoints.save(project, model, optimizer, average, progress, keep_last=1)
-    found = checkpoints.load(project, "latest")
+    checkpoints.save(model_url, model, optimizer, average, progress, keep_last=1)
+    found = checkpoints.load(model_url, "latest")
     assert found is not None
     assert found.progress == progress
     other, other_optimizer = trained(0)
@@ -80,29 +79,29 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:
-    assert checkpoints.load(Project.at(str(tmp_path)), "latest") is None
-    assert checkpoints.load(Project.at(str(tmp_path)), "best") is None
+    assert checkpoints.load(str(tmp_path), "latest") is None
+    assert checkpoints.load(str(tmp_path), "best") is None
 
 
 def test_keeps_the_last_ones_and_the_best(tmp_path: Path) -> None:
-    project = Project.at(str(tmp_path))
-    save(project, 1, best_step=1)
+    model_url = str(tmp_path)
+    save(model_url, 1, best_step=1)
     for step in (2, 3, 4):
-        save(project, step, best_step=1)
-    assert files(project) == ["step-00000001", "step-00000003", "step-00000004"]
-    best, latest = checkpoints.load(project, "best"), checkpoints.load(project, "latest")
+        save(model_url, step, best_step=1)
+    assert files(model_url) == ["step-00000001", "step-00000003", "step-00000004"]
+    best, latest = checkpoints.load(model_url, "best"), checkpoints.load(model_url, "latest")
     assert best is not None
     assert latest is not None
     assert (best.step, latest.step) == (1, 4)
-    save(project, 5, best_step=5, keep_last=1)
-    assert files(project) == ["step-00000005"]
+    save(model_url, 5, best_step=5, keep_last=1)
+    assert files(model_url) == ["step-00000005"]
 
 
 @pytest.mark.parametrize("killed_at", ["write_bytes", "write_json", "delete"])
 def test_a_kill_during_a_save_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str) -> None:
-    project = Project.at(str(tmp_path))
-    save(project, 1, best_step=1)
-    save(project, 2, best_step=1)
+    model_url = str(tmp_path)
+    save(model_url, 1, best_step=1)
+    save(model_url, 2, best_step=1)
 
     def kill(*_: object) -> None:
         raise KeyboardInterrupt
@@ -110,23 +109,23 @@ def test_a_kill_during_a_save_loses_nothing(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(stores, killed_at, kill)
         with pytest.raises(KeyboardInterrupt):
-            save(project, 3, best_step=3, keep_last=1)
-    latest, best = checkpoints.load(project, "latest"), checkpoints.load(project, "best")
+            save(model_url, 3, best_step=3, keep_last=1)
+    latest, best = checkpoints.load(model_url, "latest"), checkpoints.load(model_url, "best")
     assert latest is not None
     assert best is not None
     assert (latest.step, best.step) == ((3, 3) if killed_at == "delete" else (2, 1))
     # Going on from there, `best` is what the resumed training says it is, whatever the kill left.
-    save(project, 4, best_step=latest.progress.best_step, keep_last=1)
-    best = checkpoints.load(project, "best")
+    save(model_url, 4, best_step=latest.progress.best_step, keep_last=1)
+    best = checkpoints.load(model_url, "best")
     assert best is not None
     assert best.step == latest.progress.best_step
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "garbage", "pointer"])
 def test_damage_is_one_clear_line(tmp_path: Path, damage: str) -> None:
-    project = Project.at(str(tmp_path))
-    save(project, 1, best_step=1)
-    path = tmp_path / "model" / "checkpoints" / "step-00000001.safetensors"
+    model_url = str(tmp_path)
+    save(model_url, 1, best_step=1)
+    path = tmp_path / "checkpoints" / "step-00000001.safetensors"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-20])
     elif damage == "missing":
@@ -134,15 +133,15 @@ def test_damage_is_one_clear_line(tmp_path: Path, damage: str) -> None:
     elif damage == "garbage":
         path.write_bytes(b"\x80\x04garbage")
     else:
-        (tmp_path / "model" / "latest.json").write_text("{")
+        (tmp_path / "latest.json").write_text("{")
     with pytest.raises(UserError, match="damaged checkpoint"):
-        checkpoints.load(project, "latest")
+        checkpoints.load(model_url, "latest")
 
 
 def test_files_are_safetensors_and_not_pickles(tmp_path: Path) -> None:
-    project = Project.at(str(tmp_path))
-    save(project, 1)
-    data = (tmp_path / "model" / "checkpoints" / "step-00000001.safetensors").read_bytes()
+    model_url = str(tmp_path)
+    save(model_url, 1)
+    data = (tmp_path / "checkpoints" / "step-00000001.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert header["model.0.weight"]["shape"] == [4, 3]
     assert header["optimizer.exp_avg.0.weight"]["dtype"] == "F32"

@@ -15,8 +15,9 @@ import torch
 from zoosplat import dnerf, schema
 from zoosplat.config import Experiment, read_config
 from zoosplat.errors import UserError
-from zoosplat.project import Project
-from zoosplat.stage import run_stage
+from zoosplat.stages.begin import begun
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project
 from zoosplat_center_rotation.stage import STAGE as CENTER_ROTATION
 from zoosplat_crop.stage import STAGE as CROP
 from zoosplat_evaluate.stage import STAGE as EVALUATE
@@ -116,11 +117,12 @@ def test_all_stages(scene: Path, tmp_path: Path) -> None:
     experiment = read_config(str(path))
     assert experiment.holdout_views == (1,)
     project = Project.at(str(tmp_path / "project"))
-    project.write_experiment(experiment)
-    assert project.read_experiment() == experiment
-    for stage in (INGEST, CENTER_ROTATION, CROP, PACK, TRAIN, EVALUATE, RENDER):
-        run_stage(stage, project)
-    reader = open_reader(project, experiment, torch.device("cpu"))
+    stages = (INGEST, CENTER_ROTATION, CROP, PACK, TRAIN, EVALUATE, RENDER)
+    with begun(project, experiment, [stage.name for stage in stages], []) as run:
+        assert run.experiment == experiment
+        for stage in stages:
+            run_stage(stage, run)
+    reader = open_reader(project.run(), torch.device("cpu"))
     assert reader.moving
     assert reader.split("train") == list(range(7))
     assert reader.split("test") == [0, 2, 4, 6]
@@ -135,14 +137,14 @@ def test_all_stages(scene: Path, tmp_path: Path) -> None:
     # On white, soft edges included.
     whole = dnerf.read_picture(str(scene / "train/r_003.png"), 1)
     shown = training.pictures[3, 0]
-    x, y = schema.read(project.open_input("pack"), "origin")[3, 0].tolist()
+    x, y = schema.read(project.run().open_input("pack"), "origin")[3, 0].tolist()
     assert np.abs(shown.numpy() / 255 - whole[y : y + len(shown), x : x + shown.shape[1], :3]).max() < 0.005
 
-    mark = project.read_mark("evaluate")
+    mark = project.run().read_mark("evaluate")
     assert mark is not None
     assert mark["frames"] == 4
     assert mark["figures"]["held_out"]["psnr"] > 15
-    rows = (tmp_path / "project/evaluation/metrics_test.csv").read_text().splitlines()
+    rows = (tmp_path / "project/latest/evaluation/metrics_test.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in rows[1:3]] == [["train", "0"], ["test", "1"]]
 
 

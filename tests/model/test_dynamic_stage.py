@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from zoosplat import stores
+from zoosplat import schema, stores
 from zoosplat.errors import UserError
-from zoosplat.stages.registry import STAGES
-from zoosplat.project import Project, settings_of
-from zoosplat.stage import run_stage
+from zoosplat.stages import runs
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project, Run
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_features.stage import STAGE as FEATURES
 from zoosplat_flows.report import build_report
@@ -39,31 +39,32 @@ SMALL = {
 HELD_OUT = 4
 
 
-def configure(project: Project, **changes: Any) -> None:
-    old = project.read_experiment()
+def configure(project: Project, force: bool = False, **changes: Any) -> Run:
+    """A run of dynamic Gaussians with these settings; with `force` one that trains again."""
+    old = project.run().experiment
     updates = {
         "train": old.train.model_copy(update={"method": "dynamic"}),
         "dynamic": old.dynamic.model_copy(update=SMALL | changes),
         "evaluate": old.evaluate.model_copy(update={"gallery_frames": 0}),
         "render": old.render.model_copy(update={"orbit_frames": 2, "sequence_frames": 2, "device": "cpu"}),
     }
-    project.write_experiment(old.model_copy(update=updates))
+    return runs.record(runs.resolve(project, old.model_copy(update=updates), ["train"] if force else []), ["train"])
 
 
 def history(project: Project) -> list[dict[str, str]]:
-    data = stores.read_bytes(stores.join(project.output_url("train"), "history.csv"))
+    data = stores.read_bytes(stores.join(project.run().output_url("train"), "history.csv"))
     return list(csv.DictReader(io.StringIO(data.decode())))
 
 
 def gaussians_of(project: Project, iteration: int = 20) -> Any:
     """The numbers of the result's PLY."""
     name = f"point_cloud/iteration_{iteration}/point_cloud.ply"
-    data = stores.read_bytes(stores.join(project.output_url("train"), name))
+    data = stores.read_bytes(stores.join(project.run().output_url("train"), name))
     return np.frombuffer(data.partition(b"end_header\n")[2], "<f4")
 
 
 def figures(project: Project, stage: str) -> dict[str, Any]:
-    mark = project.read_mark(stage)
+    mark = project.run().read_mark(stage)
     assert mark is not None
     found: dict[str, Any] = mark["figures"]
     return found
@@ -74,52 +75,60 @@ def test_the_same_stages_and_report(tiny: Project, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dynamic, "LOOK_ITERATIONS", 10)
     configure(tiny, render_process=True, checkpoint_iterations=(15,))
     for stage in (STAGE, EVALUATE, RENDER, FEATURES):
-        assert run_stage(stage, tiny)
-        assert not run_stage(stage, tiny)
+        assert run_stage(stage, tiny.run())
+        assert not run_stage(stage, tiny.run())
     train = figures(tiny, "train")
     assert (train["steps"], train["gaussians"]) == (40, 200)
     held_out = figures(tiny, "evaluate")["held_out"]
     assert held_out["iou"] > 0.7
     assert held_out["psnr"] > 15
     assert [float(row["step"]) for row in history(tiny)] == [10, 20, 30, 40]
-    there = set(stores.list_files(tiny.output_url("train")))
+    there = set(stores.list_files(tiny.run().output_url("train")))
     results = ("point_cloud/coarse_iteration_20/point_cloud.ply", "point_cloud/iteration_20/deformation.pth")
     shown = [f"render_process/{stage}/{i:05d}.png" for stage in ("coarse", "fine") for i in (10, 20)]
     kept = ("chkpnt_coarse_15.pth", "chkpnt_fine_15.pth", "cfg_args", "preview.png")
     assert there >= {*results, *shown, *kept}
     assert len([name for name in there if name.startswith("chkpnt")]) == 2
 
-    folder = Path(tiny.output_url("render"))
+    folder = Path(tiny.run().output_url("render"))
     tracks = cv2.imread(str(folder / "trajectories.png"))
     assert tracks is not None
     colourful = np.ptp(tracks.astype(int), axis=2) > 100
     assert 50 < colourful.sum() < 0.3 * colourful.size
-    for stage_name in ("pack", "center_rotation", "crop"):  # what the report reads of marks
-        mark = tiny.read_mark(stage_name) or {}
-        mark |= {"shards": 1, "started": 0.0, "finished": 1.0, "cpu_seconds": 1.0, "peak_memory_bytes": 1}
-        stores.write_json(
-            tiny.mark_url(stage_name), mark | {"warnings": [], "figures": {}, "versions": {}, "frames": 9}
-        )
-    page = Path(build_report(tiny)).read_text()
+    page = Path(build_report(tiny.run())).read_text()
     for text in ("trajectories", "orbit", "step"):
         assert text in page
 
-    # Another trainer's keys make nothing old; its own do.
-    experiment = tiny.read_experiment()
-    before = settings_of(STAGES["train"], experiment)
-    assert "model" not in before
-    changed = experiment.model_copy(update={"model": experiment.model.model_copy(update={"num_unets": 9})})
-    assert settings_of(STAGES["train"], changed) == before
+    # Another trainer's keys make no other result; its own do.
+    run = tiny.run()
+    for changes in ({"num_unets": 9}, {"gaussian_mode": "2d"}):
+        model = run.experiment.model.model_copy(update=changes)
+        other = runs.resolve(tiny, run.experiment.model_copy(update={"model": model}))
+        assert other.results["features"] == run.result("features")
     configure(tiny, sh_degree=1)
-    with pytest.raises(UserError, match="was made before dynamic changed"):
-        Predictor.open(tiny, tiny.read_experiment(), "cpu")
+    with pytest.raises(UserError, match="is not complete; run stage train first"):
+        Predictor.open(tiny.run(), "cpu")
+
+
+def test_dynamic_gaussians_are_described_with_all_three_scales(tiny: Project) -> None:
+    """Whatever `model.gaussian_mode` says, which is another trainer's."""
+    described = []
+    for mode in ("3d", "2d"):
+        configure(tiny, coarse_iterations=2, fine_iterations=0)
+        old = tiny.run().experiment
+        new = old.model_copy(update={"model": old.model.model_copy(update={"gaussian_mode": mode})})
+        run = runs.record(runs.resolve(tiny, new, ["features"]), ["features"])
+        run_stage(STAGE, run)
+        assert run_stage(FEATURES, run)
+        described.append(schema.read(run.open_input("features"), "features"))
+    np.testing.assert_array_equal(*described)
 
 
 def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic, "ROW_ITERATIONS", 5)
     monkeypatch.setattr(dynamic, "LOOK_ITERATIONS", 5)
     configure(tiny)
-    run_stage(STAGE, tiny)
+    run_stage(STAGE, tiny.run())
     whole = gaussians_of(tiny)
     monkeypatch.setattr(dynamic, "SAVE_SECONDS", 0.0)  # after each iteration
 
@@ -130,15 +139,16 @@ def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
 
     stopped: list[str] = []
-    for force in (True, False):
+    configure(tiny, force=True)
+    for first in (True, False):
         with pytest.raises(KeyboardInterrupt):
-            run_stage(STAGE, tiny, force=force, progress=stop)
-        names = [n for n in stores.list_files(tiny.output_url("train")) if n.startswith("chkpnt")]
-        assert names == ["chkpnt_coarse_9.pth" if force else "chkpnt_fine_14.pth"]
-        so_far = Predictor.open(tiny, tiny.read_experiment(), "cpu", finished=False)
-        assert so_far.step == (9 if force else 34)
+            run_stage(STAGE, tiny.run(), progress=stop)
+        names = [n for n in stores.list_files(tiny.run().output_url("train")) if n.startswith("chkpnt")]
+        assert names == ["chkpnt_coarse_9.pth" if first else "chkpnt_fine_14.pth"]
+        so_far = Predictor.open(tiny.run(), "cpu", finished=False)
+        assert so_far.step == (9 if first else 34)
         so_far.gaussians(0)
-    run_stage(STAGE, tiny, progress=stop)
+    run_stage(STAGE, tiny.run(), progress=stop)
     np.testing.assert_allclose(gaussians_of(tiny), whole, atol=1e-4)
     assert [float(row["step"]) for row in history(tiny)] == [5, 10, 15, 20, 25, 30, 35, 40]
 
@@ -146,10 +156,10 @@ def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPat
 def test_the_last_checkpoint_is_the_result(tiny: Project) -> None:
     configure(tiny)
     with pytest.raises(UserError, match="no checkpoint yet"):
-        Predictor.open(tiny, tiny.read_experiment(), "cpu", finished=False)
+        Predictor.open(tiny.run(), "cpu", finished=False)
     configure(tiny, checkpoint_iterations=(20,))
-    run_stage(STAGE, tiny)
-    result, newest = (Predictor.open(tiny, tiny.read_experiment(), "cpu", finished=f) for f in (True, False))
+    run_stage(STAGE, tiny.run())
+    result, newest = (Predictor.open(tiny.run(), "cpu", finished=f) for f in (True, False))
     assert result.step == newest.step == 40
     frame = result.reader.frame(3)
     size = result.reader.width, result.reader.height
@@ -159,28 +169,28 @@ def test_the_last_checkpoint_is_the_result(tiny: Project) -> None:
 
 def test_a_given_start(tiny: Project, tmp_path: Path) -> None:
     configure(tiny, checkpoint_iterations=(15,))
-    run_stage(STAGE, tiny)
-    model = tiny.output_url("train")
+    run_stage(STAGE, tiny.run())
+    model = tiny.run().output_url("train")
     start, points = tmp_path / "chkpnt_fine_15.pth", tmp_path / "points.ply"
     start.write_bytes(stores.read_bytes(stores.join(model, "chkpnt_fine_15.pth")))
     points.write_bytes(stores.read_bytes(stores.join(model, "point_cloud/iteration_20/point_cloud.ply")))
     expected = gaussians_of(tiny)
     configure(tiny, start_checkpoint=str(start))
-    run_stage(STAGE, tiny)
+    run_stage(STAGE, tiny.run())
     np.testing.assert_allclose(gaussians_of(tiny), expected, atol=1e-4)
     configure(tiny, start_checkpoint=str(start), resolution=9)
     with pytest.raises(UserError, match="of another configuration"):
-        run_stage(STAGE, tiny)
+        run_stage(STAGE, tiny.run())
     configure(tiny, start_checkpoint=None, initial_ply=str(points), coarse_iterations=1, fine_iterations=0)
-    run_stage(STAGE, tiny)
+    run_stage(STAGE, tiny.run())
     assert figures(tiny, "train")["gaussians"] == 200
-    predictor = Predictor.open(tiny, tiny.read_experiment(), "cpu")
+    predictor = Predictor.open(tiny.run(), "cpu")
     assert len(predictor.gaussians(3).means) == 200
 
 
 def test_scene_is_the_world_seen_from_the_animal(tiny: Project) -> None:
     configure(tiny)
-    reader = open_reader(tiny, tiny.read_experiment(), torch.device("cpu"))
+    reader = open_reader(tiny.run(), torch.device("cpu"))
     scene, scale = Scene.of(reader), Scale.of(reader)
     assert scene.pictures.shape == (8, 4, 32, 32, 3)  # frame 1 is not valid, view 4 held out
     assert scene.times.tolist() == pytest.approx([t / 8 for t in (0, 2, 3, 4, 5, 6, 7, 8)])
@@ -207,8 +217,8 @@ def test_scene_is_the_world_seen_from_the_animal(tiny: Project) -> None:
 def test_turned_gaussians_look_the_same_to_a_turned_camera(tiny: Project) -> None:
     """The harmonics of colour turn with the animal."""
     configure(tiny, fine_iterations=2, coarse_iterations=2)
-    run_stage(STAGE, tiny)
-    predictor = Predictor.open(tiny, tiny.read_experiment(), "cpu")
+    run_stage(STAGE, tiny.run())
+    predictor = Predictor.open(tiny.run(), "cpu")
     assert isinstance(predictor, DynamicPredictor)
     torch.manual_seed(0)
     here = predictor.gaussians(4)

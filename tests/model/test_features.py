@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from zoosplat import schema, stores
+from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.registry import STAGES
-from zoosplat.project import Project, settings_of
-from zoosplat.stage import main, run_stage
+from zoosplat.stages.command import main
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project
 from zoosplat_embedding.stage import _variation
 from zoosplat_features import animals, encoders, ops
 from zoosplat_features.stage import STAGE
@@ -224,36 +226,42 @@ def test_weights_of_safetensors(weights: str, tmp_path: Path) -> None:
 
 
 # -- the stage ------------------------------------------------------------------------------------------------------
-def trained(project: Project, **sections: Any) -> Project:
-    """The tiny project with an untrained model marked as trained, and other settings."""
-    raw = project.read_experiment().model_dump(mode="json")
-    for name, values in sections.items():
-        raw[name].update(values)
-    chosen = type(project.read_experiment()).model_validate(raw)
-    project.write_experiment(chosen)
-    torch.manual_seed(0)
-    model = PoseSplatter.of(open_reader(project, chosen, torch.device("cpu")), chosen)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    progress = checkpoints.Progress(step=1, best=0.5, best_step=1)
-    checkpoints.save(project, model, torch.optim.Adam(model.parameters()), weights, progress, keep_last=1)
-    spec = STAGES["train"]
-    mark = {"digest": "train", "version": spec.version, "settings": settings_of(spec, chosen), "inputs": {}}
-    stores.write_json(project.mark_url("train"), mark)
-    return project
+@pytest.fixture
+def trained(tiny: Project, finish: Callable[..., Any]) -> Callable[..., Project]:
+    """The tiny project with an untrained model as the result of its training, and other settings."""
+
+    def made(**sections: Any) -> Project:
+        raw = tiny.run().experiment.model_dump(mode="json")
+        for name, values in sections.items():
+            raw[name].update(values)
+        chosen = Experiment.model_validate(raw)
+        reader = open_reader(tiny.run(), torch.device("cpu"))
+
+        def write(url: str) -> None:
+            torch.manual_seed(0)
+            model = PoseSplatter.of(reader, chosen)
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            progress = checkpoints.Progress(step=1, best=0.5, best_step=1)
+            checkpoints.save(url, model, torch.optim.Adam(model.parameters()), weights, progress, keep_last=1)
+
+        finish(tiny, chosen, {"train": write})
+        return tiny
+
+    return made
 
 
 def features(project: Project) -> Any:
-    return schema.read(project.open_input("features"), "features")
+    return schema.read(project.run().open_input("features"), "features")
 
 
-def test_the_stage_describes_every_frame_with_a_hull(tiny: Project) -> None:
-    project = trained(tiny)
-    assert run_stage(STAGE, project)
+def test_the_stage_describes_every_frame_with_a_hull(trained: Callable[..., Project]) -> None:
+    project = trained()
+    assert run_stage(STAGE, project.run())
     found = features(project)
     assert found.shape == (9, ops.cylinder_size())
     assert np.isnan(found[1]).all()
     assert np.isfinite(np.delete(found, 1, 0)).all()
-    predictor = Predictor.open(project, project.read_experiment(), "cpu")
+    predictor = Predictor.open(project.run(), "cpu")
     frame = predictor.reader.frame(5)
     with torch.no_grad():
         expected = ops.cylinder_descriptor(predictor.model([frame])[0], 0.08)
@@ -262,11 +270,13 @@ def test_the_stage_describes_every_frame_with_a_hull(tiny: Project) -> None:
     world = predictor.gaussians(5)
     back = ops.turned(world._replace(means=world.means - frame.center), -frame.angle)
     assert difference(ops.cylinder_descriptor(back, 0.08), expected) < 1e-4
-    assert not run_stage(STAGE, project)
+    assert not run_stage(STAGE, project.run())
 
 
-def test_shards_and_what_is_left_of_them_after_a_stop(tiny: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    project = trained(tiny, scheduling={"frames_per_shard": 4})
+def test_shards_and_what_is_left_of_them_after_a_stop(
+    trained: Callable[..., Project], capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = trained(scheduling={"frames_per_shard": 4})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schema, "SMALL_BLOCK", 4)
         arguments = ["--project", project.url]
@@ -277,23 +287,31 @@ def test_shards_and_what_is_left_of_them_after_a_stop(tiny: Project, capsys: pyt
         assert "shards [0, 2] of stage features are not done" in capsys.readouterr().err
         assert main(STAGE, arguments) == 0
         assert np.isfinite(np.delete(features(project), 1, 0)).all()
-        assert (project.read_mark("features") or {})["frames"] == 8
+        assert (project.run().read_mark("features") or {})["frames"] == 8
 
 
 def test_images_from_a_file_and_bad_input(
-    tiny: Project, weights: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Callable[..., Project],
+    weights: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(ops, "PIXELS", 32)
-    project = trained(tiny, features={"encoder": "images", "weights": weights, "radius": 0.05})
+    images = {"encoder": "images", "weights": weights, "radius": 0.05}
+    project = trained(features=images)
     assert main(STAGE, ["--project", project.url]) == 0
     assert features(project).shape == (9, 5120)
-    attributes = dict(project.open_input("features").attrs)
+    attributes = dict(project.run().open_input("features").attrs)
     assert attributes["encoder"] == "images"
     assert attributes["radius_m"] == 0.05
-    project = trained(tiny, features={"weights": weights + ".pth"})
-    assert main(STAGE, ["--project", project.url]) == 2
+    assert attributes["weights"] == stores.content_fingerprint(weights)  # and not where it lies
+    config = tmp_path / "config.yaml"
+    config.write_text(project.run().experiment.to_yaml().replace(weights, f"{weights}.pth"))
+    assert main(STAGE, ["--project", project.url, "--config", str(config)]) == 2
     assert re.search(r"resnet18\.pth\.pth: no such file", capsys.readouterr().err)
-    stores.delete(project.mark_url("train"))
+    project = trained(features=images | {"radius": 0.06})
+    stores.delete(project.run().result("train").file("done.json"))
     assert main(STAGE, ["--project", project.url]) == 2
     assert "run stage train first" in capsys.readouterr().err
 
@@ -313,9 +331,9 @@ def test_variation_among_animals_is_their_covariance_and_what_embeddings_know_fi
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_recorded_frames_in_lanes_are_those_of_one_after_the_other(tiny: Project) -> None:
-    project = trained(tiny)
-    predictor = Predictor.open(project, project.read_experiment(), "cuda")
+def test_recorded_frames_in_lanes_are_those_of_one_after_the_other(trained: Callable[..., Project]) -> None:
+    project = trained()
+    predictor = Predictor.open(project.run(), "cuda")
     frames = [0, *range(2, 9)] * 6 + [5, 3]  # the last group is not full
 
     def describe(gaussians: Gaussians) -> Tensor:

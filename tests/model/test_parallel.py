@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from zoosplat import schema, stores
-from zoosplat import stage as runner
 from zoosplat.errors import UserError
-from zoosplat.project import Project
-from zoosplat.stage import main, run_stage
+from zoosplat.stages import command, runs
+from zoosplat.stages.command import main
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project, Run
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_train.parallel import Ranks
@@ -27,13 +28,15 @@ from zoosplat_train.stage import STAGE
 EPOCHS = 4
 
 
-def configure(project: Project, **train: Any) -> None:
-    old = project.read_experiment()
-    project.write_experiment(old.model_copy(update={"train": old.train.model_copy(update=train)}))
+def configure(project: Project, force: bool = False, **train: Any) -> Run:
+    """A run with other settings of training; with `force` one that trains again."""
+    old = project.run().experiment
+    new = old.model_copy(update={"train": old.train.model_copy(update=train)})
+    return runs.record(runs.resolve(project, new, ["train"] if force else []), ["train"])
 
 
 def latest(project: Project) -> Checkpoint:
-    found = checkpoints.load(project, "latest")
+    found = checkpoints.load(project.run().output_url("train"), "latest")
     assert found is not None
     return found
 
@@ -43,7 +46,7 @@ def three(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     """Three training frames, two a step: every other step leaves a process without a frame."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    group = stores.open_group(tiny.path("tracking.zarr"), write=True)
+    group = stores.open_group(tiny.run().output_url("center_rotation"), write=True)
     valid = schema.read(group, "valid")
     valid[:] = True
     schema.array(group, "valid")[...] = valid
@@ -54,7 +57,7 @@ def three(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
 @pytest.fixture
 def alone(three: Project) -> Checkpoint:
     """What one process makes of them."""
-    run_stage(STAGE, three)
+    run_stage(STAGE, three.run())
     return latest(three)
 
 
@@ -79,10 +82,10 @@ def test_frames_are_dealt_out_and_none_is_lost() -> None:
 
 def test_two_processes_end_as_one(three: Project, alone: Checkpoint) -> None:
     configure(three, gpus=2)
-    assert not run_stage(STAGE, three)  # how many there are makes no other result
-    assert run_stage(STAGE, three, force=True)
+    assert not run_stage(STAGE, three.run())  # how many there are makes no other result
+    assert run_stage(STAGE, configure(three, force=True))
     check_same(latest(three), alone)
-    assert (three.read_mark("train") or {})["figures"]["processes"] == 2
+    assert (three.run().read_mark("train") or {})["figures"]["processes"] == 2
 
 
 class Killer:
@@ -111,7 +114,7 @@ def test_a_killed_process_ends_the_others_and_torchrun_goes_on_from_there(
         yield Killer(1, 4)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "terminal_progress", progress)
+        patch.setattr(command, "terminal_progress", progress)
         # Status 1: a pipeline tries again.
         assert main(STAGE, ["--project", three.url, "--workers", "1", "--force"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -122,10 +125,10 @@ def test_a_killed_process_ends_the_others_and_torchrun_goes_on_from_there(
     assert not multiprocessing.active_children()
     kept = latest(three)
     assert 2 <= kept.step < 2 * EPOCHS
-    assert three.read_mark("train") is None
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "zoosplat_train", "--project", three.url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert three.run().read_mark("train") is None
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["-m", "zoosplat_train", "--project", three.url]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     check_same(latest(three), alone)
 
@@ -133,5 +136,5 @@ def test_a_killed_process_ends_the_others_and_torchrun_goes_on_from_there(
 def test_an_error_in_a_process_ends_the_training_with_its_line(three: Project) -> None:
     configure(three, gpus=2, lr=1e30)
     with pytest.raises(UserError, match=r"diverged by step .*train\.lr"):
-        run_stage(STAGE, three)
+        run_stage(STAGE, three.run())
     assert not multiprocessing.active_children()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from zoosplat import random_animals
+from zoosplat import random_animals, stores
 from zoosplat.config import OF_ANIMALS, Experiment
 from zoosplat.errors import UserError
-from zoosplat.project import Project
-from zoosplat.stage import run_stage
+from zoosplat.stages import runs
+from zoosplat.stages.begin import begun
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project, Run
 from zoosplat_model import animals as of_animals
 from zoosplat_model import checkpoints
 from zoosplat_model.animals import SHOWN, Animals, OfRigs
@@ -29,19 +32,22 @@ from zoosplat_train.stage import STAGE
 CPU = torch.device("cpu")
 
 
-def configure(project: Project, model: dict[str, Any] | None = None, **train: Any) -> None:
-    old = project.read_experiment()
+def configure(project: Project, model: dict[str, Any] | None = None, force: bool = False, **train: Any) -> Run:
+    """A run with other settings of network and training; with `force` one that trains again."""
+    old = project.run().experiment
     new = {"train": old.train.model_copy(update=train), "model": old.model.model_copy(update=model or {})}
-    project.write_experiment(old.model_copy(update=new))
+    draft = runs.resolve(project, old.model_copy(update=new), ["train"] if force else [])
+    draft.require(["train"])
+    return runs.record(draft, ["train"])
 
 
 def untrained(project: Project) -> PoseSplatter:
-    experiment = project.read_experiment()
-    return PoseSplatter.of(open_reader(project, experiment, CPU), experiment)
+    experiment = project.run().experiment
+    return PoseSplatter.of(open_reader(project.run(), CPU), experiment)
 
 
 def of(project: Project, pointer: checkpoints.Pointer) -> Checkpoint:
-    found = checkpoints.load(project, pointer)
+    found = checkpoints.load(project.run().output_url("train"), pointer)
     assert found is not None
     return found
 
@@ -50,7 +56,7 @@ def of(project: Project, pointer: checkpoints.Pointer) -> Checkpoint:
 def trained(tiny: Project) -> Project:
     """Without a perceptron at the bottom, which would tie the weights to the volume."""
     configure(tiny, {"bottleneck": 0}, epochs=6, valid_every=6)
-    run_stage(STAGE, tiny)
+    run_stage(STAGE, tiny.run())
     return tiny
 
 
@@ -74,10 +80,9 @@ def test_a_training_goes_on_from_what_another_one_learned(
     monkeypatch.setattr(stage, "SHARE", math.inf)  # every epoch is saved
     learned = of(trained, "best").average
     other = Project.at(str(shutil.copytree(trained.url, tmp_path / "other")))
-    shutil.rmtree(other.path("model"))
     configure(other, epochs=2, lr=1e-9, valid_every=1, start_from=trained.url)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(STAGE, other, progress=stop_in_the_second_epoch)
+        run_stage(STAGE, other.run(), progress=stop_in_the_second_epoch)
     for name, value in of(other, "best").average.items():
         if name != "camera_color":
             found, expected = (without_lengths(name, v) for v in (value, learned[name]))
@@ -85,8 +90,8 @@ def test_a_training_goes_on_from_what_another_one_learned(
     assert of(other, "best").average["camera_color"].abs().max() < 1e-6  # those of the other rig say nothing
     assert learned["camera_color"].abs().max() > 1e-4
 
-    shutil.rmtree(trained.path("model"))  # what a training has begun it ends without
-    run_stage(STAGE, other)
+    shutil.rmtree(trained.run().result("train").folder)  # what a training has begun it ends without
+    run_stage(STAGE, other.run())
     assert of(other, "latest").progress.epoch == 2
 
 
@@ -116,7 +121,7 @@ def test_the_animals_that_come_with_the_package_fit_their_network(tiny: Project)
 
 def test_weights_that_cannot_be_used_are_a_line(trained: Project, tmp_path: Path) -> None:
     model = untrained(trained)
-    with pytest.raises(UserError, match=r"no project with a trained model; check train\.start_from"):
+    with pytest.raises(UserError, match=r"nothing: holds no finished training; check train\.start_from"):
         start.begin(model, str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"nothing\.safetensors: no such file; check train\.start_from"):
         start.begin(model, str(tmp_path / "nothing.safetensors"))
@@ -127,7 +132,65 @@ def test_weights_that_cannot_be_used_are_a_line(trained: Project, tmp_path: Path
         start.begin(model, "animals")
     configure(trained, {"base_filters": 8})
     with pytest.raises(UserError, match="weights of another network"):
-        start.begin(untrained(trained), trained.url)
+        start.begin(untrained(trained), trained.url)  # those of the run before: this one has trained nothing yet
+
+
+def test_a_file_to_begin_with_counts_by_its_content(trained: Project, tmp_path: Path) -> None:
+    model = untrained(trained)
+    file, copy = tmp_path / "weights.safetensors", tmp_path / "elsewhere" / "copy.safetensors"
+    start.write(str(file), model)
+    first = configure(trained, start_from=str(file)).result("train")
+    assert configure(trained, start_from="random").result("train") != first
+    copy.parent.mkdir()
+    shutil.copy(file, copy)
+    assert configure(trained, start_from=str(copy)).result("train") == first
+    old = file.stat()
+    with torch.no_grad():
+        next(model.refine.parameters()).add_(0.5)
+    start.write(str(file), model)
+    assert file.stat().st_size == old.st_size
+    os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert configure(trained, start_from=str(file)).result("train") != first
+    file.unlink()
+    with pytest.raises(UserError, match=r"^train\.start_from: \S+none\.safetensors: no such file; check") as refused:
+        configure(trained, start_from=str(tmp_path / "none.safetensors"))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_project_to_begin_with_is_the_training_that_is_finished_there(trained: Project, tmp_path: Path) -> None:
+    finished = trained.run().result("train")
+    other = Project.at(str(shutil.copytree(trained.url, tmp_path / "other")))
+    shutil.rmtree(other.path("results", "train"))
+    with pytest.raises(
+        UserError, match=r"^train\.start_from: \S+other: no project with a finished training"
+    ) as refused:
+        configure(trained, start_from=other.url)
+    assert len(str(refused.value).splitlines()) == 1
+    configure(trained, seed=7)  # a run that has trained nothing yet
+    run = configure(other, start_from=trained.url)
+    assert run.experiment.train.start_from == finished.folder
+    assert f"start_from: {finished.folder}\n" in stores.read_bytes(run.path("config.yaml")).decode()
+    assert configure(other, start_from=finished.folder).result("train") == run.result("train")
+
+
+def test_what_is_trained_there_later_does_not_change_what_a_stopped_training_began_with(
+    trained: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "LOOK_STEPS", 1)
+    other = Project.at(str(shutil.copytree(trained.url, tmp_path / "other")))
+    old = other.run().experiment
+    train = old.train.model_copy(update={"epochs": 2, "valid_every": 1, "start_from": trained.url})
+    chosen = old.model_copy(update={"train": train})
+    with begun(other, chosen, ["train"], []) as first, pytest.raises(KeyboardInterrupt):
+        run_stage(STAGE, first, progress=stop_in_the_second_epoch)
+    assert run_stage(STAGE, configure(trained, seed=7))
+    with begun(other, chosen, ["train"], []) as again:
+        assert (again.id, again.result("train")) == (first.id, first.result("train"))
+        assert run_stage(STAGE, again)
+    # Once it has ended, the same command means what is there now.
+    with begun(other, chosen, ["train"], []) as later:
+        assert later.experiment.train.start_from == trained.run().result("train").folder
+        assert later.result("train") != first.result("train")
 
 
 # -- random animals -----------------------------------------------------------------------------------------------

@@ -245,8 +245,12 @@ class Scene:
         try:
             group = self.run.open_input("embedding")
             place, valid = (schema.read(group, key) for key in ("map", "valid"))
-        except (FileNotFoundError, KeyError):
-            self.notes.append(f"{self.run.output_url('embedding')}: gone or incomplete; run stage embedding again")
+        except UserError as error:
+            self.notes.append(str(error))
+            return
+        except Exception as error:  # whatever a damaged group leads to; the page shows the rest
+            where = self.run.output_url("embedding")
+            self.notes.append(f"{where}: damaged ({type(error).__name__}: {error}); run stage embedding with --force")
             return
         if len(place) == self.n_frames and valid.any():
             self.embedding = Embedding(place.astype(np.float32), valid.astype(bool) & np.isfinite(place).all(1))
@@ -347,7 +351,7 @@ class Scene:
         drawn = opacities >= 1 / 255
         means, quats, scales, opacities, colors = (v[drawn] for v in (means, quats, scales, opacities, colors))
         voxel_m, origin = self.predictor.reader.voxel_size_m, self.predictor.reader.pose(t)[0].cpu().numpy()
-        if self.experiment.model.gaussian_mode == "2d":  # discs: the third scale has no meaning
+        if self.experiment.flat_gaussians:
             scales = scales * np.array([1, 1, 0], np.float32)
         axes = _rotations(quats) * (scales / voxel_m)[:, None]
         return Splats(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from zoosplat import schema, stores
-from zoosplat.config import Embedding
+from zoosplat.config import Embedding, is_weights_file
 from zoosplat.errors import UserError
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.runs import Run
@@ -62,10 +63,9 @@ class Recording:
                 f"{run.project.url}: {train.sum()} of {part}{len(valid)} frames have a visual hull, too few to fit an "
                 "embedding; keep more frames (ingest.frame_jump, ingest.max_frames) or check the masks"
             )
-        attributes: dict[str, Any] = {**group.attrs}
         jump, fps = int(str(images.attrs["frame_jump"])), float(str(images.attrs["fps"]))
         return cls(
-            kind={key: attributes[key] for key in ("encoder", "radius_m", "weights") if key in attributes},
+            kind=_kind({**group.attrs}),
             features=features,
             valid=valid,
             train=train,
@@ -75,6 +75,16 @@ class Recording:
             frames=jump * np.arange(len(valid)),
             fps=fps / jump,
         )
+
+
+def _kind(attributes: dict[str, Any]) -> dict[str, Any]:
+    """What tells of descriptors whether they are of one kind, from the attributes of their group."""
+    kind = {key: attributes[key] for key in ("encoder", "radius_m", "weights") if key in attributes}
+    if is_weights_file(str(kind.get("weights"))):
+        # Groups of earlier versions name the file and not its content. One that is gone is known by its name alone.
+        with suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            kind["weights"] = stores.content_fingerprint(stores.normalize(str(kind["weights"])))
+    return kind
 
 
 def embed(

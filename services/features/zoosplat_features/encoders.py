@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoosplat import stores
-from zoosplat.config import Experiment
+from zoosplat.config import WEIGHTS_FILES, Experiment, is_weights_file
 from zoosplat.errors import UserError
 from zoosplat_features import ops
 from zoosplat_model.rasterize import Rendering
@@ -21,7 +21,6 @@ from zoosplat_model.splatter import Gaussians
 
 CHANNELS = 512  # of a ResNet-18 before its last layer
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, on which the weights were trained
-FILES = (".safetensors", ".pth", ".pt")
 
 
 class Encoder(ABC):
@@ -88,7 +87,7 @@ class ImagesEncoder(Encoder):
 def weights_file(experiment: Experiment) -> str | None:
     """URL of the file that the network's weights are read from; None: there is none, or torchvision knows them."""
     settings = experiment.features
-    if settings.encoder != "images" or not settings.weights.endswith(FILES):
+    if settings.encoder != "images" or not is_weights_file(settings.weights):
         return None
     return stores.normalize(settings.weights)
 
@@ -105,7 +104,7 @@ def resnet18(weights: str) -> torch.nn.Module:
     import torchvision.models as models
 
     network: torch.nn.Module = models.resnet18(weights=None)
-    state = _read(weights) if weights.endswith(FILES) else _download(models.ResNet18_Weights, weights)
+    state = _read(weights) if is_weights_file(weights) else _download(models.ResNet18_Weights, weights)
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     network.fc = torch.nn.Identity()
     try:
@@ -134,7 +133,7 @@ def _download(known: Any, name: str) -> dict[str, Any]:
     chosen = known.__members__.get(name)
     if chosen is None:
         names = ", ".join(known.__members__)
-        raise UserError(f"features.weights = {name}: neither a {' or '.join(FILES)} file nor one of {names}")
+        raise UserError(f"features.weights = {name}: neither a {' or '.join(WEIGHTS_FILES)} file nor one of {names}")
     try:
         return dict(chosen.get_state_dict(progress=False, check_hash=True))
     except (OSError, urllib.error.URLError, RuntimeError) as error:

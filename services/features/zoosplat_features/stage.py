@@ -30,7 +30,9 @@ class Features(Stage):
             radius_m = settings.radius * float(str(unit_m))
         attributes: dict[str, str | float] = {"encoder": settings.encoder, "radius_m": radius_m}
         if settings.encoder == "images":
-            attributes["weights"] = settings.weights
+            # A file by its content: where it lies makes no other descriptors.
+            file = ctx.run.sources[self.name].get("features.weights")
+            attributes["weights"] = settings.weights if file is None else file.fingerprint
         size = sizes[settings.encoder]
         block = schema.block_frames(4 * size)
         url = ctx.run.output_url(self.name)
@@ -46,7 +48,7 @@ class Features(Stage):
         predictor = Predictor.open(ctx.run, ctx.experiment.features.device)
         reader, block = predictor.reader, plan.values["block"]
         encode = encoders.open_encoder(ctx.experiment, plan.values["radius_m"], predictor.render, reader.device)
-        function = encoders.flattened(encode) if ctx.experiment.model.gaussian_mode == "2d" else encode
+        function = encoders.flattened(encode) if ctx.experiment.flat_gaussians else encode
         group = stores.open_group(ctx.run.output_url(self.name), write=True)
         frames = [t for t in range(shard.start, shard.stop) if reader.valid[t]]
         found = predictor.each(frames, function, record=encode.recordable)

@@ -53,6 +53,7 @@ class _Training:
             points, colors = first_points(reader, self.config.initial_points, seed)
         self.trainer = Trainer(scene, points, colors, field, self.config, seed)
         self.history: list[dict[str, float]] = []
+        self.text = ""  # that was reported last
         self._resume()
         # Of the training alone: without logging, saving and what changes the set of Gaussians.
         self.seconds = self.history[-1]["seconds"] if self.history else 0.0
@@ -99,11 +100,13 @@ class _Training:
             if trainer.stage == "coarse":
                 self._stage()
                 self._pause()
+                self._tell()
                 files.write_result(self.url, "coarse", trainer.iteration, trainer.gaussians, trainer.field)
                 trainer.begin("fine")
                 self._go_on()
             self._stage()
             self._pause()
+            self._tell()
             if self.config.fine_iterations:
                 files.write_result(self.url, "fine", trainer.iteration, trainer.gaussians, trainer.field)
             self._write_history()
@@ -155,8 +158,8 @@ class _Training:
                 "number; lower the learning rates of section dynamic; the last checkpoint is kept"
             )
         count = len(trainer.gaussians)
-        text = f"{trainer.stage} {trainer.iteration} loss {loss:.4f} PSNR {psnr:.1f}, {count} Gaussians"
-        self.ctx.progress(self._step(), self._total(), text)
+        self.text = f"{trainer.stage} {trainer.iteration} loss {loss:.4f} PSNR {psnr:.1f}, {count} Gaussians"
+        self._tell()
         if row:
             self._pause()
             figures = {"train_loss": loss, "train_psnr": psnr, "train_gaussians": float(count)}
@@ -164,8 +167,13 @@ class _Training:
             self.board.add(self.history[-1])
             self._go_on()
 
+    def _tell(self) -> None:
+        """Report progress; before each write, too, for it raises where another process has taken this training over."""
+        self.ctx.progress(self._step(), self._total(), self.text)
+
     def _save(self) -> None:
         self._pause()
+        self._tell()
         t = self.trainer
         files.write_checkpoint(
             self.url,
@@ -202,6 +210,7 @@ class _Training:
     def _show(self) -> None:
         """Truth above rendering, all views side by side."""
         self._pause()
+        self._tell()
         t = self.trainer
         rows = [media.side_by_side(list(media.to_uint8(v.cpu().numpy()))) for v in t.compare(len(t.scene.shown) // 2)]
         url = stores.join(self.url, "render_process", t.stage, f"{t.iteration:05d}.png")

@@ -147,6 +147,7 @@ class _Training:
     device: torch.device
     ranks: Ranks
     progress: Progress = field(default_factory=Progress)
+    text: str = ""  # that was reported last
 
     def __post_init__(self) -> None:
         self.settings = self.ctx.experiment.train
@@ -337,6 +338,7 @@ class _Training:
     @contextmanager
     def _counted(self, what: str) -> Iterator[None]:
         start = time.monotonic()
+        self._tell(self.progress.step)  # a process that was asleep must not write into what another has finished
         yield
         self.spent[what] += time.monotonic() - start
 
@@ -364,12 +366,16 @@ class _Training:
             raise self._diverged()
         if taken.position == 0:  # a new epoch has nothing to show yet
             return means
-        text = f"epoch {p.epoch + 1} loss {means['train_loss']:.3f}"
+        self.text = f"epoch {p.epoch + 1} loss {means['train_loss']:.3f}"
         validated = [row for row in p.history if "valid_iou" in row]
         if validated:
-            text += f" val IoU {validated[-1]['valid_iou']:.3f} PSNR {validated[-1]['valid_psnr']:.1f}"
-        self.ctx.progress(taken.step, self.settings.epochs * self.steps_per_epoch, text)
+            self.text += f" val IoU {validated[-1]['valid_iou']:.3f} PSNR {validated[-1]['valid_psnr']:.1f}"
+        self._tell(taken.step)
         return means
+
+    def _tell(self, step: int) -> None:
+        """Report progress, which raises where another process has taken this training over."""
+        self.ctx.progress(step, self.settings.epochs * self.steps_per_epoch, self.text)
 
     def _diverged(self) -> UserError:
         return UserError(

@@ -40,6 +40,8 @@ def begun(
             raise UserError(f"there is no stage {name}; the stages are {', '.join(STAGES)}")
     _check_folder(project)
     check_project_place(project.url, experiment)
+    if force and runs.forced_before(project, experiment, stages, force):
+        force = []
     draft = runs.resolve(project, experiment, force, hashing)
     draft.require(stages)
     todo = draft.todo(stages)
@@ -50,7 +52,7 @@ def begun(
         raise UserError(f"{result.data_url} is not complete; run stage {earlier[0]} first, or leave --from out")
     masks = draft.results.get("ingest")
     masks_url = masks.data_url if masks is not None and masks.is_done() else None
-    check_before_run(draft.experiment, todo, masks_url, lambda url: runs.trained_result(url) is not None)
+    check_before_run(draft.experiment, todo, masks_url)
     with runs.working(draft, stages) as run:
         yield run
 

@@ -16,10 +16,9 @@ from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, STAGES, StageSpec
 from zoosplat.stages.results import DONE, REQUEST, Mark, Result, digest_of
-from zoosplat.stages.runs import Draft, Project, Run
+from zoosplat.stages.runs import LEGACY_RUN, Draft, Project, Run
 
 MARKS = "_marks"
-RUN_ID = "before-runs"
 # Which part of the configuration a stage's digest was made from: sections and keys, those with a `-` taken out again.
 SETTINGS = {
     "ingest": (
@@ -75,10 +74,10 @@ def legacy_run(project: Project) -> Run:
         location = None if mark is None else mark.get("location")
         if location is not None:
             folder = str(location).rpartition("/")[0]
-        found = {} if mark is None else {"done": {"figures": {}, "warnings": [], **mark}}
-        name = RUN_ID if mark is None else str(mark["digest"])
+        found = {} if mark is None else {"done": {"figures": {}, "warnings": [], **mark, "id": mark["digest"]}}
+        name = LEGACY_RUN if mark is None else str(mark["digest"])
         results[spec.name] = LegacyResult(spec.name, name, folder, folder, location is not None, found)
-    return Run(project, RUN_ID, experiment, results, {}, {spec.name: spec.version for spec in PIPELINE})
+    return Run(project, LEGACY_RUN, experiment, results, {}, {spec.name: spec.version for spec in PIPELINE})
 
 
 def _read_experiment(project: Project) -> Experiment:
@@ -122,18 +121,12 @@ def upgrade(project: Project) -> tuple[Run, dict[str, str]]:
         why = _why_not_current(spec, mark, old, draft, kept)
         if why:
             kept[spec.name] = why
-            name = f"adopted-{mark['digest'][:16]}"
+            request = _request_of(spec, mark, results)
         else:
-            name = draft.requests[spec.name].id
-        results[spec.name] = _adopt(project, spec, name, mark, found, draft)
-    adopted = Draft(
-        project,
-        old.experiment,
-        {stage: request for stage, request in draft.requests.items() if stage in results},
-        results,
-        frozenset(),
-        {},
-    )
+            request = draft.requests[spec.name].to_json()
+        results[spec.name] = _adopt(project, mark, request, found)
+    current = {stage: request for stage, request in draft.requests.items() if stage in results and stage not in kept}
+    adopted = Draft(project, old.experiment, current, results, frozenset(), {})
     return runs.record(adopted, [spec.name for spec in PIPELINE], "adopted"), kept
 
 
@@ -175,24 +168,37 @@ def _legacy_sources(stage: str, experiment: Experiment) -> list[str]:
     files = effects.outside_files(stage, experiment)
     if stage == "ingest" and experiment.ingest.source == "dnerf":
         return [url for key, url in files.items() if key.endswith(".json")]
-    if stage == "train":
-        return []
-    order = ("data.masks", "data.calibration", "data.up", "data.videos", "features.weights")
-    return [url for start in order for key, url in files.items() if key.startswith(start)]
+    order = {
+        "ingest": ("data.masks", "data.calibration", "data.up"),
+        "pack": ("data.videos",),
+        "features": ("features.weights",),
+    }
+    return [url for start in order.get(stage, ()) for key, url in files.items() if key.startswith(start)]
 
 
-def _adopt(project: Project, spec: StageSpec, name: str, mark: Mark, found: Result, draft: Draft) -> Result:
+def _request_of(spec: StageSpec, mark: Mark, results: dict[str, Result]) -> Mark:
+    """What a result that no run of today would make was made from, as far as its mark tells."""
+    return {
+        "stage": spec.name,
+        "id": f"adopted-{mark['digest'][:16]}",
+        "version": mark["version"],
+        "settings": mark["settings"],
+        "inputs": {name: results[name].id for name in spec.reads if name in results},
+        "sources": {},
+        "attempt": 0,
+    }
+
+
+def _adopt(project: Project, mark: Mark, request: Mark, found: Result) -> Result:
     """Write the request and the mark of a result that stays where it is."""
-    result = Result.at(project.url, spec.name, name)
-    request = draft.requests[spec.name].to_json() if spec.name in draft.requests else {"stage": spec.name}
-    inputs = {stage: draft.requests[stage].id for stage in spec.reads if stage in draft.requests}
-    new = {**mark, **request, "id": name, "version": mark["version"], "inputs": inputs, "run": RUN_ID}
-    new["data"] = "" if found.data_folder == project.url else found.data_folder
+    result = Result.at(project.url, request["stage"], request["id"])
+    place = "" if found.data_folder == project.url else found.data_folder
+    new = {**mark, **request, "run": LEGACY_RUN, "data": place}
     for key in ("digest", "location"):
         new.pop(key, None)
-    stores.write_json(result.file(REQUEST), {**request, "id": name})
+    stores.write_json(result.file(REQUEST), request)
     stores.write_json(result.file(DONE), new)
-    return Result.at(project.url, spec.name, name)
+    return Result.at(project.url, request["stage"], request["id"])
 
 
 assert set(SETTINGS) == set(STAGES)

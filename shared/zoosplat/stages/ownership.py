@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from zoosplat import stores
 
+RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")  # as `runs.record` makes them
 # Names below a project that are zoosplat's: those of the results of today's layout, and of the one before.
 RESERVED = (
     *("results", "runs", "latest", "latest.json"),
@@ -37,5 +40,7 @@ def _is_project(project: str, names: list[str]) -> bool:
         return True
     runs = stores.join(project, "runs")
     return "runs" in names and any(
-        {"run.json", "config.yaml"} <= set(stores.list_names(stores.join(runs, run))) for run in stores.list_names(runs)
+        # Its name alone tells a run whose begin was killed while its record was written.
+        RUN_ID.fullmatch(run) or {"run.json", "config.yaml"} <= set(stores.list_names(stores.join(runs, run)))
+        for run in stores.list_names(runs)
     )

@@ -129,7 +129,10 @@ class Result:
         """
         folder = stores.join(project_url, FOLDER, stage, result_id)
         found = cls(stage, result_id, folder, folder, reused)
-        mark = found.mark()
+        try:
+            mark = found.mark()
+        except UserError:  # whoever reads it is told; a damaged mark of one result must not cost the others
+            return found
         if mark is None or "data" not in mark:
             return found
         data = str(mark["data"])

@@ -14,12 +14,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from zoosplat import locks, schema, stores
-from zoosplat.errors import Passing, UserError
+from zoosplat import locks, schema, stores, writing
+from zoosplat.errors import LockLost, Passing, UserError
 from zoosplat.machine import peak_memory_bytes
 from zoosplat.stages.contract import Context, Plan, Progress, Shard, Stage
 from zoosplat.stages.process import killed_at_stop, prepared, run_spawned, spawning
@@ -59,9 +59,23 @@ def _measured() -> Iterator[_Measured]:
 
 
 # -- the three steps ----------------------------------------------------------------------------------------------
-def _alone(url: str, ctx: Context) -> AbstractContextManager[locks.Held]:
-    """The lease of a result or of a shard of it; says so while another process has it."""
-    return locks.locked(url, lambda: ctx.progress(0, 1, "another run is at work on it; waiting"))
+@contextmanager
+def _alone(url: str, ctx: Context) -> Iterator[locks.Held]:
+    """Hold the lease of a result or of a shard of it; says so while another process has it.
+
+    Whoever loses it, having been asleep for so long that it was taken for dead, writes nothing more.
+    """
+    with (
+        locks.locked(url, lambda: ctx.progress(0, 1, "another run is at work on it; waiting")) as lease,
+        writing.only_while(lease.check),
+    ):
+        yield lease
+
+
+def _write_once(url: str, value: Mark) -> None:
+    """Write what says that a step is done. Raises LockLost where another process has done so meanwhile."""
+    if not stores.create_json(url, value):
+        raise LockLost(f"{url}: another run has taken this work over; run again, finished work is kept")
 
 
 def prepare(stage: Stage, ctx: Context) -> Plan | None:
@@ -74,14 +88,13 @@ def prepare(stage: Stage, ctx: Context) -> Plan | None:
 
 
 def _prepare(stage: Stage, ctx: Context, result: Result) -> Plan:
-    stores.remove_partials(result.folder)
+    _check_version(stage, ctx)
     if result.plan() is not None:
         return read_plan(stage, ctx)
-    _check_version(stage, ctx)
     claim(result, ctx.run.request(stage.name))
     with _measured() as measured:
         plan = stage.prepare(ctx)
-    stores.write_json(
+    _write_once(
         result.file(PLAN),
         {
             "id": result.id,
@@ -95,11 +108,16 @@ def _prepare(stage: Stage, ctx: Context, result: Result) -> Plan:
 
 
 def _check_version(stage: Stage, ctx: Context) -> None:
-    recorded = ctx.run.request(stage.name).version
-    if recorded != stage.spec.version:
+    """Raise UserError where what this process would make is not what the run's record says."""
+    request = ctx.run.request(stage.name)
+    if request.version != stage.spec.version:
         raise UserError(
-            f"run {ctx.run.id} was begun with version {recorded} of stage {stage.name}, this is version "
+            f"run {ctx.run.id} was begun with version {request.version} of stage {stage.name}, this is version "
             f"{stage.spec.version}; begin a new run with `zoosplat run`"
+        )
+    if request.id != ctx.run.result(stage.name).id:
+        raise UserError(
+            f"run {ctx.run.id} was begun by another version of zoosplat; begin a new run with `zoosplat run`"
         )
 
 
@@ -140,8 +158,7 @@ def run_shard(stage: Stage, ctx: Context, index: int, plan: Plan) -> None:
                 # As the argument of --shard.
                 error.add_note(f"in shard {index}/{shard.count}, kept frames {shard.start} to {shard.stop - 1}")
             raise
-        lease.check()
-        stores.write_json(
+        _write_once(
             result.shard_mark_url(shard.index, shard.count),
             {
                 "id": result.id,
@@ -167,6 +184,7 @@ def finish(stage: Stage, ctx: Context, plan: Plan) -> None:
 
 
 def _finish(stage: Stage, ctx: Context, plan: Plan, result: Result) -> None:
+    _check_version(stage, ctx)
     marks = [stores.read_json(result.shard_mark_url(i, plan.n_shards)) for i in range(plan.n_shards)]
     missing = [i for i, mark in enumerate(marks) if mark is None]
     if missing:
@@ -182,7 +200,7 @@ def _finish(stage: Stage, ctx: Context, plan: Plan, result: Result) -> None:
     figures: dict[str, Any] = {}
     for mark in marks:
         figures.update(mark["figures"] if mark else {})
-    stores.write_json(
+    _write_once(
         result.file(DONE),
         {
             **ctx.run.request(stage.name).to_json(),
@@ -225,7 +243,6 @@ def _complete_files(stage: Stage, result: Result) -> dict[str, int]:
     files: dict[str, int] = {}
     for name in (stage.spec.writes, *stage.spec.also):
         url = stores.join(result.data_folder, name)
-        stores.sync(url)
         below = stores.manifest(url)
         if not below and stores.exists(url):
             files[name] = stores.size(url)
@@ -235,8 +252,8 @@ def _complete_files(stage: Stage, result: Result) -> dict[str, int]:
             lost = sorted(schema.expected_files(stores.open_group(url)) - below.keys())
         if lost:
             raise UserError(
-                f"{stores.join(url, lost[0]).rstrip('/')}: is missing, one of {len(lost)} of such, though its shard was "
-                f"done; run stage {stage.name} with --force"
+                f"{stores.join(url, lost[0]).rstrip('/')}: is missing, one of {len(lost)} of such, though its shard "
+                f"was done; run stage {stage.name} with --force"
             )
         files |= {stores.join(name, path): size for path, size in below.items()}
     return files

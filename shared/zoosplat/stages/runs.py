@@ -25,20 +25,15 @@ from typing import Any
 import zarr
 
 from zoosplat import effects, locks, stores
-from zoosplat.config import Experiment
+from zoosplat.config import ANIMALS, RANDOM, Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.results import FOLDER, REQUEST, Mark, Request, Result, Source, attempt_of
 
-RUNS, CONFIG, RECORD, LATEST, LINKS, SOURCES = (
-    "runs",
-    "config.yaml",
-    "run.json",
-    "latest.json",
-    "latest",
-    "sources.json",
-)
+RUNS, LATEST, LINKS, SOURCES = "runs", "latest.json", "latest", "sources.json"
+CONFIG, RECORD, REPORT, LOGS = "config.yaml", "run.json", "report", "logs"  # in a run's folder
 LEGACY_CONFIG = "experiment.yaml"
+LEGACY_RUN = "before-runs"  # id of the one run that a project of the layout before amounts to
 REUSABLE = ("ingest", "pack")  # stages whose results may be read from the project that `reuse` names
 
 
@@ -60,6 +55,10 @@ class Project:
         """Ids of all runs, the oldest first: an id begins with the time when the run was begun."""
         return sorted(name for name in stores.list_dirs(self.path(RUNS)) if not name.startswith("."))
 
+    def exists(self) -> bool:
+        """Whether there is a project, of today's layout or of the one before."""
+        return self.latest_id() is not None or is_legacy(self)
+
     def latest_id(self) -> str | None:
         """Id of the run that was begun last; None where there is none."""
         latest = stores.read_json(self.path(LATEST))
@@ -77,10 +76,11 @@ class Project:
             latest = self.latest_id()
             if latest is not None:
                 return Run.load(self, latest)
-            if is_legacy(self):
-                from zoosplat.stages.legacy import legacy_run
+        if run_id in (None, LEGACY_RUN) and is_legacy(self):
+            from zoosplat.stages.legacy import legacy_run
 
-                return legacy_run(self)
+            return legacy_run(self)
+        if run_id is None:
             raise UserError(f"{self.url}: holds no run; start with `zoosplat run CONFIG --project URL`")
         found = [name for name in self.run_ids() if name.startswith(run_id)]
         if run_id in found:
@@ -302,7 +302,7 @@ def resolve(
         UserError: the storage cannot be read, or `reuse` names no project.
     """
     contents = _Contents(project, hashing)
-    experiment, model = _pinned(experiment)
+    experiment, model = _pinned(project, experiment)
     other = Project.at(experiment.reuse) if experiment.reuse else None
     requests: dict[str, Request] = {}
     results: dict[str, Result] = {}
@@ -315,6 +315,12 @@ def resolve(
                 sources[key] = model
                 continue
             source = contents.of(url)
+            if source is None and key == "train.start_from" and not url.endswith(".safetensors"):
+                missing[spec.name] = (
+                    f"{key}: {url}: no project with a finished training; name one, a .safetensors file, {ANIMALS} or "
+                    f"{RANDOM}"
+                )
+                break
             if source is None:
                 missing[spec.name] = f"{key}: {url}: no such file; check it and data.directory in the config"
                 break
@@ -384,40 +390,65 @@ class _Contents:
         return Source(url, known["fingerprint"], state)
 
 
-def _pinned(experiment: Experiment) -> tuple[Experiment, Source | None]:
+def _pinned(project: Project, experiment: Experiment) -> tuple[Experiment, Source | None]:
     """The configuration with `train.start_from` as the very result that it names, and that result's identity.
 
-    Raises:
-        UserError: it names a folder that holds no trained model.
+    It is left as it is, and the identity None, where it names no project, or one without a finished training.
     """
     files = effects.outside_files("train", experiment)
     url = files.get("train.start_from")
     if url is None or url.endswith(".safetensors"):
         return experiment, None
-    result = trained_result(url)
-    if result is None:
-        # The training may be done already: then what it began with is not needed any more.
-        return experiment, None
-    train = experiment.train.model_copy(update={"start_from": result.folder})
-    return experiment.model_copy(update={"train": train}), Source(result.folder, f"train/{result.id}")
+    source = _begun_from(project, experiment, url)
+    if source is None:
+        result = trained_result(url)
+        if result is None:
+            return experiment, None
+        source = Source(result.folder, f"train/{result.id}")
+    return _starting_from(experiment, source.url), source
+
+
+def _starting_from(experiment: Experiment, url: str) -> Experiment:
+    train = experiment.train.model_copy(update={"start_from": url})
+    return experiment.model_copy(update={"train": train})
+
+
+def _begun_from(project: Project, experiment: Experiment, url: str) -> Source | None:
+    """What the latest run's training began from, where that is the same training and has not ended; else None.
+
+    The same command then goes on with it, whatever has been trained since in the project at `url`.
+    """
+    latest = project.latest_id()
+    try:
+        run = None if latest is None else Run.load(project, latest)
+    except UserError:
+        return None
+    if run is None or "train" not in run.results or run.results["train"].is_done():
+        return None
+    source = run.sources["train"].get("train.start_from")
+    if source is None or not source.url.startswith(stores.join(url, FOLDER, "train") + "/"):
+        return None
+    return source if run.experiment.to_yaml() == _starting_from(experiment, source.url).to_yaml() else None
 
 
 def trained_result(url: str) -> Result | None:
-    """The finished training that the URL of a project (its latest run), or of a result's folder, names; None: none."""
+    """The finished training that a URL names, of a result's folder or of a project; None: there is none.
+
+    Of a project it is that of the newest run which has one.
+    """
     url = stores.normalize(url)
     parent, _, name = url.rpartition("/")
     home, _, kind = parent.rpartition("/")
     if kind == "train" and home.endswith(f"/{FOLDER}"):
         result = Result.at(home.removesuffix(f"/{FOLDER}"), "train", name)
-    else:
-        try:
-            found = Project.at(url).run().results.get("train")
-        except UserError:
-            return None
-        if found is None:
-            return None
-        result = found
-    return result if result.is_done() else None
+        return result if result.is_done() else None
+    project = Project.at(url)
+    for run_id in (None, *reversed(project.run_ids())):  # None is the latest, or what an earlier version left
+        with contextlib.suppress(UserError):  # a damaged record, or no run at all
+            found = project.run(run_id).results.get("train")
+            if found is not None and found.is_done():
+                return found
+    return None
 
 
 # -- recording a run ----------------------------------------------------------------------------------------------
@@ -511,6 +542,22 @@ def working(draft: Draft, stages: Collection[str]) -> Iterator[Run]:
         yield run
 
 
+def forced_before(project: Project, experiment: Experiment, stages: Collection[str], force: Collection[str]) -> bool:
+    """Whether the latest run was begun by the very same command with `--force`, and has not come to its end.
+
+    Then the command is not to make its stages once more: it goes on with that run, whichever stage it was stopped in.
+    """
+    try:
+        run = project.run()
+        record = run.record()
+        draft = resolve(project, experiment)
+    except UserError:
+        return False
+    if record.get("forced") != sorted(force) or set(record["selected"]) != set(stages) or not _is_same(run, draft):
+        return False
+    return record["state"] in ("running", "failed", "stopped") or bool(draft.todo(stages))
+
+
 def _is_same(run: Run, draft: Draft) -> bool:
     text, entries = _content(draft)
     stored = run.record()["results"]
@@ -528,21 +575,22 @@ def link_latest(run: Run) -> None:
     if stores.is_s3(project.url) or project.latest_id() != run.id:
         return
     folder = Path(project.path(LINKS))
-    targets: dict[str, str] = {"report": run.path("report"), "logs": run.path("logs"), CONFIG: run.path(CONFIG)}
+    targets = {name: run.path(name) for name in (REPORT, LOGS, CONFIG)}
     for stage, result in run.results.items():
         if result.is_done():
             for name in (STAGES[stage].writes, *STAGES[stage].also):
                 targets[name] = stores.join(result.data_folder, name)
-    # A file system without links costs the plain names, not the run.
+    # A file system without links costs the plain names, not the run; so does another process that does the same.
     with contextlib.suppress(OSError, NotImplementedError):
         folder.mkdir(exist_ok=True)
         here = os.path.realpath(folder)
-        for name, target in targets.items():
-            if os.path.exists(target):
-                _link(folder / name, os.path.relpath(os.path.realpath(target), here))
+        there = {name for name, target in targets.items() if os.path.exists(target)}
+        for name in there:
+            with contextlib.suppress(FileNotFoundError):
+                _link(folder / name, os.path.relpath(os.path.realpath(targets[name]), here))
         for entry in folder.iterdir():
-            if entry.is_symlink() and entry.name not in targets:
-                entry.unlink()
+            if entry.is_symlink() and entry.name not in there:
+                entry.unlink(missing_ok=True)
 
 
 def _link(link: Path, target: str) -> None:
