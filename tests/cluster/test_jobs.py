@@ -60,9 +60,12 @@ for line in sys.stdin:
         for descriptor in (1, 2):
             os.dup2(os.open(f"{path}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
         os.environ.update(request["env"])
-        sys.argv = [request["module"], *request["argv"]]
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
-        os._exit(0)
+        if request["program"] is not None:
+            exec(request["program"], {"__name__": "__main__"})
+        else:
+            sys.argv = [request["module"], *request["argv"]]
+            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        sys.exit(0)
     open(f"{path}.pid", "w").write(str(pid))
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     open(f"{path}.new", "w").write(str(status))
@@ -232,12 +235,9 @@ class StandIn:
             "path": pod.path,
             "module": f"zoosplat_{labels['zoosplat.io/stage']}",
             "argv": arguments,
+            "program": self.instead(labels, tries),
             "env": {**self._env, **{e["name"]: e["value"] for e in container["env"] if e["name"] == stores.S3_ONLY}},
         }
-        program = self.instead(labels, tries)
-        if program is not None:
-            Path(f"{pod.path}.py").write_text(program)
-            request |= {"module": "runpy", "argv": [f"{pod.path}.py"]}
         assert self._forks.stdin is not None
         with self._lock:
             self._forks.stdin.write(json.dumps(request) + "\n")
@@ -281,9 +281,10 @@ class Pipelines:
         self.runs: list[Run] = []
         self.errors: list[Exception | None] = []
         self.states: list[dict[str, str]] = []
+        self._threads: list[threading.Thread] = []
 
-    def start(self, stages: list[str] = STAGES, settings: Settings = SETTINGS, **changes: Any) -> threading.Thread:
-        """Begin a run, and go on in a thread."""
+    def begin(self, stages: list[str] = STAGES, settings: Settings = SETTINGS, **changes: Any) -> None:
+        """Begin a run that `work` goes on with."""
         number, held = len(self.runs), ExitStack()
         experiment = Experiment.model_validate(self._config(**changes))
         run = held.enter_context(begun(self.project, experiment, stages, []))
@@ -307,9 +308,15 @@ class Pipelines:
             except Exception as error:
                 self.errors[number] = error
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        return thread
+        self._threads.append(threading.Thread(target=work))
+
+    def work(self) -> None:
+        """Do what was begun, all of it at the same time."""
+        for thread in self._threads:
+            thread.start()
+        for thread in self._threads:
+            thread.join(400)
+        self._threads.clear()
 
     def log(self, number: int, stage: str) -> list[str]:
         return stores.read_bytes(self.runs[number].path("logs", f"{stage}.log")).decode().splitlines()
@@ -331,9 +338,9 @@ def done_of(pipelines: Pipelines, stage: str) -> dict[str, Object]:
 
 # -- several pipelines on one project -----------------------------------------------------------------------------
 def test_runs_with_the_same_settings_share_jobs(pipelines: Pipelines) -> None:
-    threads = [pipelines.start() for _ in range(2)]
-    for thread in threads:
-        thread.join(300)
+    for _ in range(2):
+        pipelines.begin()
+    pipelines.work()
     assert pipelines.errors == [None, None]
     first, second = pipelines.runs
     assert first.id != second.id
@@ -350,26 +357,24 @@ def test_runs_with_the_same_settings_share_jobs(pipelines: Pipelines) -> None:
 
 
 def test_runs_with_other_settings_have_their_own_results(pipelines: Pipelines) -> None:
-    threads = [pipelines.start(crop__grid_size=size) for size in (48, 32)]
-    for thread in threads:
-        thread.join(300)
+    for size in (48, 32):
+        pipelines.begin(crop__grid_size=size)
+    pipelines.work()
     assert pipelines.errors == [None, None]
     first, second = (Project.at(pipelines.project.url).run(run.id) for run in pipelines.runs)
     assert [len(done_of(pipelines, stage)) for stage in STAGES] == [1, 1, 2]
     assert [run.open_input("crop").attrs["grid_size"] for run in (first, second)] == [48, 32]
     assert [run.record()["state"] for run in (first, second)] == ["done", "done"]
     assert [run.record()["stages"]["crop"]["state"] for run in (first, second)] == ["done", "done"]
-    # Each pod was told its run; that of a result which both need works for one of them.
-    told = {re.search(r"'--run', '([^']+)'", str(pipelines.cluster.job(name))) for name in pipelines.cluster.made}
-    assert told == {None}  # the Jobs are gone with their pipelines
+    assert not pipelines.cluster.jobs()
 
 
 def test_pods_of_different_jobs_share_shards_by_leases(pipelines: Pipelines) -> None:
     """Two versions of the images are at work, as in the midst of an upgrade: their Jobs have different names."""
     newer = SETTINGS.model_copy(update={"images": Images(tag="next")})
-    threads = [pipelines.start(settings=settings) for settings in (SETTINGS, newer)]
-    for thread in threads:
-        thread.join(300)
+    for settings in (SETTINGS, newer):
+        pipelines.begin(settings=settings)
+    pipelines.work()
     assert pipelines.errors == [None, None]
     names = [{name for name in pipelines.cluster.made if "-shards-" in name}]
     assert len(names[0]) == 2 * len(STAGES)
@@ -394,7 +399,8 @@ def test_logs_of_pods_are_kept_of_failed_tries_too(pipelines: Pipelines) -> None
         return FAILING if labels.get(INDEX_LABEL) == "1" and tries == 1 else None
 
     pipelines.cluster.instead = fails_once
-    pipelines.start(["ingest"]).join(300)
+    pipelines.begin(["ingest"])
+    pipelines.work()
     assert pipelines.errors == [None]
     assert not pipelines.cluster.jobs()
     lines = pipelines.log(0, "ingest")
@@ -418,7 +424,8 @@ def test_logs_of_pods_are_kept_of_failed_tries_too(pipelines: Pipelines) -> None
 
 def test_logs_of_a_shard_that_always_fails(pipelines: Pipelines) -> None:
     pipelines.cluster.instead = lambda labels, tries: FAILING if labels.get(INDEX_LABEL) == "2" else None
-    pipelines.start(["ingest"]).join(300)
+    pipelines.begin(["ingest"])
+    pipelines.work()
     (error,) = pipelines.errors
     assert "ingest: shards failed for good: 2 of 3; the others are kept" in str(error)
     lines = pipelines.log(0, "ingest")
@@ -428,7 +435,8 @@ def test_logs_of_a_shard_that_always_fails(pipelines: Pipelines) -> None:
     # Mended, the run goes on with that shard alone.
     pipelines.cluster.instead = lambda labels, tries: None
     before = len(pipelines.cluster.pods_made)
-    pipelines.start(["ingest"]).join(300)
+    pipelines.begin(["ingest"])
+    pipelines.work()
     assert pipelines.errors[1] is None
     assert pipelines.runs[1].id == pipelines.runs[0].id
     marks = [stores.read_json(pipelines.runs[1].result("ingest").shard_mark_url(i, 3)) or {} for i in range(3)]
