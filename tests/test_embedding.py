@@ -364,6 +364,9 @@ def test_recordings_embedded_together(project_of: Callable[..., Project], tmp_pa
     )
     run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(tmp_path / "other")])
     assert run.exit_code == 2
+    assert "is there already; choose an --output that holds no files" in run.output
+    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(tmp_path / "others")])
+    assert run.exit_code == 2
     assert "encoder of the features is images, but gaussians in" in run.output
 
 

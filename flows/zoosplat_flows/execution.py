@@ -33,9 +33,9 @@ class Failed(RuntimeError):
 
 
 class Log(Protocol):
-    """Takes a line that a stage has printed, and where it comes from."""
+    """Takes a line that a stage has printed, where it comes from, and when (ISO 8601; default: now)."""
 
-    def __call__(self, line: str, source: str = "") -> None: ...
+    def __call__(self, line: str, source: str = "", at: str = "") -> None: ...
 
 
 class Progress(Protocol):
@@ -171,8 +171,8 @@ def _stage(
             tell(Event(stage, "blocked"))
             raise _Blocked(stage)
 
-    def log(line: str, source: str = "") -> None:
-        recorder.log(stage, line, source)
+    def log(line: str, source: str = "", at: str = "") -> None:
+        recorder.log(stage, line, source, at)
 
     for tries in range(RETRIES + 1):
         try:

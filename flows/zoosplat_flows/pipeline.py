@@ -147,8 +147,8 @@ def run_stage(stage: str, work: _Work) -> State[str]:
         if event.state == "running" and event.total:
             artifact(100.0 * event.done / event.total)
 
-    def log(line: str, source: str = "") -> None:
-        work.recorder.log(stage, line, source)
+    def log(line: str, source: str = "", at: str = "") -> None:
+        work.recorder.log(stage, line, source, at)
 
     try:
         state = attempt(stage, work.run, work.runner, work.workers, heard, log)

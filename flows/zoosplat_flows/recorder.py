@@ -47,6 +47,11 @@ def utc() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def _as_utc(at: str) -> str:
+    """A time in ISO 8601, of whatever precision and zone, as `utc` writes it."""
+    return datetime.fromisoformat(at).astimezone(UTC).isoformat(timespec="milliseconds")
+
+
 class _Text:
     """A text that grows: a file that is appended to, or an S3 object that is put again every few seconds."""
 
@@ -123,16 +128,17 @@ class Recorder:
                 return
             self._write()
 
-    def log(self, stage: str, line: str, source: str = "") -> None:
+    def log(self, stage: str, line: str, source: str = "", at: str = "") -> None:
         """Keep a line that a stage has printed.
 
         Args:
             stage: its name.
             line: without its end.
             source: where it comes from, such as a pod; default: this machine.
+            at: when it was printed, ISO 8601; default: now.
         """
         with self._lock:
-            self._text(f"logs/{stage}.log").add(f"{utc()} {source or self._host} {line}")
+            self._text(f"logs/{stage}.log").add(f"{_as_utc(at) if at else utc()} {source or self._host} {line}")
 
     def set(self, key: str, value: Any) -> None:
         """Keep a value in run.json."""

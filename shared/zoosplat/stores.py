@@ -61,9 +61,18 @@ def normalize(url: str) -> str:
         url = url[7:]
     elif "://" in url:
         raise UserError(f"{url}: unknown kind of URL; use a folder or s3://bucket/prefix")
+    _check_local(url)
+    return os.path.abspath(os.path.expanduser(url))
+
+
+def _check_local(url: str) -> None:
+    """Raise UserError where local files are not to be used.
+
+    Everything that reads a file asks: a URL may come from the record of a run or the plan of a stage, which whoever can
+    write to the project can change.
+    """
     if os.environ.get(S3_ONLY):
         raise UserError(f"{url}: stages in containers read and write S3 alone; use s3://bucket/prefix")
-    return os.path.abspath(os.path.expanduser(url))
 
 
 def is_s3(url: str) -> bool:
@@ -151,6 +160,7 @@ def read_bytes(url: str) -> bytes:
     """Whole content of a file. FileNotFoundError where there is none."""
     if is_s3(url):
         return cast(bytes, _s3().cat_file(url))
+    _check_local(url)
     return Path(url).read_bytes()
 
 
@@ -194,7 +204,7 @@ def read_json(url: str) -> dict[str, Any] | None:
     """A JSON object, or None where the file does not exist. Raises UserError where it holds anything else."""
     try:
         value = json.loads(read_bytes(url))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         value = None
@@ -235,6 +245,7 @@ def open_read(url: str) -> IO[bytes]:
     """A seekable binary file for reading; on S3 it fetches ahead in 4 MiB blocks."""
     if is_s3(url):
         return cast(IO[bytes], _s3().open(url, "rb", block_size=4 << 20, cache_type="readahead"))
+    _check_local(url)
     return open(url, "rb")
 
 
@@ -457,13 +468,17 @@ def delete(url: str) -> None:
 
 def _delete_objects(url: str) -> None:
     """Not s3fs's rm, which takes `*`, `?` and `[` of a URL for patterns and is silent about what it may not delete."""
+    from botocore.exceptions import ClientError
+
     bucket = url[5:].partition("/")[0]
     keys = [name[len(bucket) + 1 :] for name in _s3().find(url)]
     for i in range(0, len(keys), KEYS_AT_ONCE):
         objects = {"Objects": [{"Key": key} for key in keys[i : i + KEYS_AT_ONCE]], "Quiet": True}
         answer = _call_s3("delete_objects", Bucket=bucket, Delete=objects)
         for failed in answer.get("Errors", []):
-            raise OSError(f"{failed['Key']} cannot be deleted: {failed['Code']}: {failed.get('Message', '')}")
+            # Said of an object within a good answer: as the answer to a request for it alone would have been.
+            status = 403 if failed["Code"] == "AccessDenied" else 500
+            raise ClientError({"Error": failed, "ResponseMetadata": {"HTTPStatusCode": status}}, "DeleteObjects")
 
 
 def remove_partials(url: str) -> None:
@@ -534,6 +549,7 @@ def delete_if(url: str, etag: str) -> None:
 # -- arrays -------------------------------------------------------------------------------------------------------
 def _zarr_store(url: str, *, read_only: bool) -> Store:
     if not is_s3(url):
+        _check_local(url)
         return zarr.storage.LocalStore(url, read_only=read_only)
     from botocore.exceptions import NoCredentialsError
     from obstore.auth.boto3 import Boto3CredentialProvider

@@ -23,6 +23,7 @@ from servers import Servers, prefect
 
 from zoosplat import stores
 from zoosplat.stages.registry import STAGES
+from zoosplat.stages.runs import Project
 from zoosplat_flows.runners.kubernetes import JOB_LABEL, Api, job_manifest
 from zoosplat_flows.runners.settings import Settings
 
@@ -228,13 +229,14 @@ def test_upgrade_leaves_a_running_job_alone(forty_nodes: None, tmp_path: Path) -
 class StandIn(threading.Thread):
     """Does for the simulated pods what their containers would: leaves the plans and marks of a pipeline that was run.
 
-    A pod that ended before its mark was there only makes the flow try that stage again.
+    The marks say that the data lies in that pipeline's project. A pod that ended before its mark was there only makes
+    the flow try that stage again.
     """
 
     def __init__(self, done: str) -> None:
         super().__init__(daemon=True)
         self.api = Api(NAMESPACE)
-        self.done = done
+        self.done = Project.at(done).run()
         self.others = {pod["metadata"]["name"] for pod in self.api.pods()}  # of earlier tests
         self.seen: dict[str, Object] = {}
         self.ended = threading.Event()
@@ -246,21 +248,20 @@ class StandIn(threading.Thread):
                 if name in self.others:
                     continue
                 if name not in self.seen:
-                    self._do(pod["spec"]["containers"][0]["args"][1], pod["metadata"]["labels"])
+                    self._do(pod["spec"]["containers"][0]["args"], pod["metadata"]["labels"])
                 if pod["spec"].get("nodeName") or name not in self.seen:
                     self.seen[name] = pod
 
-    def _do(self, project: str, labels: dict[str, str]) -> None:
+    def _do(self, arguments: list[str], labels: dict[str, str]) -> None:
         stage, step = labels["zoosplat.io/stage"], labels["zoosplat.io/step"]
+        assert (arguments[0], arguments[2]) == ("--project", "--run")
+        run = Project.at(arguments[1]).run(arguments[3])
+        there, here = self.done.result(stage), run.result(stage)
+        assert there.id == here.id
         if step == "prepare":
-            self._copy(project, f"_marks/{stage}/plan.json")
+            stores.write_bytes(here.file("plan.json"), stores.read_bytes(there.file("plan.json")))
         elif step in ("finish", "run"):
-            self._copy(project, f"_marks/{stage}.json")
-
-    def _copy(self, project: str, name: str) -> None:
-        data = stores.read_bytes(f"{self.done}/{name}")
-        assert data is not None
-        stores.write_bytes(f"{project}/{name}", data)
+            stores.write_json(here.file("done.json"), {**there.require(), "run": run.id, "data": there.folder})
 
 
 @pytest.mark.timeout(900)
@@ -268,6 +269,11 @@ def test_ten_pipelines_at_once(
     forty_nodes: None, another_s3: None, tmp_path: Path, recording: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = read_settings(tmp_path)
+    # No profile changes the configuration: all pipelines have the results of the one that was run.
+    raw = yaml.safe_load((tmp_path / "settings.yaml").read_text())
+    for profile in raw["profiles"].values():
+        profile["config"] = {}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(raw))
     for key, value in {**CLUSTER, "ZOOSPLAT_SETTINGS": str(tmp_path / "settings.yaml")}.items():
         monkeypatch.setenv(key, value)
     with Servers() as servers:
@@ -284,12 +290,6 @@ def test_ten_pipelines_at_once(
         config.write_text(yaml.safe_dump({**recording.config(), **small}))
         done = f"s3://{servers.bucket}/done"
         servers.run(str(Path(prefect()).parent / "zoosplat"), "run", str(config), "--project", done)
-        results = [key for key in stores.list_files(done) if "_marks/" not in key]
-        for i in range(10):
-            for name in results:
-                data = stores.read_bytes(f"{done}/{name}")
-                assert data is not None
-                stores.write_bytes(f"s3://{servers.bucket}/p{i}/{name}", data)
         servers.deploy("local")
         servers.worker("zoosplat", "process")
         stand_in = StandIn(done)
@@ -307,8 +307,8 @@ def test_ten_pipelines_at_once(
             return Counter(run["state_type"] for run in found)
 
         for i in range(10):
-            given = [f"project=s3://{servers.bucket}/p{i}", "runner=kubernetes", f"profile={PROFILES[i % 4]}"]
-            servers.pipeline("local", *given, watch=False, quiet=True)
+            given = [f"project=s3://{servers.bucket}/p{i}", f"config={config}", "runner=kubernetes"]
+            servers.pipeline("local", *given, f"profile={PROFILES[i % 4]}", watch=False, quiet=True)
         # Not answering in time is an error of `states`. One more is the run that was made in earnest.
         until(lambda: sum(states()[kind] for kind in ("COMPLETED", "FAILED", "CRASHED")) == 11, 600)
         stand_in.ended.set()

@@ -11,23 +11,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
-from zoosplat.project import Project
 
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
+from zoosplat.stages.results import FOLDER, Result
+from zoosplat.stages.runs import Project, Run, claim, resolve
 from zoosplat_flows.cli import app
+from zoosplat_flows.execution import Exhausted, Interrupted
 from zoosplat_flows.runners import kubernetes
 from zoosplat_flows.runners.kubernetes import (
     INDEX_LABEL,
     Api,
-    Exhausted,
     Jobs,
     choose_profile,
     end_jobs,
@@ -39,7 +40,6 @@ from zoosplat_flows.runners.kubernetes import (
     why_unschedulable,
     with_profile,
 )
-from zoosplat_flows.runners.local import Interrupted
 from zoosplat_flows.runners.settings import Settings, overlay
 
 TEXT = """
@@ -159,7 +159,7 @@ POD: dict[str, Any] = {
             "name": "stage",
             "image": "registry.example/lab/zoosplat-center-rotation:1.2",
             "imagePullPolicy": "IfNotPresent",
-            "args": ["--project", "s3://b/p", "--shard", "$(JOB_COMPLETION_INDEX)/6"],
+            "args": ["--project", "s3://b/p", "--run", "r1", "--shard", "$(JOB_COMPLETION_INDEX)/6"],
             "env": [
                 {"name": "HOME", "value": "/tmp"},
                 {"name": "OMP_WAIT_POLICY", "value": "passive"},
@@ -193,7 +193,7 @@ POD: dict[str, Any] = {
 
 
 def test_the_whole_manifest_of_an_indexed_job(tmp_path: Path) -> None:
-    arguments = ["--shard", "$(JOB_COMPLETION_INDEX)/6"]
+    arguments = ["--run", "r1", "--shard", "$(JOB_COMPLETION_INDEX)/6"]
     job = job_manifest(
         _settings(tmp_path),
         "s3://b/p",
@@ -242,12 +242,14 @@ def test_the_whole_manifest_of_an_indexed_job(tmp_path: Path) -> None:
 
 def test_a_gpu_job_differs_by_its_profile_alone(tmp_path: Path) -> None:
     loaded = _settings(tmp_path)
-    job = job_manifest(loaded, "s3://b/p", "train", "run", "d", ["--force"], run="r", profile=loaded.profile("12gb"))
+    job = job_manifest(
+        loaded, "s3://b/p", "train", "run", "d", ["--run", "r1"], run="r", profile=loaded.profile("12gb")
+    )
     amounts = {"cpu": "1", "memory": "4Gi", "nvidia.com/gpu": "1"}
     container = {
         **POD["containers"][0],
         "image": "registry.example/lab/zoosplat-train:1.2",
-        "args": ["--project", "s3://b/p", "--force"],
+        "args": ["--project", "s3://b/p", "--run", "r1"],
         "resources": {"requests": amounts, "limits": amounts},
     }
     assert job["spec"]["template"]["spec"] == {
@@ -275,23 +277,40 @@ def test_a_pod_of_several_gpus_has_shared_memory_for_them(tmp_path: Path) -> Non
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}} in pod["volumes"]
 
 
-def test_names_follow_from_what_determines_the_work_and_from_nothing_else(tmp_path: Path) -> None:
+def test_names_follow_from_what_is_made_and_from_nothing_else(tmp_path: Path, recording: Any) -> None:
+    """From where the result lies, its id, and the images: not from the run, so that runs share Jobs."""
     loaded, project = _settings(tmp_path), Project.at(str(tmp_path / "p"))
+    newer = loaded.model_copy(update={"images": loaded.images.model_copy(update={"tag": "1.3"})})
 
-    def digest(stage: str = "crop", force: bool = False, where: Project = project, **changes: Any) -> str:
-        return request_digest(where, _experiment(**changes), stage, loaded, force)
+    def digest(
+        stage: str = "crop",
+        force: str = "",
+        where: Project = project,
+        by: Settings = loaded,
+        **changes: Any,
+    ) -> str:
+        draft = resolve(where, Experiment.model_validate(recording.config(**changes)), force.split())
+        return request_digest(draft.results[stage], by)
 
-    assert digest() == digest() == digest(train__lr=1.0)
-    others = [
-        digest("pack"),
-        digest(force=True),
-        digest(crop__grid_size=64),
-        digest(where=Project.at(str(tmp_path / "q"))),
+    first = resolve(project, Experiment.model_validate(recording.config()))
+    claim(first.results["crop"], first.requests["crop"])
+    same = [
+        digest(),
+        digest(),
+        digest(train__lr=1.0),
+        digest(scheduling__frames_per_shard=16),
+        digest(force="train"),
     ]
-    (tmp_path / "p" / "_marks").mkdir(parents=True)
-    (tmp_path / "p" / "_marks" / "ingest.json").write_text('{"digest": "other"}')
-    assert len({digest(), *others, request_digest(project, _experiment(), "crop", loaded, False)}) == 5
-    assert digest() not in others
+    assert len(set(same)) == 1
+    different = [
+        digest("pack"),
+        digest(force="crop"),
+        digest(crop__grid_size=64),
+        digest(center_rotation__ell=0.3),  # crop is made from it
+        digest(where=Project.at(str(tmp_path / "q"))),
+        digest(by=newer),
+    ]
+    assert len({*same, *different}) == 7
 
     names = {
         job_manifest(loaded, "s3://b/p", "crop", step, "d", [], run=run, shards=shards)["metadata"]["name"]
@@ -582,20 +601,34 @@ def _quiet(done: int, total: int, message: str) -> None:
     return None
 
 
+def _no_log(line: str, source: str = "", at: str = "") -> None:
+    return None
+
+
 @pytest.fixture
 def marks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Files of s3://b/p, by URL: a project without a server."""
+    """Files of s3://b/p, by URL: stand for a project on a server."""
     files: dict[str, Any] = {}
     monkeypatch.setattr("zoosplat.stores.read_json", files.get)
-    monkeypatch.setattr(Project, "read_experiment", lambda self: _experiment())
     return files
 
 
-URL = "s3://b/p"
+URL, ID = "s3://b/p", "0123456789abcdef"
+
+
+def _run() -> Run:
+    """A run in that project, none of whose results have been looked at."""
+    folders = {stage: f"{URL}/{FOLDER}/{stage}/{ID}" for stage in ("crop", "train")}
+    results = {stage: Result(stage, ID, folder, folder) for stage, folder in folders.items()}
+    return Run(Project(URL), "r1", _experiment(), results)
 
 
 def _plan(files: dict[str, Any], stage: str, shards: int) -> None:
-    files[f"{URL}/_marks/{stage}/plan.json"] = {"bounds": list(range(shards + 1)), "digest": "d"}
+    files[f"{URL}/{FOLDER}/{stage}/{ID}/plan.json"] = {"bounds": list(range(shards + 1)), "id": ID}
+
+
+def _done(files: dict[str, Any], stage: str) -> None:
+    files[f"{URL}/{FOLDER}/{stage}/{ID}/done.json"] = {"id": ID, "finished": time.time()}
 
 
 def _number(pod: Any) -> int:
@@ -617,7 +650,7 @@ def _finishing(
         elif _step(pod) == "shards":
             return then(pod)
         else:
-            files[f"{URL}/_marks/{stage}.json"] = {"digest": "d", "finished": time.time()}
+            _done(files, stage)
         return End()
 
     return decide
@@ -625,12 +658,13 @@ def _finishing(
 
 @contextmanager
 def _in_thread(jobs: Jobs, stage: str, progress: Callable[[int, int, str], None] = _quiet) -> Iterator[list[Any]]:
-    """Run a stage beside the test; the list gets what it returns or raises."""
+    """Run a stage beside the test; the list gets `ended` or what it raises."""
     outcome: list[Any] = []
 
     def run() -> None:
         try:
-            outcome.append(jobs.run(stage, URL, progress=progress))
+            jobs.run(stage, _run(), progress=progress, log=_no_log)
+            outcome.append("ended")
         except BaseException as error:
             outcome.append(error)
 
@@ -658,7 +692,9 @@ def test_a_cpu_stage_is_prepared_sharded_and_finished(place: Place, marks: dict[
 
     place.kubelet.decide = _finishing(marks, "crop", 6, work)
     with Jobs(place.settings, None, place.api, "run-1") as jobs:
-        assert jobs.run("crop", URL, progress=lambda *event: reports.append(event)) == "done"
+        run = _run()
+        jobs.run("crop", run, progress=lambda *event: reports.append(event), log=_no_log)
+        assert run.result("crop").is_done()
         created = {job["metadata"]["labels"]["zoosplat.io/step"]: job for job in place.api.jobs()}
         assert sorted(created) == ["finish", "prepare", "shards"]
         spec = created["shards"]["spec"]
@@ -671,7 +707,7 @@ def test_a_cpu_stage_is_prepared_sharded_and_finished(place: Place, marks: dict[
     # The API server has accepted and kept all of it.
     for pod in pods:
         container = pod["spec"]["containers"][0]
-        assert container["args"] == ["--project", URL, "--shard", "$(JOB_COMPLETION_INDEX)/6"]
+        assert container["args"] == ["--project", URL, "--run", "r1", "--shard", "$(JOB_COMPLETION_INDEX)/6"]
         assert {
             "name": "JOB_COMPLETION_INDEX",
             "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": f"metadata.labels['{INDEX_LABEL}']"}},
@@ -689,7 +725,9 @@ def test_a_cpu_stage_is_prepared_sharded_and_finished(place: Place, marks: dict[
     # Done before: only the preparation runs, and finds it so.
     with Jobs(place.settings, None, place.api, "run-2") as jobs:
         place.kubelet.decide = lambda pod: End()
-        assert jobs.run("crop", URL, progress=_quiet) == "skipped"
+        before = len(place.kubelet.seen)
+        jobs.run("crop", _run(), progress=_quiet, log=_no_log)
+        assert [_step(pod) for pod in place.kubelet.seen[before:]] == ["prepare"]
 
 
 @pytest.mark.cluster
@@ -699,7 +737,7 @@ def test_a_failed_index_is_tried_again_and_reported_by_number_with_its_log(place
 
     place.kubelet.decide = _finishing(marks, "crop", 5, work)
     with Jobs(place.settings, None, place.api, "r") as jobs, pytest.raises(Exhausted) as caught:
-        jobs.run("crop", URL, progress=_quiet)
+        jobs.run("crop", _run(), progress=_quiet, log=_no_log)
     lines = str(caught.value).splitlines()
     assert lines[0] == "crop: shards failed for good: 3 of 5; the others are kept"
     assert re.fullmatch(r"crop: shard 3 of 5: exit status 1 on cpu-[12], 2 times", lines[1])
@@ -713,7 +751,7 @@ def test_bad_input_is_not_tried_again(place: Place, marks: dict[str, Any]) -> No
     bad = End(2, "a warning\nzoosplat crop: crop.ell = 0.1: too small")
     place.kubelet.decide = _finishing(marks, "crop", 2, lambda pod: bad if _number(pod) == 1 else End())
     with Jobs(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError) as caught:
-        jobs.run("crop", URL, progress=_quiet)
+        jobs.run("crop", _run(), progress=_quiet, log=_no_log)
     assert str(caught.value) == "crop: crop.ell = 0.1: too small"
     assert sorted(_number(pod) for pod in place.kubelet.seen if _step(pod) == "shards") == [0, 1]
 
@@ -727,7 +765,7 @@ def test_too_little_memory_is_named_with_the_key_to_change(place: Place, marks: 
         r"raise runner\.cpu\.resources\.limits\.memory$"
     )
     with Jobs(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError, match=expected):
-        jobs.run("crop", URL, progress=_quiet)
+        jobs.run("crop", _run(), progress=_quiet, log=_no_log)
 
     place.kubelet.decide = lambda pod: killed
     expected = (
@@ -735,19 +773,19 @@ def test_too_little_memory_is_named_with_the_key_to_change(place: Place, marks: 
         r"raise profiles\.12gb\.memory, or choose the profile 24gb$"
     )
     with Jobs(place.settings, "12gb", place.api, "r") as jobs, pytest.raises(UserError, match=expected):
-        jobs.run("train", URL, progress=_quiet)
+        jobs.run("train", _run(), progress=_quiet, log=_no_log)
 
 
 @pytest.mark.cluster
 def test_gpu_stages_run_on_the_nodes_of_their_profile(place: Place, marks: dict[str, Any]) -> None:
     def train(pod: Any) -> End:
-        marks[f"{URL}/_marks/train.json"] = {"digest": "d", "finished": time.time()}
+        _done(marks, "train")
         return End()
 
     place.kubelet.decide = train
     for profile, node in (("12gb", "gpu-12"), ("24gb", "gpu-24")):
         with Jobs(place.settings, profile, place.api, "r") as jobs:
-            assert jobs.run("train", URL, force=True, progress=_quiet) == "done"
+            jobs.run("train", _run(), progress=_quiet, log=_no_log)
         assert place.kubelet.seen[-1]["spec"]["nodeName"] == node
         _wait_until(lambda: not place.names(), "the Job to be gone")
 
@@ -779,7 +817,7 @@ def test_two_pipelines_share_jobs_and_the_second_survives_the_first(place: Place
         # The first has ended and deleted the Job: the second goes on with one of its own.
         free.set()
         _wait_until(lambda: outcome, "the second pipeline")
-    assert outcome == ["done"]
+    assert outcome == ["ended"]
 
 
 @pytest.mark.cluster
@@ -787,11 +825,13 @@ def test_what_has_ended_earlier_is_not_adopted(place: Place, marks: dict[str, An
     place.kubelet.decide = lambda pod: End(1, "lost connection")
     killed = Jobs(place.settings, None, place.api, "killed")  # it never deletes its Jobs
     with pytest.raises(RuntimeError, match=r"^crop: prepare: exit status 1 on cpu-[12]\nlost connection$"):
-        killed.run("crop", URL, progress=_quiet)
+        killed.run("crop", _run(), progress=_quiet, log=_no_log)
     assert len(place.names()) == 1
     place.kubelet.decide = _finishing(marks, "crop", 1, lambda pod: End())
     with Jobs(place.settings, None, place.api, "next") as jobs:
-        assert jobs.run("crop", URL, progress=_quiet) == "done"
+        run = _run()
+        jobs.run("crop", run, progress=_quiet, log=_no_log)
+        assert run.result("crop").is_done()
 
 
 @pytest.mark.cluster
@@ -804,13 +844,13 @@ def test_hooks_end_the_jobs_of_their_run_alone(place: Place, marks: dict[str, An
     assert [job["metadata"]["labels"]["zoosplat.io/run"] for job in place.api.jobs()] == ["b"]
 
     @dataclass
-    class Run:
+    class FlowRun:
         id: str
         parameters: dict[str, Any]
 
     for hooks in (pipeline.on_cancellation_hooks, pipeline.on_crashed_hooks, pipeline.on_failure_hooks):
         for runner, left in (("local", 1), ("kubernetes", 0)):
-            hooks[0](pipeline, Run("b", {"runner": runner}), None)  # type: ignore[arg-type]
+            hooks[0](pipeline, FlowRun("b", {"runner": runner}), None)  # type: ignore[arg-type]
             assert len(place.names()) == left
         place.api.create_job(job_manifest(place.settings, URL, "crop", "prepare", "b", [], run="b"))
 
@@ -865,7 +905,7 @@ def test_an_image_that_cannot_be_pulled_ends_the_stage(
     place.kubelet.blocked = "ImagePullBackOff"
     expected = r"^crop: image:1: its image cannot be pulled; check images.registry and images.tag \(no such image\)$"
     with Jobs(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError, match=expected):
-        jobs.run("crop", URL, progress=_quiet)
+        jobs.run("crop", _run(), progress=_quiet, log=_no_log)
     _wait_until(lambda: not place.names() and not place.api.pods(), "Jobs and pods to be gone")
 
 
@@ -876,6 +916,6 @@ def test_what_the_cluster_refuses_names_the_settings(place: Place, marks: dict[s
         Jobs(elsewhere, None, Api("nowhere"), "r") as jobs,
         pytest.raises(UserError, match=r"refuses the Job.*nowhere"),
     ):
-        jobs.run("crop", URL, progress=_quiet)
+        jobs.run("crop", _run(), progress=_quiet, log=_no_log)
     with Jobs(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError, match="use a project at s3://"):
-        jobs.run("crop", str(tmp_path), progress=_quiet)
+        jobs.run("crop", replace(_run(), project=Project(str(tmp_path))), progress=_quiet, log=_no_log)

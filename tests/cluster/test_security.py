@@ -127,7 +127,7 @@ def result_folders(names: set[str], stage: str) -> set[str]:
         ("projects/theirs/p", "projects/theirs/p"),
         ("projects/mine-not/p", "projects/mine-not/p"),
         ("p", "p"),
-        ("projects/mine/reads", "recordings/theirs/masks/0.mp4"),
+        ("projects/mine/reads", "recordings/theirs/videos/0.mp4"),
         ("recordings/mine/p", "recordings/mine/p"),  # may be read, not written
     ],
 )
@@ -250,10 +250,32 @@ def test_a_container_reads_no_local_file(
     if case == "reuse":  # names a folder that holds no results, which whoever begins a run finds out
         return
     run = json.loads(s3.read(name, "p/latest.json"))["run"]
-    before = s3.objects(name)
-    line = refusal(stages("ingest", f"s3://{name}/p", "--run", run, "--shard", "0/3", env=inside), "ingest")
+    s3.client.delete_object(Bucket=name, Key=result_key(s3, name, run, "plan.json"))
+    line = refusal(stages("ingest", f"s3://{name}/p", "--run", run, env=inside), "ingest")
     assert "stages in containers read and write S3 alone; use s3://bucket/prefix" in line
-    assert s3.objects(name) == before
+
+
+def test_a_plan_cannot_send_a_container_to_a_local_file(s3: S3, recording: Recording, stages: Stages) -> None:
+    """It holds the places of the videos, for the shards."""
+    name = s3.bucket()
+    s3.put_folder(recording.folder, name, "recording")
+    config = json.dumps(recording.config(f"s3://{name}/recording")).encode()
+    s3.client.put_object(Bucket=name, Key=f"p/{CONFIG}", Body=config)
+    assert stages("ingest", f"s3://{name}/p", "--prepare", env=s3.env).status == 0
+    run = json.loads(s3.read(name, "p/latest.json"))["run"]
+    local = str(recording.folder / "masks" / "0.mp4")
+    plan = result_key(s3, name, run, "plan.json")
+    change_json(s3, name, plan, lambda value: value["values"]["infos"][0].update(url=local))
+    arguments = ("--run", run, "--shard", "0/3")
+    line = refusal(stages("ingest", f"s3://{name}/p", *arguments, env={**s3.env, "ZOOSPLAT_S3_ONLY": "1"}), "ingest")
+    assert f"{local}: stages in containers read and write S3 alone" in line
+    assert stages("ingest", f"s3://{name}/p", *arguments, env=s3.env).status == 0
+
+
+def result_key(s3: S3, bucket: str, run: str, name: str) -> str:
+    """Key of a file in the folder of a run's result of ingest, in project p."""
+    made = json.loads(s3.read(bucket, f"p/runs/{run}/run.json"))["results"]["ingest"]["id"]
+    return f"p/results/ingest/{made}/{name}"
 
 
 @pytest.mark.parametrize("kind", ["record", "mark"])
@@ -295,7 +317,7 @@ def test_names_are_taken_as_they_stand(
     config["data"]["videos"][0] = name
     s3.client.put_object(Bucket=bucket, Key=f"p/{CONFIG}", Body=json.dumps(config).encode())
     line = refusal(stages("ingest", f"s3://{bucket}/p", env=s3.env), "ingest")
-    assert f"{name} (video of camera 0): no such file: s3://{bucket}/recording/{name}" in line
+    assert f"data.videos[0]: s3://{bucket}/recording/{name}: no such file" in line
     assert s3.env["AWS_SECRET_ACCESS_KEY"] not in line
 
 

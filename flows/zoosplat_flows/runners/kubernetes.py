@@ -7,13 +7,13 @@ again at any time, which makes it right to create a Job anew wherever it has gon
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +26,7 @@ from zoosplat.stages.registry import STAGES
 from zoosplat.stages.results import Result, digest_of
 from zoosplat.stages.runs import Run
 from zoosplat_flows.execution import Exhausted, Interrupted, Log, Progress
+from zoosplat_flows.recorder import PROGRESS_S
 from zoosplat_flows.runners.settings import (
     Profile,
     Settings,
@@ -44,7 +45,9 @@ SILENT_S = 120.0  # how long the API server may be away
 BLOCKED_S = 60.0  # how long a pod may be unable to start for a reason that time does not mend
 KEPT_S = 3600  # of a finished Job whose runner was killed
 TIMEOUT_S = 20
-KEPT_LOG_LINES = 2000  # of a pod, the last ones
+LOG_OVERLAP_S = (
+    5  # a log that is read again begins so much before the last reading, whose lines are known by their times
+)
 MAX_FAILED = 10  # indexes, after which the others are not begun
 SHOWN_FAILED = 3
 TIMES_GONE = 5
@@ -130,10 +133,11 @@ class Api:
                 return None
             raise
 
-    def log(self, pod: str, lines: int) -> str:
-        return self._call(self.core.read_namespaced_pod_log, pod, self.namespace, tail_lines=lines).decode(
-            errors="replace"
-        )
+    def log(self, pod: str, since_s: int | None = None) -> str:
+        """What a pod has printed, each line after its time; with `since_s` that of the last seconds alone."""
+        since = {} if since_s is None else {"since_seconds": since_s}
+        function = self.core.read_namespaced_pod_log
+        return self._call(function, pod, self.namespace, timestamps=True, **since).decode(errors="replace")
 
 
 def _selector(labels: dict[str, str]) -> str:
@@ -195,7 +199,7 @@ def job_manifest(
         step: prepare, shards, finish, or run for a whole GPU stage.
         digest: `request_digest`.
         arguments: of the stage, after --project URL.
-        run: id of the flow run, a label by which its Jobs are found and ended.
+        run: id of Prefect's flow run, a label by which its Jobs are found and ended.
         shards: makes it an Indexed Job of so many.
         parallelism: pods at a time.
         profile: places it on a GPU node and gives it its resources; None: those of CPU stages.
@@ -544,7 +548,7 @@ class Jobs:
         settings: of the runner.
         profile: where GPU stages run; None where none will.
         api: the cluster.
-        run: id of the flow run, a label of its Jobs.
+        run: id of Prefect's flow run, a label of its Jobs.
 
     Attributes:
         placements: `placement` of the pods of all Jobs that have ended.
@@ -581,7 +585,8 @@ class Jobs:
             workers: shards at a time; None: `cpu.parallelism` of the settings.
             progress: called with shards done, their number and what the pods are waiting for; for GPU stages with
                 what the stage itself reports.
-            log: called with every line that a pod has printed, and the pod's name, once it has ended.
+            log: called with every line that a pod has printed, its node and name, and the time of the line: of the
+                pod of a Job that has one alone while it runs, of others when they have ended, failed ones too.
 
         Raises:
             UserError: bad input, too little memory, or a pod that cannot start.
@@ -665,7 +670,7 @@ class Jobs:
     def _wait(self, name: str, progress: Progress, log: Log) -> bool:
         """Wait for a Job. Returns whether it is complete; False where it has gone."""
         answered = time.monotonic()
-        logged: set[str] = set()
+        logs = _PodLogs(self.api, log)
         blocked_since: float | None = None
         while True:
             try:
@@ -676,14 +681,14 @@ class Jobs:
                     return False
                 end = job_condition(job)
                 pods = self.api.pods(**{JOB_LABEL: name})
-                self._keep_logs(pods, logged, log)
+                event = logs.read(job, pods)
                 if end is not None:
                     self.placements += map(placement, pods)
                 if end == "Complete":
                     return True
                 if end == "Failed":
                     raise failure(job, pods, self._memory_key(job))
-                self._report(job, pods, progress)
+                self._report(job, pods, event, progress)
                 blocked = next(filter(None, map(why_blocked, pods)), None)
                 if blocked is None:
                     blocked_since = None
@@ -702,46 +707,87 @@ class Jobs:
                     raise RuntimeError(f"{name}: the Kubernetes API server does not answer: {error}") from error
             self._sleep(name)
 
-    def _keep_logs(self, pods: list[Object], logged: set[str], log: Log) -> None:
-        """Keep what each pod that has ended has printed, once: the pod goes, with its Job, soon after."""
-        for pod in pods:
-            name = pod["metadata"]["name"]
-            if name in logged or pod.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
-                continue
-            logged.add(name)
-            labels = pod["metadata"]["labels"]
-            shard = f" shard {labels[INDEX_LABEL]}" if INDEX_LABEL in labels else ""
-            where = f"{pod['spec'].get('nodeName', '')}/{name}{shard}"
-            # A log that cannot be read any more costs its lines, not the stage.
-            with contextlib.suppress(Exception):
-                for line in self.api.log(name, KEPT_LOG_LINES).splitlines():
-                    if line.strip():
-                        log(line, where)
-            end = _ended(pod)
-            log(f"exit status {end.get('exitCode', 'unknown')} {end.get('reason', '')}".rstrip(), where)
-
     def _memory_key(self, job: Object) -> str:
         if STAGES[job["metadata"]["labels"][f"{LABELS}/stage"]].gpu:
             larger = [n for n in self.settings.ordered() if self.profile and gpu_gib(n) > gpu_gib(self.profile)]
             return f"profiles.{self.profile}.memory" + (f", or choose the profile {larger[0]}" if larger else "")
         return "runner.cpu.resources.limits.memory"
 
-    def _report(self, job: Object, pods: list[Object], progress: Progress) -> None:
+    def _report(self, job: Object, pods: list[Object], event: tuple[int, int, str] | None, progress: Progress) -> None:
         waiting = [why for pod in pods if (why := why_pending(pod)) and not why.startswith("is starting")]
         why = f"{len(waiting)} waiting: {waiting[0]}" if waiting else ""
         if job["spec"].get("completionMode") == "Indexed":
             progress(job.get("status", {}).get("succeeded", 0), job["spec"]["completions"], why)
-            return
-        for pod in pods:
-            if pod.get("status", {}).get("phase") == "Running":
-                # A log that cannot be read costs the picture of the progress, not the stage.
-                with contextlib.suppress(Exception):
-                    for line in reversed(self.api.log(pod["metadata"]["name"], 20).splitlines()):
-                        if (event := _event(line)) is not None:
-                            progress(*event)
-                            return
-        if why:
+        elif event is not None:
+            progress(*event)
+        elif why:
             progress(0, 0, why)
+
+
+class _PodLogs:
+    """What the pods of a Job have printed, handed on line by line; a pod's log goes, with its Job, soon after its end.
+
+    The pod of a Job that has one alone is followed while it runs, others are read when they have ended.
+    """
+
+    def __init__(self, api: Api, log: Log) -> None:
+        self._api, self._log = api, log
+        self._last: dict[str, str] = {}  # pod -> time of the last line that was handed on
+        self._read: dict[str, float] = {}  # pod -> when its log was read last
+        self._shown: dict[str, datetime] = {}  # pod -> time of the last line of progress that was handed on
+        self._complete: set[str] = set()
+
+    def read(self, job: Object, pods: list[Object]) -> tuple[int, int, str] | None:
+        """Hand on what is new. What a pod that runs has last said of its progress, None where nothing is known."""
+        event = None
+        for pod in pods:
+            name, phase = pod["metadata"]["name"], pod.get("status", {}).get("phase")
+            has_ended = phase in ("Succeeded", "Failed")
+            followed = phase == "Running" and job["spec"].get("completionMode") != "Indexed"
+            if name in self._complete or not (has_ended or followed):
+                continue
+            try:
+                event = self._follow(pod) or event
+            except Exception:
+                # Tried again as long as the Job lasts; then it costs the lines of the log, not the stage.
+                if not has_ended or job_condition(job) is None:
+                    continue
+            if has_ended:
+                self._complete.add(name)
+                end = _ended(pod)
+                status = f"exit status {end.get('exitCode', 'unknown')} {end.get('reason', '')}".rstrip()
+                self._log(status, _place(pod), str(end.get("finishedAt") or ""))
+        return event
+
+    def _follow(self, pod: Object) -> tuple[int, int, str] | None:
+        name, where, now = pod["metadata"]["name"], _place(pod), time.monotonic()
+        since = None if name not in self._read else int(now - self._read[name]) + LOG_OVERLAP_S
+        event = None
+        for text in self._api.log(name, since).splitlines():
+            at, _, line = text.partition(" ")
+            event = _event(line) or event
+            if at <= self._last.get(name, "") or not line.strip():
+                continue
+            self._last[name] = at
+            if _event(line) is None or self._is_due(name, at):
+                self._log(line, where, at)
+        self._read[name] = now
+        return event
+
+    def _is_due(self, name: str, at: str) -> bool:
+        """Whether a line of progress, printed several times a second, goes into the log."""
+        printed = datetime.fromisoformat(at)
+        if name in self._shown and (printed - self._shown[name]).total_seconds() < PROGRESS_S:
+            return False
+        self._shown[name] = printed
+        return True
+
+
+def _place(pod: Object) -> str:
+    """Where the lines of a pod come from: its node and name, and the number of its shard."""
+    labels = pod["metadata"]["labels"]
+    shard = f" shard {labels[INDEX_LABEL]}" if INDEX_LABEL in labels else ""
+    return f"{pod['spec'].get('nodeName', '')}/{pod['metadata']['name']}{shard}"
 
 
 def _api_error(error: Exception) -> Exception:

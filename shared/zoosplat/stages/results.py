@@ -92,6 +92,11 @@ class Request:
         }
 
 
+def is_id(name: str) -> bool:
+    """Whether a folder's name is an id that follows from a request; those of adopted results do not."""
+    return re.fullmatch(r"[0-9a-f]{16}(?:-[1-9]\d*)?", name) is not None
+
+
 def attempt_of(name: str, base: str) -> int | None:
     """Number of the attempt that a folder's name says, from 0; None where it is of another request."""
     found = re.fullmatch(rf"{base}(?:-([1-9]\d*))?", name)
