@@ -133,7 +133,7 @@ def test_status_tells_done_partial_and_missing(run: Run) -> None:
     assert "ingest: camera [1] is dim" in out.splitlines()
     first = run.project.run_ids()[0]
     earlier = call("status", run.project.url, "--run", first[:-2])[1]
-    assert earlier.count("done") == 3
+    assert earlier.count("│ done") == 3
     assert first in earlier
 
 
