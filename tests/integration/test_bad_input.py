@@ -348,11 +348,14 @@ PACKING: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 def test_video_changed_after_ingest(
     case: str, recording: Recording, stages: Stages, finished: Path, tmp_path: Path
 ) -> None:
+    """A run that is going on; one that is begun after the change has other masks, too."""
     damage, words = PACKING[case]
     data = recording.copy(tmp_path / "recording")
     project = copied(finished, tmp_path / "project", "pack", recording, data)
+    assert stages("ingest", project).out == ""
+    run = Project.at(project).run().id
     damage(data)
-    line = refused(stages, "pack", project)
+    line = refused(stages, "pack", project, "--run", run)
     assert all(word in line for word in words), line
 
 
