@@ -233,7 +233,7 @@ def test_configuration(case: str, recording: Recording, stages: Stages, tmp_path
 
 def test_project(stages: Stages, recording: Recording, tmp_path: Path) -> None:
     assert f"{tmp_path}/nowhere: holds no run" in refused(stages, "ingest", str(tmp_path / "nowhere"))
-    (tmp_path / "tested.yaml").write_text("{]")
+    (tmp_path / "tested.yaml").write_text("data: ]")
     assert "tested.yaml: not valid YAML" in refused(stages, "ingest", str(tmp_path))
     (tmp_path / "tested.yaml").write_bytes(b"\xff\xfe\x00")
     assert "tested.yaml" in refused(stages, "ingest", str(tmp_path))
@@ -549,4 +549,4 @@ def test_s3_bucket_or_recording_missing(s3: S3, recording: Recording, stages: St
     assert "bucket" in line
     project = recording.write_project(tmp_path / "b", f"s3://{bucket}/recording")
     line = refused(stages, "ingest", project, env=s3.env)
-    assert f"s3://{bucket}/recording/masks/0.mp4: no such file" in line
+    assert f"no such file: s3://{bucket}/recording/masks/0.mp4; check data.masks" in line
