@@ -272,6 +272,57 @@ def finished(recording: Recording, stages: Stages, tmp_path_factory: pytest.Temp
     return project
 
 
+# -- runs made by hand --------------------------------------------------------------------------------------------
+class ByHand:
+    """Runs whose results a test writes itself, in place of the stages."""
+
+    @staticmethod
+    def begin(folder: Path, experiment: Any, *force: str, until: str = "embedding", state: str = "begun") -> Any:
+        """A recorded run; files outside that its configuration names are made up where there are none."""
+        from zoosplat import effects
+        from zoosplat.stages import runs
+        from zoosplat.stages.registry import PIPELINE
+        from zoosplat_flows.execution import select
+
+        for spec in PIPELINE:
+            for url in effects.outside_files(spec.name, experiment).values():
+                path = Path(url)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not path.exists():
+                    path.write_text(f"contents of {path.name}")
+        draft = runs.resolve(runs.Project.at(str(folder)), experiment, force)
+        return runs.record(draft, select(until_stage=until), state)
+
+    @staticmethod
+    def mark(run: Any, stage: str, **changes: Any) -> None:
+        """The mark by which a result is done: 90 s from begin to end, 300 s of work, 1.5 GiB."""
+        from zoosplat import stores
+        from zoosplat.stages import results, runs
+
+        result, request = run.result(stage), run.request(stage)
+        runs.claim(result, request)
+        mark = {
+            **request.to_json(),
+            "run": run.id,
+            "versions": {"python": "3.11.9", "numpy": "2.1.0"},
+            "shards": 4,
+            "frames": 100,
+            "started": 1_000_000.0,
+            "finished": 1_000_090.0,
+            "cpu_seconds": 300.0,
+            "peak_memory_bytes": 3 << 29,
+            "warnings": [],
+            "figures": {},
+        }
+        stores.write_json(result.file(results.DONE), mark | changes)
+
+
+@pytest.fixture(scope="session")
+def by_hand() -> ByHand:
+    """`ByHand`, for tests, which cannot import this module."""
+    return ByHand()
+
+
 # -- results that are written by hand ------------------------------------------------------------------------------
 def given_group(url: str, sizes: dict[str, int], attributes: dict[str, Any], values: dict[str, Any]) -> None:
     """A whole group: what is not given of it is the arrays' fill value."""

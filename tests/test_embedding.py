@@ -362,6 +362,45 @@ def test_recordings_embedded_together(project_of: Callable[..., Project], tmp_pa
         64,
         {"encoder": "images", "radius_m": 0.1},
     )
-    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
+    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(tmp_path / "other")])
+    assert run.exit_code == 2
+    assert "is there already; choose an --output that holds no files" in run.output
+    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(tmp_path / "others")])
     assert run.exit_code == 2
     assert "encoder of the features is images, but gaussians in" in run.output
+
+
+def test_embedded_together_into_a_folder_that_holds_something_is_refused(
+    project_of: Callable[..., Project], files_of: Callable[[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    """Another project, one of those that are embedded, or any file of the user's, also one called embedding.csv."""
+    first, second = project_of(tmp_path / "a"), project_of(tmp_path / "b", seed=1, n=60, invalid=())
+    before = files_of(tmp_path / "a")
+    mine = tmp_path / "mine" / "embedding.csv"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    for output, named in ((first.url, first.url), (str(mine.parent), str(mine))):
+        run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", output])
+        assert run.exit_code == 2
+        assert run.output.startswith(f"zoosplat: {named}")
+        assert "choose an --output that holds no files" in run.output
+        assert run.output.count("\n") == 1
+    assert files_of(tmp_path / "a") == before
+    assert [path.name for path in mine.parent.iterdir()] == ["embedding.csv"]
+    assert mine.read_text() == "mine"
+
+
+def test_a_run_that_is_not_the_latest_is_embedded_by_its_id(
+    project_of: Callable[..., Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    earlier = project_of(tmp_path / "a@2026").run().id  # a name that looks as if it ended in a run
+    project_of(tmp_path / "a@2026", dimensions=6)
+    named = {"a@2026": 6, f"a@2026@{earlier}": 10, f"a@2026@{earlier[:19]}": 10}
+    for number, (which, dimensions) in enumerate(named.items()):
+        run = CliRunner().invoke(app, ["embed", which, which, "--output", f"both{number}"])
+        assert run.exit_code == 0, run.output
+        group = stores.open_group(str(tmp_path / f"both{number}" / "embedding.zarr"))
+        assert schema.read(group, "embedding").shape == (180, dimensions)
+    run = CliRunner().invoke(app, ["embed", "a@2026@1999", "--output", "none"])
+    assert (run.exit_code, "there is no run 1999" in run.output) == (2, True)

@@ -164,7 +164,7 @@ def test_all_checks_before_a_run(recording: Recording, finished: Path, tmp_path:
     wrong = Experiment.model_validate(recording.config(**changes))
     right = Experiment.model_validate(recording.config(render__frame=143))
     assert check_before_run(right, list(STAGES), None) == ()
-    masks = str(finished / "masks.zarr")
+    masks = str(finished / "latest" / "masks.zarr")
     for stages, url in ((list(STAGES), None), (["pack", "train", "render"], masks), (["train", "render"], masks)):
         with pytest.raises(UserError) as refused:
             check_before_run(wrong, stages, url)
@@ -177,7 +177,7 @@ def test_all_checks_before_a_run(recording: Recording, finished: Path, tmp_path:
 
 
 def test_what_has_changed_since_the_masks_were_made(recording: Recording, finished: Path, tmp_path: Path) -> None:
-    masks, data = str(finished / "masks.zarr"), recording.copy(tmp_path / "recording")
+    masks, data = str(finished / "latest" / "masks.zarr"), recording.copy(tmp_path / "recording")
     wide = Experiment.model_validate(recording.config(data, evaluate__image_downsample=7))
     with pytest.raises(UserError, match=r"evaluate\.image_downsample = 7: does not divide images of 96 x 80"):
         check_before_run(wide, ["evaluate"], masks)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -64,6 +64,18 @@ def storage_errors(url: str) -> Iterator[None]:
         if known is None:
             raise
         raise known from error
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """For commands that go on until they are told to end: Ctrl-C interrupts nothing, and needs no words."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 app = typer.Typer(
@@ -221,7 +233,7 @@ def logs(
     from zoosplat.stages.runs import Project
     from zoosplat_flows import logs as module
 
-    with storage_errors(project), contextlib.suppress(KeyboardInterrupt):
+    with storage_errors(project), ended_by_ctrl_c():
         module.show(Project.at(project).run(run_id), stage, follow)
 
 
@@ -280,9 +292,7 @@ def upgrade(project: ProjectUrl) -> None:
 def embed(
     projects: Annotated[
         list[str],
-        typer.Argument(
-            metavar="URL[@RUN]...", help="Projects whose stage features is done; their latest runs, or RUN."
-        ),
+        typer.Argument(metavar="URL[@RUN]...", help="Projects with stage features done; RUN: default the latest."),
     ],
     output: Annotated[str, typer.Option(metavar="URL", help="Folder or s3:// prefix for embedding.zarr and .csv.")],
 ) -> None:
@@ -334,7 +344,7 @@ def view(
     Cameras with their pictures, hull, path and Gaussians of each frame, held-out views beside their renderings, and
     the map of the embedding: a click in it goes to that frame.
     """
-    with storage_errors(project):
+    with storage_errors(project), ended_by_ctrl_c():
         try:
             from zoosplat_flows.viewer import app as module
         except ModuleNotFoundError as error:

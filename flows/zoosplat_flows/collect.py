@@ -245,12 +245,8 @@ def in_bytes(n: int) -> str:
     """`312 bytes`, `4.1 kB`, `1.23 GB`."""
     if n < 1000:
         return f"{n} bytes"
-    value, unit = float(n), ""
-    for unit in ("kB", "MB", "GB", "TB"):
-        value /= 1000
-        if value < 999.5:
-            break
-    return f"{value:.3g} {unit}"
+    power = next((power for power in (1, 2, 3) if n < 999.5 * 1000**power), 4)
+    return f"{n / 1000**power:.3g} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def show(project: Project, keep_last: int | None, dry_run: bool) -> None:

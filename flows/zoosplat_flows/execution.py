@@ -33,7 +33,7 @@ class Failed(RuntimeError):
 
 
 class Log(Protocol):
-    """Takes a line that a stage has printed, where it comes from, and when (ISO 8601) if not just now."""
+    """Takes a line that a stage has printed, where it comes from, and when (ISO 8601; default: now)."""
 
     def __call__(self, line: str, source: str = "", at: str = "") -> None: ...
 

@@ -69,7 +69,7 @@ def _text(value: Any) -> str:
 
 
 def settings(project: Project, run_id: str) -> dict[str, Any]:
-    """A run's configuration with dotted keys, as recorded: of whatever version. Raises UserError where it is damaged."""
+    """A run's configuration with dotted keys, of whatever version. Raises UserError where it is damaged."""
     url = project.path(RUNS, run_id, CONFIG)
     try:
         values = parse_yaml(stores.read_bytes(url).decode(errors="replace"))

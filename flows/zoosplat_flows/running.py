@@ -9,7 +9,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import typer
@@ -239,12 +239,16 @@ def run(
     display = Display([*stages, "report"])
     perform = _perform_with_prefect if prefect_server() else _perform
     try:
-        with (
-            _prompt_stop(display.progress),
-            begun(project, experiment, stages, force) as begun_run,
-            display.progress,
-        ):
-            report = perform(begun_run, stages, workers, display)
+        with _prompt_stop(display.progress), ExitStack() as alive:
+            with Console(stderr=True).status("checking") as status:
+
+                def hashing(file: str) -> None:
+                    # Once a file: hours of video take a while.
+                    status.update(f"reading {escape(file)}, whose content is part of the results' ids")
+
+                begun_run = alive.enter_context(begun(project, experiment, stages, force, hashing))
+            with display.progress:
+                report = perform(begun_run, stages, workers, display)
     except KeyboardInterrupt:
         typer.echo(STOPPED, err=True)
         raise typer.Exit(130) from None

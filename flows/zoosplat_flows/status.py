@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zoosplat import locks
+from zoosplat import locks, stores
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, StageSpec
-from zoosplat.stages.results import Mark, Result
+from zoosplat.stages.results import DONE, Mark, Result
 from zoosplat.stages.runs import RUNS, Project, Run
 
 COLOURS = {"done": "green", "reused": "green", "partial": "yellow", "damaged": "red", "missing": "dim"}
@@ -108,7 +108,8 @@ def run_state(project: Project, record: Mark) -> str:
         return "interrupted"
     entries = {stage: record["results"].get(stage) for stage in record["selected"]}
     finished = all(
-        entry is not None and Result.at(entry.get("project") or project.url, stage, entry["id"]).is_done()
+        entry is not None
+        and stores.exists(Result.at(entry.get("project") or project.url, stage, entry["id"]).file(DONE))
         for stage, entry in entries.items()
     )
     return "done" if finished else "begun"

@@ -204,7 +204,7 @@ def read_json(url: str) -> dict[str, Any] | None:
     """A JSON object, or None where the file does not exist. Raises UserError where it holds anything else."""
     try:
         value = json.loads(read_bytes(url))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         value = None

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from zoosplat import locks, stores
 from zoosplat.config import Experiment, load_config
-from zoosplat.stages.registry import STAGES
-from zoosplat.project import Project, settings_of
+from zoosplat.stages.results import DONE, PLAN, Result
+from zoosplat.stages.runs import Run
 from zoosplat_flows.cli import app
+from zoosplat_flows.recorder import Event, Recorder
 from zoosplat_flows.running import headline
-from zoosplat_flows.status import duration, states
+from zoosplat_flows.status import duration, run_state, states
 
 if TYPE_CHECKING:
-    from tests.conftest import Recording
+    from tests.conftest import ByHand, Recording
 
 CONFIG = """
 name: two cameras
@@ -37,8 +40,8 @@ crop: {ell: 0.2}
 """
 
 
-def call(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, list(arguments))
+def call(*arguments: str, columns: int = 200) -> tuple[int, str, str]:
+    result = CliRunner(env={"COLUMNS": str(columns), "TERM": "dumb"}).invoke(app, list(arguments))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
@@ -66,55 +69,38 @@ def classic(tmp_path: Path) -> Path:
     return path
 
 
-def _mark(experiment: Experiment, stage: str, inputs: dict[str, str], **changes: Any) -> dict[str, Any]:
-    mark = {
-        "stage": stage,
-        "version": STAGES[stage].version,
-        "digest": f"digest of {stage}",
-        "settings": settings_of(STAGES[stage], experiment),
-        "versions": {},
-        "inputs": inputs,
-        "shards": 4,
-        "frames": 100,
-        "started": 1_000_000.0,
-        "finished": 1_000_090.0,
-        "cpu_seconds": 300.0,
-        "peak_memory_bytes": 3 << 29,
-        "warnings": [],
-        "figures": {},
-    }
-    return mark | changes
-
-
 @pytest.fixture
-def project(tmp_path: Path, config: Path) -> Project:
-    """ingest done, center_rotation stale (another ell), crop behind it, pack partial (2 of 3 shards)."""
-    project = Project.at(str(tmp_path / "project"))
-    experiment = load_config(str(config)).experiment
-    project.write_experiment(experiment)
-    before = load_config(str(config), ["center_rotation.ell=0.4"]).experiment
-    ingest = {"ingest": "digest of ingest"}
-    both = ingest | {"center_rotation": "digest of center_rotation"}
-    marks = {
-        "ingest.json": _mark(experiment, "ingest", {}, warnings=["camera [1] is dim"]),
-        "center_rotation.json": _mark(before, "center_rotation", ingest),
-        "crop.json": _mark(experiment, "crop", both),
-        "pack/plan.json": {"digest": "new", "bounds": [0, 10, 20, 30]},
-        "pack/shard-00000-of-00003.json": {"digest": "new"},
-        "pack/shard-00001-of-00003.json": {"digest": "old"},
-        "pack/shard-00002-of-00003.json": {"digest": "new"},
-    }
-    for name, mark in marks.items():
-        path = tmp_path / "project" / "_marks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mark))
-    return project
+def run(tmp_path: Path, config: Path, by_hand: ByHand) -> Run:
+    """ingest done, center_rotation done with another ell, crop of that, pack partial (2 of 3 shards)."""
+    folder = tmp_path / "project"
+    before = by_hand.begin(folder, load_config(str(config), ["center_rotation.ell=0.4"]).experiment)
+    for stage, warnings in (("ingest", ["camera [1] is dim"]), ("center_rotation", []), ("crop", [])):
+        by_hand.mark(before, stage, warnings=warnings)
+    run: Run = by_hand.begin(folder, load_config(str(config)).experiment)
+    pack = run.result("pack")
+    stores.write_json(pack.file(PLAN), {"bounds": [0, 10, 20, 30]})
+    for i in (0, 2):
+        stores.write_json(pack.shard_mark_url(i, 3), {})
+    return run
 
 
 def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
     status, out, _ = call("--help")
     assert status == 0
-    for name in ("run", "demo", "status", "report", "doctor", "config", "cameras"):
+    for name in (
+        "run",
+        "demo",
+        "embed",
+        "status",
+        "runs",
+        "compare",
+        "logs",
+        "report",
+        "gc",
+        "upgrade",
+        "doctor",
+        "config",
+    ):
         assert name in out
     heavy = "{'torch', 'prefect', 'zarr', 'cv2', 'matplotlib', 's3fs'}"
     check = f"import sys, zoosplat_flows.cli; print(sorted({heavy} & set(sys.modules)))"
@@ -122,12 +108,12 @@ def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_status_tells_done_stale_partial_and_missing(project: Project) -> None:
-    found = {s.stage: s for s in states(project)}
+def test_status_tells_done_partial_and_missing(run: Run) -> None:
+    found = {s.stage: s for s in states(run)}
     assert {name: s.state for name, s in found.items()} == {
         "ingest": "done",
-        "center_rotation": "stale",
-        "crop": "stale",
+        "center_rotation": "missing",
+        "crop": "missing",
         "pack": "partial",
         "train": "missing",
         "evaluate": "missing",
@@ -135,37 +121,80 @@ def test_status_tells_done_stale_partial_and_missing(project: Project) -> None:
         "features": "missing",
         "embedding": "missing",
     }
-    assert found["center_rotation"].reason == "center_rotation changed"
-    assert found["crop"].reason == "center_rotation is stale"
     assert (found["pack"].shards_done, found["pack"].shards) == (2, 3)
 
-    status, out, _ = call("status", project.url)
+    status, out, _ = call("status", run.project.url)
     assert status == 0
     ingest = next(line for line in out.splitlines() if "ingest" in line and "done" in line)
     # 90 s from begin to end, although its four shards worked 300 s; 1.5 GiB.
-    for text in ("4/4", "1 min 30 s", "1.50 GiB", "camera [1] is dim"):
+    for text in ("4/4", "1 min 30 s", "1.50 GiB"):
         assert text in ingest
     assert "2/3" in next(line for line in out.splitlines() if "partial" in line)
+    assert "ingest: camera [1] is dim" in out.splitlines()
+    first = run.project.run_ids()[0]
+    earlier = call("status", run.project.url, "--run", first[:-2])[1]
+    assert earlier.count("done") == 3
+    assert first in earlier
 
 
-def test_a_stage_made_from_another_digest_is_stale(project: Project) -> None:
-    experiment = project.read_experiment()
-    path = Path(project.mark_url("center_rotation"))
-    path.write_text(json.dumps(_mark(experiment, "center_rotation", {"ingest": "an older one"})))
-    found = {s.stage: s for s in states(project)}
-    assert found["center_rotation"].reason == "ingest was computed again with other settings"
+def test_status_says_what_an_earlier_version_of_a_stage_has_left(run: Run, by_hand: ByHand) -> None:
+    assert run.older_version("pack") is None
+    by_hand.mark(run, "pack")
+    earlier = run.request("pack")
+    newer = Result.at(run.project.url, "pack", replace(earlier, version=earlier.version + 1).id)
+    versions = {**run.versions, "pack": earlier.version + 1}
+    now = replace(run, versions=versions, results={**run.results, "pack": newer})
+    pack = next(s for s in states(now) if s.stage == "pack")
+    assert pack.state == "missing"
+    assert pack.reason.startswith(f"the result of version {earlier.version} of the stage is kept; this is version")
+
+
+def test_status_says_how_the_run_stands_and_what_failed(run: Run, by_hand: ByHand) -> None:
+    def shown() -> str:
+        return call("status", run.project.url, columns=60)[1]
+
+    assert f"run {run.id}: begun" in shown()
+    recorder = Recorder(run)
+    recorder.start(["ingest", "center_rotation"])
+    recorder(Event("center_rotation", "started"))
+    with locks.locked(run.path("lease"), lambda: None):
+        assert f"run {run.id}: running (ingest to center_rotation)" in shown()
+    assert f"run {run.id}: interrupted" in shown()
+    message = "masks of [2] of 4 cameras are empty in frame 17, so there is no hull; see ingest.on_empty"
+    recorder(Event("center_rotation", "failed", message=message))
+    recorder.end("failed")
+    # On one line, also where the table has little room.
+    assert f"center_rotation: failed: {message}" in shown().splitlines()
+    assert f"run {run.id}: failed" in shown()
+    by_hand.mark(run, "center_rotation")
+    assert message not in shown()
+
+
+def test_a_run_whose_stages_are_run_one_by_one_is_done_with_the_last(run: Run, by_hand: ByHand, config: Path) -> None:
+    other = by_hand.begin(Path(run.project.url), load_config(str(config), ["crop.ell=0.21"]).experiment, until="crop")
+    assert run_state(run.project, other.record()) == "begun"
+    by_hand.mark(other, "center_rotation")
+    by_hand.mark(other, "crop")
+    assert run_state(run.project, other.record()) == "done"
+
+
+def test_a_damaged_mark_costs_its_own_stage_only(run: Run) -> None:
+    path = Path(run.result("ingest").file(DONE))
+    path.write_bytes(path.read_bytes()[:40])
+    status, out, _ = call("status", run.project.url)
+    assert (status, "damaged" in out, "partial" in out) == (0, True, True)
+    assert f"ingest: {path}: is damaged" in out
 
 
 def test_durations_read_well() -> None:
     assert [duration(s) for s in (0.04, 59.9, 185, 7620)] == ["0.0 s", "59.9 s", "3 min 05 s", "2 h 07 min"]
 
 
-def test_headline_gives_the_means_of_the_held_out_views_first(project: Project) -> None:
-    assert headline(project) == []
+def test_headline_gives_the_means_of_the_held_out_views_first(run: Run, by_hand: ByHand) -> None:
+    assert headline(run) == []
     figures = {"observed": {"iou": 0.91, "psnr": 30.0}, "held_out": {"iou": 0.85, "psnr": None}}
-    mark = _mark(project.read_experiment(), "evaluate", {}, figures=figures)
-    Path(project.mark_url("evaluate")).write_text(json.dumps(mark))
-    assert headline(project) == [
+    by_hand.mark(run, "evaluate", figures=figures)
+    assert headline(run) == [
         "held-out views, test frames: iou 0.850",
         "observed views, test frames: iou 0.910, psnr 30.000",
     ]
@@ -173,7 +202,13 @@ def test_headline_gives_the_means_of_the_held_out_views_first(project: Project) 
 
 def test_user_errors_are_one_line_and_status_2(tmp_path: Path, config: Path) -> None:
     cases = {
-        ("status", str(tmp_path)): "no experiment.yaml",
+        ("status", str(tmp_path)): "holds no run",
+        ("report", str(tmp_path)): "holds no run",
+        ("runs", str(tmp_path)): "holds no run",
+        ("logs", str(tmp_path)): "holds no run",
+        ("gc", str(tmp_path)): "holds no run",
+        ("upgrade", str(tmp_path)): "there is nothing to upgrade",
+        ("compare", str(tmp_path), "1", "2"): "there is no run 1",
         ("run", str(config)): "say where results go with --project URL",
         ("run", str(tmp_path / "none.yaml"), "--project", "x"): "none.yaml",
         ("config", "show", str(config), "--set", "train.lr=fast"): "train.lr",
@@ -193,7 +228,7 @@ def test_run_refuses_a_wrong_stage_before_it_touches_the_project(tmp_path: Path,
     for option in ("--from", "--until", "--force"):
         status, _, err = call("run", str(config), "--project", str(project), option, "trian")
         assert (status, "there is no stage trian" in err) == (2, True)
-    assert not (project / "experiment.yaml").exists()
+    assert not project.exists()
 
 
 def test_run_needs_a_place_that_can_be_written(tmp_path: Path, config: Path) -> None:
@@ -211,7 +246,7 @@ def test_run_says_so_when_s3_is_down(config: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(key, "testing")
     # In a process of its own: the connection to S3 is made once a process.
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    program = "from zoosplat_flows.cli import main; main()"
+    program = "from zoosplat_flows.entry import main; main()"
     command = [sys.executable, "-c", program, "run", str(config), "--project", "s3://bucket/project"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
+from zoosplat import stores
 from zoosplat.config import Experiment, read_config
 from zoosplat.errors import LockLost, Unreachable, UserError
 from zoosplat.stages import runs
@@ -111,6 +112,13 @@ def perform(request: pytest.FixtureRequest) -> Perform:
     return _with_prefect
 
 
+def _no_page(run: Run, state: str) -> str:
+    """In place of the report, which fakes leave nothing to show in."""
+    url = run.path("report", "index.html")
+    stores.write_bytes(url, state.encode())
+    return url
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose stages are fakes; a file `<stage>.py` in it is executed by that stage."""
@@ -121,7 +129,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (package / "__main__.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "packages"), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr(execution, "RETRY_DELAY_S", 0.0)
-    monkeypatch.setattr("zoosplat_flows.report.build_report", lambda run: run.path("report", "index.html"))
+    monkeypatch.setattr("zoosplat_flows.report.build_report", _no_page)
     folder = tmp_path / "project"
     folder.mkdir()
     return folder

@@ -6,21 +6,28 @@ import base64
 import json
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import pytest
 
-from zoosplat import media, schema
+from zoosplat import media, schema, stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.registry import PIPELINE, STAGES
-from zoosplat.project import Project, settings_of
+from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.results import DONE, MANIFEST
+from zoosplat.stages.runs import Project, Run
 from zoosplat_flows import plots
+from zoosplat_flows.execution import make_report
+from zoosplat_flows.recorder import Event, Recorder, recording
 from zoosplat_flows.report import _outlined, build_report
+
+if TYPE_CHECKING:
+    from tests.conftest import ByHand
 
 T, C, H, W, N = 8, 3, 24, 32, 48
 CONFIG = """
@@ -60,29 +67,24 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def _mark(project: Project, experiment: Experiment, stage: str, **changes: Any) -> None:
-    mark = {
-        "stage": stage,
-        "version": STAGES[stage].version,
-        "digest": f"digest-of-{stage}",
-        "settings": settings_of(STAGES[stage], experiment),
-        "versions": {"python": "3.11.9", "numpy": "2.1.0"},
-        "inputs": {name: f"digest-of-{name}" for name in STAGES[stage].reads},
-        "shards": 1,
-        "frames": T,
-        "started": 1_000_000.0,
-        "finished": 1_000_012.5,
-        "cpu_seconds": 20.0,
-        "peak_memory_bytes": 300 << 20,
-        "warnings": [],
-        "figures": {},
-    }
-    path = Path(project.mark_url(stage))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mark | changes))
+Mark = Callable[..., None]
 
 
-def _groups(project: Project, experiment: Experiment) -> None:
+@pytest.fixture
+def mark(run: Run, by_hand: ByHand) -> Mark:
+    """Marks a stage as done, 12.5 s after its begin, with the manifest of what the test has written."""
+
+    def done(stage: str, **changes: Any) -> None:
+        result = run.result(stage)
+        files = {name: size for name, size in stores.manifest(result.folder).items() if "/" in name}
+        stores.write_json(result.file(MANIFEST), files)
+        times = {"finished": 1_000_012.5, "cpu_seconds": 20.0, "peak_memory_bytes": 300 << 20, "files": len(files)}
+        by_hand.mark(run, stage, **times, **changes)
+
+    return done
+
+
+def _groups(run: Run, mark: Mark) -> None:
     attributes = {
         "camera_names": ["left", "right", "top"],
         "fps": 20.0,
@@ -91,14 +93,14 @@ def _groups(project: Project, experiment: Experiment) -> None:
         "image_downsample": 2,
     }
     sizes = {"T": T, "C": C, "h": H, "w": W, "S": 1, "n": N}
-    masks = schema.create(project.output_url("ingest"), "masks.zarr", sizes, 64, attributes)
-    mask = np.zeros((T, C, H, W), bool)
-    mask[:, :, 8:16, 10:20] = True
+    masks = schema.create(run.output_url("ingest"), "masks.zarr", sizes, 64, attributes)
+    silhouette = np.zeros((T, C, H, W), bool)
+    silhouette[:, :, 8:16, 10:20] = True
     box = np.tile(np.array([10, 8, 20, 16], np.int32), (T, C, 1))
-    mask[:2, 1], box[:2, 1] = False, 0  # camera right sees nothing in two of eight frames
-    schema.write_block(masks, "mask", 0, mask)
+    silhouette[:2, 1], box[:2, 1] = False, 0  # camera right sees nothing in two of eight frames
+    schema.write_block(masks, "mask", 0, silhouette)
     schema.write_block(masks, "box", 0, box)
-    tracking = schema.create(project.output_url("center_rotation"), "tracking.zarr", sizes, 64, {})
+    tracking = schema.create(run.output_url("center_rotation"), "tracking.zarr", sizes, 64, {})
     # Three steps of 3-4-5 triangles of 5 cm each, then still: 15 cm.
     centers = np.zeros((T, 3))
     centers[:, :2] = np.minimum(np.arange(T), 3)[:, None] * [0.03, 0.04]
@@ -106,17 +108,17 @@ def _groups(project: Project, experiment: Experiment) -> None:
     schema.array(tracking, "angles")[...] = np.full(T, 0.9)
     schema.array(tracking, "valid")[...] = np.arange(T) != 5
     schema.write_block(tracking, "n_voxels", 0, np.full(T, 700))
-    crop = schema.create(project.output_url("crop"), "crop.zarr", sizes, 1, {"ell_m": 0.235})
+    crop = schema.create(run.output_url("crop"), "crop.zarr", sizes, 1, {"ell_m": 0.235})
     schema.array(crop, "marginals")[...] = np.arange(3 * N).reshape(3, N)
     schema.array(crop, "volume_idx")[...] = [[0, 32], [16, 48], [3, 19]]
-    images = schema.create(project.output_url("pack"), "images.zarr", sizes, 64, attributes)
+    images = schema.create(run.output_url("pack"), "images.zarr", sizes, 64, attributes)
     schema.write_block(images, "rgb", 0, np.full((T, C, H, W, 3), 120, np.uint8))
-    schema.write_block(images, "mask", 0, mask)
+    schema.write_block(images, "mask", 0, silhouette)
     for stage in ("ingest", "center_rotation", "crop", "pack"):
-        _mark(project, experiment, stage)
+        mark(stage)
 
 
-def _model(project: Project, experiment: Experiment) -> None:
+def _model(run: Run, mark: Mark) -> None:
     picture = np.full((16, 48, 3), 200, np.uint8)
     history = "epoch,step,train_loss,valid_loss,train_ssim_loss\n1,10,0.9,0.95,0\n2,20,0.5,,0\n"
     metrics = (
@@ -140,40 +142,38 @@ def _model(project: Project, experiment: Experiment) -> None:
         "renders/sequence.mp4": b"sequence film",
         "renders/still_camera.png": media.encode_png(picture),
     }
+    stage_of = {"model": "train", "evaluation": "evaluate", "renders": "render"}
     for name, data in files.items():
-        path = Path(project.path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    _mark(project, experiment, "train", figures={"seconds": 75.0, "peak_gpu_bytes": 2 << 30, "device": "cpu"})
+        folder, _, rest = name.partition("/")
+        stores.write_bytes(stores.join(run.output_url(stage_of[folder]), rest), data)
+    mark("train", figures={"seconds": 75.0, "peak_gpu_bytes": 2 << 30, "device": "cpu"})
     means = {"held_out": {"iou": 0.8125, "psnr": 28.5, "ssim": None}, "observed": {"iou": 0.91, "psnr": 30.25}}
-    _mark(project, experiment, "evaluate", figures=means, warnings=["3 frames <skipped>"])
-    _mark(project, experiment, "render")
+    mark("evaluate", figures=means, warnings=["3 frames <skipped>"])
+    mark("render")
 
 
 @pytest.fixture
-def experiment() -> Experiment:
-    return Experiment.from_yaml(CONFIG)
+def experiment(tmp_path: Path) -> Experiment:
+    return Experiment.from_yaml(CONFIG.replace("directory: ", f"directory: {tmp_path}/"))
 
 
 @pytest.fixture
-def project(tmp_path: Path, experiment: Experiment) -> Project:
-    project = Project.at(str(tmp_path / "project"))
-    project.write_experiment(experiment)
-    return project
+def run(tmp_path: Path, experiment: Experiment, by_hand: ByHand) -> Run:
+    return by_hand.begin(tmp_path / "project", experiment)
 
 
-def _build(project: Project) -> tuple[str, Page]:
-    url = build_report(project)
-    assert url == project.path("report", "index.html")
+def _build(run: Run) -> tuple[str, Page]:
+    url = build_report(Project.at(run.project.url).run())
+    assert url == run.path("report", "index.html")
     html = Path(url).read_text()
     return html, Page(html)
 
 
-def test_a_finished_project_is_shown_in_one_self_contained_page(project: Project, experiment: Experiment) -> None:
-    _groups(project, experiment)
-    _model(project, experiment)
-    _embedding(project, experiment)
-    html, page = _build(project)
+def test_a_finished_project_is_shown_in_one_self_contained_page(run: Run, mark: Mark) -> None:
+    _groups(run, mark)
+    _model(run, mark)
+    _embedding(run, mark)
+    html, page = _build(run)
     assert all(link.startswith(("data:", "#")) for link in page.links)
     assert not re.findall(r"url\((?!#)", html)
     assert "<script" not in html
@@ -186,12 +186,12 @@ def test_a_finished_project_is_shown_in_one_self_contained_page(project: Project
     # Names and warnings are text, not markup.
     assert "<b>mouse & co</b>" in page.text
     assert "3 frames <skipped>" in page.text
-    assert Experiment.from_yaml(page.words[page.words.index("Configuration") + 1]) == experiment
+    assert run.experiment == Experiment.from_yaml(page.words[page.words.index("Configuration") + 1])
 
 
-def test_the_figures_are_those_of_the_groups(project: Project, experiment: Experiment) -> None:
-    _groups(project, experiment)
-    _, page = _build(project)
+def test_the_figures_are_those_of_the_groups(run: Run, mark: Mark) -> None:
+    _groups(run, mark)
+    _, page = _build(run)
     for text in (
         "3, 1 of them held out",
         "8 kept of 16, 1 in 2",
@@ -205,13 +205,13 @@ def test_the_figures_are_those_of_the_groups(project: Project, experiment: Exper
         "16.0 x 16.0 x 8.0 cm",
         "12.5 s",  # begin to end, although 20 s of work
         "300 MiB",
-        "digest-of-crop",
+        run.result("crop").id,
         "numpy 2.1.0",
     ):
         assert text in page.text, text
 
 
-def _embedding(project: Project, experiment: Experiment) -> None:
+def _embedding(run: Run, mark: Mark) -> None:
     attributes = {
         "encoder": "gaussians",
         "descriptor": 1020,
@@ -221,7 +221,7 @@ def _embedding(project: Project, experiment: Experiment) -> None:
         "heading_r2": [0.41, 0.01],
     }
     sizes = {"T": T, "E": 3, "k": 2}
-    group = schema.create(project.output_url("embedding"), "embedding.zarr", sizes, T, attributes)
+    group = schema.create(run.output_url("embedding"), "embedding.zarr", sizes, T, attributes)
     valid = np.arange(T) != 5
     values: dict[str, Any] = {
         "embedding": np.where(valid[:, None], np.ones((T, 3)), np.nan),
@@ -235,13 +235,13 @@ def _embedding(project: Project, experiment: Experiment) -> None:
     }
     for key, array in values.items():
         schema.array(group, key)[...] = array
-    _mark(project, experiment, "embedding")
+    mark("embedding")
 
 
-def test_behaviour(project: Project, experiment: Experiment) -> None:
-    _groups(project, experiment)
-    _embedding(project, experiment)
-    _, page = _build(project)
+def test_behaviour(run: Run, mark: Mark) -> None:
+    _groups(run, mark)
+    _embedding(run, mark)
+    _, page = _build(run)
     for text in (
         "gaussians, 1020 numbers a frame",
         "90.0 % of their variance",
@@ -255,10 +255,10 @@ def test_behaviour(project: Project, experiment: Experiment) -> None:
     assert "frame at 0.50 s and those most like it" not in page.pictures
 
 
-def test_held_out_views_come_first(project: Project, experiment: Experiment) -> None:
-    _groups(project, experiment)
-    _model(project, experiment)
-    _, page = _build(project)
+def test_held_out_views_come_first(run: Run, mark: Mark) -> None:
+    _groups(run, mark)
+    _model(run, mark)
+    _, page = _build(run)
     gallery = [alt for alt in page.pictures if "render and error" in alt]
     assert gallery == [
         "truth, render and error of camera right in frame 6",
@@ -274,34 +274,130 @@ def test_held_out_views_come_first(project: Project, experiment: Experiment) -> 
     assert [base64.b64decode(film.partition(",")[2]) for film in films] == [b"orbit film", b"sequence film"]
 
 
-def test_a_project_without_results_says_what_is_missing(project: Project) -> None:
-    _, page = _build(project)
+def test_a_project_without_results_says_what_is_missing(run: Run) -> None:
+    _, page = _build(run)
     for spec in PIPELINE:
         if spec.name not in ("pack", "features"):  # shown by what is made of them
             assert f"Stage {spec.name} has not finished." in page.text
     assert "No stage has finished." in page.text
 
 
-def test_without_images_the_silhouettes_are_shown(project: Project, experiment: Experiment) -> None:
-    _groups(project, experiment)
-    Path(project.mark_url("pack")).unlink()
-    shutil.rmtree(project.output_url("pack"))
-    _, page = _build(project)
+def test_without_images_the_silhouettes_are_shown(run: Run, mark: Mark) -> None:
+    _groups(run, mark)
+    Path(run.result("pack").file(DONE)).unlink()
+    shutil.rmtree(run.output_url("pack"))
+    _, page = _build(run)
     assert "not packed yet" in page.text
     assert sum("outline of its mask" in alt for alt in page.pictures) == C
 
 
-def test_a_damaged_group_costs_only_its_own_part(project: Project, experiment: Experiment) -> None:
-    _groups(project, experiment)
-    shutil.rmtree(Path(project.output_url("crop")) / "marginals")
-    _, page = _build(project)
-    assert "Stage crop is marked as done, but its output cannot be read" in page.text
+# What is lost of each stage's result, and the part of the page that it costs.
+LOST = {
+    "ingest": ("masks.zarr/mask/c/0/0/0/0", "recording"),
+    "center_rotation": ("tracking.zarr/centers/c/0/0", "tracking"),
+    "crop": ("crop.zarr/marginals/zarr.json", "crop"),
+    "train": ("model/history.csv", "training"),
+    "evaluate": ("evaluation/gallery/b.png", "evaluation"),
+    "render": ("renders/orbit.mp4", "renders"),
+    "embedding": ("embedding.zarr/map/c/0/0", "behaviour"),
+}
+
+
+@pytest.mark.parametrize("how", ["absent", "truncated"])
+@pytest.mark.parametrize("stage", LOST)
+def test_a_file_that_is_lost_costs_only_its_own_part(run: Run, mark: Mark, stage: str, how: str) -> None:
+    _groups(run, mark)
+    _model(run, mark)
+    _embedding(run, mark)
+    name, part = LOST[stage]
+    path = Path(run.result(stage).file(name))
+    if how == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    html, page = _build(run)
+    assert f"Stage {stage} is marked as done, but its output cannot be read" in page.text
+    assert name in page.text
+    assert html.count('<p class="missing">Stage') == 1
+    assert f'<section id="{part}">' in html
+
+
+def test_without_a_manifest_whatever_a_damaged_group_leads_to_costs_only_its_part(run: Run, mark: Mark) -> None:
+    """As after `zoosplat upgrade`; a map with fewer rows than the recording has frames."""
+    _groups(run, mark)
+    _embedding(run, mark)
+    for stage in ("embedding", "ingest"):
+        Path(run.result(stage).file(MANIFEST)).unlink()
+    schema.array(stores.open_group(run.output_url("embedding"), write=True), "map").resize((3, 2))
+    _, page = _build(run)
+    assert "Stage embedding is marked as done, but its output cannot be read: IndexError" in page.text
+    assert "1 of 8, interpolated" in page.text
+    data = run.experiment.data
+    fewer = {key: getattr(data, key)[:2] for key in ("videos", "masks", "camera_names")}
+    short = run.experiment.model_copy(update={"data": data.model_copy(update=fewer), "holdout_views": ()})
+    Path(run.path("config.yaml")).write_text(short.to_yaml())
+    _, page = _build(run)
+    assert "Stage ingest is marked as done, but its output cannot be read" in page.text
     assert "1 of 8, interpolated" in page.text
 
 
-def test_no_experiment_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no experiment\.yaml"):
-        build_report(Project.at(str(tmp_path)))
+def test_a_damaged_mark_costs_only_its_part(run: Run, mark: Mark) -> None:
+    _groups(run, mark)
+    Path(run.result("crop").file(DONE)).write_text('{"id": ')
+    _, page = _build(run)
+    assert f"What stage crop has made cannot be read: {run.result('crop').file(DONE)}: is damaged" in page.text
+    assert "1 of 8, interpolated" in page.text
+
+
+def test_damaged_images_leave_the_silhouettes_and_say_so(run: Run, mark: Mark) -> None:
+    _groups(run, mark)
+    Path(run.result("pack").file("images.zarr/rgb/c/0/0/0/0/0")).unlink()
+    _, page = _build(run)
+    assert "images.zarr/rgb/c/0/0/0/0/0 is missing" in page.text
+    assert sum("outline of its mask" in alt for alt in page.pictures) == C
+
+
+def test_the_first_screen_says_how_the_run_ended(run: Run, mark: Mark) -> None:
+    _groups(run, mark)
+    mark("crop", warnings=["the animal is <large>"])
+    recorder = Recorder(run)
+    recorder.start(["crop", "train"])
+    recorder(Event("crop", "done"))
+    recorder(Event("train", "failed", message="train.lr: <too much>"))
+    recorder.end("failed")
+    _, page = _build(run)
+    first = page.text[: page.text.index("3, 1 of them held out")]
+    assert f"run {run.id} · failed (crop to train)" in first
+    assert "Failed train train.lr: <too much>" in first
+    assert "Warnings crop the animal is <large>" in first
+    mark("train")  # made since, by another run
+    assert "too much" not in _build(run)[1].text
+
+
+def test_a_report_is_built_again_when_there_is_more_to_show_or_it_is_gone(run: Run, mark: Mark) -> None:
+    _groups(run, mark)
+    page = Path(run.path("report", "index.html"))
+
+    def made() -> list[str]:
+        events: list[Event] = []
+        with recording(run, ["crop"]) as recorder:
+            make_report(Project.at(run.project.url).run(), recorder, events.append)
+        return [event.state for event in events]
+
+    assert made() == ["started", "done"]
+    written = page.stat().st_mtime_ns
+    assert "· done (crop)" in Page(page.read_text()).text
+    assert made() == ["started", "skipped"]
+    assert page.stat().st_mtime_ns == written
+    page.unlink()
+    assert made() == ["started", "done"]
+    _embedding(run, mark)
+    assert made() == ["started", "done"]
+
+
+def test_no_project_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        build_report(Project.at(str(tmp_path)).run())
 
 
 def test_the_outline_surrounds_the_mask() -> None:

@@ -23,8 +23,10 @@ from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 from zoosplat import schema, stores
-from zoosplat.project import Project
-from zoosplat.stage import run_stage
+from zoosplat.stages import runs
+from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project
 from zoosplat_flows.cli import app as cli
 from zoosplat_train import dynamic
 from zoosplat_train.stage import STAGE as TRAIN
@@ -35,7 +37,7 @@ from zoosplat_flows.viewer.data import Camera, Scene, state  # noqa: E402
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
-    from tests.conftest import S3, Recording, Stages
+    from tests.conftest import S3, ByHand, Recording, Stages
 
 HELD_OUT = 2
 COMPARISON_HEIGHT = 320
@@ -51,20 +53,24 @@ SMALL: dict[str, Any] = {
 }
 
 
-def embed(project: Path) -> np.ndarray[Any, Any]:
-    """An embedding made by hand, a spiral in which frame 5 has no place; the map [T, 2]."""
+def output(project: Path, stage: str) -> Path:
+    """What a stage has written, or is to write, in the project's latest run."""
+    return Path(Project.at(str(project)).run().output_url(stage))
+
+
+def embed(project: Path, by_hand: ByHand) -> None:
+    """An embedding made by hand, a spiral in which frame 5 has no place."""
     turns = np.linspace(0.2, 1, 36)
     place = np.stack([3 * turns * np.cos(9 * turns), turns * np.sin(9 * turns)], -1).astype(np.float32)
     valid = np.arange(36) != 5
-    group = stores.create_group(str(project / "embedding.zarr"), {})
+    group = stores.create_group(str(output(project, "embedding")), {})
     for key, values in {"map": np.where(valid[:, None], place, np.nan), "valid": valid}.items():
         group.create_array(key, shape=values.shape, dtype=values.dtype)[...] = values
-    (project / "_marks" / "embedding.json").write_text(json.dumps({"digest": "by hand"}))
-    return place
+    by_hand.mark(Project.at(str(project)).run(), "embedding")
 
 
 @pytest.fixture(scope="module")
-def trained(recording: Recording, stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(recording: Recording, stages: Stages, by_hand: ByHand, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project done up to the evaluation. Not to be written to."""
     project = tmp_path_factory.mktemp("viewer") / "project"
     recording.write_project(project, **SMALL)
@@ -73,8 +79,26 @@ def trained(recording: Recording, stages: Stages, tmp_path_factory: pytest.TempP
     for stage in ("train", "evaluate"):
         command = [sys.executable, "-m", f"zoosplat_{stage}", "--project", str(project)]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
-    embed(project)
+    embed(project, by_hand)
     return project
+
+
+def begun(trained: Path, folder: Path) -> Path:
+    """The same run in a project of its own, before any stage has begun."""
+    shutil.copytree(trained / "runs", folder / "runs")
+    shutil.copy(trained / "latest.json", folder)
+    return folder
+
+
+def add(trained: Path, folder: Path, *stages: str, done: bool = True) -> None:
+    """Results of stages, or what such a stage has written before it has ended."""
+    run = Project.at(str(trained)).run()
+    for stage in stages:
+        source = Path(run.result(stage).folder)
+        target = folder / source.relative_to(trained)
+        shutil.copytree(
+            source, target, dirs_exist_ok=True, ignore=None if done else shutil.ignore_patterns("done.json")
+        )
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +111,11 @@ def scene(trained: Path) -> Scene:
 # -- what is read ---------------------------------------------------------------------------------------------------
 def test_shows_what_is_done(trained: Path, tmp_path: Path) -> None:
     """A run as it goes on: each stage adds something, and `state` says so."""
-    copy = tmp_path / "project"
-    (copy / "_marks").mkdir(parents=True)
-    shutil.copy(trained / "experiment.yaml", copy)
+    copy = begun(trained, tmp_path / "project")
     seen = {state(str(copy))}
 
-    def after(*names: str) -> Scene:
-        for name in names:
-            source = trained / name
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
+    def after(*stages: str, done: bool = True) -> Scene:
+        add(trained, copy, *stages, done=done)
         seen.add(state(str(copy)))
         opened = Scene(str(copy))
         opened.load_model("cpu")
@@ -103,43 +123,56 @@ def test_shows_what_is_done(trained: Path, tmp_path: Path) -> None:
         return opened
 
     assert Scene(str(copy)).n_frames == 0
-    scene = after("masks.zarr", "_marks/ingest.json")
+    scene = after("ingest")
     assert (scene.n_frames, len(scene.cameras), scene.centers) == (36, 4, None)
     assert [set(np.unique(picture)) >= {90, 255} for picture in scene.pictures(7)] == [True] * 4
-    scene = after("tracking.zarr", "_marks/center_rotation.json")
+    scene = after("center_rotation")
     assert scene.centers is not None
     assert not scene.has_hull(7)
-    scene = after("crop.zarr", "_marks/crop.json")
+    scene = after("crop")
     assert scene.has_hull(7)
     assert len(scene.hull(7).points) > 20
-    scene = after("images.zarr", "_marks/pack.json")
+    scene = after("pack")
     assert any(len(np.unique(picture.reshape(-1, 3), axis=0)) > 50 for picture in scene.pictures(7))
     assert (scene.has_model, scene.has_gaussians(7)) == (False, False)
-    scene = after("model")
+    scene = after("train", done=False)
     assert (scene.training, scene.has_gaussians(7), scene.embedding) == (True, True, None)
-    scene = after("_marks/train.json", "_marks/embedding.json", "embedding.zarr")
+    best = output(copy, "train") / "best.json"
+    text = best.read_text()
+    best.write_text(text.replace('"valid_loss": ', '"valid_loss": 1'))
+    assert state(str(copy)) not in seen
+    best.write_text(text)
+    scene = after("train", "embedding")
     assert scene.training is False
     assert scene.embedding is not None
     assert len(seen) == 7
-    best = copy / "model" / "best.json"
-    best.write_text(best.read_text().replace('"valid_loss": ', '"valid_loss": 1'))
-    assert state(str(copy)) not in seen
+
+
+def test_any_run_of_a_project_is_shown(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "project"
+    shutil.copytree(trained, copy, symlinks=True)
+    project = Project.at(str(copy))
+    first = project.run()
+    more = first.experiment.train.model_copy(update={"epochs": 2})
+    runs.record(runs.resolve(project, first.experiment.model_copy(update={"train": more})), ["train"])
+    assert Scene(str(copy)).has_model is False
+    assert Scene(str(copy), first.id).has_model is True
+    assert state(str(copy)) != state(str(copy), first.id)
 
 
 def test_shows_what_dynamic_gaussians_have_come_to(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "project"
-    shutil.copytree(trained, copy)
-    (copy / "_marks" / "train.json").unlink()
+    shutil.copytree(trained, copy, symlinks=True)
     project = Project.at(str(copy))
-    old = project.read_experiment()
+    old = project.run().experiment
     few: dict[str, Any] = {"coarse_iterations": 6, "fine_iterations": 6, "initial_points": 200}
     few |= {"multires": (1,), "resolution": 8, "time_resolution": 4}
     train, changed = old.train.model_copy(update={"method": "dynamic"}), old.dynamic.model_copy(update=few)
-    project.write_experiment(old.model_copy(update={"train": train, "dynamic": changed}))
+    run = runs.record(runs.resolve(project, old.model_copy(update={"train": train, "dynamic": changed})), ["train"])
     before = state(str(copy))
-    assert not Scene(str(copy)).has_model  # the checkpoint that is there is of the other trainer
+    assert not Scene(str(copy)).has_model
     monkeypatch.setattr(dynamic, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(dynamic, "LOOK_ITERATIONS", 1)
 
@@ -148,7 +181,7 @@ def test_shows_what_dynamic_gaussians_have_come_to(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_stage(TRAIN, project, progress=stop)
+        run_stage(TRAIN, run, progress=stop)
     opened = Scene(str(copy))
     opened.load_model("cpu")
     assert (opened.notes, opened.training, opened.has_gaussians(7)) == ([], True, True)
@@ -156,29 +189,35 @@ def test_shows_what_dynamic_gaussians_have_come_to(
     assert opened.predictor.step == 9
     now = state(str(copy))
     assert now != before
-    (copy / "model" / "chkpnt_fine_10.pth").touch()  # while the one of iteration 3 is kept
+    (output(copy, "train") / "chkpnt_fine_10.pth").touch()  # while the one of iteration 3 is kept
     assert state(str(copy)) != now
 
 
-def test_what_no_longer_fits_is_said(trained: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "project"
-    shutil.copytree(trained, copy)
-    text = (copy / "experiment.yaml").read_text()
-    (copy / "experiment.yaml").write_text(text.replace('"base_filters": 2', '"base_filters": 4'))
-    opened = Scene(str(copy))
-    opened.load_model("cpu")
-    assert opened.predictor is None
-    assert [note.partition(" was made before ")[2][:5] for note in opened.notes] == ["model"]
-    (copy / "_marks" / "train.json").unlink()  # as while a training begins in the place of an older one
-    opened = Scene(str(copy))
-    opened.load_model("cpu")
-    assert opened.predictor is None
-    assert "does not fit the configuration" in opened.notes[0]
+def test_what_cannot_be_shown_is_said(trained: Path, tmp_path: Path) -> None:
+    """A configuration that was edited by hand, damaged files: the page shows the rest."""
+    copy = begun(trained, tmp_path / "project")
+    add(trained, copy, *(spec.name for spec in PIPELINE if spec.name not in ("render", "features")))
+
+    def notes() -> list[str]:
+        opened = Scene(str(copy))
+        opened.load_model("cpu")
+        assert (opened.n_frames, len(opened.cameras)) == (36, 4)
+        return opened.notes
+
+    place = next(path for path in (output(copy, "embedding") / "map").rglob("c/*/*") if path.is_file())
+    place.write_bytes(place.read_bytes()[:7])
+    assert [str(output(copy, "embedding")) in note for note in notes()] == [True]
+    config = copy / "runs" / Project.at(str(copy)).run().id / "config.yaml"
+    config.write_text(config.read_text().replace("base_filters: 2", "base_filters: 4"))
+    assert "does not fit the configuration" in notes()[1]
+    shutil.rmtree(output(copy, "crop"))
+    assert "crop.zarr: gone, though its mark is there" in notes()[0]
 
 
 def test_bad_urls_are_one_line(trained: Path, tmp_path: Path) -> None:
     for arguments, words in (
-        ([str(tmp_path)], "no experiment.yaml"),
+        ([str(tmp_path)], "holds no run"),
+        ([str(trained), "--run", "1999"], "there is no run 1999"),
         (["ftp://somewhere"], "unknown kind of URL"),
         ([str(trained), "--device", "cuda:99"], "no such CUDA GPU"),
     ):
@@ -209,7 +248,8 @@ def test_picture_is_symmetric_about_the_axis() -> None:
 
 def test_hull_is_the_outside_of_all_voxels_in_enough_masks(scene: Scene, trained: Path) -> None:
     t = 30
-    masks, tracking, crop = (stores.open_group(str(trained / f"{n}.zarr")) for n in ("masks", "tracking", "crop"))
+    run = Project.at(str(trained)).run()
+    masks, tracking, crop = (run.open_input(stage) for stage in ("ingest", "center_rotation", "crop"))
     assert scene.centers is not None
     assert scene.angles is not None
     axis = np.linspace(-0.11, 0.11, 32)
@@ -254,7 +294,7 @@ def test_picture_from_a_camera_shows_what_it_saw(scene: Scene, trained: Path) ->
     camera = scene.cameras[HELD_OUT]
     size = camera.width, camera.height
     picture = scene.from_anywhere(t, camera.position, camera.to_world, camera.fov_rad, *size)
-    mask = schema.read(stores.open_group(str(trained / "masks.zarr")), "mask", t, t + 1)[0, HELD_OUT]
+    mask = schema.read(stores.open_group(str(output(trained, "ingest"))), "mask", t, t + 1)[0, HELD_OUT]
     seen = np.zeros(size[::-1], bool)
     x, y = camera.offset
     seen[y : y + 80, x : x + 96] = mask
@@ -303,9 +343,7 @@ def test_only_the_newest_request_is_worked_on() -> None:
 def test_page_follows_a_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page opened before there is anything, and left open until there is a model."""
     monkeypatch.setattr(viewer, "LOOK_S", 0.05)
-    copy = tmp_path / "project"
-    copy.mkdir()
-    shutil.copy(trained / "experiment.yaml", copy)
+    copy = begun(trained, tmp_path / "project")
     page = viewer.Viewer(str(copy), "localhost", 8201, "cpu")
     try:
 
@@ -316,16 +354,15 @@ def test_page_follows_a_run(trained: Path, tmp_path: Path, monkeypatch: pytest.M
             )
 
         wait_for("stage ingest has not finished")
-        shutil.copytree(trained, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model", "train.json"))
+        add(trained, copy, *("ingest", "center_rotation", "crop", "pack", "embedding"))
         wait_for("no model yet")
         assert page._frame.max == 35
-        shutil.copytree(trained / "model", copy / "model")
+        add(trained, copy, "train", done=False)
         wait_for("still training")
-        shutil.copy(trained / "_marks" / "train.json", copy / "_marks")
+        add(trained, copy, "train")
         wait_for("model after", absent="still training")
-        (copy / "experiment.yaml").write_text("nonsense")
-        (copy / "_marks" / "train.json").unlink()
-        wait_for("experiment.yaml")
+        (copy / "runs" / Project.at(str(copy)).run().id / "config.yaml").write_text("nonsense")
+        wait_for("config.yaml")
     finally:
         page.stop()
 
@@ -412,7 +449,7 @@ def wait_for_picture(page: Page, expected: np.ndarray[Any, Any]) -> None:
 
 def gallery(project: Path, camera: int) -> dict[int, np.ndarray[Any, Any]]:
     """Pictures of stage evaluate, by frame."""
-    folder = project / "evaluation"
+    folder = output(project, "evaluate")
     entries = json.loads((folder / "gallery.json").read_text())["pictures"]
     files = {e["t"]: e["file"] for e in entries if e["file"].endswith(f"camera{camera}.png")}
     assert len(files) >= 3

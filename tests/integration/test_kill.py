@@ -112,7 +112,7 @@ def test_killed_with_its_workers_at_a_shard(stage: str, stages: Stages, finished
     """Shards in processes; only the parent is killed: its workers must not live on and write beside the next run."""
     project = without(finished, stage, tmp_path / "project")
     process = stages.start(stage, str(project), "--workers", "2")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not shard_marks(project, stage):
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zoosplat import stores
+from zoosplat.config import Experiment
+from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
 
 if TYPE_CHECKING:
@@ -83,6 +86,38 @@ def test_again_computes_nothing(
     assert len(Project.at(str(project)).run_ids()) == 1
 
 
+MISTAKES: dict[str, tuple[list[str], dict[str, Any], str]] = {
+    "start_from": (["--set", "train.start_from=/nope.safetensors", "--until", "train"], {}, "/nope.safetensors"),
+    "render_frame": (["--set", "render.frame=99"], {}, "render.frame = 99: there are 36 kept frames"),
+    "fewer_videos": (
+        [],
+        {"data__videos": ["videos/0.mp4", "videos/1.mp4"], "data__masks": ["masks/0.mp4", "masks/1.mp4"]},
+        "4 cameras",
+    ),
+    "no_such_stage": (["--force", "trian"], {}, "there is no stage trian"),
+    "forced_mistake": (["--force", "train", "--set", "train.start_from=/nope"], {}, "/nope"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_costs_nothing_that_is_there(
+    mistake: str, project: Path, recording: Recording, files_of: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from zoosplat_flows.cli import app
+
+    options, changes, words = MISTAKES[mistake]
+    everything, before = stores.manifest(str(project)), files_of(project)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(recording.config(**SMALL, **changes)))
+    outcome = CliRunner().invoke(app, ["run", str(config), "--project", str(project), *options])
+    assert outcome.exit_code == 2, outcome.output
+    assert words in outcome.output.replace("\n", " ")
+    assert files_of(project) == before
+    assert stores.manifest(str(project)) == everything
+
+
 def undone(project: Path, folder: Path, stage: str) -> Path:
     """A copy of a finished project in which one of the learning stages has not run yet."""
     shutil.copytree(project, folder, symlinks=True)
@@ -139,3 +174,35 @@ def test_the_same_on_s3(
     status = zoosplat("status", f"s3://{bucket}/results/tiny", env=s3.env)
     assert status.returncode == 0
     assert status.stdout.count("done") >= len(PIPELINE)
+
+
+def test_another_gallery_takes_over_the_metrics(
+    project: Path,
+    recording: Recording,
+    files_of: Callable[[Path], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """`evaluate.gallery_frames` is part of an evaluation, but not of its numbers: no frame is rendered for them."""
+    from zoosplat_evaluate import stage as evaluate
+
+    def measure(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(evaluate.Evaluate, "_measure", measure)
+    shutil.copytree(project, tmp_path / "project", symlinks=True)
+    before = files_of(tmp_path / "project")
+    here = Project.at(str(tmp_path / "project"))
+    old = here.run()
+    changes = {**SMALL, "evaluate": {"gallery_frames": 2, "device": "cpu"}}
+    with begun(here, Experiment.model_validate(recording.config(**changes)), ["evaluate"], []) as run:
+        assert run_stage(evaluate.STAGE, run)
+    urls = [each.output_url("evaluate") for each in (old, run)]
+    assert urls[0] != urls[1]
+    for name in ("metrics.npy", "metrics_test.csv"):
+        ours, theirs = (stores.read_bytes(f"{url}/{name}") for url in urls)
+        assert ours == theirs
+    shown = [{path.name.split("_")[0] for path in Path(url, "gallery").iterdir()} for url in urls]
+    assert [len(frames) for frames in shown] == [1, 2]
+    after = files_of(tmp_path / "project")
+    assert {name: after[name] for name in before if name != "latest.json"}.items() <= before.items()

@@ -144,13 +144,12 @@ def test_a_project_of_the_earlier_layout_is_not_written_to(
 ) -> None:
     (tmp_path / "experiment.yaml").write_text(json.dumps(recording.config()))
     (tmp_path / "_marks").mkdir()
-    outcome = stages("ingest", str(tmp_path))
-    assert outcome.status == 2
-    assert "zoosplat" in outcome.err
-    recording.write_project(tmp_path)
-    outcome = stages("ingest", str(tmp_path))
-    assert outcome.status == 2
-    assert f"`zoosplat upgrade {tmp_path}` adopts its results, and moves nothing" in outcome.err
+    for with_config in (False, True):
+        if with_config:
+            recording.write_project(tmp_path)
+        outcome = stages("ingest", str(tmp_path))
+        assert outcome.status == 2
+        assert f"`zoosplat upgrade {tmp_path}` adopts its results, and moves nothing" in outcome.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["_marks", "experiment.yaml", "tested.yaml"]
 
 

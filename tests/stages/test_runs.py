@@ -127,10 +127,31 @@ def test_a_record_that_is_damaged_is_named(begin: Callable[..., Run], tmp_path: 
     Path(run.path("config.yaml")).write_text("{]")
     with pytest.raises(UserError, match=rf"runs/{run.id}/config\.yaml: "):
         Project.at(str(tmp_path / "project")).run()
+    record = Path(run.path("run.json"))
+    whole = record.read_bytes()
+    record.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match=rf"runs/{run.id}/run\.json: is damaged: holds no JSON object"):
+        Project.at(str(tmp_path / "project")).run()
+    record.write_bytes(whole)
     Path(run.path("config.yaml")).unlink()
     with pytest.raises(UserError, match=rf"runs/{run.id}: holds no complete record"):
         Project.at(str(tmp_path / "project")).run(run.id)
     assert begin().id != run.id
+
+
+def test_a_sibling_differs_in_what_is_ignored_alone(begin: Callable[..., Run], tmp_path: Path) -> None:
+    """Folders that are no results of ours, such as a copy, are passed over."""
+    first = begin()
+    make(first)
+    folder = Path(first.result("evaluate").folder)
+    shutil.copytree(folder, folder.with_name(f"{folder.name} copy"))
+    for changes, found in (
+        ({"evaluate__gallery_frames": 2}, True),
+        ({"evaluate__gallery_frames": 2, "evaluate__split": "train"}, False),
+        ({"evaluate__gallery_frames": 2, "train__epochs": 7}, False),
+    ):
+        sibling = begin(**changes).sibling("evaluate", ["evaluate.gallery_frames"])
+        assert sibling == (first.result("evaluate") if found else None)
 
 
 # -- attempts -----------------------------------------------------------------------------------------------------
@@ -374,6 +395,8 @@ def test_a_project_below_a_file(begin: Callable[..., Run], tmp_path: Path) -> No
     for place in ("notes.txt", "notes.txt/project"):
         with pytest.raises(UserError, match=rf"{tmp_path}/notes\.txt is a file; choose another folder"):
             begin(project=tmp_path / place)
+        with pytest.raises(UserError, match="holds no run"):
+            Project.at(str(tmp_path / place)).run()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

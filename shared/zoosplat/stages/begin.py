@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from zoosplat import stores
 from zoosplat.config import Experiment
 from zoosplat.errors import UserError
 from zoosplat.prechecks import check_before_run, check_project_place
@@ -58,14 +60,23 @@ def begun(
 
 
 def _check_folder(project: Project) -> None:
-    if runs.is_legacy(project):
-        raise UserError(
-            f"{project.url}: has the layout of an earlier version; `zoosplat upgrade {project.url}` adopts its "
-            "results, and moves nothing"
-        )
+    if not stores.is_s3(project.url):
+        place = next(each for each in (Path(project.url), *Path(project.url).parents) if each.exists())
+        if not place.is_dir():
+            raise UserError(f"{project.url}: {place} is a file; choose another folder")
+    check_layout(project)
     foreign = foreign_names(project.url)
     if foreign:
         raise UserError(
             f"{project.url}: holds files that are not of a zoosplat project ({', '.join(foreign)}); choose an empty "
             "folder, or move them"
+        )
+
+
+def check_layout(project: Project) -> None:
+    """Raise UserError where a project is of the earlier layout: it can be looked at, and no stage writes to it."""
+    if runs.is_legacy(project):
+        raise UserError(
+            f"{project.url}: has the layout of an earlier version; `zoosplat upgrade {project.url}` adopts its "
+            "results, and moves nothing"
         )

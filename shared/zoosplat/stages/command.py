@@ -14,7 +14,7 @@ from zoosplat.config import load_config
 from zoosplat.errors import Passing, UserError
 from zoosplat.machine import usable_cores
 from zoosplat.stages import runner
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begun, check_layout
 from zoosplat.stages.contract import Context, Progress, Stage
 from zoosplat.stages.runs import Project, Run
 
@@ -86,6 +86,7 @@ def chosen_run(stage: str, args: argparse.Namespace) -> Run:
         UserError: no such run, or the configuration or a file that it names cannot be read.
     """
     project = Project.at(args.project)
+    check_layout(project)
     if args.config is None and not args.force:
         return project.run(args.run)
     experiment = load_config(args.config).experiment if args.config else project.run(args.run).experiment

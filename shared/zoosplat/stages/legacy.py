@@ -55,10 +55,6 @@ class LegacyResult(Result):
     def plan(self) -> Mark | None:
         return None
 
-    def shards_done(self) -> tuple[int, int]:
-        count = int(self._mark["done"].get("shards", 0)) if self.is_done() else 0
-        return count, count
-
 
 def legacy_run(project: Project) -> Run:
     """The one run that a project of the earlier layout amounts to; reading it writes nothing.

@@ -92,6 +92,11 @@ class Request:
         }
 
 
+def is_id(name: str) -> bool:
+    """Whether a folder's name is an id that follows from a request; those of adopted results do not."""
+    return re.fullmatch(r"[0-9a-f]{16}(?:-[1-9]\d*)?", name) is not None
+
+
 def attempt_of(name: str, base: str) -> int | None:
     """Number of the attempt that a folder's name says, from 0; None where it is of another request."""
     found = re.fullmatch(rf"{base}(?:-([1-9]\d*))?", name)
@@ -180,12 +185,14 @@ class Result:
 
     def shards_done(self) -> tuple[int, int]:
         """How many shards are done, of how many; (0, 0) before the result is prepared."""
+        mark = self.mark()
+        if mark is not None:
+            count = int(mark.get("shards", 0))
+            return count, count
         plan = self.plan()
         if plan is None:
             return 0, 0
         count = len(plan["bounds"]) - 1
-        if self.is_done():
-            return count, count
         return sum(stores.exists(self.shard_mark_url(i, count)) for i in range(count)), count
 
     def require(self) -> Mark:

@@ -28,7 +28,7 @@ from zoosplat import effects, locks, stores
 from zoosplat.config import ANIMALS, RANDOM, Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
-from zoosplat.stages.results import FOLDER, REQUEST, Mark, Request, Result, Source, attempt_of
+from zoosplat.stages.results import FOLDER, REQUEST, Mark, Request, Result, Source, attempt_of, is_id
 
 RUNS, LATEST, LINKS, SOURCES = "runs", "latest.json", "latest", "sources.json"
 CONFIG, RECORD, REPORT, LOGS = "config.yaml", "run.json", "report", "logs"  # in a run's folder
@@ -206,7 +206,7 @@ class Run:
             return {**{key: request[key] for key in ("version", "inputs")}, "settings": kept, "contents": contents}
 
         wanted = rest(json.loads(json.dumps(self.request(stage).to_json())))
-        for name in stores.list_dirs(self.project.path(FOLDER, stage)):
+        for name in filter(is_id, stores.list_dirs(self.project.path(FOLDER, stage))):
             result = Result.at(self.project.url, stage, name)
             mark = result.mark()
             if mark is not None and rest(mark) == wanted:
