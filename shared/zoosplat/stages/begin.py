@@ -40,6 +40,8 @@ def begun(
     for name in force:
         if name not in STAGES:
             raise UserError(f"there is no stage {name}; the stages are {', '.join(STAGES)}")
+        if name not in stages:
+            raise UserError(f"--force {name}: this run is of the stages {', '.join(stages)} alone; let it reach {name}")
     _check_folder(project)
     check_project_place(project.url, experiment)
     if force and runs.forced_before(project, experiment, stages, force):
