@@ -356,6 +356,9 @@ def test_recordings_embedded_together(project_of: Callable[..., Project], tmp_pa
     assert header.startswith("recording,t,frame,time,valid,center_x")
 
     stores.open_group(second.run().output_url("features"), write=True).attrs["encoder"] = "images"
+    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
+    assert run.exit_code == 2
+    assert "is there already; choose an --output that holds no files" in run.output
     run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(tmp_path / "other")])
     assert run.exit_code == 2
     assert "encoder of the features is images, but gaussians in" in run.output

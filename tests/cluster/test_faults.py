@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(os.environ.get("ZOOSPLAT_CI_CLUSTER") != "1", reason="set ZOOSPLAT_CI_CLUSTER=1"),
+    pytest.mark.timeout(1800),
 ]
 
 NAMES = [spec.name for spec in PIPELINE]
@@ -96,7 +97,7 @@ class Prefect:
         env = {**os.environ, "PREFECT_HOME": str(self.folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
         quiet = subprocess.DEVNULL
         self.server = subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet, start_new_session=True)
-        until(self.answers, pause=0.3)
+        until(self.answers, 300, pause=0.3)
 
     def answers(self) -> bool:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2):
@@ -135,7 +136,7 @@ class Run:
     def running(self) -> bool:
         return self.process.poll() is None
 
-    def ended(self, seconds: float = 300) -> int:
+    def ended(self, seconds: float = 900) -> int:
         try:
             return self.process.wait(timeout=seconds)
         finally:
@@ -273,7 +274,7 @@ def containers(podman: list[str], project: str) -> dict[str, str]:
     return {line[0]: line[1] for line in lines}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_containers_are_killed_twenty_times(
     podman: list[str],
     pipelines: Pipelines,

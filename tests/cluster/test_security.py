@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 import subprocess
@@ -207,7 +208,7 @@ def test_what_may_not_be_deleted_is_said(s3: S3, bucket: str, scoped: dict[str, 
     """A group is never taken for empty because the server kept its objects."""
     program = "import sys; from zoosplat import stores; stores.delete(sys.argv[1])"
     command = [sys.executable, "-c", program, f"s3://{bucket}/recordings/mine/masks"]
-    done = subprocess.run(command, env=scoped, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env={**os.environ, **scoped}, capture_output=True, text=True, check=False)
     assert "UserError" in done.stderr.splitlines()[-1]
     assert "access refused by the S3 server" in done.stderr
     assert len([key for key in s3.objects(bucket) if key.startswith("recordings/mine/masks/")]) == 4
@@ -217,7 +218,6 @@ def test_what_may_not_be_deleted_is_said(s3: S3, bucket: str, scoped: dict[str, 
 LOCAL: dict[str, Callable[[Path], dict[str, Any]]] = {
     "directory": lambda folder: {"data__directory": str(folder)},
     "file_url": lambda folder: {"data__directory": f"file://{folder}"},
-    "relative": lambda folder: {"data__directory": "recording"},
     "home": lambda folder: {"data__directory": "~/recording"},
     "calibration": lambda folder: {"data__calibration": f"{folder}/camera_params.h5"},
     "up": lambda folder: {"data__up": f"file://{folder}/vertical_lines.npz"},
@@ -244,7 +244,7 @@ def test_a_container_reads_no_local_file(
     assert set(s3.objects(name)) - {f"p/{CONFIG}"} == {
         f"recording/{path}" for path in stores.list_files(str(recording.folder))
     }
-    if case in ("relative", "home"):
+    if case == "home":
         return
     assert stages("ingest", f"s3://{name}/p", "--prepare", env=s3.env).status == 0
     if case == "reuse":  # names a folder that holds no results, which whoever begins a run finds out
@@ -253,6 +253,26 @@ def test_a_container_reads_no_local_file(
     s3.client.delete_object(Bucket=name, Key=result_key(s3, name, run, "plan.json"))
     line = refusal(stages("ingest", f"s3://{name}/p", "--run", run, env=inside), "ingest")
     assert "stages in containers read and write S3 alone; use s3://bucket/prefix" in line
+
+
+@pytest.mark.parametrize("place", ["recording", "~/recording", "file:///recording", "/recording"])
+def test_a_recorded_configuration_cannot_send_a_container_to_a_local_folder(
+    place: str, s3: S3, recording: Recording, stages: Stages
+) -> None:
+    """A run's configuration has whole URLs; someone has put another place into it."""
+    name = s3.bucket()
+    s3.put_folder(recording.folder, name, "recording")
+    config = json.dumps(recording.config(f"s3://{name}/recording")).encode()
+    s3.client.put_object(Bucket=name, Key=f"p/{CONFIG}", Body=config)
+    assert stages("ingest", f"s3://{name}/p", "--prepare", env=s3.env).status == 0
+    run = json.loads(s3.read(name, "p/latest.json"))["run"]
+    s3.client.delete_object(Bucket=name, Key=result_key(s3, name, run, "plan.json"))
+    recorded = s3.read(name, f"p/runs/{run}/config.yaml").decode()
+    changed = recorded.replace(f"s3://{name}/recording", place)
+    assert changed != recorded
+    s3.client.put_object(Bucket=name, Key=f"p/runs/{run}/config.yaml", Body=changed.encode())
+    outcome = stages("ingest", f"s3://{name}/p", "--run", run, env={**s3.env, "ZOOSPLAT_S3_ONLY": "1"})
+    assert "stages in containers read and write S3 alone; use s3://bucket/prefix" in refusal(outcome, "ingest")
 
 
 def test_a_plan_cannot_send_a_container_to_a_local_file(s3: S3, recording: Recording, stages: Stages) -> None:

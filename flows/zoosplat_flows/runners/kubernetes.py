@@ -755,8 +755,8 @@ class _PodLogs:
             if has_ended:
                 self._complete.add(name)
                 end = _ended(pod)
-                status = f"exit status {end.get('exitCode', 'unknown')} {end.get('reason', '')}".rstrip()
-                self._log(status, _place(pod), str(end.get("finishedAt") or ""))
+                # Without its time, of which Kubernetes keeps whole seconds: it would come before the last lines.
+                self._log(f"exit status {end.get('exitCode', 'unknown')} {end.get('reason', '')}".rstrip(), _place(pod))
         return event
 
     def _follow(self, pod: Object) -> tuple[int, int, str] | None:
