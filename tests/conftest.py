@@ -199,7 +199,8 @@ class Stages:
 
 def _serve() -> None:
     """Fork a child for every line on standard input; answer with its process id, then with its exit status."""
-    import encodings.cp437  # noqa: F401
+    import encodings.cp437
+    import encodings.utf_8_sig  # noqa: F401
 
     import boto3  # noqa: F401
     import h5py  # noqa: F401
