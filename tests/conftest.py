@@ -376,6 +376,8 @@ def check_same_file(ours: Path, theirs: Path) -> None:
         mine, other = pictures(ours), pictures(theirs)
         assert mine.shape == other.shape
         assert np.abs(mine.astype(int) - other).mean() < 0.05, ours
+    elif ours.suffix == ".npy":
+        np.testing.assert_allclose(np.load(ours), np.load(theirs), 1e-3, 1e-4, err_msg=str(ours))
     elif ours.suffix == ".ply":
         end = b"end_header\n"
         (head, _, body), (head_there, _, body_there) = (path.read_bytes().partition(end) for path in (ours, theirs))
