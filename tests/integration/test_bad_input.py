@@ -549,4 +549,4 @@ def test_s3_bucket_or_recording_missing(s3: S3, recording: Recording, stages: St
     assert "bucket" in line
     project = recording.write_project(tmp_path / "b", f"s3://{bucket}/recording")
     line = refused(stages, "ingest", project, env=s3.env)
-    assert f"no such file: s3://{bucket}/recording/masks/0.mp4; check data.masks" in line
+    assert f"no such file: s3://{bucket}/recording/masks/0.mp4; check data.directory" in line
