@@ -35,6 +35,7 @@ from zoosplat_flows.runners.settings import Images, Settings
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
+    from zoosplat_flows.pipeline import RunnerName
 
 Object = dict[str, Any]
 STAGES = ["ingest", "center_rotation", "crop"]
@@ -494,7 +495,7 @@ def test_a_pod_that_is_alone_is_followed(cluster: StandIn, pipelines: Pipelines)
 # -- where a project must not lie ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("runner", ["local", "containers", "kubernetes"])
 def test_the_flow_refuses_the_folder_of_the_recording(
-    runner: str, s3_here: S3, recording_here: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runner: RunnerName, s3_here: S3, recording_here: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A configuration gives its name to the project where none is named: here that is where the recording lies."""
     from zoosplat_flows import pipeline as flow
