@@ -77,7 +77,7 @@ def no_progress(done: int, total: int, message: str) -> None:
     return None
 
 
-def no_log(line: str, source: str = "") -> None:
+def no_log(line: str, source: str = "", at: str = "") -> None:
     return None
 
 
@@ -139,7 +139,7 @@ def test_bad_input_and_a_killed_container(folder: Path, run: Run) -> None:
     (folder / "status").write_text("2")
     logged: list[str] = []
 
-    def log(line: str, source: str = "") -> None:
+    def log(line: str, source: str = "", at: str = "") -> None:
         logged.append(line)
 
     with containers.Containers() as runner:

@@ -148,7 +148,7 @@ def test_runs_from_s3_to_s3(stage: str, engine: list[str], s3: S3, bucket: str) 
     heard: list[tuple[int, int]] = []
     printed: list[str] = []
 
-    def log(line: str, source: str = "") -> None:
+    def log(line: str, source: str = "", at: str = "") -> None:
         printed.append(line)
 
     with containers.Containers() as runner:
@@ -233,5 +233,5 @@ def test_a_killed_pipeline_leaves_no_container(engine: list[str], s3: S3, record
         time.sleep(0.2)
     assert not run.result("ingest").is_done()
     with containers.Containers() as runner:
-        runner.run("ingest", run, workers=1, progress=no_progress, log=lambda line, source="": None)
+        runner.run("ingest", run, workers=1, progress=no_progress, log=lambda line, source="", at="": None)
     assert run.result("ingest").is_done()

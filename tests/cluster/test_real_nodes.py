@@ -224,8 +224,8 @@ def test_pipelines_with_other_and_with_the_same_settings_run_at_once(place: Plac
     configs = [place.config("several-48"), place.config("several-32", crop__grid_size=32)]
     runs = [place.start(f"config={c}", f"project={url}", "until_stage=crop") for c in (*configs, configs[0])]
     until(lambda: all(place.state(run) in ("Completed", "Failed", "Crashed") for run in runs), 600)
-    for run in runs:
-        assert place.state(run) == "Completed", place.servers.run(prefect(), "flow-run", "logs", run)
+    for flow_run in runs:
+        assert place.state(flow_run) == "Completed", place.servers.run(prefect(), "flow-run", "logs", flow_run)
     recorded = [Project.at(url).run(name) for name in Project.at(url).run_ids()]
     assert [run.record()["state"] for run in recorded] == ["done"] * 3
     assert sorted(run.experiment.crop.grid_size for run in recorded) == [32, 48, 48]
@@ -256,7 +256,7 @@ def _ingest(place: Place, project: str, settings: Settings, workers: int | None 
         Jobs(settings, None, Api(NAMESPACE), "direct") as jobs,
         begun(Project.at(f"s3://{place.servers.bucket}/{project}"), experiment, ["ingest"], []) as run,
     ):
-        keep: Log = lambda line, source="": lines.append(f"{source}: {line}")  # noqa: E731
+        keep: Log = lambda line, source="", at="": lines.append(f"{source}: {line}")  # noqa: E731
         jobs.run("ingest", run, workers=workers, progress=_no_progress, log=keep)
         assert run.result("ingest").is_done()
     return lines
@@ -301,7 +301,7 @@ def test_a_failed_index_is_tried_again_then_reported_and_the_others_are_kept(pla
     container["command"] = ["python", "-c"]
     container["args"] = ["import os; i = os.environ['JOB_COMPLETION_INDEX']; print('shard', i); assert i != '1'"]
     logged: list[str] = []
-    keep: Log = lambda line, source="": logged.append(f"{source.partition(' ')[2]}: {line}")  # noqa: E731
+    keep: Log = lambda line, source="", at="": logged.append(f"{source.partition(' ')[2]}: {line}")  # noqa: E731
     with Jobs(settings, None, Api(NAMESPACE), "f") as jobs, pytest.raises(Exhausted) as caught:
         jobs._finish_job(job, _no_progress, keep, lambda: False)
     lines = str(caught.value).splitlines()

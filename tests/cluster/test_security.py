@@ -383,7 +383,7 @@ def test_no_shell_reads_a_url(
     monkeypatch.setenv("ZOOSPLAT_CONTAINER_ENGINE", str(engine))
     monkeypatch.chdir(tmp_path)
     with containers.Containers() as runner:
-        runner.run("ingest", run, progress=NO_PROGRESS, log=lambda line, source="": None)
+        runner.run("ingest", run, progress=NO_PROGRESS, log=lambda line, source="", at="": None)
     assert (tmp_path / "engine.words").read_text().splitlines()[-4:] == ["--project", url, "--run", run.id]
     outcome = stages("ingest", url, "--prepare", env=s3_here.env)
     assert (outcome.status, outcome.err) == (0, "")

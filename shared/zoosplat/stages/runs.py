@@ -93,7 +93,7 @@ class Project:
 
 def is_legacy(project: Project) -> bool:
     """Whether a project is of the layout before runs: one experiment.yaml, and marks in `_marks`."""
-    return stores.exists(project.path(LEGACY_CONFIG)) and stores.read_json(project.path(LATEST)) is None
+    return stores.read_json(project.path(LATEST)) is None and stores.exists(project.path(LEGACY_CONFIG))
 
 
 @dataclass(frozen=True)
