@@ -35,6 +35,7 @@ from zoosplat_flows.runners.settings import Images, Settings
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
+
     from zoosplat_flows.pipeline import RunnerName
 
 Object = dict[str, Any]
