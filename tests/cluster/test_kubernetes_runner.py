@@ -24,7 +24,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.results import FOLDER, Result
 from zoosplat.stages.runs import Project, Run, claim, resolve
 from zoosplat_flows.cli import app
-from zoosplat_flows.execution import Exhausted, Interrupted, Progress
+from zoosplat_flows.execution import Exhausted, Interrupted
 from zoosplat_flows.runners import kubernetes
 from zoosplat_flows.runners.kubernetes import (
     INDEX_LABEL,
@@ -657,13 +657,13 @@ def _finishing(
 
 
 @contextmanager
-def _in_thread(jobs: Jobs, stage: str, progress: Progress = _quiet) -> Iterator[list[Any]]:
+def _in_thread(jobs: Jobs, stage: str, hear: Callable[[int, int, str], None] = _quiet) -> Iterator[list[Any]]:
     """Run a stage beside the test; the list gets `ended` or what it raises."""
     outcome: list[Any] = []
 
     def run() -> None:
         try:
-            jobs.run(stage, _run(), progress=progress, log=_no_log)
+            jobs.run(stage, _run(), progress=lambda done, total, message: hear(done, total, message), log=_no_log)
             outcome.append("ended")
         except BaseException as error:
             outcome.append(error)
