@@ -235,13 +235,13 @@ def measure_prefect() -> list[dict[str, float]]:
         from zoosplat_flows import pipeline as flows
 
         vars(flows)["Processes"] = Empty
-        zoosplat_flows.report.build_report = lambda run: run.path("report")
+        vars(zoosplat_flows.report)["build_report"] = lambda run, state="": run.path("report")
         names, cube = ["0.mp4", "1.mp4"], {"ell": 0.2}
         recording = {"directory": str(servers.folder / "recording"), "videos": names, "masks": names}
         experiment = Experiment.model_validate(
             {"data": {**recording, "calibration": "c.h5"}, "center_rotation": cube, "crop": cube}
         )
-        measured = []
+        measured: list[dict[str, Any]] = []
         for n, seconds in BATCHES:
             Empty.seconds = seconds
             latencies: list[float] = []

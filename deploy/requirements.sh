@@ -116,7 +116,7 @@ case $target in
   images)
     need_engine
     need_base_image
-    [ ${#engine[@]} -gt 0 ] && has_image localhost/zoosplat-gpu-base:dev || need_disk 20 "$HOME/.cache/zoosplat" "building the images"
+    [ ${#engine[@]} -gt 0 ] && has_image localhost/zoosplat-gpu-base:dev || need_disk 40 "$HOME/.cache/zoosplat" "building the images"
     ;;
   cluster-tools)
     need_linux

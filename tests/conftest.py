@@ -199,13 +199,16 @@ class Stages:
 
 def _serve() -> None:
     """Fork a child for every line on standard input; answer with its process id, then with its exit status."""
-    import encodings.cp437  # noqa: F401
+    import encodings.cp437
+    import encodings.utf_8_sig  # noqa: F401
 
     import boto3  # noqa: F401
     import h5py  # noqa: F401
     import s3fs  # noqa: F401
     import scipy.io  # noqa: F401
 
+    import zoosplat.recording.checks
+    import zoosplat.stages.command  # noqa: F401
     from zoosplat.stages.registry import PREPROCESSING
 
     for spec in PREPROCESSING:
@@ -424,6 +427,8 @@ def check_same_file(ours: Path, theirs: Path) -> None:
         mine, other = pictures(ours), pictures(theirs)
         assert mine.shape == other.shape
         assert np.abs(mine.astype(int) - other).mean() < 0.05, ours
+    elif ours.suffix == ".npy":
+        np.testing.assert_allclose(np.load(ours), np.load(theirs), 1e-3, 1e-4, err_msg=str(ours))
     elif ours.suffix == ".ply":
         end = b"end_header\n"
         (head, _, body), (head_there, _, body_there) = (path.read_bytes().partition(end) for path in (ours, theirs))

@@ -188,10 +188,3 @@ def test_neither_torch_nor_a_service_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_weights_files_are_those_that_the_stage_reads() -> None:
-    from zoosplat.config import WEIGHTS_FILES
-    from zoosplat_features.encoders import FILES
-
-    assert FILES == WEIGHTS_FILES

@@ -355,19 +355,14 @@ def test_recordings_embedded_together(project_of: Callable[..., Project], tmp_pa
     header = (output / "embedding.csv").read_text().splitlines()[0]
     assert header.startswith("recording,t,frame,time,valid,center_x")
 
-    schema.create(
-        second.run().output_url("features"),
-        "features.zarr",
-        {"T": 60, "D": 40},
-        64,
-        {"encoder": "images", "radius_m": 0.1},
-    )
-    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(tmp_path / "other")])
+    stores.open_group(second.run().output_url("features"), write=True).attrs["encoder"] = "images"
+    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
     assert run.exit_code == 2
     assert "is there already; choose an --output that holds no files" in run.output
-    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(tmp_path / "others")])
+    run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(tmp_path / "other")])
     assert run.exit_code == 2
     assert "encoder of the features is images, but gaussians in" in run.output
+    assert not (tmp_path / "other").exists()
 
 
 def test_embedded_together_into_a_folder_that_holds_something_is_refused(

@@ -381,8 +381,8 @@ def test_who_is_cut_off_is_told(on_s3: str, network: AnswersLost, monkeypatch: p
 
 def test_an_outage_of_the_server(another_s3: None, own_s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     """While nobody reaches it, nobody can take the lock over: the holder goes on with it when the server is back."""
-    for key, value in own_s3.env.items():
-        monkeypatch.setenv(key, value)
+    for variable, text in own_s3.env.items():
+        monkeypatch.setenv(variable, text)
     for name, value in (("LEASE_S", 2), ("RENEW_S", 0.1), ("POLL_S", 0.1)):
         monkeypatch.setattr(locks, name, value)
     url = f"s3://{own_s3.bucket()}/lease"

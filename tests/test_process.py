@@ -29,7 +29,7 @@ WORK = {
         spawn = multiprocessing.get_context("spawn")
         queue = spawn.SimpleQueue()
         begin = (prepared(print, "busy"),)
-        with ProcessPoolExecutor(2, spawn, initializer=run_spawned, initargs=begin) as pool, killed_at_stop():
+        with ProcessPoolExecutor(2, spawn, initializer=run_spawned, initargs=begin) as pool:
             with spawning():
                 waiting = [pool.submit(time.sleep, 60) for _ in range(4)]
             [each.result() for each in waiting]

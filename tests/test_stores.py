@@ -112,7 +112,7 @@ def test_a_file_that_grows_has_no_fingerprint(tmp_path: Path, monkeypatch: Any) 
         def update(self, data: bytes) -> None:
             pass
 
-    monkeypatch.setattr(stores.hashlib, "md5", Growing)
+    monkeypatch.setattr(hashlib, "md5", Growing)
     with pytest.raises(UserError, match=r"video.mp4: is being written; run again when it is complete"):
         stores.content_fingerprint(str(path))
 

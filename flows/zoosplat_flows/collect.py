@@ -37,11 +37,13 @@ class Found:
         runs: id of each run that goes -> bytes.
         results: stage and id of each result that goes -> bytes.
         left: what is left although no run refers to it -> why.
+        records: of each run that stays, its run.json: what it refers to never changes.
     """
 
     runs: dict[str, int] = field(default_factory=dict)
     results: dict[tuple[str, str], int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    records: dict[str, Mark] = field(default_factory=dict)
 
 
 def look(project: Project, keep_last: int | None) -> Found:
@@ -59,7 +61,7 @@ def look(project: Project, keep_last: int | None) -> Found:
             f"{project.url}: has the layout of an earlier version, in which nothing is kept beside what is used"
         )
     found = Found()
-    records = _records(project, found)
+    records = _new_records(project, found)
     latest = project.latest_id()
     if not records:
         raise UserError(f"{project.url}: holds no run; nothing is removed")
@@ -73,7 +75,8 @@ def look(project: Project, keep_last: int | None) -> Found:
             foreign = _foreign(project.path(RUNS, run_id), (*RUN_FILES, RECORD))
             found.left |= {_name(RUNS, run_id, name): "is not a file of zoosplat" for name in foreign}
             found.runs[run_id] = _bytes(project.path(RUNS, run_id), foreign)
-    wanted = _referred([record for run_id, record in records.items() if run_id not in found.runs], project)
+    found.records = {run_id: record for run_id, record in records.items() if run_id not in found.runs}
+    wanted = _referred(found.records, project)
     for stage in stores.list_names(project.path(FOLDER)):
         if stage not in STAGES:
             found.left[_name(FOLDER, stage)] = "is not a file of zoosplat"
@@ -104,18 +107,19 @@ def collect(project: Project, found: Found) -> Iterator[str]:
         _remove_empty(folder)
         yield f"{_name(RUNS, run_id)}: {in_bytes(size)}"
     for (stage, name), size in found.results.items():
-        done = _remove_result(project, stage, name)
+        done = _remove_result(project, stage, name, found)
         yield f"{_name(FOLDER, stage, name)}: {in_bytes(size) if done else 'left, a run uses it now'}"
 
 
-def _remove_result(project: Project, stage: str, name: str) -> bool:
+def _remove_result(project: Project, stage: str, name: str, found: Found) -> bool:
     """Remove a result unless somebody works on it, or a run has come to refer to it; whether it was removed."""
     folder = project.path(FOLDER, stage, name)
     with contextlib.suppress(_Busy), _leased(stores.join(folder, LEASE)):
         done = stores.join(folder, DONE)
         mark = stores.read_bytes(done) if stores.exists(done) else None
         stores.delete(done)
-        if (stage, name) in _referred(list(_records(project, Found()).values()), project):
+        found.records |= _new_records(project, found)
+        if (stage, name) in _referred(found.records, project):
             if mark is not None:
                 stores.write_bytes(done, mark)
             return False
@@ -145,15 +149,15 @@ def _leased(url: str) -> Iterator[None]:
 
 
 # -- what is whose ------------------------------------------------------------------------------------------------
-def _records(project: Project, found: Found) -> dict[str, Mark]:
-    """Every run's run.json. What else lies among the runs is noted as left.
+def _new_records(project: Project, found: Found) -> dict[str, Mark]:
+    """run.json of every run that is not known yet. What else lies among the runs is noted as left.
 
     Raises:
         UserError: one cannot be read.
     """
     records: dict[str, Mark] = {}
     for name in stores.list_names(project.path(RUNS)):
-        if name in (SOURCES,) or fnmatch.fnmatch(name, "*.partial"):
+        if name == SOURCES or name in found.records or fnmatch.fnmatch(name, "*.partial"):
             continue
         url = project.path(RUNS, name, RECORD)
         record = stores.read_json(url)
@@ -166,11 +170,11 @@ def _records(project: Project, found: Found) -> dict[str, Mark]:
     return records
 
 
-def _referred(records: list[Mark], project: Project) -> set[tuple[str, str]]:
+def _referred(records: dict[str, Mark], project: Project) -> set[tuple[str, str]]:
     """Stage and id of each result of this project that runs refer to, also as what a training begins with."""
     found: set[tuple[str, str]] = set()
     ours = project.path(FOLDER) + "/"
-    for record in records:
+    for record in records.values():
         for stage, entry in record["results"].items():
             if entry.get("project") in (None, project.url):
                 found.add((stage, str(entry["id"])))

@@ -35,13 +35,13 @@ class Failed(RuntimeError):
 class Log(Protocol):
     """Takes a line that a stage has printed, where it comes from, and when (ISO 8601; default: now)."""
 
-    def __call__(self, line: str, source: str = "", at: str = "") -> None: ...
+    def __call__(self, line: str, source: str = "", at: str = "", /) -> None: ...
 
 
 class Progress(Protocol):
     """Takes frames or steps done, their total and a message."""
 
-    def __call__(self, done: int, total: int, message: str) -> None: ...
+    def __call__(self, done: int, total: int, message: str, /) -> None: ...
 
 
 class Runner(Protocol):

@@ -273,8 +273,8 @@ def pipeline(
             return _run_stages(where.run(run), stages, processes, workers)
     experiment = load_config(config).experiment if config else where.run().experiment
     if runner == "kubernetes":
-        *cluster, experiment = _profile_for(profile, where, stages, experiment)
-        placed: Any = _in_cluster(*cluster)
+        settings, api, chosen_profile, experiment = _profile_for(profile, where, stages, experiment)
+        placed: Any = _in_cluster(settings, api, chosen_profile)
     elif profile is not None:
         raise UserError(f"profile {profile}: profiles are kinds of nodes; use it with the runner kubernetes")
     else:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from zoosplat import stores
 from zoosplat.config import Experiment
 from zoosplat.errors import Problems, UserError
+from zoosplat.group_store import lost
 from zoosplat.outside_files import check_outside_files
 from zoosplat.stages.ownership import RESERVED
 
@@ -54,7 +55,10 @@ def check_before_run(
 
 def _check_finished_masks(experiment: Experiment, url: str, also_videos: bool) -> int:
     """Check a configuration, and the videos, against masks that are finished. The number of kept frames."""
-    group = stores.open_group(url)
+    try:
+        group = stores.open_group(url)
+    except FileNotFoundError:
+        raise lost(url, "is missing") from None
     attributes = {key: group.attrs[key] for key in ("full_width", "full_height", "image_downsample", "frame_jump")}
     width, height, d, jump = (int(str(value)) for value in attributes.values())
     kept, n_cameras, *_ = (int(n) for n in group["mask"].shape)  # type: ignore[union-attr]

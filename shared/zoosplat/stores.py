@@ -317,6 +317,19 @@ def content_fingerprint(url: str, cache: dict[str, Any] | None = None) -> str:
     return digest.hexdigest()
 
 
+def is_settled(url: str) -> bool:
+    """Whether a file's token of `stat` tells that it is written again: not while its times are those of just now.
+
+    Times come from a clock that ticks: a file that is written twice within a tick bears the same time.
+    """
+    if is_s3(url):
+        return True
+    try:
+        return time.time_ns() - os.stat(url).st_ctime_ns > SETTLED_NS
+    except OSError:
+        return False
+
+
 @_naming_the_url
 def legacy_fingerprint(url: str) -> str:
     """What projects of the first layout know a file by: its size, first and last 64 KiB."""

@@ -125,15 +125,15 @@ def test_status_tells_done_partial_and_missing(run: Run) -> None:
 
     status, out, _ = call("status", run.project.url)
     assert status == 0
-    ingest = next(line for line in out.splitlines() if "ingest" in line and "done" in line)
+    ingest = next(line for line in out.splitlines() if line.startswith("│ ingest"))
     # 90 s from begin to end, although its four shards worked 300 s; 1.5 GiB.
     for text in ("4/4", "1 min 30 s", "1.50 GiB"):
         assert text in ingest
-    assert "2/3" in next(line for line in out.splitlines() if "partial" in line)
+    assert "2/3" in next(line for line in out.splitlines() if line.startswith("│ pack"))
     assert "ingest: camera [1] is dim" in out.splitlines()
     first = run.project.run_ids()[0]
     earlier = call("status", run.project.url, "--run", first[:-2])[1]
-    assert earlier.count("done") == 3
+    assert earlier.count("│ done") == 3
     assert first in earlier
 
 

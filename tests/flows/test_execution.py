@@ -262,7 +262,7 @@ def test_a_failure_that_stays_is_the_runs(project: Path, run: Run) -> None:
 def test_the_advice_for_a_killed_training_is_one_that_helps(project: Path, run: Run) -> None:
     (project / "train.py").write_text("os.kill(os.getpid(), 9)\n")
     with pytest.raises(RuntimeError) as caught, Processes() as processes:
-        processes.run("train", run, progress=lambda *of: None, log=lambda line, source="": None)
+        processes.run("train", run, progress=lambda *of: None, log=lambda *of: None)
     assert len(str(caught.value).splitlines()) == 1
     assert "crop.grid_size" in str(caught.value)
     assert "--workers" not in str(caught.value)
@@ -349,7 +349,7 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 def _alone(processes: Processes, stage: str, run: Run, workers: int | None = None) -> None:
-    processes.run(stage, run, workers=workers, progress=lambda *of: None, log=lambda line, source="": None)
+    processes.run(stage, run, workers=workers, progress=lambda *of: None, log=lambda *of: None)
 
 
 def _alive(pid: int) -> bool:

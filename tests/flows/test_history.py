@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from tests.conftest import ByHand
 
 CONFIG = """
-name: two cameras
+name: mouse
 data:
   directory: recording
-  videos: [a.mp4, b.mp4]
-  masks: [am.mp4, bm.mp4]
+  videos: [a.mp4, b.mp4, c.mp4]
+  masks: [am.mp4, bm.mp4, cm.mp4]
   calibration: cameras.h5
 holdout_views: [1]
 center_rotation: {ell: 0.3}
@@ -120,7 +120,7 @@ def test_the_runs_of_a_project_in_order(
     mended = f"data.masks[1]: other contents of {tmp_path}/recording/bm.mp4"
     assert [entry.changes for entry in entries(project)] == [
         None,
-        ["name two cameras -> three", f"train.epochs {experiment.train.epochs} -> 7"],
+        ["name mouse -> three", f"train.epochs {experiment.train.epochs} -> 7"],
         [],
         ["ingest: made again", mended],
     ]
@@ -128,7 +128,7 @@ def test_the_runs_of_a_project_in_order(
     assert status == 0
     for text in ("0.500", "20.50 dB", "0.600", "25.00 dB", "the same", "three", mended.split()[0]):
         assert text in out, out
-    assert out.index("two cameras -> three") < out.index("the same") < out.index("other contents")
+    assert out.index("mouse -> three") < out.index("the same") < out.index("other contents")
     with locks.locked(second.path("lease"), lambda: None):
         assert [entry.state for entry in entries(project)] == ["begun", "running", "done", "failed (ingest to crop)"]
     # In a narrow terminal the columns are lines of a word or two, and none is lost.

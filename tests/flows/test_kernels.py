@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,19 @@ def test_doctor_builds_for_the_cards_that_are_here(monkeypatch: pytest.MonkeyPat
     doctor.build_kernels()
     assert len(built) == 1
     assert doctor._gsplat().text.endswith("kernels run")
+
+
+def test_doctor_and_the_package_allow_the_same_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    allowed = tomllib.loads(pyproject.read_text())["project"]["requires-python"]
+    assert allowed == ">=3.11"
+    assert doctor._python().state == "ok"
+    for version in ("3.11.0", "3.12.9", "3.13.0", "3.14.0rc1"):
+        monkeypatch.setattr(platform, "python_version", lambda version=version: version)
+        assert doctor._python().state == "ok", version
+    monkeypatch.setattr(platform, "python_version", lambda: "3.10.14")
+    assert doctor._python().state == "broken"
+    assert doctor._python().text.endswith(f"; install Python {allowed}")
 
 
 def test_training_without_kernels_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,9 +68,8 @@ def test_logs_of_a_stage_and_of_all_by_time(run: Run, by_hand: ByHand) -> None:
     assert logs(url, "packing")[0] == 2
 
     by_hand.mark(run, "pack")
-    later = by_hand.begin(Path(url), run.experiment, "ingest")
-    later_pack = later.result("pack")
-    assert later_pack.id != run.result("pack").id  # it follows what is made again
+    later = by_hand.begin(Path(url), run.experiment, "pack")
+    assert later.result("pack").id == f"{run.result('pack').id}-2"
     status, _, err = logs(url, "pack")
     assert (status, "stage pack has printed nothing in run" in err) == (2, True)
     assert logs(url, "pack", "--run", run.id)[0] == 0

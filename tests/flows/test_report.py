@@ -159,7 +159,8 @@ def experiment(tmp_path: Path) -> Experiment:
 
 @pytest.fixture
 def run(tmp_path: Path, experiment: Experiment, by_hand: ByHand) -> Run:
-    return by_hand.begin(tmp_path / "project", experiment)
+    begun: Run = by_hand.begin(tmp_path / "project", experiment)
+    return begun
 
 
 def _build(run: Run) -> tuple[str, Page]:

@@ -233,7 +233,7 @@ def test_configuration(case: str, recording: Recording, stages: Stages, tmp_path
 
 def test_project(stages: Stages, recording: Recording, tmp_path: Path) -> None:
     assert f"{tmp_path}/nowhere: holds no run" in refused(stages, "ingest", str(tmp_path / "nowhere"))
-    (tmp_path / "tested.yaml").write_text("{]")
+    (tmp_path / "tested.yaml").write_text("data: ]")
     assert "tested.yaml: not valid YAML" in refused(stages, "ingest", str(tmp_path))
     (tmp_path / "tested.yaml").write_bytes(b"\xff\xfe\x00")
     assert "tested.yaml" in refused(stages, "ingest", str(tmp_path))
@@ -348,11 +348,14 @@ PACKING: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 def test_video_changed_after_ingest(
     case: str, recording: Recording, stages: Stages, finished: Path, tmp_path: Path
 ) -> None:
+    """A run that is going on; one that is begun after the change has other masks, too."""
     damage, words = PACKING[case]
     data = recording.copy(tmp_path / "recording")
     project = copied(finished, tmp_path / "project", "pack", recording, data)
+    assert stages("ingest", project).out == ""
+    run = Project.at(project).run().id
     damage(data)
-    line = refused(stages, "pack", project)
+    line = refused(stages, "pack", project, "--run", run)
     assert all(word in line for word in words), line
 
 
@@ -546,4 +549,4 @@ def test_s3_bucket_or_recording_missing(s3: S3, recording: Recording, stages: St
     assert "bucket" in line
     project = recording.write_project(tmp_path / "b", f"s3://{bucket}/recording")
     line = refused(stages, "ingest", project, env=s3.env)
-    assert f"s3://{bucket}/recording/masks/0.mp4: no such file" in line
+    assert f"no such file: s3://{bucket}/recording/masks/0.mp4; check data.directory" in line

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
-from zoosplat.project import Project
-from zoosplat.stage import run_stage
+
+if TYPE_CHECKING:
+    from tests.conftest import Recording, Stages
 
 ROOT = Path(__file__).resolve().parents[2]
 UV = [sys.executable, "-m", "uv"]
 
 
-def test_crop_alone_brings_no_torch_and_runs(recording: Any, tmp_path: Path) -> None:
+def test_crop_alone_brings_no_torch_and_runs(recording: Recording, stages: Stages, tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     subprocess.run([*UV, "venv", "-q", "--python", sys.executable, str(environment)], check=True)
     python = str(environment / "bin" / "python")
@@ -31,14 +31,14 @@ def test_crop_alone_brings_no_torch_and_runs(recording: Any, tmp_path: Path) -> 
     assert "zoosplat" in installed
     assert not installed & {"torch", "gsplat", "prefect", "scipy", "av", "h5py", "matplotlib", "tensorboard"}
 
-    project = Project.at(recording.write_project(tmp_path / "project"))
+    project = recording.write_project(tmp_path / "project")
     for name in ("ingest", "center_rotation"):
-        run_stage(importlib.import_module(f"zoosplat_{name}.stage").STAGE, project)
+        assert stages(name, project).status == 0
     # -P: not the checkout's own packages, though the tests run in it.
-    command = [python, "-P", "-m", "zoosplat_crop", "--project", project.url]
+    command = [python, "-P", "-m", "zoosplat_crop", "--project", project]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert project.read_mark("crop") is not None
+    assert (tmp_path / "project" / "latest" / "crop.zarr").is_dir()
 
 
 # -- what make targets need of a machine ----------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from zoosplat import locks, schema, stores
+from zoosplat import schema, stores
 from zoosplat.config import Train
-from zoosplat.errors import UserError
+from zoosplat.errors import LockLost, UserError
 from zoosplat.stages import runs
 from zoosplat.stages.command import main
 from zoosplat.stages.contract import Context, Stage
@@ -376,7 +376,7 @@ def test_a_finished_training_is_never_written_again(tiny: Project, monkeypatch: 
         save(training)
 
     monkeypatch.setattr(stage._Training, "_save", sleepy)
-    with pytest.raises(locks.LockLost):
+    with pytest.raises(LockLost):
         run_stage(STAGE, run)
     (finished,) = saves
     assert files() == finished

@@ -79,7 +79,7 @@ class Recording:
 
 def _kind(attributes: dict[str, Any]) -> dict[str, Any]:
     """What tells of descriptors whether they are of one kind, from the attributes of their group."""
-    kind = {key: attributes[key] for key in ("encoder", "radius_m", "weights") if key in attributes}
+    kind: dict[str, Any] = {key: attributes[key] for key in ("encoder", "radius_m", "weights") if key in attributes}
     if is_weights_file(str(kind.get("weights"))):
         # Groups of earlier versions name the file and not its content. One that is gone is known by its name alone.
         with suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):

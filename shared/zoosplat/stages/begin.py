@@ -40,12 +40,13 @@ def begun(
     for name in force:
         if name not in STAGES:
             raise UserError(f"there is no stage {name}; the stages are {', '.join(STAGES)}")
+        if name not in stages:
+            raise UserError(f"--force {name}: this run is of the stages {', '.join(stages)} alone; let it reach {name}")
     _check_folder(project)
     check_project_place(project.url, experiment)
     if force and runs.forced_before(project, experiment, stages, force):
         force = []
     draft = runs.resolve(project, experiment, force, hashing)
-    draft.require(stages)
     todo = draft.todo(stages)
     earlier = draft.todo(upstream(todo) - set(stages))
     if earlier:
@@ -55,6 +56,7 @@ def begun(
     masks = draft.results.get("ingest")
     masks_url = masks.data_url if masks is not None and masks.is_done() else None
     check_before_run(draft.experiment, todo, masks_url)
+    draft.require(stages)  # after what names all that is wrong with the recording, and not its first file alone
     with runs.working(draft, stages) as run:
         yield run
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import zarr
-
 from zoosplat.config import Experiment
 from zoosplat.stages.registry import STAGES, StageSpec
 from zoosplat.stages.runs import Run
@@ -70,8 +68,9 @@ class Context:
         """The configuration of the run."""
         return self.run.experiment
 
-    def open_input(self, stage: str) -> zarr.Group:
-        """Group of a finished earlier stage. Raises UserError where it is missing."""
+    def open_input(self, stage: str) -> Any:
+        """The zarr.Group of a finished earlier stage. Raises UserError where it is missing."""
+        # Not typed as such: what zarr says of attributes and members would have to be narrowed wherever they are read.
         return self.run.open_input(stage)
 
 

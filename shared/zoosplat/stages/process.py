@@ -39,9 +39,9 @@ def service(stage: str) -> NoReturn:
 def run_stoppable(stage: str, main: Callable[[], int]) -> NoReturn:
     """Do all that a stage's process does, and exit. SIGINT and SIGTERM end it with one line on standard error.
 
-    They raise KeyboardInterrupt, by which leases are released and temporary files removed. Where that takes longer than
-    GRACE_S, because the main thread is within a long computation of PyTorch or waits for other processes, it is not
-    waited for. The exit status is then 128 + the signal's number, as that of a shell.
+    Spawned processes are killed. Here KeyboardInterrupt is raised, by which leases are released and temporary files
+    removed; where that takes longer than GRACE_S, as within a long computation of PyTorch, it is not waited for. The
+    exit status is then 128 + the signal's number, as that of a shell.
 
     Args:
         stage: its name, for the line.
@@ -81,11 +81,12 @@ class _Told:
         while number not in ENDING:
             number = os.read(self._wakeup, 1)[0]
         self._number = number
+        _kill_spawned()  # the main thread would wait for them
         time.sleep(GRACE_S)
         self.leave()
 
     def leave(self) -> NoReturn:
-        """End this process and those that it has spawned."""
+        """End this process and what it may have spawned meanwhile."""
         self._leaving.acquire()  # for good: the other thread must not speak too
         _kill_spawned()
         line = f"zoosplat {self._stage}: stopped; finished work is kept, the same command goes on from here\n"
@@ -124,16 +125,6 @@ def run_spawned(work: bytes, *handles: Any) -> None:
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     function, arguments = pickle.loads(work)
     function(*arguments, *handles)
-
-
-@contextmanager
-def killed_at_stop() -> Iterator[None]:
-    """Kill the spawned processes where the stage is told to stop: leaving their pool would wait for what they do."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _kill_spawned()
-        raise
 
 
 def _kill_spawned() -> None:

@@ -22,7 +22,7 @@ from zoosplat import locks, schema, stores, writing
 from zoosplat.errors import LockLost, Passing, UserError
 from zoosplat.machine import peak_memory_bytes
 from zoosplat.stages.contract import Context, Plan, Progress, Shard, Stage
-from zoosplat.stages.process import killed_at_stop, prepared, run_spawned, spawning
+from zoosplat.stages.process import prepared, run_spawned, spawning
 from zoosplat.stages.results import DONE, MANIFEST, PLAN, Mark, Result
 from zoosplat.stages.runs import Project, Run, claim, link_latest
 
@@ -318,7 +318,7 @@ def _run_in_processes(stage: Stage, ctx: Context, plan: Plan, todo: list[int], w
     done = {i: 0 for i in todo}
     before = total - sum(plan.shard(i).stop - plan.shard(i).start for i in todo)
     begin = (prepared(_start_worker), queue)
-    with ProcessPoolExecutor(workers, spawn, initializer=run_spawned, initargs=begin) as pool, killed_at_stop():
+    with ProcessPoolExecutor(workers, spawn, initializer=run_spawned, initargs=begin) as pool:
         with spawning():
             pending = {pool.submit(_shard_in_worker, stage, ctx.run.project.url, ctx.run.id, i, plan): i for i in todo}
         futures = dict(pending)

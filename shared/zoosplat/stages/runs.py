@@ -34,6 +34,7 @@ RUNS, LATEST, LINKS, SOURCES = "runs", "latest.json", "latest", "sources.json"
 CONFIG, RECORD, REPORT, LOGS = "config.yaml", "run.json", "report", "logs"  # in a run's folder
 LEGACY_CONFIG = "experiment.yaml"
 LEGACY_RUN = "before-runs"  # id of the one run that a project of the layout before amounts to
+LOOKED_AT = 10  # runs, the newest, among which the same command finds the one to go on with
 REUSABLE = ("ingest", "pack")  # stages whose results may be read from the project that `reuse` names
 
 
@@ -508,7 +509,7 @@ def _remember(draft: Draft) -> None:
         source.url: {"state": source.state, "fingerprint": source.fingerprint}
         for request in draft.requests.values()
         for source in request.sources.values()
-        if source.state
+        if source.state and stores.is_settled(source.url)
     }
     if any(known.get(key) != value for key, value in found.items()):
         stores.write_json(url, {**known, **found})
@@ -522,24 +523,31 @@ def claim(result: Result, request: Request) -> None:
 
 @contextmanager
 def working(draft: Draft, stages: Collection[str]) -> Iterator[Run]:
-    """A recorded run that no other process works on: a new one, or the latest where that was to do the same.
+    """A recorded run that no other process works on: a new one, or one of the newest that was to do the same.
 
-    So the same command, given again after a crash, goes on with the same run. While the block runs, others see that the
-    run is alive.
+    So the same command, given again after a crash, goes on with the same run, which is then the latest again. While the
+    block runs, others see that the run is alive.
     """
-    latest = draft.project.latest_id()
     with contextlib.ExitStack() as held:
-        run = None
-        if latest is not None:
-            with contextlib.suppress(UserError):  # a damaged record is left to whoever looks at it
-                run = Run.load(draft.project, latest)
-        again = run is not None and _is_same(run, draft) and held.enter_context(locks.try_locked(run.path("lease")))
-        if run is None or not again:
+        run = next(filter(lambda run: held.enter_context(locks.try_locked(run.path("lease"))), _same_runs(draft)), None)
+        if run is None:
             run = record(draft, stages)
             held.enter_context(locks.try_locked(run.path("lease")))
+        elif draft.project.latest_id() != run.id:
+            stores.write_json(draft.project.path(LATEST), {"run": run.id})
+        stores.remove_partials(run.path())
         _remember(draft)
         link_latest(run)
         yield run
+
+
+def _same_runs(draft: Draft) -> Iterator[Run]:
+    """Recorded runs with the configuration and the results of a draft, the newest first, among the newest."""
+    for run_id in reversed(draft.project.run_ids()[-LOOKED_AT:]):
+        with contextlib.suppress(UserError):  # a damaged record is left to whoever looks at it
+            run = Run.load(draft.project, run_id)
+            if _is_same(run, draft):
+                yield run
 
 
 def forced_before(project: Project, experiment: Experiment, stages: Collection[str], force: Collection[str]) -> bool:

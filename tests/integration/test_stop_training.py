@@ -1,0 +1,70 @@
+"""A training of two processes that is told to stop, or killed, at any time: one line, and nothing is left of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.conftest import Recording
+
+LINE = "zoosplat train: stopped; finished work is kept, the same command goes on from here\n"
+
+
+@pytest.fixture
+def command(recording: Recording, finished: Path, tmp_path: Path) -> list[str]:
+    """Trains for hours, by two processes on the CPU."""
+    project = tmp_path / "project"
+    shutil.copytree(finished, project, symlinks=True)
+    model = {"num_unets": 1, "base_filters": 2, "bottleneck": 16, "min_gaussians": 64, "max_gaussians": 1500}
+    train = {"epochs": 100_000, "device": "cpu", "gpus": 2, "batch_frames": 2}
+    recording.write_project(project, model=model, train=train)
+    options = ["--project", str(project), "--config", str(project / "tested.yaml")]
+    return [sys.executable, "-m", "zoosplat_train", *options]
+
+
+def left(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("number", "everyone"),
+    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGKILL, False)],
+    ids=["SIGTERM", "SIGINT", "terminal", "SIGKILL"],
+)
+def test_it_leaves_nothing(command: list[str], number: signal.Signals, everyone: bool) -> None:
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert any('"done": 3' in line for line in process.stdout), process.communicate()[1]  # both have met by now
+        (os.killpg if everyone else os.kill)(process.pid, number)
+        deadline = time.monotonic() + 5
+        _, errors = process.communicate(timeout=5)
+        while left(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        if left(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if number != signal.SIGKILL:
+        assert (process.returncode, errors) == (128 + number, LINE)
