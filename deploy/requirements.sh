@@ -121,7 +121,7 @@ case $target in
   cluster-tools)
     need_linux
     need_go
-    need_disk 6 "$HOME" "building the tools"
+    need_disk 7 "$HOME" "building the tools"
     ;;
   demo-containers)
     need_engine

@@ -148,7 +148,7 @@ def test_old_go_little_disk_and_missing_images_are_named(machine: Machine) -> No
     machine.free(3)
     assert machine.check("cluster-tools") == [
         "go is version 1.19.8; install Go 1.21 or newer, from its own site or as Debian 13's package golang-go",
-        f"building the tools takes 6 GB of disk, and {machine.home} has 3 GB free",
+        f"building the tools takes 7 GB of disk, and {machine.home} has 3 GB free",
     ]
     machine.command("podman", "echo localhost/zoosplat-ingest:dev")
     assert machine.check("demo-containers") == [f"there are no images of {', '.join(IMAGES[1:])}; run make images"]
