@@ -337,7 +337,7 @@ def test_names_are_taken_as_they_stand(
     config["data"]["videos"][0] = name
     s3.client.put_object(Bucket=bucket, Key=f"p/{CONFIG}", Body=json.dumps(config).encode())
     line = refusal(stages("ingest", f"s3://{bucket}/p", env=s3.env), "ingest")
-    assert f"data.videos[0]: s3://{bucket}/recording/{name}: no such file" in line
+    assert f"{name} (video of camera 0): no such file: s3://{bucket}/recording/{name}; check data.directory" in line
     assert s3.env["AWS_SECRET_ACCESS_KEY"] not in line
 
 
