@@ -540,7 +540,7 @@ def test_s3_refuses(s3: S3, recording: Recording, stages: Stages, tmp_path: Path
 def test_s3_bucket_or_recording_missing(s3: S3, recording: Recording, stages: Stages, tmp_path: Path) -> None:
     bucket = s3.bucket()
     line = line_of(stages("ingest", "s3://no-such-bucket-here/project", env=s3.env), "ingest")
-    assert "s3://no-such-bucket-here/project/tested.yaml: the bucket does not exist" in line
+    assert "s3://no-such-bucket-here/project/latest.json: the bucket does not exist" in line
     line = line_of(stages("ingest", f"s3://{bucket}/project", env=s3.env), "ingest")
     assert f"s3://{bucket}/project/tested.yaml: no such file" in line
     project = recording.write_project(tmp_path / "a", "s3://no-such-bucket-here/recording")
