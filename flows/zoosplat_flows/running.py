@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from zoosplat import stores
 from zoosplat.config import Experiment, read_config
 from zoosplat.errors import UserError
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begun, check_forced
 from zoosplat.stages.runs import Project, Run
 from zoosplat_flows.execution import Failed, execute, make_report, select, warnings_of
 from zoosplat_flows.recorder import ENDED, Event, recording
@@ -234,6 +234,7 @@ def run(
 ) -> None:
     """Check everything, begin a run of the configuration in the project, and run its stages."""
     stages = select(from_stage, until_stage)
+    check_forced(force, stages)
     project = Project.at(url)
     check_place(project.url)
     display = Display([*stages, "report"])

@@ -37,11 +37,7 @@ def begun(
         UserError: files that are not ours are in the way, an earlier stage is not done, or the configuration or a file
             that it names cannot be used.
     """
-    for name in force:
-        if name not in STAGES:
-            raise UserError(f"there is no stage {name}; the stages are {', '.join(STAGES)}")
-        if name not in stages:
-            raise UserError(f"--force {name}: this run is of the stages {', '.join(stages)} alone; let it reach {name}")
+    check_forced(force, stages)
     _check_folder(project)
     check_project_place(project.url, experiment)
     if force and runs.forced_before(project, experiment, stages, force):
@@ -59,6 +55,15 @@ def begun(
     draft.require(stages)  # after what names all that is wrong with the recording, and not its first file alone
     with runs.working(draft, stages) as run:
         yield run
+
+
+def check_forced(force: list[str], stages: list[str]) -> None:
+    """Raise UserError where a stage that is to be made again is none, or not among those that run."""
+    for name in force:
+        if name not in STAGES:
+            raise UserError(f"there is no stage {name}; the stages are {', '.join(STAGES)}")
+        if name not in stages:
+            raise UserError(f"--force {name}: this run is of the stages {', '.join(stages)} alone; let it reach {name}")
 
 
 def _check_folder(project: Project) -> None:
