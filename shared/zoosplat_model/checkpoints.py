@@ -165,9 +165,9 @@ def load(model_url: str, pointer: Pointer) -> Checkpoint | None:
     """
     url = _pointer_url(model_url, pointer)
     try:
-        found = stores.read_json(url)
-        if found is None:
+        if not stores.exists(url):
             return None
+        found = json.loads(stores.read_bytes(url))
         url = stores.join(_folder(model_url), str(found["checkpoint"]))
         return _parse(stores.read_bytes(url))
     except (FileNotFoundError, ValueError, KeyError, TypeError, struct.error, safetensors.SafetensorError) as error:

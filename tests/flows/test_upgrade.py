@@ -147,7 +147,7 @@ def test_without_its_recording_it_can_still_be_looked_at(project: Project, tmp_p
     assert before.items() <= files(project).items()
     status, _, err = call("run", project.path("experiment.yaml"), "--project", project.url)
     assert status == 2
-    assert "no such file" in err
+    assert "recording: no such folder; check data.directory" in err
 
 
 def test_what_an_earlier_version_of_a_stage_made_is_kept_and_said(project: Project) -> None:
