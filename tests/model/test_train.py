@@ -5,6 +5,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
