@@ -136,15 +136,18 @@ class Written:
         disk = Disk()
         for line in self.log[:step]:
             disk.apply(*line)
+        survivors = [(name, node, node.is_synced) for name, node in disk.survivors()]
+        for line in self.log[step:]:
+            disk.apply(*line)  # for the last name of each file, under which its content is found now
         folder.mkdir()
-        for name, node in disk.survivors():
+        for name, node, is_synced in survivors:
             path = folder / os.path.relpath(name, self.folder)
             if node.is_folder:
                 path.mkdir(parents=True, exist_ok=True)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # Without its last sync a file may be there with nothing in it.
-                path.write_bytes(Path(node.last_name).read_bytes() if node.is_synced else b"")
+                path.write_bytes(Path(node.last_name).read_bytes() if is_synced else b"")
         return str(folder / "result")
 
     def marks(self) -> list[int]:
