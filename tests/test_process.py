@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from zoosplat.stages.process import GRACE_S
+
 LINE = "zoosplat idle: stopped; finished work is kept, the same command goes on from here\n"
 SHARED = Path(__file__).resolve().parents[1] / "shared"
 MAIN = 'from zoosplat.stages.process import service\n\nservice("idle")\n'
@@ -129,10 +131,12 @@ def ended(process: subprocess.Popen[str], within_s: float = 5) -> str:
 )
 def test_a_stage_that_is_told_to_stop(stage: Path, number: signal.Signals, everyone: bool) -> None:
     process = started(stage)
+    began = time.monotonic()
     (os.killpg if everyone else os.kill)(process.pid, number)
     assert ended(process) == LINE
     assert process.returncode == 128 + number
-    if "multiprocessing" in (stage / "zoosplat_idle" / "stage.py").read_text():  # the others may come to it too late
+    # What takes longer, as it may on a busy machine, is not waited for; the others may come to it too late anyway.
+    if time.monotonic() - began < GRACE_S and "multiprocessing" in (stage / "zoosplat_idle" / "stage.py").read_text():
         assert (stage / "unwound").exists()
 
 
