@@ -26,7 +26,7 @@ demo: install    ## a synthetic recording from videos to the report, in ./demo
 	@$(BIN)/zoosplat demo
 
 test: install minio lint  ## linters, types and all tests
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 lint: install    ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -31,6 +31,9 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each worker
+
 CONFIG = "tested.yaml"  # the configuration in a project's folder that `Stages` begins its runs with
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -159,6 +160,18 @@ def test_looking_does_not_disturb(tmp_path: Path) -> None:
     finally:
         done.set()
         watcher.join()
+
+
+def test_a_look_that_lasts_does_not_disturb(tmp_path: Path) -> None:
+    """Who looks may be suspended while the file is locked for it."""
+    path = tmp_path / "lease"
+    file = os.open(path, os.O_RDONLY | os.O_CREAT)
+    fcntl.flock(file, fcntl.LOCK_SH)
+    watcher = threading.Timer(0.1, os.close, [file])
+    watcher.start()
+    with try_locked(str(path)) as held:
+        assert held is not None
+    watcher.join()
 
 
 def test_the_lock_of_a_process_that_was_killed_on_this_machine(url: str, s3_here: S3) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import threading
 import time
 import uuid
@@ -26,7 +27,7 @@ LEASE_S = 10
 RENEW_S = 2
 MARGIN_S = 3  # more than a renewal takes; servers tell the time of an object in whole seconds
 POLL_S = 0.5
-PROBE_S = 0.01  # much longer than `is_held` has a file locked
+LOOKED_AT_S = 1.0  # so long at most who takes a lock waits for those who only look whether it is held
 
 
 class Held(ABC):
@@ -113,17 +114,25 @@ class _FileLock(Held):
         return False
 
     def _is_locked(self) -> bool:
-        for pause in (PROBE_S, 0):
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                time.sleep(pause)  # it may be `is_held` that has it
-            except OSError as error:
-                if error.errno in NO_LOCKS:
-                    return True
+        """Lock the file. A shared lock can be had only where the others are shared too, of those who look."""
+        deadline = time.monotonic() + LOOKED_AT_S
+        while not self._flock(fcntl.LOCK_EX):
+            if not self._flock(fcntl.LOCK_SH) or time.monotonic() > deadline:
+                return False
+            # Two who want the lock may see each other's shared ones: they try again at different times.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            time.sleep(random.uniform(0, 0.002))
+        return True
+
+    def _flock(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
                 raise
-        return False
+        return True
 
     def release(self) -> None:
         if self._file < 0:

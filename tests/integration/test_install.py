@@ -170,7 +170,9 @@ def test_builds_check_before_they_work(machine: Machine, script: str, missing: s
 
 @pytest.mark.parametrize("target", ["demo-containers", "demo-kubernetes", "test-cluster"])
 def test_make_checks_before_it_builds(target: str) -> None:
-    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    # Within `make test` this make is an inner one, which would print its folder first.
+    command = ["make", "--no-print-directory", "-n", target]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0] == f"deploy/requirements.sh {target}"
 
 
