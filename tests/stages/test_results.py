@@ -52,7 +52,7 @@ def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
         ({"ingest__max_frames": 9}, {"ingest"}),
         ({"evaluate__gallery_frames": 1}, {"evaluate"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_a_setting_changes_its_stages_and_all_after_them(
     changes: dict[str, Any], own: set[str], recording: Recording
