@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat import schema, visual_hull
-from zoosplat.geometry import rotation_between
+from zoosplat.geometry import visual_hull
+from zoosplat.geometry.transforms import rotation_between
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import schema
 
 Floats = npt.NDArray[np.floating[Any]]
 DIMENSIONS = 50

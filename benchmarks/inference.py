@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from train_step import CAMERAS, Scene, median_ms, settings
 
+from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.rasterize import Rendering
-from zoosplat_model.splatter import PoseSplatter
 
 
 def main() -> None:

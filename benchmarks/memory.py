@@ -18,8 +18,8 @@ import torch
 import yaml
 from train_step import OBSERVED, Scene, median_ms, settings
 
-from zoosplat.config import Experiment
-from zoosplat.memory import GIB, Sizes, training
+from zoosplat.config.schema import Experiment
+from zoosplat.stages.memory import GIB, Sizes, training
 from zoosplat_train.ops import Trainer
 
 CAPS = {"12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB

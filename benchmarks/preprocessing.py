@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from zoosplat.config import Experiment, read_config
+from zoosplat.config.schema import Experiment, read_config
 from zoosplat.machine import peak_bytes
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runs import Project
@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config = args.config
         if config is None:
-            from zoosplat.synthetic import make_recording
+            from zoosplat.synthetic.mouse import make_recording
 
             make_recording(Path(scratch, "data"), n_frames=200, width=1152, height=1024)
             names = {kind: ", ".join(f"{kind}/{c}.mp4" for c in range(6)) for kind in ("videos", "masks")}

@@ -29,14 +29,14 @@ import zoosplat_ingest.stage
 import zoosplat_pack.stage
 import zoosplat_render.stage
 import zoosplat_train.stage
-from zoosplat.config import Experiment, read_config
+from zoosplat.config.schema import Experiment, read_config
 from zoosplat.machine import usable_cores
-from zoosplat.memory import GIB, measured_sizes, peak_gpu_bytes
 from zoosplat.stages.begin import begun
 from zoosplat.stages.contract import Stage
+from zoosplat.stages.memory import GIB, measured_sizes, peak_gpu_bytes
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
-from zoosplat_flows.plan import profile_overrides
+from zoosplat_flows.commands.plan import profile_overrides
 from zoosplat_model.predictor import Predictor
 
 CAPS = {"default": 11, "12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB

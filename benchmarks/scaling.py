@@ -37,7 +37,7 @@ from zoosplat.machine import peak_bytes  # noqa: E402
 
 if TYPE_CHECKING:
     from zoosplat.stages.runs import Run
-    from zoosplat_flows.execution import Log, Progress
+    from zoosplat_flows.execution.executor import Log, Progress
 
 STAGES = ("ingest", "center_rotation", "crop", "pack")
 RENDERED, REPEATED = 128, 8  # frames of the synthetic recording, and how often they are played
@@ -107,7 +107,7 @@ def synthetic(folder: Path) -> str:
     """A configuration of a synthetic recording: 6 cameras, 1152 x 1024 pixels, read at a quarter."""
     from preprocessing import SYNTHETIC
 
-    from zoosplat.synthetic import make_recording
+    from zoosplat.synthetic.mouse import make_recording
 
     # In another process: what this one has held at most would count as the stages' own.
     size = {"n_frames": RENDERED, "width": 1152, "height": 1024}
@@ -128,10 +128,10 @@ def measure_stages(config: str | None) -> dict[str, Any]:
     """The steps of each CPU stage; shards are one of many frames and one of few."""
     import boto3
 
-    from zoosplat import stores
-    from zoosplat.config import read_config
+    from zoosplat.config.schema import read_config
     from zoosplat.stages.begin import begun
     from zoosplat.stages.runs import Project
+    from zoosplat.storage import stores
 
     os.environ["MINIO_PROMETHEUS_AUTH_TYPE"] = "public"
     with Servers() as servers, tempfile.TemporaryDirectory() as scratch:
@@ -170,7 +170,8 @@ def measure_video(servers: Servers, source: str) -> dict[str, float]:
     """
     import boto3
 
-    from zoosplat import stores, video
+    from zoosplat.recording import video
+    from zoosplat.storage import stores
 
     whole, url = servers.folder / "whole.mp4", f"s3://{servers.bucket}/whole.mp4"
     loop_video(Path(source), whole, -(-FRAMES // video.probe(source, source).n_frames))
@@ -197,7 +198,7 @@ class Empty:
         return
 
     def run(self, stage: str, run: Run, *, workers: int | None, progress: Progress, log: Log) -> None:
-        from zoosplat import stores
+        from zoosplat.storage import stores
 
         for second in range(self.seconds):
             progress(second, self.seconds, "")
@@ -229,13 +230,13 @@ def measure_prefect() -> list[dict[str, float]]:
         }
         import httpx
 
-        import zoosplat_flows.report
-        from zoosplat.config import Experiment
+        import zoosplat_flows.report.page
+        from zoosplat.config.schema import Experiment
         from zoosplat.stages.runs import Project
         from zoosplat_flows import pipeline as flows
 
         vars(flows)["Processes"] = Empty
-        vars(zoosplat_flows.report)["build_report"] = lambda run, state="": run.path("report")
+        vars(zoosplat_flows.report.page)["build_report"] = lambda run, state="": run.path("report")
         names, cube = ["0.mp4", "1.mp4"], {"ell": 0.2}
         recording = {"directory": str(servers.folder / "recording"), "videos": names, "masks": names}
         experiment = Experiment.model_validate(

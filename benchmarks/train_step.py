@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zoosplat.config import Experiment, _override
+from zoosplat.config.schema import Experiment, _override
 from zoosplat_model.carving import project
 from zoosplat_model.frames import Frame
 from zoosplat_train.ops import TRAIN_FIGURES, Trainer

@@ -29,11 +29,11 @@ import torch
 from train_step import CAMERAS, Scene, settings
 from zarr.abc.store import Store
 
-from zoosplat import schema, stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.stages import runs
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import schema, stores
 from zoosplat_model import checkpoints, frames
 from zoosplat_model.frames import Frame
 from zoosplat_train.stage import STAGE

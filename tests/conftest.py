@@ -120,7 +120,7 @@ class Recording:
 
 @pytest.fixture(scope="session")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
-    from zoosplat.synthetic import make_recording
+    from zoosplat.synthetic.mouse import make_recording
 
     rendered, folder = tmp_path_factory.mktemp("rendered"), tmp_path_factory.mktemp("recording")
     make_recording(rendered, n_frames=48, n_cameras=4, width=96, height=80)
@@ -285,10 +285,10 @@ class ByHand:
     @staticmethod
     def begin(folder: Path, experiment: Any, *force: str, until: str = "embedding", state: str = "begun") -> Any:
         """A recorded run; files outside that its configuration names are made up where there are none."""
-        from zoosplat import effects
+        from zoosplat.config import effects
         from zoosplat.stages import runs
         from zoosplat.stages.registry import PIPELINE
-        from zoosplat_flows.execution import select
+        from zoosplat_flows.execution.executor import select
 
         for spec in PIPELINE:
             for url in effects.outside_files(spec.name, experiment).values():
@@ -302,8 +302,8 @@ class ByHand:
     @staticmethod
     def mark(run: Any, stage: str, **changes: Any) -> None:
         """The mark by which a result is done: 90 s from begin to end, 300 s of work, 1.5 GiB."""
-        from zoosplat import stores
         from zoosplat.stages import results, runs
+        from zoosplat.storage import stores
 
         result, request = run.result(stage), run.request(stage)
         runs.claim(result, request)
@@ -334,7 +334,7 @@ def given_group(url: str, sizes: dict[str, int], attributes: dict[str, Any], val
     """A whole group: what is not given of it is the arrays' fill value."""
     import numpy as np
 
-    from zoosplat import schema
+    from zoosplat.storage import schema
 
     name = url.rpartition("/")[2]
     group = schema.create(url, name, sizes, schema.SMALL_BLOCK, attributes)
@@ -354,8 +354,9 @@ def given_results(project: Any, experiment: Any, results: dict[str, Callable[[st
         results: stage -> writes its group or folder at a URL; in the order of the pipeline. Stages that are finished
             under this configuration are left as they are.
     """
-    from zoosplat import effects, stores
+    from zoosplat.config import effects
     from zoosplat.stages import contract, runner, runs
+    from zoosplat.storage import stores
 
     class StandIn(contract.Stage):
         def prepare(self, ctx: contract.Context) -> contract.Plan:
@@ -448,7 +449,7 @@ def check_same_rows(ours: Path, theirs: Path) -> None:
     """The same descriptors within float noise; of embeddings what that cannot turn round, as it can axes and map."""
     import numpy as np
 
-    from zoosplat import schema, stores
+    from zoosplat.storage import schema, stores
 
     mine, other = (stores.open_group(str(folder)) for folder in (ours, theirs))
     for key in schema.GROUPS[theirs.name]:
@@ -625,7 +626,7 @@ def own_s3() -> Iterator[S3]:
 @pytest.fixture
 def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     """The server, for functions called in this process."""
-    from zoosplat import stores
+    from zoosplat.storage import stores
 
     for key, value in s3.env.items():
         monkeypatch.setenv(key, value)
@@ -637,7 +638,7 @@ def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
 @pytest.fixture(scope="module")
 def another_s3() -> Iterator[None]:
     """For modules that start an S3 server of their own: this process forgets the one that it is connected to."""
-    from zoosplat import stores
+    from zoosplat.storage import stores
 
     def forget() -> None:
         for connected in (stores._s3, stores._boto3_session):

@@ -217,8 +217,8 @@ class Servers:
         """The demo's recording and its configuration on S3; the URL of the configuration."""
         import importlib.resources
 
-        from zoosplat import stores
-        from zoosplat.synthetic import make_recording
+        from zoosplat.storage import stores
+        from zoosplat.synthetic.mouse import make_recording
 
         folder = self.folder / "recording"
         make_recording(folder, n_frames=frames)
@@ -236,9 +236,9 @@ def prefect() -> str:
 
 def show_results(project: str, folder: Path) -> None:
     """Print the metrics of a project's latest run and put its report page into a folder."""
-    from zoosplat import stores
     from zoosplat.stages.runs import Project
-    from zoosplat_flows.running import headline
+    from zoosplat.storage import stores
+    from zoosplat_flows.commands.run import headline
 
     run = Project.at(project).run()
     for line in headline(run):

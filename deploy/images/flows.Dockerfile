@@ -20,7 +20,7 @@ COPY shared/zoosplat shared/zoosplat
 COPY flows flows
 RUN /tmp/tools/bin/uv pip install -q --python /opt/venv --no-deps . \
     # Writes the byte code of what is imported: nothing can be written later.
-    && /opt/venv/bin/python -c 'import boto3, s3fs, prefect.server.api.server, zoosplat_flows.pipeline, zoosplat_flows.cli'
+    && /opt/venv/bin/python -c 'import boto3, s3fs, prefect.server.api.server, zoosplat_flows.pipeline, zoosplat_flows.cli.app'
 
 FROM ${BASE_IMAGE}
 COPY --from=builder /opt/venv /opt/venv

@@ -26,7 +26,7 @@ RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q -r /wanted/uv.tx
 ARG GSPLAT_ARCHS="8.0 8.6 8.9 9.0 12.0"
 ARG MAX_JOBS=2
 COPY shared/zoosplat/errors.py shared/zoosplat/machine.py /build/zoosplat/
-COPY flows/zoosplat_flows/kernels.py /build/kernels.py
+COPY flows/zoosplat_flows/commands/gsplat_kernels.py /build/kernels.py
 RUN if [ -n "$GSPLAT_ARCHS" ]; then \
         if ! command -v g++ || ! [ -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; then \
             apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ $([ -d /usr/local/include/python3* ] || echo python3-dev); \

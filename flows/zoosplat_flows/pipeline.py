@@ -21,13 +21,13 @@ from prefect.runtime import task_run
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from zoosplat import stores
-from zoosplat.config import Experiment, load_config
+from zoosplat.config.schema import Experiment, load_config
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Project, Run
-from zoosplat_flows.execution import (
+from zoosplat.storage import stores
+from zoosplat_flows.execution.executor import (
     RETRIES,
     RETRY_DELAY_S,
     Failed,
@@ -38,9 +38,9 @@ from zoosplat_flows.execution import (
     select,
     worth_retrying,
 )
-from zoosplat_flows.recorder import Event, Listener, Recorder, recording
+from zoosplat_flows.execution.recorder import Event, Listener, Recorder, recording
 from zoosplat_flows.runners.containers import Containers
-from zoosplat_flows.runners.kubernetes import (
+from zoosplat_flows.runners.kubernetes.runner import (
     Api,
     Jobs,
     choose_profile,

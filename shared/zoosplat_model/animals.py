@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoosplat import random_animals
-from zoosplat.config import OF_ANIMALS, RANDOM, Experiment
+from zoosplat.config.schema import OF_ANIMALS, RANDOM, Experiment
 from zoosplat.machine import usable_cores
-from zoosplat.random_animals import HEIGHT, VIEWS, WIDTH, Film
+from zoosplat.synthetic import random_animals
+from zoosplat.synthetic.random_animals import HEIGHT, VIEWS, WIDTH, Film
 from zoosplat_model.frames import Frame, FrameReader, send
-from zoosplat_model.splatter import Gaussians, Observed, PoseSplatter
+from zoosplat_model.network.splatter import Gaussians, Observed, PoseSplatter
 
 RIGS = 32  # each films an equal share of the animals
 SHOWN = 6  # views of a frame

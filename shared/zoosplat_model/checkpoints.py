@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from zoosplat import stores
 from zoosplat.errors import UserError
+from zoosplat.storage import stores
 
 Pointer = Literal["latest", "best"]
 

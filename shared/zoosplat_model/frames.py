@@ -13,10 +13,10 @@ import torch
 import zarr
 from torch import Tensor
 
-from zoosplat import schema
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
-from zoosplat.memory import AHEAD, CACHE_BYTES
+from zoosplat.stages.memory import AHEAD, CACHE_BYTES
+from zoosplat.storage import schema
 
 Split = Literal["train", "valid", "test"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zoosplat.errors import UserError
-from zoosplat.memory import CONTEXT, GIB, advice, measured_sizes, training
+from zoosplat.stages.memory import CONTEXT, GIB, advice, measured_sizes, training
 from zoosplat.stages.runs import Run
 
 

@@ -16,9 +16,9 @@ from zoosplat.errors import UserError
 from zoosplat.stages.runs import Run
 from zoosplat_model import checkpoints
 from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model.network.cuda_graph import Recorded
+from zoosplat_model.network.splatter import Gaussians, PoseSplatter
 from zoosplat_model.rasterize import Rendering
-from zoosplat_model.recorded import Recorded
-from zoosplat_model.splatter import Gaussians, PoseSplatter
 
 LANES = 4  # frames that a GPU works on at a time where one frame's kernels are too small to fill it
 FEW_VOXELS = 1 << 21

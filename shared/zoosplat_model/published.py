@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoosplat_model.splatter import REACH, Gaussians, Observed, PoseSplatter
-from zoosplat_model.unet import FEATURE_CHANNELS, REFINED_CHANNELS
+from zoosplat_model.network.splatter import REACH, Gaussians, Observed, PoseSplatter
+from zoosplat_model.network.unet import FEATURE_CHANNELS, REFINED_CHANNELS
 
 BOTTLENECK = 512
 SLOPE = 0.1

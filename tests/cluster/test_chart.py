@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from zoosplat.config import Experiment, read_config
-from zoosplat_flows.runners.kubernetes import job_manifest
+from zoosplat.config.schema import Experiment, read_config
+from zoosplat_flows.runners.kubernetes.runner import job_manifest
 from zoosplat_flows.runners.settings import Settings, overlay
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,10 +21,10 @@ import pytest
 import yaml
 from servers import Servers, prefect
 
-from zoosplat import stores
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Project
-from zoosplat_flows.runners.kubernetes import JOB_LABEL, Api, job_manifest
+from zoosplat.storage import stores
+from zoosplat_flows.runners.kubernetes.runner import JOB_LABEL, Api, job_manifest
 from zoosplat_flows.runners.settings import Settings
 
 pytestmark = [

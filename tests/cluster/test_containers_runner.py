@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat import stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.runs import Project, Run, record, resolve
-from zoosplat_flows.execution import Interrupted
+from zoosplat.storage import stores
+from zoosplat_flows.execution.executor import Interrupted
 from zoosplat_flows.runners import containers
 
 if TYPE_CHECKING:

@@ -37,8 +37,8 @@ STAGE = WITHOUT + "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=
 FLOWS = (
     WITHOUT
     + """
-import zoosplat_flows.cli, zoosplat_flows.pipeline, zoosplat_flows.report
-from zoosplat.config import load_config
+import zoosplat_flows.cli.app, zoosplat_flows.pipeline, zoosplat_flows.report.page
+from zoosplat.config.schema import load_config
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runs import Project
 with begun(Project.at(sys.argv[1]), load_config(sys.argv[2]).experiment, ["ingest"], []) as run:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat import stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PREPROCESSING, STAGES
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import stores
 from zoosplat_flows.runners import containers
 
 if TYPE_CHECKING:

@@ -22,15 +22,15 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 from kubernetes.client import ApiException
 
-from zoosplat import stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runs import Project, Run
-from zoosplat_flows.execution import Exhausted, execute
-from zoosplat_flows.recorder import Event, recording
-from zoosplat_flows.runners import kubernetes
-from zoosplat_flows.runners.kubernetes import INDEX_LABEL, Jobs
+from zoosplat.storage import stores
+from zoosplat_flows.execution.executor import Exhausted, execute
+from zoosplat_flows.execution.recorder import Event, recording
+from zoosplat_flows.runners.kubernetes import runner as kubernetes
+from zoosplat_flows.runners.kubernetes.runner import INDEX_LABEL, Jobs
 from zoosplat_flows.runners.settings import Images, Settings
 
 if TYPE_CHECKING:

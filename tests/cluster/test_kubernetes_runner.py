@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.results import FOLDER, Result
 from zoosplat.stages.runs import Project, Run, claim, resolve
-from zoosplat_flows.cli import app
-from zoosplat_flows.execution import Exhausted, Interrupted
-from zoosplat_flows.runners import kubernetes
-from zoosplat_flows.runners.kubernetes import (
+from zoosplat_flows.cli.app import app
+from zoosplat_flows.execution.executor import Exhausted, Interrupted
+from zoosplat_flows.runners.kubernetes import runner as kubernetes
+from zoosplat_flows.runners.kubernetes.runner import (
     INDEX_LABEL,
     Api,
     Jobs,
@@ -609,7 +609,7 @@ def _no_log(line: str, source: str = "", at: str = "") -> None:
 def marks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Files of s3://b/p, by URL: stand for a project on a server."""
     files: dict[str, Any] = {}
-    monkeypatch.setattr("zoosplat.stores.read_json", files.get)
+    monkeypatch.setattr("zoosplat.storage.stores.read_json", files.get)
     return files
 
 

@@ -22,14 +22,14 @@ import yaml
 from on_kubernetes import CPU_IMAGES, GPU_IMAGES, NAMESPACE, ROOT, Cluster, placements, same_objects
 from servers import BIN, Servers, prefect
 
-from zoosplat import stores
-from zoosplat.config import load_config
+from zoosplat.config.schema import load_config
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.runs import Project
-from zoosplat_flows.execution import Exhausted, Log
-from zoosplat_flows.runners.kubernetes import Api, Jobs, job_manifest
+from zoosplat.storage import stores
+from zoosplat_flows.execution.executor import Exhausted, Log
+from zoosplat_flows.runners.kubernetes.runner import Api, Jobs, job_manifest
 from zoosplat_flows.runners.settings import Settings
 
 pytestmark = [

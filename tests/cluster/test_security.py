@@ -17,15 +17,16 @@ import h5py
 import numpy as np
 import pytest
 
-from zoosplat import stores, video
-from zoosplat.calibration import read_cameras
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
+from zoosplat.recording import video
+from zoosplat.recording.calibration import read_cameras
 from zoosplat.stages.registry import PREPROCESSING
 from zoosplat.stages.runs import Project, record, resolve
-from zoosplat_flows.execution import Progress
+from zoosplat.storage import stores
+from zoosplat_flows.execution.executor import Progress
 from zoosplat_flows.runners import containers
-from zoosplat_flows.runners.kubernetes import job_manifest
+from zoosplat_flows.runners.kubernetes.runner import job_manifest
 from zoosplat_flows.runners.settings import Settings
 
 if TYPE_CHECKING:
@@ -394,7 +395,7 @@ def test_no_shell_reads_a_url(
 BOMBS = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 for text in open(sys.argv[1]).read().split("\\0"):
     try:

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat import locks, stores
-from zoosplat.config import Experiment, load_config
+from zoosplat.config.schema import Experiment, load_config
 from zoosplat.stages.results import DONE, PLAN, Result
 from zoosplat.stages.runs import Run
-from zoosplat_flows.cli import app
-from zoosplat_flows.recorder import Event, Recorder
-from zoosplat_flows.running import headline
-from zoosplat_flows.status import duration, run_state, states
+from zoosplat.storage import leases, stores
+from zoosplat_flows.cli.app import app
+from zoosplat_flows.commands.run import headline
+from zoosplat_flows.execution.recorder import Event, Recorder
+from zoosplat_flows.execution.status import duration, run_state, states
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand, Recording
@@ -103,7 +103,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
     ):
         assert name in out
     heavy = "{'torch', 'prefect', 'zarr', 'cv2', 'matplotlib', 's3fs'}"
-    check = f"import sys, zoosplat_flows.cli; print(sorted({heavy} & set(sys.modules)))"
+    check = f"import sys, zoosplat_flows.cli.app; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -157,7 +157,7 @@ def test_status_says_how_the_run_stands_and_what_failed(run: Run, by_hand: ByHan
     recorder = Recorder(run)
     recorder.start(["ingest", "center_rotation"])
     recorder(Event("center_rotation", "started"))
-    with locks.locked(run.path("lease"), lambda: None):
+    with leases.locked(run.path("lease"), lambda: None):
         assert f"run {run.id}: running (ingest to center_rotation)" in shown()
     assert f"run {run.id}: interrupted" in shown()
     message = "masks of [2] of 4 cameras are empty in frame 17, so there is no hull; see ingest.on_empty"
@@ -246,7 +246,7 @@ def test_run_says_so_when_s3_is_down(config: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(key, "testing")
     # In a process of its own: the connection to S3 is made once a process.
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    program = "from zoosplat_flows.entry import main; main()"
+    program = "from zoosplat_flows.cli.entry import main; main()"
     command = [sys.executable, "-c", program, "run", str(config), "--project", "s3://bucket/project"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
@@ -256,7 +256,7 @@ def test_run_says_so_when_s3_is_down(config: Path, monkeypatch: pytest.MonkeyPat
 
 def test_run_hands_the_configuration_on(classic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("zoosplat_flows.running.run", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("zoosplat_flows.commands.run.run", lambda *arguments: seen.append(arguments))
     status, _, err = call(
         "run", str(classic), "--set", "train.lr=0.5", "--from", "crop", "--until", "pack", "--force", "crop",
         "--force", "pack", "--workers", "3",
@@ -280,8 +280,8 @@ def test_demo_films_once_and_runs_its_own_configuration(tmp_path: Path, monkeypa
         folder.mkdir(parents=True, exist_ok=True)
         filmed.append(n_frames)
 
-    monkeypatch.setattr("zoosplat.synthetic.make_recording", film)
-    monkeypatch.setattr("zoosplat_flows.running.run", lambda *arguments: ran.append(arguments))
+    monkeypatch.setattr("zoosplat.synthetic.mouse.make_recording", film)
+    monkeypatch.setattr("zoosplat_flows.commands.run.run", lambda *arguments: ran.append(arguments))
     project = str(tmp_path / "demo")
     for frames in ("24", "24", "30"):
         assert call("demo", "--project", project, "--frames", frames, "--set", "train.epochs=2")[0] == 0

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat import locks, stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, REQUEST, Result
 from zoosplat.stages.runs import Project, Run
-from zoosplat_flows import collect
-from zoosplat_flows.cli import app
-from zoosplat_flows.collect import in_bytes, look
+from zoosplat.storage import leases, stores
+from zoosplat_flows.cli.app import app
+from zoosplat_flows.commands import collect
+from zoosplat_flows.commands.collect import in_bytes, look
 
 if TYPE_CHECKING:
     from tests.conftest import S3, ByHand
@@ -129,7 +129,7 @@ def test_a_forced_attempt_that_is_freed_leaves_the_one_before(three: list[Run], 
 def test_runs_that_are_alive_and_the_latest_are_left(three: list[Run]) -> None:
     project = three[0].project
     stores.write_json(project.path("latest.json"), {"run": three[0].id})
-    with locks.locked(three[1].path("lease"), lambda: None):
+    with leases.locked(three[1].path("lease"), lambda: None):
         lines = gc(project.url, "--keep-last", "1")
     assert f"left runs/{three[1].id}: a process works on it" in lines
     assert project.run_ids() == [run.id for run in three]
@@ -185,7 +185,7 @@ def test_foreign_files_links_and_adopted_results_are_named_and_left(three: list[
 def test_what_somebody_works_on_is_left(three: list[Run], lease: str) -> None:
     free = orphans(three)
     train = free.result("train")
-    with locks.locked(train.file(*lease.split("/")), lambda: None):
+    with leases.locked(train.file(*lease.split("/")), lambda: None):
         lines = gc(free.project.url)
         assert f"left results/train/{train.id}: a process works on it" in lines
         assert train.is_done()
@@ -258,7 +258,7 @@ def test_the_same_on_s3(three: list[Run], s3_here: S3) -> None:
     stores.write_bytes(f"{url}/results/train/mine/x", b"mine")
     gone = {f"runs/{three[0].id}/"} | {f"results/{stage}/{three[0].result(stage).id}/" for stage in LATER}
     before = files(url)
-    with locks.locked(f"{url}/runs/{three[1].id}/lease", lambda: None):
+    with leases.locked(f"{url}/runs/{three[1].id}/lease", lambda: None):
         lines = gc(url, "--keep-last", "1")
     assert f"left runs/{three[1].id}: a process works on it" in lines
     assert "left results/train/mine: is not a result of zoosplat" in lines

@@ -15,15 +15,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from zoosplat import stores
-from zoosplat.config import Experiment, read_config
+from zoosplat.config.schema import Experiment, read_config
 from zoosplat.errors import LockLost, Unreachable, UserError
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, downstream
 from zoosplat.stages.runs import Project, Run
-from zoosplat_flows import execution
-from zoosplat_flows.execution import Exhausted, Failed, Interrupted, execute, make_report, select, worth_retrying
-from zoosplat_flows.recorder import Event, recording
+from zoosplat.storage import stores
+from zoosplat_flows.execution import executor
+from zoosplat_flows.execution.executor import (
+    Exhausted,
+    Failed,
+    Interrupted,
+    execute,
+    make_report,
+    select,
+    worth_retrying,
+)
+from zoosplat_flows.execution.recorder import Event, recording
 from zoosplat_flows.runners.local import Processes
 
 if TYPE_CHECKING:
@@ -128,8 +136,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "packages"), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(execution, "RETRY_DELAY_S", 0.0)
-    monkeypatch.setattr("zoosplat_flows.report.build_report", _no_page)
+    monkeypatch.setattr(executor, "RETRY_DELAY_S", 0.0)
+    monkeypatch.setattr("zoosplat_flows.report.page.build_report", _no_page)
     folder = tmp_path / "project"
     folder.mkdir()
     return folder
@@ -182,7 +190,7 @@ def test_order_follows_what_stages_read_and_pack_runs_beside_tracking(
             assert log.index(f"end {name}") < log.index(f"start {spec.name}")
     assert Event("train", "running", 3, 4, "nearly") in events
     assert _states(events, "crop") == ["started", "running", "done"]
-    assert execution.warnings_of(run)[0] == "ingest: careful with ingest"
+    assert executor.warnings_of(run)[0] == "ingest: careful with ingest"
 
     # The same run again starts no process, and builds no report.
     (project / "log").unlink()

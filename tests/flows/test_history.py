@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat import locks, media, stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
+from zoosplat.formats import media
 from zoosplat.stages.runs import Project, Run
-from zoosplat_flows.cli import app
-from zoosplat_flows.comparison import compare, pairs
-from zoosplat_flows.history import differences, entries, flat
+from zoosplat.storage import leases, stores
+from zoosplat_flows.cli.app import app
+from zoosplat_flows.commands.comparison import compare, pairs
+from zoosplat_flows.execution.history import differences, entries, flat
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand
@@ -129,7 +130,7 @@ def test_the_runs_of_a_project_in_order(
     for text in ("0.500", "20.50 dB", "0.600", "25.00 dB", "the same", "three", mended.split()[0]):
         assert text in out, out
     assert out.index("mouse -> three") < out.index("the same") < out.index("other contents")
-    with locks.locked(second.path("lease"), lambda: None):
+    with leases.locked(second.path("lease"), lambda: None):
         assert [entry.state for entry in entries(project)] == ["begun", "running", "done", "failed (ingest to crop)"]
     # In a narrow terminal the columns are lines of a word or two, and none is lost.
     narrow = call("runs", project.url, columns=70)[1]

@@ -15,8 +15,8 @@ import torch
 from typer.testing import CliRunner
 
 from zoosplat.errors import UserError
-from zoosplat_flows import doctor, kernels
-from zoosplat_flows.cli import app
+from zoosplat_flows.cli.app import app
+from zoosplat_flows.commands import doctor, gsplat_kernels
 from zoosplat_model.rasterize import gsplat_cuda
 
 
@@ -44,17 +44,17 @@ def gsplat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "_C = True\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(kernels, "_folder_of_gsplat", lambda: folder)
+    monkeypatch.setattr(gsplat_kernels, "_folder_of_gsplat", lambda: folder)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(kernels, "_toolkit", lambda cuda: tmp_path)
-    monkeypatch.setattr(kernels, "LOG", f"{tmp_path.name}.log")
+    monkeypatch.setattr(gsplat_kernels, "_toolkit", lambda cuda: tmp_path)
+    monkeypatch.setattr(gsplat_kernels, "LOG", f"{tmp_path.name}.log")
     return folder
 
 
 def test_kernels_are_compiled_put_where_gsplat_looks_and_load(gsplat: Path) -> None:
     told: list[str] = []
     (gsplat / "csrc.py").write_text("archs = 'of another GPU'\n")
-    kernels.build(["8.0", "9.0"], told.append)
+    gsplat_kernels.build(["8.0", "9.0"], told.append)
     assert told[0] == "compiling gsplat's kernels for 8.0, 9.0: 0 of 2 files, 0 s"
     program = "from gsplat import csrc; print(csrc.archs)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -65,7 +65,7 @@ def test_kernels_are_compiled_put_where_gsplat_looks_and_load(gsplat: Path) -> N
 def test_kernels_that_do_not_compile_leave_nothing(gsplat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPOILT", "1")
     with pytest.raises(UserError, match=r"do not compile: a\.cu\(3\): error: no such thing; see .*\.log$"):
-        kernels.build(["9.0"], lambda _: None)
+        gsplat_kernels.build(["9.0"], lambda _: None)
     assert not (gsplat / "csrc.py").exists()
 
 
@@ -73,7 +73,7 @@ def test_kernels_that_do_not_compile_leave_nothing(gsplat: Path, monkeypatch: py
 def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def message() -> str:
         with pytest.raises(UserError) as error:
-            kernels.build(["9.0"], lambda _: None)
+            gsplat_kernels.build(["9.0"], lambda _: None)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -83,7 +83,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with monkeypatch.context() as m:
         m.setattr(torch.version, "cuda", None)
         assert "built without CUDA" in message()
-    monkeypatch.setattr(kernels, "_toolkit", lambda cuda: None)
+    monkeypatch.setattr(gsplat_kernels, "_toolkit", lambda cuda: None)
     with monkeypatch.context() as m:
         m.setattr(torch.version, "cuda", "12.8")
         assert "not on PyPI: install a torch for CUDA 13 or later, or the CUDA toolkit 12.8" in message()
@@ -95,7 +95,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_the_compiler_is_that_of_torch() -> None:
-    assert kernels.compiler_packages("13.2") == [
+    assert gsplat_kernels.compiler_packages("13.2") == [
         "nvidia-cuda-nvcc==13.2.*",
         "nvidia-cuda-crt==13.2.*",
         "nvidia-nvvm==13.2.*",
@@ -111,7 +111,7 @@ def test_doctor_builds_for_the_cards_that_are_here(monkeypatch: pytest.MonkeyPat
     built: list[list[str]] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(12, 0), (9, 0), (9, 0)][i])
-    monkeypatch.setattr(kernels, "build", lambda archs, progress: built.append(archs))
+    monkeypatch.setattr(gsplat_kernels, "build", lambda archs, progress: built.append(archs))
     monkeypatch.setattr(doctor, "_why_not", lambda: "they are not compiled")
     doctor.build_kernels()
     assert built == [["9.0", "12.0"]]

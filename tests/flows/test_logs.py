@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat import locks, stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.stages.runs import Run
-from zoosplat_flows.cli import app
-from zoosplat_flows.recorder import recording
+from zoosplat.storage import leases, stores
+from zoosplat_flows.cli.app import app
+from zoosplat_flows.execution.recorder import recording
 
 if TYPE_CHECKING:
     from tests.conftest import S3, ByHand
@@ -89,9 +89,9 @@ def test_a_stage_that_an_earlier_run_made_leads_to_its_log(run: Run, by_hand: By
 
 @pytest.mark.parametrize("ends", ["run", "ctrl-c"])
 def test_followed_until_the_run_ends_or_ctrl_c(run: Run, ends: str) -> None:
-    code = "from zoosplat_flows.entry import main; main()"
+    code = "from zoosplat_flows.cli.entry import main; main()"
     command = [sys.executable, "-c", code, "logs", run.project.url, "pack", "--follow"]
-    with locks.locked(run.path("lease"), lambda: None), recording(run, ["pack"]) as recorder:
+    with leases.locked(run.path("lease"), lambda: None), recording(run, ["pack"]) as recorder:
         recorder.log("pack", "one")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None

@@ -15,16 +15,17 @@ import cv2
 import numpy as np
 import pytest
 
-from zoosplat import media, schema, stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
+from zoosplat.formats import media
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, MANIFEST
 from zoosplat.stages.runs import Project, Run
-from zoosplat_flows import plots
-from zoosplat_flows.execution import make_report
-from zoosplat_flows.recorder import Event, Recorder, recording
-from zoosplat_flows.report import _outlined, build_report
+from zoosplat.storage import schema, stores
+from zoosplat_flows.execution.executor import make_report
+from zoosplat_flows.execution.recorder import Event, Recorder, recording
+from zoosplat_flows.report import plots
+from zoosplat_flows.report.page import _outlined, build_report
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand

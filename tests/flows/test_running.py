@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from zoosplat.stages.runs import Project
-from zoosplat_flows.running import prefect_server
+from zoosplat_flows.commands.run import prefect_server
 
 if TYPE_CHECKING:
     from tests.conftest import Recording, Stages
@@ -53,7 +53,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`zoosplat` with these arguments; its last line of output are the packages that it has imported."""
     code = (
         "import sys\n"
-        "from zoosplat_flows.cli import app\n"
+        "from zoosplat_flows.cli.app import app\n"
         "try:\n"
         "    app()\n"
         "finally:\n"

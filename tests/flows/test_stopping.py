@@ -23,7 +23,7 @@ LEFT_AFTER_S = 5.0
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:
-    code = "from zoosplat_flows.entry import main; main()"
+    code = "from zoosplat_flows.cli.entry import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE,

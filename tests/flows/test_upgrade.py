@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat import schema, stores
 from zoosplat.errors import UserError
 from zoosplat.stages import legacy, runs
 from zoosplat.stages.registry import PIPELINE, PREPROCESSING
 from zoosplat.stages.results import Result
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
-from zoosplat_flows.cli import app
-from zoosplat_flows.status import states
+from zoosplat.storage import schema, stores
+from zoosplat_flows.cli.app import app
+from zoosplat_flows.execution.status import states
 
 MADE = Path(__file__).parents[1] / "data" / "project-0.1.0"
 NAMES = [spec.name for spec in PIPELINE]

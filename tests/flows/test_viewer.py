@@ -22,12 +22,12 @@ import pytest
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
-from zoosplat import schema, stores
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
-from zoosplat_flows.cli import app as cli
+from zoosplat.storage import schema, stores
+from zoosplat_flows.cli.app import app as cli
 from zoosplat_train import dynamic
 from zoosplat_train.stage import STAGE as TRAIN
 

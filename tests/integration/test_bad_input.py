@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import zarr
 
-from zoosplat import schema, stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.recording.checks import check_recording
 from zoosplat.stages.results import Result
 from zoosplat.stages.runs import Project
+from zoosplat.storage import schema, stores
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Outcome, Recording, Stages

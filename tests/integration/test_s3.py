@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from zoosplat import schema, stores
 from zoosplat.stages.registry import PREPROCESSING, STAGES
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import schema, stores
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording, Stages

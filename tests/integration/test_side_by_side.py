@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat import locks, stores
 from zoosplat.stages.registry import PREPROCESSING
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import leases, stores
 
 if TYPE_CHECKING:
     from tests.conftest import Recording
@@ -171,7 +171,7 @@ def check_round(
         check_same(spec.name, path, finished)
     assert not [each for each in path.rglob("*.partial") if "results" in each.relative_to(path).parts]
     assert not [each for each in path.rglob("*lease") if "results" in each.relative_to(path).parts]
-    assert not [each for each in path.rglob("*lease") if locks.is_held(str(each))]
+    assert not [each for each in path.rglob("*lease") if leases.is_held(str(each))]
     deadline = time.monotonic() + 10
     while left := commands_with(str(path)):
         assert time.monotonic() < deadline, left

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat import stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
+from zoosplat.storage import stores
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
@@ -109,7 +109,7 @@ def test_a_mistake_costs_nothing_that_is_there(
 ) -> None:
     from typer.testing import CliRunner
 
-    from zoosplat_flows.cli import app
+    from zoosplat_flows.cli.app import app
 
     options, changes, words = MISTAKES[mistake]
     everything, before = stores.manifest(str(project)), files_of(project)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.stages.runs import Project
-from zoosplat.synthetic import ring_of_cameras
+from zoosplat.synthetic.mouse import ring_of_cameras
 
 SEMI_AXES_M = np.array([0.045, 0.028, 0.024])
 SIDE, CAMERAS, FRAMES, HELD_OUT = 32, 5, 9, 4

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat_model import carving_gpu
-from zoosplat_model.carving import carve, grid_points, look_up, need, rotation_about_z
+from zoosplat_model.carving import carve, grid_points, look_up, need, rotation_about_z, triton_kernels
 
 FILL = 0.38
 
@@ -40,7 +39,7 @@ def test_the_least_around_a_pixel_is_that_of_pooling(size: int, shape: tuple[int
     torch.manual_seed(size)
     values = torch.rand(shape)
     values[values > 0.7] = torch.inf
-    found = carving_gpu.least_around(values, size)
+    found = triton_kernels.least_around(values, size)
     pooled = -torch.nn.functional.max_pool2d(-values.view(-1, 1, *shape[-2:]), size, stride=1, padding=size // 2)
     assert torch.equal(found, pooled.view(shape))
     assert found.is_contiguous()  # a kernel reads it
@@ -265,7 +264,7 @@ def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: l
     assert 0.1 < seen.double().mean() < 0.9
     np.testing.assert_array_equal(found["seen"], seen)
     np.testing.assert_allclose(found["colors"][seen], colors[seen], atol=1e-4)
-    least = carving_gpu.least_around(torch.from_numpy(single[-2]), 3, (-1, -2, -3))
+    least = triton_kernels.least_around(torch.from_numpy(single[-2]), 3, (-1, -2, -3))
     np.testing.assert_array_equal(found["least"], least)
 
 
@@ -277,7 +276,7 @@ def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: l
 def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) -> None:
     """A sphere in 4 views, the last of which sees a piece of it cut off."""
     torch.manual_seed(0)
-    assert carving_gpu.works(0)
+    assert triton_kernels.works(0)
     y, x = torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij")
     mask = ((x - 63.3).square() + (y - 47.1).square() < 30**2).double().repeat(4, 1, 1)
     mask[3, 50:] = 0
@@ -320,8 +319,8 @@ def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) ->
     assert off[1] < 1.5 * off[0] + 1e-3
     values = torch.rand(3, 40, 33, 20)
     assert torch.equal(
-        carving_gpu.least_around(values.cuda(), 5, (-1, -2, -3)).cpu(),
-        carving_gpu.least_around(values, 5, (-1, -2, -3)),
+        triton_kernels.least_around(values.cuda(), 5, (-1, -2, -3)).cpu(),
+        triton_kernels.least_around(values, 5, (-1, -2, -3)),
     )
 
 

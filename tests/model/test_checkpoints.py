@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from zoosplat import stores
 from zoosplat.errors import UserError
+from zoosplat.storage import stores
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
 

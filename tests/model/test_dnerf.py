@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from zoosplat import dnerf, schema
-from zoosplat.config import Experiment, read_config
+from zoosplat.config.schema import Experiment, read_config
 from zoosplat.errors import UserError
+from zoosplat.recording import dnerf
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
+from zoosplat.storage import schema
 from zoosplat_center_rotation.stage import STAGE as CENTER_ROTATION
 from zoosplat_crop.stage import STAGE as CROP
 from zoosplat_evaluate.stage import STAGE as EVALUATE

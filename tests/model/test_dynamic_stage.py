@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from zoosplat import schema, stores
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import schema, stores
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_features.stage import STAGE as FEATURES
-from zoosplat_flows.report import build_report
+from zoosplat_flows.report.page import build_report
 from zoosplat_model.carving import rotation_about_z
 from zoosplat_model.dynamic.predictor import DynamicPredictor, ShadedGaussians
 from zoosplat_model.dynamic.scene import Scale, Scene, first_points

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat import ply, stores
-from zoosplat.config import Dynamic, Experiment
+from zoosplat.config.schema import Dynamic, Experiment
 from zoosplat.errors import UserError
+from zoosplat.formats import ply
+from zoosplat.storage import stores
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.gaussians import NAMES, GaussianSet
 from zoosplat_model.dynamic.hexplane import DeformationField, Deformed, HexPlane

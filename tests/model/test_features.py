@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat import schema, stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.command import main
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
+from zoosplat.storage import schema, stores
 from zoosplat_embedding.stage import _variation
 from zoosplat_features import animals, encoders, ops
 from zoosplat_features.stage import STAGE
 from zoosplat_model import checkpoints
+from zoosplat_model.network.splatter import Gaussians, PoseSplatter
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.rasterize import Rendering, rasterize
-from zoosplat_model.splatter import Gaussians, PoseSplatter
 
 RADIUS_M = 0.1
 

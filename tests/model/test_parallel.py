@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from zoosplat import schema, stores
 from zoosplat.errors import UserError
 from zoosplat.stages import command, runs
 from zoosplat.stages.command import main
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import schema, stores
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_train.parallel import Ranks

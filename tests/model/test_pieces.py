@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from zoosplat_model import pieces
-from zoosplat_model.pieces import LOOSE, SOLID, attached, largest_piece
+from zoosplat_model.network import pieces
+from zoosplat_model.network.pieces import LOOSE, SOLID, attached, largest_piece
 
 SHAPES = [(6, 7, 5), (20, 9, 40), (17, 20, 70), (1, 1, 1)]
 CORNER, CELL = torch.tensor([0.1, 0.2, 0.3]), 0.5

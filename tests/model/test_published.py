@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.stages import runs
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
 from zoosplat_model import checkpoints
 from zoosplat_model.frames import FrameReader
+from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_model.published import PublishedSplatter, PublishedStack, PublishedUNet, thresholded
-from zoosplat_model.splatter import PoseSplatter
 from zoosplat_train.stage import STAGE
 
 

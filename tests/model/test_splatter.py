@@ -10,16 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoosplat import schema, stores
 from zoosplat.errors import UserError
-from zoosplat.geometry import matrix_from_quaternion, quaternion_multiply
+from zoosplat.geometry.transforms import matrix_from_quaternion, quaternion_multiply
 from zoosplat.stages.runs import Project
+from zoosplat.storage import schema, stores
 from zoosplat_model.carving import grid_points
 from zoosplat_model.frames import FrameReader
 from zoosplat_model.losses import frame_losses, soft_iou
 from zoosplat_model.metrics import ssim_map
-from zoosplat_model.predictor import open_reader, pick_device
-from zoosplat_model.splatter import (
+from zoosplat_model.network.splatter import (
     Gaussians,
     PoseSplatter,
     indecision,
@@ -28,7 +27,8 @@ from zoosplat_model.splatter import (
     select,
     surface_first,
 )
-from zoosplat_model.unet import UNetStack, convolve, fold, unfold
+from zoosplat_model.network.unet import UNetStack, convolve, fold, unfold
+from zoosplat_model.predictor import open_reader, pick_device
 
 CPU = torch.device("cpu")
 

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from zoosplat import random_animals, stores
-from zoosplat.config import OF_ANIMALS, Experiment
+from zoosplat.config.schema import OF_ANIMALS, Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import stores
+from zoosplat.synthetic import random_animals
 from zoosplat_model import animals as of_animals
 from zoosplat_model import checkpoints
 from zoosplat_model.animals import SHOWN, Animals, OfRigs
 from zoosplat_model.checkpoints import Checkpoint
+from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.predictor import open_reader
-from zoosplat_model.splatter import PoseSplatter
 from zoosplat_train import ops, pretrain, stage, start
 from zoosplat_train.parallel import Ranks
 from zoosplat_train.stage import STAGE

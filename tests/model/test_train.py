@@ -16,21 +16,22 @@ from typing import Any
 import pytest
 import torch
 
-from zoosplat import schema, stores
-from zoosplat.config import Train
+from zoosplat.config.schema import Train
 from zoosplat.errors import LockLost, UserError
 from zoosplat.stages import runs
 from zoosplat.stages.command import main
 from zoosplat.stages.contract import Context, Stage
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import schema, stores
 from zoosplat_evaluate.stage import STAGE as EVALUATE
-from zoosplat_model import checkpoints, unet
+from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_model.frames import FrameReader
 from zoosplat_model.losses import frame_losses, soft_iou
+from zoosplat_model.network import unet
+from zoosplat_model.network.splatter import Gaussians, PoseSplatter
 from zoosplat_model.predictor import Predictor, open_reader
-from zoosplat_model.splatter import Gaussians, PoseSplatter
 from zoosplat_render.stage import STAGE as RENDER
 from zoosplat_train import ops, plots, stage, start
 from zoosplat_train.parallel import Ranks

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from zoosplat_model import kernels
-from zoosplat_model.volumes import halve, normalize, normalize_plainly
+from zoosplat_model import triton_support
+from zoosplat_model.network.volumes import halve, normalize, normalize_plainly
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
@@ -72,7 +72,7 @@ def test_kernels_that_do_not_work_are_a_warning_once() -> None:
             raise RuntimeError("no gcc")
 
     with pytest.warns(UserWarning, match="no gcc.*install a C compiler"):
-        assert not kernels.work(attempt, 1)
-    assert not kernels.work(attempt, 1)
-    assert kernels.work(attempt, 0)
+        assert not triton_support.work(attempt, 1)
+    assert not triton_support.work(attempt, 1)
+    assert triton_support.work(attempt, 0)
     assert tried == [torch.device("cuda", 1), torch.device("cuda", 0)]

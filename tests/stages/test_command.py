@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from zoosplat import schema, stores
 from zoosplat.errors import UserError
 from zoosplat.stages.command import parse_shard
 from zoosplat.stages.registry import PREPROCESSING
 from zoosplat.stages.runs import Project
+from zoosplat.storage import schema, stores
 
 if TYPE_CHECKING:
     from tests.conftest import Recording, Stages

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat import stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, STAGES, downstream
 from zoosplat.stages.results import Request, Result, Source, attempt_of
 from zoosplat.stages.runs import Project
+from zoosplat.storage import stores
 
 if TYPE_CHECKING:
     from tests.conftest import Recording

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat import effects, locks, schema, stores, writing
+from zoosplat.config import effects
 from zoosplat.errors import LockLost, UserError
 from zoosplat.stages import command, runner
 from zoosplat.stages.begin import begun
@@ -18,6 +18,7 @@ from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.results import Result
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import leases, schema, stores, writing
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
@@ -154,7 +155,7 @@ def test_split(n: int, per_shard: int, multiple: int, expected: tuple[int, ...])
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on this is version 99 of stage ingest, here and in the pipeline."""
     from zoosplat.stages import legacy, runs
-    from zoosplat_flows import status
+    from zoosplat_flows.execution import status
 
     spec = replace(STAGES["ingest"], version=99)
     monkeypatch.setitem(STAGES, "ingest", spec)
@@ -163,7 +164,7 @@ def newer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_version_makes_a_result_beside_the_old_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zoosplat_flows import status
+    from zoosplat_flows.execution import status
 
     old = begin(url)
     assert runner.run_stage(Counting(), old)
@@ -323,7 +324,7 @@ def test_who_was_taken_for_dead_writes_nothing_more(
     url = f"s3://{bucket}/p"
     stores.write_json(f"{url}/tested.yaml", recording.config(recording.folder))
     run = begin(url)
-    monkeypatch.setattr(locks, "LEASE_S", 0)  # so that a lease is renewed whenever it is checked
+    monkeypatch.setattr(leases, "LEASE_S", 0)  # so that a lease is renewed whenever it is checked
     asleep = Asleep(step=step, s3=s3_here, bucket=bucket)
     with pytest.raises(LockLost, match="another run has taken this work over; run again, finished work is kept"):
         runner.run_stage(asleep, run)

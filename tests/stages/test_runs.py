@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat import schema, stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.begin import begun
@@ -19,6 +18,7 @@ from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import schema, stores
 
 if TYPE_CHECKING:
     from tests.conftest import Recording

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zoosplat import stores
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
-from zoosplat_flows.execution import Log, Progress
+from zoosplat.storage import stores
+from zoosplat_flows.execution.executor import Log, Progress
 from zoosplat_flows.runners.local import Processes, out_of_memory
 
 # Handed on by name: values on a command line can be read by everyone on the machine.

@@ -18,7 +18,7 @@ from typing import IO
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
-from zoosplat_flows.execution import Interrupted, Log, Progress
+from zoosplat_flows.execution.executor import Interrupted, Log, Progress
 
 KEPT_LINES = 40
 GRACE_S = 3.0  # for a stage to end by itself

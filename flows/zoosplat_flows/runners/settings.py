@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from zoosplat.config import Experiment
-from zoosplat.config_text import dump, parse_yaml
+from zoosplat.config.schema import Experiment
+from zoosplat.config.text import dump, parse_yaml
 from zoosplat.errors import UserError
-from zoosplat.memory import gpu_gib
+from zoosplat.stages.memory import gpu_gib
 
 SETTINGS_VARIABLE = "ZOOSPLAT_SETTINGS"
 SETTINGS_FILE = "/etc/zoosplat/settings.yaml"

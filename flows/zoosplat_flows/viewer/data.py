@@ -13,14 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from zoosplat import media, schema, stores, visual_hull
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
+from zoosplat.formats import media
+from zoosplat.geometry import visual_hull
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import schema, stores
 
 if TYPE_CHECKING:
+    from zoosplat_model.network.splatter import Gaussians
     from zoosplat_model.predictor import Predictor
-    from zoosplat_model.splatter import Gaussians
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]

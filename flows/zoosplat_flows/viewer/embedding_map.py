@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat import media
+from zoosplat.formats import media
 from zoosplat_flows.viewer.data import Embedding
 
 SIDE = 560  # pixels

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import zarr
 
-from zoosplat import schema, stores, visual_hull
 from zoosplat.errors import UserError
+from zoosplat.geometry import visual_hull
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.storage import schema, stores
 from zoosplat_center_rotation import ops
 
 SMALL_HULL = 0.2  # of the median number of voxels: below, the views do not agree on where the animal is

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from zoosplat import schema, stores, visual_hull
-from zoosplat.config import CROP_MULTIPLE
+from zoosplat.config.schema import CROP_MULTIPLE
 from zoosplat.errors import UserError
+from zoosplat.geometry import visual_hull
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
+from zoosplat.storage import schema, stores
 from zoosplat_crop import ops
 
 MAX_FRAMES = 5000

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from zoosplat import schema, stores
-from zoosplat.config import Embedding, is_weights_file
+from zoosplat.config.schema import Embedding, is_weights_file
 from zoosplat.errors import UserError
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.runs import Run
+from zoosplat.storage import schema, stores
 from zoosplat_embedding import ops
 
 FEWEST = 2  # training frames with a hull: an embedding of one says nothing

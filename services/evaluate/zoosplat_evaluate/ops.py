@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat import media
+from zoosplat.formats import media
 
 Values = npt.NDArray[np.float64]
 Kind = Literal["worst", "best", "even"]

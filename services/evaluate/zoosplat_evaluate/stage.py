@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoosplat import media, stores
 from zoosplat.errors import UserError
+from zoosplat.formats import media
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
+from zoosplat.storage import stores
 from zoosplat_evaluate import ops
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gpu_memory import out_of_memory

@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from zoosplat import stores
-from zoosplat.config import WEIGHTS_FILES, Experiment, is_weights_file
+from zoosplat.config.schema import WEIGHTS_FILES, Experiment, is_weights_file
 from zoosplat.errors import UserError
+from zoosplat.storage import stores
 from zoosplat_features import ops
+from zoosplat_model.network.splatter import Gaussians
 from zoosplat_model.rasterize import Rendering
-from zoosplat_model.splatter import Gaussians
 
 CHANNELS = 512  # of a ResNet-18 before its last layer
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, on which the weights were trained

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from zoosplat import schema, stores
 from zoosplat.errors import UserError
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.storage import schema, stores
 from zoosplat_features import encoders, ops
 from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.predictor import Predictor, open_reader

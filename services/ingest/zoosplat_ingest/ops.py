@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat import video
 from zoosplat.errors import UserError
+from zoosplat.recording import video
 
 Bool = npt.NDArray[np.bool_]
 Maps = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None

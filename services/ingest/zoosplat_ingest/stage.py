@@ -7,11 +7,12 @@ import dataclasses
 import numpy as np
 import zarr
 
-from zoosplat import dnerf, schema, stores, video
-from zoosplat.cameras import Cameras, WorldTransform
 from zoosplat.errors import UserError
+from zoosplat.geometry.cameras import Cameras, WorldTransform
+from zoosplat.recording import dnerf, video
 from zoosplat.recording.checks import check_recording, kept_frames
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.storage import schema, stores
 from zoosplat_ingest import ops
 
 

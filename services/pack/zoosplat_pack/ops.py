@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat import video
+from zoosplat.recording import video
 
 I32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]

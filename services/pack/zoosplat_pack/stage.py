@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from zoosplat import dnerf, schema, stores, video
-from zoosplat.cameras import Cameras
+from zoosplat.geometry.cameras import Cameras
+from zoosplat.recording import dnerf, video
 from zoosplat.recording.checks import check_videos
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.storage import schema, stores
 from zoosplat_pack import ops
 
 

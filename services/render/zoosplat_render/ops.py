@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat import media, ply
+from zoosplat.formats import media, ply
 
 Values = npt.NDArray[np.float64]
 

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoosplat import media, stores
 from zoosplat.errors import UserError
+from zoosplat.formats import media
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
+from zoosplat.storage import stores
 from zoosplat_model.carving import project, rotation_about_z
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gpu_memory import out_of_memory
+from zoosplat_model.network.splatter import Gaussians
 from zoosplat_model.predictor import Predictor, open_reader
-from zoosplat_model.splatter import Gaussians
 from zoosplat_render import ops
 
 SMALLEST = 384  # pixels of the shorter side of a picture whose size is left open

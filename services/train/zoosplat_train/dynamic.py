@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from zoosplat import media, stores
 from zoosplat.errors import UserError
+from zoosplat.formats import media
 from zoosplat.stages.contract import Context, Outcome, Plan
+from zoosplat.storage import stores
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.scene import Scene, first_points
 from zoosplat_model.dynamic.schedule import Stage, is_shown

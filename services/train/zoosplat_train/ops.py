@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoosplat.config import Experiment, Train
+from zoosplat.config.schema import Experiment, Train
 from zoosplat_model import checkpoints
 from zoosplat_model.frames import Frame, FrameReader, send
 from zoosplat_model.losses import Losses, frame_losses, soft_iou
+from zoosplat_model.network.cuda_graph import Recorder
+from zoosplat_model.network.splatter import Gaussians, PoseSplatter
 from zoosplat_model.rasterize import Rendering
-from zoosplat_model.recorded import Recorder
-from zoosplat_model.splatter import Gaussians, PoseSplatter
 from zoosplat_train.parallel import Ranks
 
 MIRROR = 0.5  # share of frames that the network sees mirrored

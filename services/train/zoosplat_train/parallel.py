@@ -23,14 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zoosplat import stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import Passing, UserError
 from zoosplat.machine import loopback
 from zoosplat.stages.command import arguments_of, failed, main
 from zoosplat.stages.contract import Context, Outcome, Stage
 from zoosplat.stages.process import prepared, run_spawned, spawning
 from zoosplat.stages.runs import Project
+from zoosplat.storage import stores
 from zoosplat_model.predictor import pick_device
 
 T = TypeVar("T")

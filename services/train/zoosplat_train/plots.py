@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from zoosplat import stores
+from zoosplat.storage import stores
 
 Row = dict[str, float]
 

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from zoosplat.config import RANDOM, Experiment
-from zoosplat.random_animals import HEIGHT, WIDTH
+from zoosplat.config.schema import RANDOM, Experiment
+from zoosplat.synthetic.random_animals import HEIGHT, WIDTH
 from zoosplat_model.animals import RIGS, Animals, OfRigs, experiment, films, reconstruct
 from zoosplat_model.losses import soft_iou
-from zoosplat_model.splatter import PoseSplatter
+from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_train import ops, parallel, start
 from zoosplat_train.parallel import Ranks
 

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from zoosplat import stores
-from zoosplat.config import Train as Settings
+from zoosplat.config.schema import Train as Settings
 from zoosplat.errors import UserError
 from zoosplat.machine import usable_cores
-from zoosplat.memory import VALID_FRAMES
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
+from zoosplat.stages.memory import VALID_FRAMES
+from zoosplat.storage import stores
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
 from zoosplat_model.frames import Frame, FrameReader, Split

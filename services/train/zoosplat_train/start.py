@@ -8,13 +8,13 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from zoosplat import stores
-from zoosplat.config import ANIMALS, RANDOM
+from zoosplat.config.schema import ANIMALS, RANDOM
 from zoosplat.errors import UserError
 from zoosplat.stages.runs import trained_result
+from zoosplat.storage import stores
 from zoosplat_model import checkpoints
-from zoosplat_model.splatter import PoseSplatter
-from zoosplat_model.unet import UNetStack
+from zoosplat_model.network.splatter import PoseSplatter
+from zoosplat_model.network.unet import UNetStack
 
 OF_THE_RIG = "camera_color"  # the only parameter that says something about the cameras; it begins anew
 KEYS = "model.network, num_unets, base_filters, poolings and bottleneck"

@@ -16,12 +16,13 @@ from typing import Literal
 
 import numpy as np
 
-from zoosplat import calibration, dnerf, stores
-from zoosplat.cameras import Cameras
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import Problems, UserError
-from zoosplat.geometry import FloatArray
-from zoosplat.video import VideoInfo, probe
+from zoosplat.geometry.cameras import Cameras
+from zoosplat.geometry.transforms import FloatArray
+from zoosplat.recording import calibration, dnerf
+from zoosplat.recording.video import VideoInfo, probe
+from zoosplat.storage import stores
 
 Kind = Literal["mask", "video"]
 SAME_RATE = 0.01  # frame rates that differ by less, relatively, are written differently and mean the same

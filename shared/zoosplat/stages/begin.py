@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zoosplat import stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
-from zoosplat.prechecks import check_before_run, check_project_place
 from zoosplat.stages import runs
 from zoosplat.stages.ownership import foreign_names
+from zoosplat.stages.prechecks import check_before_run, check_project_place
 from zoosplat.stages.registry import STAGES, upstream
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import stores
 
 
 @contextmanager

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from zoosplat import stores
-from zoosplat.config import load_config
+from zoosplat.config.schema import load_config
 from zoosplat.errors import Passing, UserError
 from zoosplat.machine import usable_cores
 from zoosplat.stages import runner
 from zoosplat.stages.begin import begun, check_layout
 from zoosplat.stages.contract import Context, Progress, Stage
 from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import stores
 
 
 def parse_shard(text: str) -> tuple[int, int]:

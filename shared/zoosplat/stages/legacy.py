@@ -10,13 +10,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from zoosplat import effects, stores
-from zoosplat.config import Experiment
+from zoosplat.config import effects
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, STAGES, StageSpec
 from zoosplat.stages.results import DONE, REQUEST, Mark, Result, digest_of
 from zoosplat.stages.runs import LEGACY_RUN, Draft, Project, Run
+from zoosplat.storage import stores
 
 MARKS = "_marks"
 # Which part of the configuration a stage's digest was made from: sections and keys, those with a `-` taken out again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from zoosplat import stores
+from zoosplat.storage import stores
 
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")  # as `runs.record` makes them
 # Names below a project that are zoosplat's: those of the results of today's layout, and of the one before.

@@ -20,9 +20,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoosplat import stores
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import STAGES
+from zoosplat.storage import stores
 
 Mark = dict[str, Any]
 FOLDER = "results"

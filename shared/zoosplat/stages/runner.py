@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from zoosplat import locks, schema, stores, writing
 from zoosplat.errors import LockLost, Passing, UserError
 from zoosplat.machine import peak_memory_bytes
 from zoosplat.stages.contract import Context, Plan, Progress, Shard, Stage
 from zoosplat.stages.process import prepared, run_spawned, spawning
 from zoosplat.stages.results import DONE, MANIFEST, PLAN, Mark, Result
 from zoosplat.stages.runs import Project, Run, claim, link_latest
+from zoosplat.storage import leases, schema, stores, writing
 
 PACKAGES = ("zoosplat", "numpy", "zarr", "av", "opencv-python-headless", "scipy", "torch", "gsplat")
 
@@ -60,13 +60,13 @@ def _measured() -> Iterator[_Measured]:
 
 # -- the three steps ----------------------------------------------------------------------------------------------
 @contextmanager
-def _alone(url: str, ctx: Context) -> Iterator[locks.Held]:
+def _alone(url: str, ctx: Context) -> Iterator[leases.Held]:
     """Hold the lease of a result or of a shard of it; says so while another process has it.
 
     Whoever loses it, having been asleep for so long that it was taken for dead, writes nothing more.
     """
     with (
-        locks.locked(url, lambda: ctx.progress(0, 1, "another run is at work on it; waiting")) as lease,
+        leases.locked(url, lambda: ctx.progress(0, 1, "another run is at work on it; waiting")) as lease,
         writing.only_while(lease.check),
     ):
         yield lease

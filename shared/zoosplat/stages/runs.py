@@ -24,11 +24,12 @@ from typing import Any
 
 import zarr
 
-from zoosplat import effects, locks, stores
-from zoosplat.config import ANIMALS, RANDOM, Experiment
+from zoosplat.config import effects
+from zoosplat.config.schema import ANIMALS, RANDOM, Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.results import FOLDER, REQUEST, Mark, Request, Result, Source, attempt_of, is_id
+from zoosplat.storage import leases, stores
 
 RUNS, LATEST, LINKS, SOURCES = "runs", "latest.json", "latest", "sources.json"
 CONFIG, RECORD, REPORT, LOGS = "config.yaml", "run.json", "report", "logs"  # in a run's folder
@@ -529,10 +530,12 @@ def working(draft: Draft, stages: Collection[str]) -> Iterator[Run]:
     block runs, others see that the run is alive.
     """
     with contextlib.ExitStack() as held:
-        run = next(filter(lambda run: held.enter_context(locks.try_locked(run.path("lease"))), _same_runs(draft)), None)
+        run = next(
+            filter(lambda run: held.enter_context(leases.try_locked(run.path("lease"))), _same_runs(draft)), None
+        )
         if run is None:
             run = record(draft, stages)
-            held.enter_context(locks.try_locked(run.path("lease")))
+            held.enter_context(leases.try_locked(run.path("lease")))
         elif draft.project.latest_id() != run.id:
             stores.write_json(draft.project.path(LATEST), {"run": run.id})
         stores.remove_partials(run.path())

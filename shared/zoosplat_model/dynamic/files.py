@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoosplat import ply, stores
-from zoosplat.config import Experiment
+from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
+from zoosplat.formats import ply
+from zoosplat.storage import stores
 from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet
 from zoosplat_model.dynamic.hexplane import DeformationField, HexPlane
 from zoosplat_model.dynamic.schedule import Stage

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoosplat_model.dynamic.hexplane import Deformed
-from zoosplat_model.splatter import quaternion_product
+from zoosplat_model.network.splatter import quaternion_product
 
 SH_C0 = 0.28209479177387814
 FIRST_OPACITY = 0.1

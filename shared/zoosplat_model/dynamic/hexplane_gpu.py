@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoosplat_model import kernels
+from zoosplat_model import triton_support
 
 try:
     import triton
@@ -26,7 +26,7 @@ ELEMENTS = 1024
 
 def works(device: int) -> bool:
     """Whether the kernels run on this CUDA device."""
-    return kernels.work(_attempt, device)
+    return triton_support.work(_attempt, device)
 
 
 def _attempt(cuda: torch.device) -> None:

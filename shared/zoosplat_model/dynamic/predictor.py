@@ -15,9 +15,9 @@ from zoosplat_model.dynamic.hexplane import Deformed
 from zoosplat_model.dynamic.scene import Scale
 from zoosplat_model.dynamic.schedule import Stage
 from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model.network.splatter import Gaussians, orientation
 from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering, rasterize
-from zoosplat_model.splatter import Gaussians, orientation
 
 
 class ShadedGaussians(Gaussians):

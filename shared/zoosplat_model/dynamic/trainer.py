@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoosplat.config import Dynamic
+from zoosplat.config.schema import Dynamic
 from zoosplat_model.dynamic.files import Checkpoint
 from zoosplat_model.dynamic.gaussians import NAMES, GaussianSet, colors_of
 from zoosplat_model.dynamic.hexplane import AXES, TIME, DeformationField, Deformed
@@ -19,8 +19,8 @@ from zoosplat_model.dynamic.scene import Scene
 from zoosplat_model.dynamic.schedule import SH_EVERY, STAGES, Actions, Stage, actions, decayed
 from zoosplat_model.frames import send
 from zoosplat_model.metrics import ssim_map
+from zoosplat_model.network.cuda_graph import Recorder
 from zoosplat_model.rasterize import Pairs, Rendering, Screen, rasterize
-from zoosplat_model.recorded import Recorder
 
 NEWEST = 0.4  # weight of the newest loss and PSNR in their averages
 ROOM = 2  # for pairs of Gaussians and tiles in a recorded iteration, over those that there have been

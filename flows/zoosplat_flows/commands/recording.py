@@ -1,0 +1,80 @@
+"""`zoosplat config check` and `zoosplat cameras`: what a configuration and a calibration say about the recording."""
+
+from __future__ import annotations
+
+from typing import Any, cast, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zoosplat.config.schema import Experiment
+from zoosplat.errors import Problems, UserError
+from zoosplat.geometry.cameras import Cameras
+from zoosplat.recording.calibration import Format, Unit, read_cameras
+from zoosplat.recording.checks import check_recording, kept_frames
+from zoosplat.stages.outside_files import check_outside_files
+from zoosplat.stages.prechecks import check_kept_frames
+from zoosplat.stages.registry import STAGES
+from zoosplat.storage import stores
+
+
+def read(files: list[str], format: str = "auto", unit: str = "auto") -> Cameras:
+    """Cameras of calibration files or URLs. Raises UserError also for an unknown format or unit."""
+    for option, value, known in (("--format", format, get_args(Format)), ("--unit", unit, get_args(Unit))):
+        if value not in known:
+            raise UserError(f"{option} {value}: choose one of {', '.join(known)}")
+    return read_cameras(files, format=cast(Any, format), unit=cast(Any, unit), open_bytes=_read)
+
+
+def _read(url: str) -> bytes:
+    try:
+        return stores.read_bytes(stores.normalize(url))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{url}: no such file") from None
+
+
+def show_cameras(cameras: Cameras) -> None:
+    """Print a table of cameras."""
+    table = Table(caption="pixels; positions in the calibration's world, metres", caption_justify="left")
+    for column in ("camera", "fx, fy", "cx, cy", "distortion k1 k2 p1 p2 k3", "position x, y, z"):
+        table.add_column(column)
+    for i, name in enumerate(cameras.names):
+        k = cameras.intrinsics[i]
+        distortion = cameras.distortion[i]
+        table.add_row(
+            name,
+            f"{k[0, 0]:.1f}, {k[1, 1]:.1f}",
+            f"{k[0, 2]:.1f}, {k[1, 2]:.1f}",
+            " ".join(f"{d:.3g}" for d in distortion) if distortion.any() else "none",
+            ", ".join(f"{x:.3f}" for x in cameras.centers_m[i]),
+        )
+    Console().print(table)
+
+
+def check(experiment: Experiment) -> None:
+    """Print what each camera's files hold. Raises UserError with a line for each problem found."""
+    problems, facts = Problems(), None
+    with problems.noted():
+        facts = check_recording(experiment)
+    with problems.noted():
+        check_outside_files(experiment, STAGES)
+    if facts is not None:
+        with problems.noted():
+            check_kept_frames(experiment, STAGES, kept_frames(experiment, facts.n_frames))
+    problems.report()
+    assert facts is not None
+    for warning in facts.warnings:
+        typer.echo(f"note: {warning}", err=True)
+    if facts.scene is not None:
+        typer.echo(f"{facts.n_frames} times, pictures of {facts.width} x {facts.height} pixels")
+        typer.echo("the configuration fits the scene")
+        return
+    table = Table("camera", "file", "size", "frames", "frames per second", "held out")
+    for i, name in enumerate(facts.cameras.names):
+        held_out = "yes" if i in experiment.holdout_views else ""
+        for file, info in ((experiment.data.videos[i], facts.videos[i]), (experiment.data.masks[i], facts.masks[i])):
+            frames = str(info.n_frames) if info.n_frames == info.n_declared else f"{info.n_frames} of {info.n_declared}"
+            table.add_row(name, file, f"{info.width} x {info.height}", frames, f"{info.fps:.2f}", held_out)
+    Console().print(table)
+    typer.echo("the configuration fits the recording")

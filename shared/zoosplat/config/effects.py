@@ -1,0 +1,109 @@
+"""What a key of the configuration determines: the settings and the outside files that a stage's result depends on.
+
+The keys declare it themselves, see `zoosplat.config.schema.Effect`; the identities of results are made from what is
+here.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from zoosplat.config.schema import Effect, Experiment, StageName
+from zoosplat.recording import dnerf
+from zoosplat.storage import stores
+
+
+@cache
+def effects() -> dict[str, Effect]:
+    """What each key declares, by its dotted name. Raises TypeError for a key without a declaration."""
+
+    def of(section: Any, prefix: str) -> Iterator[tuple[str, Effect]]:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from of(field.annotation, f"{prefix}{name}.")
+                continue
+            own = next((mark for mark in field.metadata if isinstance(mark, Effect)), section.effect)
+            if own is None:
+                raise TypeError(f"{prefix}{name} does not declare which results it determines: see config.Effect")
+            yield prefix + name, own
+
+    return dict(of(Experiment, ""))
+
+
+def affects(key: str) -> tuple[StageName, ...]:
+    """Stages whose own results a key determines, in the order of the pipeline. Raises KeyError for an unknown key."""
+    return effects()[key].stages
+
+
+def settings_of(stage: str, experiment: Experiment) -> dict[str, Any]:
+    """The part of a configuration that determines a stage's result: dotted keys and their JSON values.
+
+    A key that names outside files is absent, see `outside_files`, unless their own names matter too; so is one that the
+    experiment's other choices leave without effect, such as `dynamic.views` where a network is trained.
+    """
+    plain = experiment.model_dump(mode="json")
+    chosen: dict[str, Any] = {}
+    for key, effect in _of_stage(stage, experiment):
+        value = _at(plain, key)
+        if not _names_files(effect, value):
+            chosen[key] = value
+        elif effect.by_name:
+            chosen[key] = [posixpath.basename(name) for _, name in _names(key, value)]
+    return chosen
+
+
+def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
+    """What lies outside the project and determines a stage's result by its content: the key, and the whole URL.
+
+    In a list, the key has an index: `data.masks[2]`. The URL of `train.start_from` may be another project. The files of
+    a D-NeRF scene are found by reading its transforms; their keys are `data.directory/` and the path in it.
+
+    Raises:
+        UserError: a D-NeRF scene is not there or cannot be read, or a URL is of an unknown kind.
+    """
+    plain = experiment.model_dump(mode="json")
+    found: dict[str, str] = {}
+    for key, effect in _of_stage(stage, experiment):
+        value = _at(plain, key)
+        if not _names_files(effect, value):
+            continue
+        if key == "data.directory":
+            folder = stores.normalize(value)
+            found |= {f"{key}/{url.removeprefix(folder + '/')}": url for url in _files_of_scene(folder)}
+        else:
+            url_of = experiment.data.url if key.startswith("data.") else stores.normalize
+            found |= {place: url_of(name) for place, name in _names(key, value)}
+    return found
+
+
+def _of_stage(stage: str, experiment: Experiment) -> Iterator[tuple[str, Effect]]:
+    for key, effect in effects().items():
+        if stage in effect.stages and (effect.applies is None or effect.applies(experiment)):
+            yield key, effect
+
+
+def _names_files(effect: Effect, value: Any) -> bool:
+    return effect.names_files is not None and effect.names_files(value)
+
+
+def _at(plain: dict[str, Any], key: str) -> Any:
+    value: Any = plain
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _names(key: str, value: str | list[str]) -> list[tuple[str, str]]:
+    """Keys and names of one file or of a list of them."""
+    return [(key, value)] if isinstance(value, str) else [(f"{key}[{i}]", name) for i, name in enumerate(value)]
+
+
+def _files_of_scene(folder: str) -> list[str]:
+    scene = dnerf.read_scene(folder)
+    pictures = {picture for row in scene.pictures for picture in row if picture is not None}
+    return [stores.join(folder, name) for name in dnerf.FILES] + sorted(pictures)

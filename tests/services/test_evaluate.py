@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zoosplat.config.schema import Experiment
+from zoosplat.errors import UserError
+from zoosplat.stages import runs
+from zoosplat.stages.runner import run_stage
+from zoosplat.stages.runs import Project, Run
+from zoosplat.storage import schema, stores
+from zoosplat_evaluate import ops, stage
+from zoosplat_evaluate.stage import STAGE
+from zoosplat_model.frames import Frame
+from zoosplat_model.metrics import METRICS
+from zoosplat_model.network.splatter import Gaussians
+from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.rasterize import Rendering, rasterize
+
+T, C, SIDE, WIDTH, HEIGHT = 12, 3, 32, 64, 48
+HELD_OUT, SPOILT = 2, 9  # the camera; the frame whose photograph in that camera shows half an animal
+DISTANCE_M, FOCAL_PX = 1.0, 150.0
+
+
+def make_ball() -> Gaussians:
+    g = torch.Generator().manual_seed(0)
+    means = nn.functional.normalize(torch.randn(300, 3, generator=g), dim=1) * 0.05
+    quats = torch.tensor([1.0, 0, 0, 0]).expand(300, 4)
+    return Gaussians(means, quats, torch.full((300, 3), 0.01), torch.full((300,), 0.9), torch.rand(300, 3, generator=g))
+
+
+class Ball(nn.Module):
+    """A stand-in for a trained network: always the same ball of Gaussians round the animal's centre."""
+
+    def forward(self, frames: Sequence[Frame]) -> list[Gaussians]:
+        return [make_ball() for _ in frames]
+
+    def render(
+        self, gaussians: Gaussians, pose: Tensor, k: Tensor, width: int, height: int, cameras: Any = None
+    ) -> Rendering:
+        return rasterize(*gaussians, pose, k, width, height, background=torch.ones(3))
+
+
+def cameras() -> tuple[Any, Any]:
+    """Level cameras round the origin, 1 m away: K of the whole frame [C, 3, 3], world to camera [C, 4, 4]."""
+    poses = np.zeros((C, 4, 4))
+    for c, angle in enumerate(2 * np.pi * np.arange(C) / C):
+        forward = -np.array([math.cos(angle), math.sin(angle), 0])
+        rotation = np.stack([np.cross(forward, [0, 0, 1]), [0, 0, -1], forward])
+        poses[c, :3, :3], poses[c, :3, 3], poses[c, 3, 3] = rotation, [0, 0, DISTANCE_M], 1
+    k = np.array([[FOCAL_PX, 0, (WIDTH - 1) / 2], [0, FOCAL_PX, (HEIGHT - 1) / 2], [0, 0, 1]])
+    return np.tile(k, (C, 1, 1)), poses
+
+
+def experiment(folder: Path, **sections: Any) -> Experiment:
+    data = {
+        "directory": str(folder / "recording"),
+        "videos": ["a", "b", "c"],
+        "masks": ["d", "e", "f"],
+        "calibration": "c.h5",
+    }
+    data |= {"camera_names": ["left", "right", "top"]}
+    cube = {"ell": 0.3, "grid_size": 16}
+    values = {"data": data, "holdout_views": [HELD_OUT], "center_rotation": cube, "crop": cube, **sections}
+    return Experiment.model_validate({"ingest": {"frame_jump": 5}, **values})
+
+
+@pytest.fixture
+def make_project(finish: Callable[..., Any], write_group: Callable[..., None]) -> Callable[[Path, Experiment], Project]:
+    """Makes a project as the earlier stages leave it: its photographs are renderings of the ball, cut at alpha 0.5."""
+
+    def made(folder: Path, settings: Experiment) -> Project:
+        k, poses = cameras()
+        sizes = {"T": T, "C": C, "h": SIDE, "w": SIDE, "S": 1, "n": 16}
+        named = {"camera_names": ["left", "right", "top"], "fps": 20.0, "image_downsample": 1}
+        whole = {"full_width": WIDTH, "full_height": HEIGHT, "frame_jump": 5, "unit_m": DISTANCE_M}
+        origin = np.array([(WIDTH - SIDE) // 2, (HEIGHT - SIDE) // 2])
+        window = k.copy()
+        window[:, :2, 2] -= origin
+        views = torch.tensor(poses).float(), torch.tensor(window).float(), SIDE, SIDE
+        rgb, alpha = Ball().render(make_ball().to_world(torch.zeros(3), torch.tensor(0.3)), *views)
+        mask = np.tile(alpha.numpy() > 0.5, (T, 1, 1, 1))
+        mask[SPOILT, HELD_OUT, :, : SIDE // 2] = False
+        images = {
+            "rgb": np.rint(rgb.numpy() * 255),
+            "mask": mask,
+            "origin": origin,
+            "intrinsics": k,
+            "world_to_camera": poses,
+        }
+        tracking = {"principal_shift": 0, "centers": 0, "angles": 0.3, "valid": np.arange(T) != T - 1}
+        groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+            "center_rotation": ({}, tracking),
+            "crop": ({"ell_m": 0.3, "grid_size": 16}, {"volume_idx": [[0, 16]] * 3}),
+            "pack": (named | whole, images),
+        }
+        writers = {
+            stage: partial(write_group, sizes=sizes, attributes=attributes, values=values)
+            for stage, (attributes, values) in groups.items()
+        }
+        project = Project.at(str(folder / "project"))
+        finish(
+            project, settings, {**writers, "train": lambda url: stores.write_json(stores.join(url, "best.json"), {})}
+        )
+        return project
+
+    return made
+
+
+@pytest.fixture
+def with_ball(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_ball(run: Run, device: str) -> Predictor:
+        return Predictor(open_reader(run, torch.device("cpu")), Ball(), 0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "open", open_ball)
+
+
+def rows_of(project: Project, name: str) -> list[dict[str, str]]:
+    text = stores.read_bytes(stores.join(project.run().output_url("evaluate"), name)).decode()
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+@pytest.mark.usefixtures("with_ball")
+def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path
+) -> None:
+    settings = experiment(tmp_path, evaluate={"gallery_frames": 2})
+    project = make_project(tmp_path, settings)
+    assert run_stage(STAGE, project.run())
+    assert not run_stage(STAGE, project.run())
+
+    masks = schema.array(stores.open_group(project.run().output_url("pack")), "mask")
+    half = float(np.asarray(masks[SPOILT, HELD_OUT]).sum() / np.asarray(masks[0, HELD_OUT]).sum())
+    assert 0.4 < half < 0.6
+    # The test third is t = 8 .. 11, of which 11 is not valid.
+    each = {(int(r["t"]), r["camera"]): r for r in rows_of(project, "frames_test.csv")}
+    assert sorted(each) == [(t, name) for t in (8, 9, 10) for name in ("left", "right", "top")]
+    for (t, name), row in each.items():
+        spoilt = (t, name) == (SPOILT, "top")
+        assert int(row["frame"]) == 5 * t
+        assert float(row["iou"]) == pytest.approx(half if spoilt else 1, abs=1e-6)
+        # The rendering goes on beyond the cut at alpha 0.5, so it is close, not equal.
+        assert (float(row["ssim"]) > 0.96) != spoilt
+    means = {r["camera"]: r for r in rows_of(project, "metrics_test.csv")}
+    assert list(means) == ["left", "right", "top", "mean_observed", "mean_held_out"]
+    assert [r["held_out"] for r in means.values()] == ["0", "0", "1", "0", "1"]
+    assert {r["frames"] for r in means.values()} == {"3"}
+    assert float(means["mean_held_out"]["iou"]) == pytest.approx((2 + half) / 3, abs=1e-5)
+    for metric in METRICS:
+        by_hand = np.mean([float(each[t, name][metric]) for t in (8, 9, 10) for name in ("left", "right")])
+        assert float(means["mean_observed"][metric]) == pytest.approx(by_hand, rel=1e-4)
+
+    mark = project.run().read_mark("evaluate")
+    assert mark is not None
+    assert mark["frames"] == 3
+    assert mark["figures"]["held_out"]["iou"] == pytest.approx((2 + half) / 3, abs=1e-5)
+    assert mark["figures"]["observed"]["iou"] == 1
+
+    # The model's colours are right: correcting them changes little, but never for the worse over the split.
+    for row in means.values():
+        assert float(row["l1_corrected"]) <= float(row["l1"]) + 0.02
+    assert mark["figures"]["held_out"]["psnr_corrected"] == pytest.approx(
+        float(means["mean_held_out"]["psnr_corrected"]), abs=1e-3
+    )
+
+    url = project.run().output_url("evaluate")
+    gallery = json.loads(stores.read_bytes(stores.join(url, "gallery.json")))["pictures"]
+    assert [(p["camera"], p["t"], p["kind"]) for p in gallery[:3]] == [
+        ("top", 9, "worst"),
+        ("top", 8, "best"),
+        ("top", 10, "even"),
+    ]
+    assert [p["held_out"] for p in gallery] == [True] * 3 + [False] * 6
+    assert gallery[0]["iou"] == pytest.approx(half, abs=1e-6)
+    for name in [*(p["file"] for p in gallery), "per_frame.png"]:
+        picture = cv2.imdecode(np.frombuffer(stores.read_bytes(stores.join(url, name)), np.uint8), 1)
+        assert picture is not None
+        assert picture.shape == (500, 900, 3) if name == "per_frame.png" else (320, 968, 3)
+
+
+@pytest.mark.usefixtures("with_ball")
+def test_coarser_metrics_without_held_out_views(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path
+) -> None:
+    project = make_project(
+        tmp_path, experiment(tmp_path, holdout_views=[], evaluate={"image_downsample": 2, "split": "valid"})
+    )
+    run_stage(STAGE, project.run())
+    rows = rows_of(project, "metrics_valid.csv")
+    assert [r["camera"] for r in rows] == ["left", "right", "top", "mean_observed"]
+    assert all(r["frames"] == "4" and float(r["iou"]) > 0.9 for r in rows)
+    mark = project.run().read_mark("evaluate")
+    assert mark is not None
+    assert set(mark["figures"]) == {"observed"}
+
+
+@pytest.mark.usefixtures("with_ball")
+def test_another_gallery_takes_the_metrics_that_were_measured(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = experiment(tmp_path, evaluate={"gallery_frames": 0})
+    project = make_project(tmp_path, settings)
+    first = project.run()
+    run_stage(STAGE, first)
+    measured = []
+    monkeypatch.setattr(type(STAGE), "_measure", lambda *of: measured.append(of))
+    larger = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"gallery_frames": 3})})
+    second = runs.record(runs.resolve(project, larger), ["evaluate"])
+    assert run_stage(STAGE, second)
+    assert not measured
+    one, other = (
+        [
+            stores.read_bytes(stores.join(run.output_url("evaluate"), f"{name}_test.csv"))
+            for name in ("frames", "metrics")
+        ]
+        for run in (first, second)
+    )
+    assert one == other
+    galleries = [
+        len(list(stores.list_files(stores.join(r.output_url("evaluate"), "gallery")))) for r in (first, second)
+    ]
+    assert galleries[0] < galleries[1]
+
+
+@pytest.mark.usefixtures("with_ball")
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_cameras_that_differ_in_colour(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    # The photographs of one camera are darker by a known map: the plain figures suffer, the corrected ones do not; also
+    # where not all frames may be kept for the fit.
+    monkeypatch.setattr(stage, "FIT_BYTES", 0)
+    monkeypatch.setattr(stage, "FIT_LEAST", most)
+    rendered: list[int] = []
+    gaussians = Predictor.gaussians
+    monkeypatch.setattr(Predictor, "gaussians", lambda self, t: rendered.append(t) or gaussians(self, t))  # type: ignore[func-returns-value]
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0}))
+    images = stores.open_group(project.run().output_url("pack"), write=True)
+    rgb = schema.array(images, "rgb")
+    values = np.asarray(rgb[...])
+    values[:, 0] = np.rint(0.5 * values[:, 0])
+    rgb[...] = values
+    run_stage(STAGE, project.run())
+    assert sorted(rendered[:3]) == [8, 9, 10]  # each frame once, then the gallery's
+    rows = rows_of(project, "metrics_test.csv")
+    means = {r["camera"]: {k: float(v) for k, v in r.items() if k != "camera"} for r in rows}
+    assert means["left"]["l1"] > 3 * means["right"]["l1"]
+    assert means["left"]["l1_corrected"] < 0.5 * means["left"]["l1"]  # the rest: white that was darkened too, at edges
+    assert means["left"]["psnr_corrected"] > means["left"]["psnr"] + 3
+    assert means["right"]["l1_corrected"] == pytest.approx(means["right"]["l1"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "valid", "message"),
+    [
+        ({"split": "test"}, False, r"evaluate.split = test: no frame"),
+        ({"image_downsample": 9}, True, r"evaluate.image_downsample = 9: images of 64 x 48 px"),
+    ],
+)
+def test_what_cannot_be_evaluated(
+    make_project: Callable[[Path, Experiment], Project],
+    tmp_path: Path,
+    settings: dict[str, Any],
+    valid: bool,
+    message: str,
+) -> None:
+    project = make_project(tmp_path, experiment(tmp_path, evaluate=settings))
+    tracking = stores.open_group(project.run().output_url("center_rotation"), write=True)
+    schema.array(tracking, "valid")[...] = valid
+    with pytest.raises(UserError, match=message):
+        run_stage(STAGE, project.run())
+
+
+def test_means_leave_out_what_is_not_defined() -> None:
+    nan = math.nan
+    values = np.array([[[1.0, 2], [3, nan]], [[nan, 4], [5, nan]]])  # 2 frames, 2 cameras, 2 metrics
+    means = ops.camera_means(values)
+    np.testing.assert_array_equal(means, [[1, 3], [4, nan]])
+    np.testing.assert_array_equal(ops.group_means(means, [0, 1]), [2.5, 3])
+    np.testing.assert_array_equal(ops.group_means(means, [1]), [4, nan])
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (0, [(3, "worst"), (1, "best")]),
+        (1, [(3, "worst"), (1, "best"), (2, "even")]),
+        (3, [(3, "worst"), (1, "best"), (0, "even"), (2, "even"), (4, "even")]),
+        (9, [(3, "worst"), (1, "best"), (0, "even"), (2, "even"), (4, "even")]),
+    ],
+)
+def test_choice_of_frames(count: int, expected: list[tuple[int, str]]) -> None:
+    assert ops.choose_frames(np.array([0.5, 0.9, 0.6, 0.1, 0.5]), count) == expected
+
+
+def test_one_frame_is_shown_once() -> None:
+    assert ops.choose_frames(np.array([0.5]), 4) == [(0, "worst")]
+
+
+def test_table_cells() -> None:
+    data = ops.table(["name", "value"], [["a, b", 1 / 3], ["c", math.nan], ["d", 7]])
+    assert data.decode() == 'name,value\n"a, b",0.333333\nc,\nd,7\n'
+
+
+def test_comparison_shows_the_animal_large_and_the_error_dark() -> None:
+    # An animal of 10 x 10 px, so the square is 12 px wide: 320 / 12 px a pixel. Truth red, rendering with 0.5 in green.
+    mask = np.zeros((40, 50), dtype=bool)
+    mask[20:30, 5:15] = True
+    truth = np.where(mask[..., None], [1.0, 0.0, 0.0], 1.0)
+    rgb = np.where(mask[..., None], [1.0, 0.5, 0.0], 1.0)
+    assert ops.square_around(mask) == (4, 19, 16, 31)
+    picture = ops.comparison(rgb, mask * 1.0, truth, mask)
+    left, middle, right = picture[160, 160], picture[160, 324 + 160], picture[160, 648 + 160]
+    assert left.tolist() == [255, 0, 0]
+    assert middle.tolist() == [255, 128, 0]
+    # The mean error is 1/6, a third of the way from white to black: orange. Outside the animal: white.
+    assert right[0] == 255
+    assert 128 < right[1] < 255
+    assert right[2] == 0
+    for x in (5, 324 + 5, 648 + 5):
+        assert picture[5, x].tolist() == [255, 255, 255]
+    inside = np.flatnonzero((picture[160, :320] == [255, 0, 0]).all(-1))
+    assert abs(len(inside) - 320 * 10 / 12) < 320 / 12 + 2
+
+
+def test_nothing_seen_shows_the_window() -> None:
+    assert ops.square_around(np.zeros((40, 50), dtype=bool)) == (0, 0, 50, 40)
