@@ -285,13 +285,13 @@ class ByHand:
     @staticmethod
     def begin(folder: Path, experiment: Any, *force: str, until: str = "embedding", state: str = "begun") -> Any:
         """A recorded run; files outside that its configuration names are made up where there are none."""
-        from zoosplat.config import effects
+        from zoosplat.config import dependencies
         from zoosplat.stages import runs
         from zoosplat.stages.registry import PIPELINE
         from zoosplat_flows.execution.executor import select
 
         for spec in PIPELINE:
-            for url in effects.outside_files(spec.name, experiment).values():
+            for url in dependencies.outside_files(spec.name, experiment).values():
                 path = Path(url)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not path.exists():
@@ -354,7 +354,7 @@ def given_results(project: Any, experiment: Any, results: dict[str, Callable[[st
         results: stage -> writes its group or folder at a URL; in the order of the pipeline. Stages that are finished
             under this configuration are left as they are.
     """
-    from zoosplat.config import effects
+    from zoosplat.config import dependencies
     from zoosplat.stages import contract, runner, runs
     from zoosplat.storage import stores
 
@@ -367,7 +367,7 @@ def given_results(project: Any, experiment: Any, results: dict[str, Callable[[st
             return contract.Outcome(1)
 
     for stage in ("ingest", "pack"):
-        for url in effects.outside_files(stage, experiment).values():
+        for url in dependencies.outside_files(stage, experiment).values():
             if not stores.exists(url):
                 stores.write_bytes(url, b"0")
     run = runs.record(runs.resolve(project, experiment), list(results))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zoosplat.config.text import parse_yaml
+from zoosplat.config.serialization import parse_yaml
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import Mark, Result

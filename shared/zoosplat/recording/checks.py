@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.geometry.transforms import FloatArray
