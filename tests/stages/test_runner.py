@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat.config import dependencies
 from zoosplat.errors import LockLost, UserError
-from zoosplat.stages import command, runner
+from zoosplat.stages import command, dependencies, runner
 from zoosplat.stages.begin import begun
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
 from zoosplat.stages.registry import PIPELINE, STAGES

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoosplat.recording import dnerf
-
-HELD_OUT_CAMERA = 1  # Index of the camera `test` in `dnerf.SPLITS`.
-# Scene units: edge of the cube round the scene, twice the bound of 1.3 of the published tools (D-NeRF, 4D Gaussians).
+SPLITS = ("train", "test")  # The cameras of a scene, as D-NeRF (Pumarola 2021) names them.
+TRANSFORMS_FILES = tuple(f"transforms_{split}.json" for split in SPLITS)  # Their files, relative to data.directory.
+HELD_OUT_CAMERA = 1  # Index of the camera `test` in SPLITS.
+# Scene units: the edge of the cube in which the readers of 3D and 4D Gaussian splatting draw their first points.
 SCENE_EDGE = 2.6
 GRID_SIZE = 112  # Voxels along that edge; the default of crop.grid_size.
 
@@ -23,10 +23,10 @@ def with_dnerf_defaults(raw: Any) -> Any:
         return raw
     sections: dict[str, dict[str, Any]] = {
         "data": {
-            "videos": dnerf.FILES,
-            "masks": dnerf.FILES,
-            "camera_names": dnerf.SPLITS,
-            "calibration": dnerf.FILES[0],
+            "videos": TRANSFORMS_FILES,
+            "masks": TRANSFORMS_FILES,
+            "camera_names": SPLITS,
+            "calibration": TRANSFORMS_FILES[0],
             "up": (0.0, 0.0, 1.0),
         },
         "center_rotation": {"ell": SCENE_EDGE},

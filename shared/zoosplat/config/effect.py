@@ -1,6 +1,6 @@
 """Sections of the configuration, and how their keys declare which results they determine.
 
-`zoosplat.config.dependencies` reads the declarations; the identity of a result comes from them.
+`zoosplat.stages.dependencies` reads the declarations; the identity of a result comes from them.
 """
 
 from __future__ import annotations

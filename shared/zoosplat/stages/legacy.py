@@ -10,10 +10,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from zoosplat.config import dependencies
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
+from zoosplat.stages import dependencies, runs
 from zoosplat.stages.registry import PIPELINE, STAGES, StageSpec
 from zoosplat.stages.results import DONE, REQUEST, Mark, Result, digest_of
 from zoosplat.stages.runs import LEGACY_RUN, Draft, Project, Run

@@ -24,10 +24,10 @@ from typing import Any
 
 import zarr
 
-from zoosplat.config import dependencies
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import UserError
+from zoosplat.stages import dependencies
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.results import FOLDER, REQUEST, Mark, Request, Result, Source, attempt_of, is_id
 from zoosplat.storage import leases, stores

@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
-from zoosplat.config.dependencies import declared_effects, outside_files, settings_of
 from zoosplat.config.effect import StageName
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
+from zoosplat.stages.dependencies import declared_effects, outside_files, settings_of
 from zoosplat.stages.registry import PIPELINE
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -182,7 +182,7 @@ def test_a_scene_counts_with_its_transforms_and_all_its_pictures(tmp_path: Path)
 def test_neither_torch_nor_a_service_is_imported() -> None:
     code = (
         "import sys; from zoosplat.config.load import read_config\n"
-        "from zoosplat.config.dependencies import settings_of, outside_files\n"
+        "from zoosplat.stages.dependencies import settings_of, outside_files\n"
         f"e = read_config({DEMO!r}); settings_of('train', e); outside_files('features', e)\n"
         f"heavy = [n for n in sys.modules if n in ('torch', 'zoosplat_model', 'zoosplat_features', 'cv2')]\n"
         "sys.exit(str(heavy) if heavy else 0)"

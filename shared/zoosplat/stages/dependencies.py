@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from zoosplat.config.dnerf_defaults import TRANSFORMS_FILES
 from zoosplat.config.effect import Condition, Effect
 from zoosplat.config.experiment import Experiment
 from zoosplat.recording import dnerf
@@ -106,4 +107,4 @@ def _named_files(key: str, value: str | list[str]) -> list[tuple[str, str]]:
 def _dnerf_files(folder: str) -> list[str]:
     scene = dnerf.read_scene(folder)
     pictures = {picture for row in scene.pictures for picture in row if picture is not None}
-    return [stores.join(folder, name) for name in dnerf.FILES] + sorted(pictures)
+    return [stores.join(folder, name) for name in TRANSFORMS_FILES] + sorted(pictures)
