@@ -26,7 +26,7 @@ from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PREPROCESSING
 from zoosplat.stages.run_records import record_run
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects
 from zoosplat_flows.execution.executor import Progress
 from zoosplat_flows.runners import containers
 from zoosplat_flows.runners.kubernetes.runner import job_manifest
@@ -203,7 +203,7 @@ def test_a_url_is_no_pattern(s3_here: S3) -> None:
     for key in keys:
         s3_here.client.put_object(Bucket=name, Key=key, Body=b"")
     for project in ("p[12]", "p?", "p*"):
-        stores.delete(f"s3://{name}/{project}/results")
+        objects.delete(f"s3://{name}/{project}/results")
         keys.remove(f"{project}/results/ingest/0/done.json")
         assert set(s3_here.objects(name)) == keys
 
@@ -246,7 +246,7 @@ def test_a_container_reads_no_local_file(
     line = refusal(stages("ingest", f"s3://{name}/p", env=inside), "ingest")
     assert "stages in containers read and write S3 alone; use s3://bucket/prefix" in line
     assert set(s3.objects(name)) - {f"p/{CONFIG}"} == {
-        f"recording/{path}" for path in stores.list_files(str(recording.folder))
+        f"recording/{path}" for path in listing.list_files(str(recording.folder))
     }
     if case == "home":
         return

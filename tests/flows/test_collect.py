@@ -20,7 +20,7 @@ from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, REQUEST, Result
 from zoosplat.stages.runs import Run
-from zoosplat.storage import leases, stores
+from zoosplat.storage import leases, listing, objects, urls
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands import collect
 from zoosplat_flows.commands.collect import in_bytes, look
@@ -50,13 +50,13 @@ def gc(project: str, *arguments: str) -> list[str]:
 
 
 def files(url: str) -> set[str]:
-    return set(stores.list_files(url))
+    return set(listing.list_files(url))
 
 
 def make(run: Run, by_hand: ByHand, *stages: str) -> None:
     """Results of 1000 bytes and their marks."""
     for stage in stages or NAMES:
-        stores.write_bytes(stores.join(run.output_url(stage), "part", "block"), bytes(1000))
+        objects.write_bytes(urls.join(run.output_url(stage), "part", "block"), bytes(1000))
         by_hand.mark(run, stage)
 
 
@@ -99,8 +99,8 @@ def test_keep_last_removes_runs_and_what_only_they_refer_to(three: list[Run]) ->
     lines = gc(url, "--keep-last", "1", "--dry-run")
     assert files(url) == before
     assert {line.partition(":")[0] + "/" for line in lines[:-1]} == gone
-    size = len(stores.read_bytes(first.result("train").file(DONE))) + 1000
-    size += len(stores.read_bytes(first.result("train").file(REQUEST)))
+    size = len(objects.read_bytes(first.result("train").file(DONE))) + 1000
+    size += len(objects.read_bytes(first.result("train").file(REQUEST)))
     assert f"results/train/{first.result('train').id}: {in_bytes(size)}" in lines
     assert lines[-1].startswith("would free about ")
 
@@ -120,8 +120,8 @@ def test_a_forced_attempt_that_is_freed_leaves_the_one_before(three: list[Run], 
     forced = by_hand.begin(Path(project.url), last.experiment, "train", state="done")
     make(forced, by_hand, *LATER)
     assert forced.result("train").id == f"{last.result('train').id}-2"
-    stores.write_json(project.path("latest.json"), {"run": last.id})
-    stores.delete(forced.path("run.json"))
+    objects.write_json(project.path("latest.json"), {"run": last.id})
+    objects.delete(forced.path("run.json"))
     assert f"results/train/{forced.result('train').id}" in "".join(gc(project.url))
     draft = draft_run(project, last.experiment)
     assert draft.results["train"].id == last.result("train").id
@@ -130,7 +130,7 @@ def test_a_forced_attempt_that_is_freed_leaves_the_one_before(three: list[Run], 
 
 def test_runs_that_are_alive_and_the_latest_are_left(three: list[Run]) -> None:
     project = three[0].project
-    stores.write_json(project.path("latest.json"), {"run": three[0].id})
+    objects.write_json(project.path("latest.json"), {"run": three[0].id})
     with leases.locked(three[1].path("lease"), lambda: None):
         lines = gc(project.url, "--keep-last", "1")
     assert f"left runs/{three[1].id}: a process works on it" in lines
@@ -141,7 +141,7 @@ def test_runs_that_are_alive_and_the_latest_are_left(three: list[Run]) -> None:
 
 def orphans(three: list[Run]) -> Run:
     """The first run, whose record is lost: what only it referred to is free."""
-    stores.delete(three[0].path())
+    objects.delete(three[0].path())
     return three[0]
 
 
@@ -257,7 +257,7 @@ def test_the_same_on_s3(three: list[Run], s3_here: S3) -> None:
     local = three[0].project.url
     s3_here.put_folder(Path(local), bucket, "project")
     url = f"s3://{bucket}/project"
-    stores.write_bytes(f"{url}/results/train/mine/x", b"mine")
+    objects.write_bytes(f"{url}/results/train/mine/x", b"mine")
     gone = {f"runs/{three[0].id}/"} | {f"results/{stage}/{three[0].result(stage).id}/" for stage in LATER}
     before = files(url)
     with leases.locked(f"{url}/runs/{three[1].id}/lease", lambda: None):

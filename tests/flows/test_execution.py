@@ -23,7 +23,7 @@ from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, downstream
 from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 from zoosplat_flows.execution import executor
 from zoosplat_flows.execution.executor import (
     Exhausted,
@@ -126,7 +126,7 @@ def perform(request: pytest.FixtureRequest) -> Perform:
 def _no_page(run: Run, state: str) -> str:
     """In place of the report, which fakes leave nothing to show in."""
     url = run.path("report", "index.html")
-    stores.write_bytes(url, state.encode())
+    objects.write_bytes(url, state.encode())
     return url
 
 

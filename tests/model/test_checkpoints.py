@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import listing, urls
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
 
@@ -33,7 +33,7 @@ def save(model_url: str, step: int, best_step: int | None = None, keep_last: int
 
 
 def files(model_url: str) -> list[str]:
-    return [n.removesuffix(".safetensors") for n in stores.list_files(stores.join(model_url, "checkpoints"))]
+    return [n.removesuffix(".safetensors") for n in listing.list_files(urls.join(model_url, "checkpoints"))]
 
 
 def test_moments_come_back_in_the_layout_of_the_weights() -> None:

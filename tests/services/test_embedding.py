@@ -21,7 +21,7 @@ from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.storage import schema, stores
+from zoosplat.storage import fingerprints, groups, listing, objects, schema, urls
 from zoosplat_embedding import ops
 from zoosplat_embedding.stage import STAGE, _kind
 from zoosplat_flows.cli.app import app
@@ -279,8 +279,8 @@ def test_the_stage_writes_group_and_table(project_of: Callable[..., Project], tm
     again = record_run(draft_run(project, open_run(project).experiment, ["embedding"]), ["embedding"])
     assert run_stage(STAGE, again)
     assert again.id == open_run(project).id != run.id
-    for name in stores.list_files(run.output_url("embedding")):
-        one, other = (stores.read_bytes(stores.join(r.output_url("embedding"), name)) for r in (run, again))
+    for name in listing.list_files(run.output_url("embedding")):
+        one, other = (objects.read_bytes(urls.join(r.output_url("embedding"), name)) for r in (run, again))
         assert one == other, name
     assert (tmp_path / "a" / "latest" / "embedding.csv").read_bytes() == table
 
@@ -291,7 +291,7 @@ def test_fitted_to_all_frames_it_tells_what_the_first_third_does_not_show(
     told = {}
     for fit_to in ("third", "all"):
         project = project_of(tmp_path / fit_to, fit_to=fit_to)
-        features = schema.array(stores.open_group(open_run(project).output_url("features"), write=True), "features")
+        features = schema.array(groups.open_group(open_run(project).output_url("features"), write=True), "features")
         later = np.where(np.arange(90) < 60, 0.0, np.sin(np.arange(90)))  # in the last third, in a direction of its own
         own = np.linalg.qr(np.random.default_rng(9).normal(size=(3, 40)).T, mode="complete")[0][:, 20]
         features[...] = np.asarray(features[...]) + 5 * later[:, None] * own
@@ -315,7 +315,7 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert "1 of the first third of 90 frames have a visual hull, too few to fit an embedding" in error
     assert error.count("\n") == 1
-    stores.delete(open_run(project).result("features").file("done.json"))
+    objects.delete(open_run(project).result("features").file("done.json"))
     assert main(STAGE, ["--project", project.url]) == 2
     assert "features.zarr is not complete; run stage features first" in capsys.readouterr().err
 
@@ -326,7 +326,7 @@ def test_weights_are_of_one_kind_wherever_their_file_lies(tmp_path: Path) -> Non
     for file in (one, other):
         file.write_bytes(b"weights")
     changed.write_bytes(b"Weights")
-    content = stores.content_fingerprint(str(one))
+    content = fingerprints.content_fingerprint(str(one))
     about = {"encoder": "images", "radius_m": 0.1, "block": 64}
     expected = {"encoder": "images", "radius_m": 0.1, "weights": content}
     for weights in (str(one), str(other), content):
@@ -343,7 +343,7 @@ def test_recordings_embedded_together(project_of: Callable[..., Project], tmp_pa
     run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
     assert run.exit_code == 0, run.output
     assert str(output / "embedding.csv") in run.output
-    group = stores.open_group(str(output / "embedding.zarr"))
+    group = groups.open_group(str(output / "embedding.zarr"))
     found = arrays_of(group)
     assert found["recording"].tolist() == [0] * 90 + [1] * 60
     assert found["t"].tolist() == [*range(90), *range(60)]
@@ -357,7 +357,7 @@ def test_recordings_embedded_together(project_of: Callable[..., Project], tmp_pa
     header = (output / "embedding.csv").read_text().splitlines()[0]
     assert header.startswith("recording,t,frame,time,valid,center_x")
 
-    stores.open_group(open_run(second).output_url("features"), write=True).attrs["encoder"] = "images"
+    groups.open_group(open_run(second).output_url("features"), write=True).attrs["encoder"] = "images"
     run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
     assert run.exit_code == 2
     assert "is there already; choose an --output that holds no files" in run.output
@@ -397,7 +397,7 @@ def test_a_run_that_is_not_the_latest_is_embedded_by_its_id(
     for number, (which, dimensions) in enumerate(named.items()):
         run = CliRunner().invoke(app, ["embed", which, which, "--output", f"both{number}"])
         assert run.exit_code == 0, run.output
-        group = stores.open_group(str(tmp_path / f"both{number}" / "embedding.zarr"))
+        group = groups.open_group(str(tmp_path / f"both{number}" / "embedding.zarr"))
         assert schema.read(group, "embedding").shape == (180, dimensions)
     run = CliRunner().invoke(app, ["embed", "a@2026@1999", "--output", "none"])
     assert (run.exit_code, "there is no run 1999" in run.output) == (2, True)

@@ -16,7 +16,7 @@ from zoosplat.stages.command import parse_shard
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PREPROCESSING
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema
 
 if TYPE_CHECKING:
     from tests.conftest import Recording, Stages
@@ -173,7 +173,7 @@ def test_long_recording(recording: Recording, stages: Stages, finished: Path, tm
         assert mark["peak_memory_bytes"] < 1 << 30
         assert mark["peak_memory_bytes"] < short_mark["peak_memory_bytes"] + (100 << 20)
     long, short = (
-        schema.array(stores.open_group(run.output_url("ingest")), "mask")
+        schema.array(groups.open_group(run.output_url("ingest")), "mask")
         for run in (open_run(Project.at(str(project))), short_run)
     )
     assert (np.asarray(long[41 * 144 :]) == np.asarray(short[...])).all()

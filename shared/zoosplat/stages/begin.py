@@ -17,7 +17,7 @@ from zoosplat.stages.registry import STAGES, upstream
 from zoosplat.stages.run_records import hold_run, is_run_of
 from zoosplat.stages.runs import Run
 from zoosplat.stages.sources import FingerprintCache
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def check_forced(force: list[str], stages: list[str]) -> None:
 
 
 def _check_folder(project: Project) -> None:
-    if not stores.is_s3(project.url):
+    if not urls.is_s3(project.url):
         place = next(each for each in (Path(project.url), *Path(project.url).parents) if each.exists())
         if not place.is_dir():
             raise UserError(f"{project.url}: {place} is a file; choose another folder")

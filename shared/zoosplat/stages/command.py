@@ -19,7 +19,7 @@ from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.runs import Run
 from zoosplat.stages.steps import finish, prepare, read_plan, run_shard
-from zoosplat.storage import stores
+from zoosplat.storage.errors import as_user_error
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -136,7 +136,7 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
 
 def failed(stage: str, error: Exception, url: str) -> int:
     """Say in one line what went wrong; the exit status. Other errors than the user's are raised again."""
-    known = error if isinstance(error, UserError) else stores.as_user_error(error, url)
+    known = error if isinstance(error, UserError) else as_user_error(error, url)
     if known is None:
         raise error
     lines = [*str(known).splitlines(), *getattr(known, "__notes__", ())]

@@ -10,7 +10,7 @@ from pathlib import Path
 from zoosplat.stages.projects import LATEST_LINKS
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import CONFIG, LOGS, REPORT, Run
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 def link_latest(run: Run) -> None:
@@ -19,14 +19,14 @@ def link_latest(run: Run) -> None:
     Only symbolic links are made, replaced or removed; anything else in that folder is left as it is.
     """
     project = run.project
-    if stores.is_s3(project.url) or project.latest_id() != run.id:
+    if urls.is_s3(project.url) or project.latest_id() != run.id:
         return
     folder = Path(project.path(LATEST_LINKS))
     targets = {name: run.path(name) for name in (REPORT, LOGS, CONFIG)}
     for stage, result in run.results.items():
         if result.is_done():
             for name in (STAGES[stage].writes, *STAGES[stage].also):
-                targets[name] = stores.join(result.data_folder, name)
+                targets[name] = urls.join(result.data_folder, name)
     # A file system without links costs the plain names, not the run; so does another process that does the same.
     with contextlib.suppress(OSError, NotImplementedError):
         folder.mkdir(exist_ok=True)

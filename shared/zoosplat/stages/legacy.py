@@ -14,7 +14,7 @@ from zoosplat.stages.projects import LEGACY_CONFIG, LEGACY_RUN, Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import Mark, Result
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 
 MARKS = "_marks"  # The folder of the stages' marks.
 
@@ -42,7 +42,7 @@ def legacy_run(project: Project) -> Run:
     experiment = _read_experiment(project)
     results: dict[str, Result] = {}
     for spec in PIPELINE:
-        mark = stores.read_json(project.path(MARKS, f"{spec.name}.json"))
+        mark = objects.read_json(project.path(MARKS, f"{spec.name}.json"))
         folder = project.url
         location = None if mark is None else mark.get("location")
         if location is not None:
@@ -56,7 +56,7 @@ def legacy_run(project: Project) -> Run:
 def _read_experiment(project: Project) -> Experiment:
     where = project.path(LEGACY_CONFIG)
     try:
-        return Experiment.from_yaml(stores.read_bytes(where).decode())
+        return Experiment.from_yaml(objects.read_bytes(where).decode())
     except FileNotFoundError:
         raise UserError(f"{project.url}: holds neither a run nor {LEGACY_CONFIG}") from None
     except UnicodeDecodeError:

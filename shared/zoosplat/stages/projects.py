@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 
 RUNS = "runs"  # The folder of the runs' records.
 LATEST = "latest.json"  # The file that names the run that was begun last.
@@ -27,16 +27,16 @@ class Project:
 
     @classmethod
     def at(cls, url: str) -> Project:
-        """The project at a path or URL, whether or not anything is there. Raises UserError as `stores.normalize`."""
-        return cls(stores.normalize(url))
+        """The project at a path or URL, whether or not anything is there. Raises UserError as `urls.normalize`."""
+        return cls(urls.normalize(url))
 
     def path(self, *parts: str) -> str:
         """URL of a file or folder in it."""
-        return stores.join(self.url, *parts)
+        return urls.join(self.url, *parts)
 
     def run_ids(self) -> list[str]:
         """Ids of all runs, the oldest first: an id begins with the time when the run was begun."""
-        return sorted(name for name in stores.list_dirs(self.path(RUNS)) if not name.startswith("."))
+        return sorted(name for name in listing.list_folders(self.path(RUNS)) if not name.startswith("."))
 
     def exists(self) -> bool:
         """Whether there is a project, of today's layout or of the one before."""
@@ -44,9 +44,9 @@ class Project:
 
     def is_legacy(self) -> bool:
         """Whether it is of the layout before runs: one experiment.yaml, and marks in `_marks`."""
-        return stores.read_json(self.path(LATEST)) is None and stores.exists(self.path(LEGACY_CONFIG))
+        return objects.read_json(self.path(LATEST)) is None and objects.exists(self.path(LEGACY_CONFIG))
 
     def latest_id(self) -> str | None:
         """Id of the run that was begun last; None where there is none."""
-        latest = stores.read_json(self.path(LATEST))
+        latest = objects.read_json(self.path(LATEST))
         return None if latest is None else str(latest["run"])

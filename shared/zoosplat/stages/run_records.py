@@ -18,7 +18,7 @@ from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import RESULTS
 from zoosplat.stages.runs import CONFIG, RECORD, Run
 from zoosplat.stages.sources import remember
-from zoosplat.storage import leases, stores
+from zoosplat.storage import leases, objects
 
 MAX_RUNS_SEARCHED = 10  # The newest runs, among which a command finds the run that it goes on with.
 
@@ -52,8 +52,8 @@ def record_run(draft: Draft, stages: Collection[str], state: str = "begun") -> R
     for stage in draft.forced & draft.requests.keys():
         # The attempt is taken now: a run that is stopped before this stage begins leaves it to the next one.
         draft.results[stage].claim(draft.requests[stage])
-    stores.write_bytes(project.path(RUNS, run_id, CONFIG), text.encode())
-    stores.write_json(
+    objects.write_bytes(project.path(RUNS, run_id, CONFIG), text.encode())
+    objects.write_json(
         project.path(RUNS, run_id, RECORD),
         {
             "id": run_id,
@@ -66,7 +66,7 @@ def record_run(draft: Draft, stages: Collection[str], state: str = "begun") -> R
             "stages": {},
         },
     )
-    stores.write_json(project.path(LATEST), {"run": run_id})
+    objects.write_json(project.path(LATEST), {"run": run_id})
     remember(project, draft.sources())
     return Run.load(project, run_id)
 
@@ -84,8 +84,8 @@ def hold_run(draft: Draft, stages: Collection[str]) -> Iterator[Run]:
             run = record_run(draft, stages)
             held.enter_context(leases.try_locked(run.path("lease")))
         elif draft.project.latest_id() != run.id:
-            stores.write_json(draft.project.path(LATEST), {"run": run.id})
-        stores.remove_partials(run.path())
+            objects.write_json(draft.project.path(LATEST), {"run": run.id})
+        objects.remove_partials(run.path())
         remember(draft.project, draft.sources())
         link_latest(run)
         yield run

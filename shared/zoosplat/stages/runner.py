@@ -14,7 +14,8 @@ from zoosplat.stages.projects import Project
 from zoosplat.stages.runs import Run
 from zoosplat.stages.spawning import pack_call, run_spawned, spawning
 from zoosplat.stages.steps import finish_held, hold_alone, prepare_held, run_shard, shard_is_done
-from zoosplat.storage import stores
+from zoosplat.storage import s3_client
+from zoosplat.storage.errors import as_user_error
 
 
 def _no_progress(done: int, total: int, message: str) -> None:
@@ -27,7 +28,7 @@ _queue: Any = None  # of a worker process: where its progress goes
 def _start_worker(queue: Any) -> None:
     global _queue
     _queue = queue
-    stores.expect_answers()
+    s3_client.expect_answers()
 
 
 def _shard_in_worker(stage: Stage, url: str, run_id: str, index: int, plan: Plan) -> None:
@@ -36,7 +37,7 @@ def _shard_in_worker(stage: Stage, url: str, run_id: str, index: int, plan: Plan
         run_shard(stage, ctx, index, plan)
     except Exception as error:
         # Here and not in the parent: exceptions of other libraries do not always survive the way between processes.
-        raise stores.as_user_error(error, url) or error from error
+        raise as_user_error(error, url) or error from error
 
 
 def run_stage(stage: Stage, run: Run, *, workers: int = 1, progress: StageProgress = _no_progress) -> bool:

@@ -23,7 +23,7 @@ from zoosplat.stages import dependencies
 from zoosplat.stages.projects import RUNS, Project
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.results import RESULTS, Mark, Request, Result, Source, is_result_id, parse_attempt
-from zoosplat.storage import stores
+from zoosplat.storage import groups, listing, objects, urls
 
 # Names in a run's folder.
 CONFIG, RECORD, REPORT, LOGS = "config.yaml", "run.json", "report", "logs"
@@ -54,9 +54,9 @@ class Run:
     def load(cls, project: Project, run_id: str) -> Run:
         """A run from its record. Raises UserError where the record is missing or damaged."""
         where = project.path(RUNS, run_id)
-        record = stores.read_json(stores.join(where, RECORD))
+        record = objects.read_json(urls.join(where, RECORD))
         try:
-            text = stores.read_bytes(stores.join(where, CONFIG)).decode()
+            text = objects.read_bytes(urls.join(where, CONFIG)).decode()
         except FileNotFoundError:
             text = None
         if record is None or text is None:
@@ -73,7 +73,7 @@ class Run:
             if entry is None:
                 continue
             home = entry.get("project")
-            where_made = project.url if home is None else stores.normalize(home)
+            where_made = project.url if home is None else urls.normalize(home)
             results[stage] = Result.at(where_made, stage, entry["id"], reused=home is not None)
             sources[stage] = {key: Source(**value) for key, value in entry["sources"].items()}
             versions[stage] = int(entry["version"])
@@ -85,7 +85,7 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """What `run.json` holds: results, and state and times of the stages."""
-        return stores.read_json(self.path(RECORD)) or {}
+        return objects.read_json(self.path(RECORD)) or {}
 
     def result(self, stage: str) -> Result:
         """The result of a stage, finished or not.
@@ -139,7 +139,7 @@ class Run:
             return {**{key: request[key] for key in ("version", "inputs")}, "settings": kept, "contents": contents}
 
         wanted = rest(json.loads(json.dumps(self.request(stage).to_json())))
-        for name in filter(is_result_id, stores.list_dirs(self.project.path(RESULTS, stage))):
+        for name in filter(is_result_id, listing.list_folders(self.project.path(RESULTS, stage))):
             result = Result.at(self.project.url, stage, name)
             mark = result.mark()
             if mark is not None and rest(mark) == wanted:
@@ -170,7 +170,7 @@ class Run:
             result = self.result(stage)
             complete = result.require().get("files") is not None
             try:
-                self._opened[stage] = stores.open_group(result.data_url, complete=complete)
+                self._opened[stage] = groups.open_group(result.data_url, complete=complete)
             except FileNotFoundError:
                 raise UserError(
                     f"{result.data_url}: gone, though its mark is there; run stage {stage} with --force"
@@ -180,5 +180,5 @@ class Run:
 
 def attempts(project: Project, request: Request) -> list[int]:
     """Numbers of the attempts at a request that a project has, finished or not, whatever `request.attempt` is."""
-    names = stores.list_dirs(project.path(RESULTS, request.stage))
+    names = listing.list_folders(project.path(RESULTS, request.stage))
     return [n for n in (parse_attempt(name, request.base) for name in names) if n is not None]

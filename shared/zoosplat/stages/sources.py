@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from zoosplat.stages.projects import RUNS, Project
 from zoosplat.stages.results import Source
-from zoosplat.storage import stores
+from zoosplat.storage import fingerprints, objects
 
 SOURCES = "sources.json"  # In the folder of the runs: URL -> state and fingerprint of a file.
 
@@ -17,11 +17,11 @@ def refresh(source: Source, hashing: Callable[[str], None] = lambda url: None) -
     Raises:
         FileNotFoundError, IsADirectoryError, NotADirectoryError: it is no longer there.
     """
-    state = str(stores.stat(source.url))
+    state = str(fingerprints.stat(source.url))
     if state == source.state:
         return source
     hashing(source.url)
-    return Source(source.url, stores.content_fingerprint(source.url), state)
+    return Source(source.url, fingerprints.content_fingerprint(source.url), state)
 
 
 class FingerprintCache:
@@ -34,7 +34,7 @@ class FingerprintCache:
 
     def __init__(self, project: Project, hashing: Callable[[str], None] = lambda url: None) -> None:
         self._hashing = hashing
-        remembered = stores.read_json(project.path(RUNS, SOURCES)) or {}
+        remembered = objects.read_json(project.path(RUNS, SOURCES)) or {}
         self._known = {url: Source(url, entry["fingerprint"], entry["state"]) for url, entry in remembered.items()}
 
     def source(self, url: str) -> Source | None:
@@ -50,11 +50,11 @@ class FingerprintCache:
 def remember(project: Project, sources: Iterable[Source]) -> None:
     """Keep the fingerprints of files, so that the next run of the project does not hash them again."""
     url = project.path(RUNS, SOURCES)
-    known = stores.read_json(url) or {}
+    known = objects.read_json(url) or {}
     found = {
         source.url: {"state": source.state, "fingerprint": source.fingerprint}
         for source in sources
-        if source.state and stores.is_settled(source.url)
+        if source.state and fingerprints.is_settled(source.url)
     }
     if any(known.get(key) != value for key, value in found.items()):
-        stores.write_json(url, {**known, **found})
+        objects.write_json(url, {**known, **found})

@@ -12,7 +12,7 @@ from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.results import RESULTS, Result, Source
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 def trained_result(url: str) -> Result | None:
@@ -20,7 +20,7 @@ def trained_result(url: str) -> Result | None:
 
     Of a project it is that of the newest run which has one.
     """
-    url = stores.normalize(url)
+    url = urls.normalize(url)
     parent, _, name = url.rpartition("/")
     home, _, kind = parent.rpartition("/")
     if kind == "train" and home.endswith(f"/{RESULTS}"):
@@ -71,7 +71,7 @@ def _source_of_unfinished(project: Project, experiment: Experiment, url: str) ->
     if run is None or "train" not in run.results or run.results["train"].is_done():
         return None
     source = run.sources["train"].get("train.start_from")
-    if source is None or not source.url.startswith(stores.join(url, RESULTS, "train") + "/"):
+    if source is None or not source.url.startswith(urls.join(url, RESULTS, "train") + "/"):
         return None
     return source if run.experiment.to_yaml() == _with_start_from(experiment, source.url).to_yaml() else None
 

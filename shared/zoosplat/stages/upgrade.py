@@ -15,7 +15,7 @@ from zoosplat.stages.registry import PIPELINE, STAGES, StageSpec
 from zoosplat.stages.results import DONE, REQUEST, Mark, Result, json_digest
 from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import fingerprints, objects
 
 # Which part of the configuration a stage's digest was made from: sections and keys, those with a `-` taken out again.
 SETTINGS = {
@@ -88,7 +88,7 @@ def _why_not_current(spec: StageSpec, mark: Mark, old: Run, draft: Draft, kept: 
     if mark["version"] != spec.version:
         return f"is of version {mark['version']} of the stage; this is version {spec.version}"
     inputs = {name: (old.read_mark(name) or {}).get("digest") for name in spec.reads}
-    sources = [stores.legacy_fingerprint(url) for url in _source_urls(spec.name, old.experiment)]
+    sources = [fingerprints.legacy_fingerprint(url) for url in _source_urls(spec.name, old.experiment)]
     settings = _settings(spec.name, old.experiment)
     if json_digest([spec.name, spec.version, settings, inputs, sources]) != mark["digest"]:
         return "was made from other files or settings than those of today"
@@ -144,8 +144,8 @@ def _adopt(project: Project, mark: Mark, request: Mark, found: Result) -> Result
     new = {**mark, **request, "run": LEGACY_RUN, "data": place}
     for key in ("digest", "location"):
         new.pop(key, None)
-    stores.write_json(result.file(REQUEST), request)
-    stores.write_json(result.file(DONE), new)
+    objects.write_json(result.file(REQUEST), request)
+    objects.write_json(result.file(DONE), new)
     return Result.at(project.url, request["stage"], request["id"])
 
 

@@ -15,7 +15,7 @@ from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 
 
 def loop_video(source: Path, target: Path, times: int) -> None:
@@ -57,8 +57,8 @@ def begin_with_results(project: Project, experiment: Experiment, results: Mappin
 
     for stage in ("ingest", "pack"):
         for url in outside_files(stage, experiment).values():
-            if not stores.exists(url):
-                stores.write_bytes(url, b"0")
+            if not objects.exists(url):
+                objects.write_bytes(url, b"0")
     run = record_run(draft_run(project, experiment), list(results))
     for stage in results:
         runner.run_stage(StandIn(stage), run)
