@@ -13,7 +13,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, StageSpec
 from zoosplat.stages.results import DONE, Mark, Result
 from zoosplat.stages.runs import RUNS, Project, Run
-from zoosplat.storage import leases, stores
+from zoosplat.storage import leases, objects
 
 COLOURS = {"done": "green", "reused": "green", "partial": "yellow", "damaged": "red", "missing": "dim"}
 RUN_COLOURS = {"done": "green", "adopted": "green", "running": "cyan", "failed": "red"}
@@ -109,7 +109,7 @@ def run_state(project: Project, record: Mark) -> str:
     entries = {stage: record["results"].get(stage) for stage in record["selected"]}
     finished = all(
         entry is not None
-        and stores.exists(Result.at(entry.get("project") or project.url, stage, entry["id"]).file(DONE))
+        and objects.exists(Result.at(entry.get("project") or project.url, stage, entry["id"]).file(DONE))
         for stage, entry in entries.items()
     )
     return "done" if finished else "begun"

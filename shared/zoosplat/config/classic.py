@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 class GaussianConfig(BaseModel):
@@ -128,14 +128,14 @@ def resolve(folder: str, name: str) -> str:
         UserError: an unknown kind of URL, or a relative path that leaves its bucket.
     """
     if "://" in name or name.startswith(("/", "~")):
-        return stores.normalize(name)
-    if not stores.is_s3(folder):
+        return urls.normalize(name)
+    if not urls.is_s3(folder):
         return os.path.normpath(os.path.join(folder, name))
     bucket, _, prefix = folder[5:].partition("/")
     path = posixpath.normpath(posixpath.join(prefix, name))
     if path.split("/")[0] == "..":
         raise UserError(f"{name}: leads out of the bucket {bucket}; name a folder inside it or a whole URL")
-    return stores.normalize(f"s3://{bucket}/{'' if path == '.' else path}")
+    return urls.normalize(f"s3://{bucket}/{'' if path == '.' else path}")
 
 
 def to_native(classic: Classic, folder: str) -> tuple[dict[str, Any], list[str]]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from zoosplat.config.schema import Effect, Experiment, StageName
 from zoosplat.recording import dnerf
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 @cache
@@ -73,10 +73,10 @@ def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
         if not _names_files(effect, value):
             continue
         if key == "data.directory":
-            folder = stores.normalize(value)
+            folder = urls.normalize(value)
             found |= {f"{key}/{url.removeprefix(folder + '/')}": url for url in _files_of_scene(folder)}
         else:
-            url_of = experiment.data.url if key.startswith("data.") else stores.normalize
+            url_of = experiment.data.url if key.startswith("data.") else urls.normalize
             found |= {place: url_of(name) for place, name in _names(key, value)}
     return found
 
@@ -106,4 +106,4 @@ def _names(key: str, value: str | list[str]) -> list[tuple[str, str]]:
 def _files_of_scene(folder: str) -> list[str]:
     scene = dnerf.read_scene(folder)
     pictures = {picture for row in scene.pictures for picture in row if picture is not None}
-    return [stores.join(folder, name) for name in dnerf.FILES] + sorted(pictures)
+    return [urls.join(folder, name) for name in dnerf.FILES] + sorted(pictures)

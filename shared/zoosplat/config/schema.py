@@ -20,7 +20,8 @@ from zoosplat.config.messages import lines_of
 from zoosplat.config.text import dump, nested, parse_json, parse_yaml
 from zoosplat.errors import UserError
 from zoosplat.recording import dnerf
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
+from zoosplat.storage.errors import as_user_error
 
 CROP_MULTIPLE = 16
 MAX_BYTES = 1 << 20
@@ -203,7 +204,7 @@ class Data(_Section):
 
     def url(self, name: str) -> str:
         """Where a video, mask, calibration or up file lies: relative names are below `directory`."""
-        return classic.resolve(stores.normalize(self.directory), name)
+        return classic.resolve(urls.normalize(self.directory), name)
 
 
 class Scheduling(_Section):
@@ -618,7 +619,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Experiment:
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Loaded:
     """As `read_config`, together with what a classic file says besides: see `Loaded`."""
-    url = stores.normalize(path)
+    url = urls.normalize(path)
     folder = url.rpartition("/")[0] or "/"
     try:
         return _load(_read_text(url), folder, overrides)
@@ -639,7 +640,7 @@ def parse_classic(raw: dict[str, Any], config_folder: str) -> tuple[Experiment, 
     Raises:
         UserError: a line for each problem, with the classic names of the keys.
     """
-    native, notes = _native(raw, stores.normalize(config_folder))
+    native, notes = _native(raw, urls.normalize(config_folder))
     try:
         return _validate(native), notes
     except UserError as error:
@@ -651,7 +652,7 @@ def classic_project_directory(raw: dict[str, Any], config_folder: str = ".") -> 
     value = raw.get("project_directory")
     if not isinstance(value, str) or not value:
         raise UserError("project_directory is missing: give the folder of the project")
-    return classic.resolve(stores.normalize(config_folder), value)
+    return classic.resolve(urls.normalize(config_folder), value)
 
 
 def with_dnerf_defaults(raw: Any) -> Any:
@@ -685,13 +686,13 @@ def with_dnerf_defaults(raw: Any) -> Any:
 # -- reading ------------------------------------------------------------------------------------------------------
 def _read_text(url: str) -> str:
     try:
-        data = stores.read_bytes(url)
+        data = objects.read_bytes(url)
     except FileNotFoundError:
         raise UserError("no such file; give a .yaml or a classic .json configuration") from None
     except (IsADirectoryError, NotADirectoryError):
         raise UserError("is a folder; give a .yaml or a classic .json configuration") from None
     except Exception as error:
-        raise stores.as_user_error(error, url) or error from None
+        raise as_user_error(error, url) or error from None
     if len(data) > MAX_BYTES:
         raise UserError(f"{len(data)} bytes are too many for a configuration; give a .yaml or .json file")
     try:
