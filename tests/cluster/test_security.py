@@ -210,7 +210,7 @@ def test_a_url_is_no_pattern(s3_here: S3) -> None:
 
 def test_what_may_not_be_deleted_is_said(s3: S3, bucket: str, scoped: dict[str, str]) -> None:
     """A group is never taken for empty because the server kept its objects."""
-    program = "import sys; from zoosplat import stores; stores.delete(sys.argv[1])"
+    program = "import sys; from zoosplat.storage import objects; objects.delete(sys.argv[1])"
     command = [sys.executable, "-c", program, f"s3://{bucket}/recordings/mine/masks"]
     done = subprocess.run(command, env={**os.environ, **scoped}, capture_output=True, text=True, check=False)
     assert "UserError" in done.stderr.splitlines()[-1]

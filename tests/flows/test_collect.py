@@ -221,7 +221,7 @@ def test_what_a_killed_gc_has_left_is_not_complete_and_is_freed_by_the_next(thre
         "    delete(url)\n"
         "    deleted.append(url)\n"
         "    if len(deleted) == 2: os._exit(9)\n"
-        "stores.delete = stopping\n"
+        "objects.delete = stopping\n"
         "collect.show(Project.at(sys.argv[1]), None, False)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, free.project.url], env=os.environ, check=False)

@@ -107,7 +107,7 @@ def test_a_kill_during_a_save_loses_nothing(tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, killed_at, kill)
+        patch.setattr(objects, killed_at, kill)
         with pytest.raises(KeyboardInterrupt):
             save(model_url, 3, best_step=3, keep_last=1)
     latest, best = checkpoints.load(model_url, "latest"), checkpoints.load(model_url, "best")

@@ -220,7 +220,7 @@ def project_of(finish: Callable[..., Any], write_group: Callable[..., None]) -> 
             "angles": rng.uniform(-3, 3, n),
             "valid": valid,
         }
-        groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        written: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "center_rotation": ({}, tracking),
             "pack": ({"fps": FPS, "frame_jump": JUMP}, {}),
             "features": ({"encoder": "gaussians", "radius_m": 0.1}, {"features": features}),
@@ -228,7 +228,7 @@ def project_of(finish: Callable[..., Any], write_group: Callable[..., None]) -> 
         sizes = {"T": n, "D": 40, "C": 2, "h": 4, "w": 4}
         writers = {
             stage: partial(write_group, sizes=sizes, attributes=attributes, values=values)
-            for stage, (attributes, values) in groups.items()
+            for stage, (attributes, values) in written.items()
         }
         project = Project.at(str(folder))
         finish(project, experiment, writers)

@@ -104,14 +104,14 @@ def make_project(finish: Callable[..., Any], write_group: Callable[..., None]) -
             "world_to_camera": poses,
         }
         tracking = {"principal_shift": 0, "centers": 0, "angles": 0.3, "valid": np.arange(T) != T - 1}
-        groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        written: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "center_rotation": ({}, tracking),
             "crop": ({"ell_m": 0.3, "grid_size": 16}, {"volume_idx": [[0, 16]] * 3}),
             "pack": (named | whole, images),
         }
         writers = {
             stage: partial(write_group, sizes=sizes, attributes=attributes, values=values)
-            for stage, (attributes, values) in groups.items()
+            for stage, (attributes, values) in written.items()
         }
         project = Project.at(str(folder / "project"))
         finish(project, settings, {**writers, "train": lambda url: objects.write_json(urls.join(url, "best.json"), {})})

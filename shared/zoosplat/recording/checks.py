@@ -252,7 +252,7 @@ def _check_scene(experiment: Experiment) -> RecordingFacts:
     problems = Problems()
     scene = dnerf.read_scene(urls.normalize(experiment.data.directory))
     kept = scene.pictures[:: experiment.ingest.frame_jump][: experiment.ingest.max_frames]
-    urls = [url for row in kept for url in row if url is not None]
+    pictures = [url for row in kept for url in row if url is not None]
 
     def fault(url: str) -> UserError | None:
         try:
@@ -267,7 +267,7 @@ def _check_scene(experiment: Experiment) -> RecordingFacts:
         )
 
     with ThreadPoolExecutor(REQUESTS) as pool:
-        for error in pool.map(fault, urls):
+        for error in pool.map(fault, pictures):
             with problems.noted():
                 if error is not None:
                     raise error

@@ -58,7 +58,7 @@ def _check_finished_masks(experiment: Experiment, url: str, also_videos: bool) -
     try:
         group = groups.open_group(url)
     except FileNotFoundError:
-        raise lost(url, "is missing") from None
+        raise damaged_result_error(url, "is missing") from None
     attributes = {key: group.attrs[key] for key in ("full_width", "full_height", "image_downsample", "frame_jump")}
     width, height, d, jump = (int(str(value)) for value in attributes.values())
     kept, n_cameras, *_ = (int(n) for n in group["mask"].shape)  # type: ignore[union-attr]
