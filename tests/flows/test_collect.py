@@ -213,10 +213,10 @@ def test_what_a_killed_gc_has_left_is_not_complete_and_is_freed_by_the_next(thre
     train = free.result("train")
     code = (
         "import os, sys\n"
-        "from zoosplat import stores\n"
+        "from zoosplat.storage import objects\n"
         "from zoosplat.stages.projects import Project\n"
-        "from zoosplat_flows import collect\n"
-        "delete, deleted = stores.delete, []\n"
+        "from zoosplat_flows.commands import collect\n"
+        "delete, deleted = objects.delete, []\n"
         "def stopping(url):\n"
         "    delete(url)\n"
         "    deleted.append(url)\n"

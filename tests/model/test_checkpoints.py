@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zoosplat.errors import UserError
-from zoosplat.storage import listing, urls
+from zoosplat.storage import listing, objects, urls
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
 

@@ -17,7 +17,8 @@ from zarr.core.buffer.cpu import Buffer
 from zarr.core.sync import sync
 
 from zoosplat.errors import LockLost, TransientError, Unreachable, UserError
-from zoosplat.storage import stores
+from zoosplat.storage import conditional, fingerprints, groups, listing, objects, s3_client
+from zoosplat.storage.errors import as_user_error, name_url_in_errors
 from zoosplat.storage.group_store import GroupStore
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from zoosplat.errors import Problems, UserError
 from zoosplat.stages.outside_files import check_outside_files
 from zoosplat.stages.ownership import RESERVED
 from zoosplat.storage import groups, urls
-from zoosplat.storage.group_store import lost
+from zoosplat.storage.errors import damaged_result_error
 
 FEWEST_TRACKED = 2  # frames that a path and a heading can be interpolated between
 FEWEST_EMBEDDED = 2  # frames that an embedding is fitted to
