@@ -26,11 +26,11 @@ BUSY_WITH = {
         hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
     """,
     "waiting for the shards of its processes": """
-        import multiprocessing, time
+        import multiprocessing, os, time
         from concurrent.futures import ProcessPoolExecutor
         spawn = multiprocessing.get_context("spawn")
         queue = spawn.SimpleQueue()
-        begin = (pack_call(print, "busy"),)
+        begin = (pack_call(os.write, 1, b"busy\\n"),)  # in one piece: two processes write it
         with ProcessPoolExecutor(2, spawn, initializer=run_spawned, initargs=begin) as pool:
             with spawning():
                 waiting = [pool.submit(time.sleep, 60) for _ in range(4)]
@@ -69,7 +69,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     (package / "stage.py").write_text(f"{begin}\n{body}\n")
     if request.param == "while it imports":
         (package / "stage.py").write_text(textwrap.dedent(body))
-    (tmp_path / "slow.py").write_text("import time\nprint('busy', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "slow.py").write_text("import os, time\nos.write(1, b'busy\\n')\ntime.sleep(60)\n")
     # In place of the real command line, which would need a project.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, types\n"
