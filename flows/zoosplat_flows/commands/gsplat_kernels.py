@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zoosplat.errors import UserError
-from zoosplat.machine import memory_bytes, usable_cores
+from zoosplat.machine import physical_memory_bytes, usable_cores
 
 FIRST_CUDA = 13  # PyPI's package of an earlier compiler has no nvcc
 JOB_BYTES = 3 << 30  # of memory, that a compiler process takes
@@ -144,7 +144,7 @@ def _fetched(cuda: str, folder: Path) -> Path:
 
 def _compiled(gsplat: Path, home: Path, archs: Sequence[str], folder: Path, progress: Progress) -> Path:
     """The library, compiled by gsplat's own import."""
-    jobs = max(1, min(usable_cores(), memory_bytes() // JOB_BYTES))
+    jobs = max(1, min(usable_cores(), physical_memory_bytes() // JOB_BYTES))
     kernels = folder / "kernels"
     environment = {
         "MAX_JOBS": str(jobs),

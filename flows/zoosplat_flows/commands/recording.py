@@ -55,12 +55,12 @@ def show_cameras(cameras: Cameras) -> None:
 def check(experiment: Experiment) -> None:
     """Print what each camera's files hold. Raises UserError with a line for each problem found."""
     problems, facts = Problems(), None
-    with problems.noted():
+    with problems.collect():
         facts = check_recording(experiment)
-    with problems.noted():
+    with problems.collect():
         check_outside_files(experiment, STAGES)
     if facts is not None:
-        with problems.noted():
+        with problems.collect():
             check_kept_frames(experiment, STAGES, kept_frames(experiment, facts.n_frames))
     problems.report()
     assert facts is not None

@@ -20,7 +20,8 @@ from typing import Any
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.memory import GIB, USABLE, advice, gpu_gib, peak_gpu_bytes, smallest_fitting
+from zoosplat.stages.memory import GIB, USABLE_SHARE, peak_gpu_bytes, profile_gib, smallest_profile
+from zoosplat.stages.memory_advice import suggest_smaller
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.results import Result, json_digest
 from zoosplat.stages.runs import Run
@@ -363,13 +364,13 @@ def choose_profile(settings: Settings, nodes: list[Object] | None, wanted: str |
             needs = f"{_selector(profile.nodeSelector)}, {profile.gpus} GPU, cpu {profile.cpu}, memory {profile.memory}"
             raise UserError(f"profile {wanted}: no node offers it ({needs}); the nodes of this cluster offer {have}")
         return wanted
-    fitting = smallest_fitting(experiment, present)
+    fitting = smallest_profile(experiment, present)
     if fitting is None:
         needs = f"{peak_gpu_bytes(experiment) / GIB:.0f} GiB"
-        largest = USABLE * GIB * max(map(gpu_gib, present), default=0)
+        largest = USABLE_SHARE * GIB * max(map(profile_gib, present), default=0)
         raise UserError(
             f"profile auto: training needs about {needs} of GPU memory; the nodes of this cluster offer {have}; "
-            f"{advice(experiment, largest)}, or name a profile"
+            f"{suggest_smaller(experiment, largest)}, or name a profile"
         )
     return fitting
 
@@ -709,7 +710,7 @@ class Jobs:
 
     def _memory_key(self, job: Object) -> str:
         if STAGES[job["metadata"]["labels"][f"{LABELS}/stage"]].gpu:
-            larger = [n for n in self.settings.ordered() if self.profile and gpu_gib(n) > gpu_gib(self.profile)]
+            larger = [n for n in self.settings.ordered() if self.profile and profile_gib(n) > profile_gib(self.profile)]
             return f"profiles.{self.profile}.memory" + (f", or choose the profile {larger[0]}" if larger else "")
         return "runner.cpu.resources.limits.memory"
 
