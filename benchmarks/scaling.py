@@ -36,8 +36,9 @@ from tests.conftest import given_results, loop_video  # noqa: E402
 from zoosplat.machine import peak_bytes  # noqa: E402
 
 if TYPE_CHECKING:
+    from zoosplat.stages.contract import Progress
     from zoosplat.stages.runs import Run
-    from zoosplat_flows.execution.executor import Log, Progress
+    from zoosplat_flows.runners.protocol import Log
 
 STAGES = ("ingest", "center_rotation", "crop", "pack")
 RENDERED, REPEATED = 128, 8  # frames of the synthetic recording, and how often they are played

@@ -31,24 +31,19 @@ from zoosplat_flows.execution.executor import (
     RETRIES,
     RETRY_DELAY_S,
     Failed,
-    Interrupted,
-    Runner,
     attempt,
     make_report,
     select,
     worth_retrying,
 )
 from zoosplat_flows.execution.recorder import Event, Listener, Recorder, recording
-from zoosplat_flows.runners.containers import Containers
-from zoosplat_flows.runners.kubernetes.runner import (
-    Api,
-    Jobs,
-    choose_profile,
-    end_jobs,
-    with_profile,
-)
-from zoosplat_flows.runners.local import Processes
-from zoosplat_flows.runners.settings import Settings
+from zoosplat_flows.runners.containers import ContainerRunner
+from zoosplat_flows.runners.kubernetes.api import KubernetesApi
+from zoosplat_flows.runners.kubernetes.nodes import apply_profile, choose_profile
+from zoosplat_flows.runners.kubernetes.runner import KubernetesRunner, delete_jobs
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings
+from zoosplat_flows.runners.local import LocalRunner
+from zoosplat_flows.runners.protocol import Interrupted, Runner
 
 ARTIFACT_EVERY_S = 5.0
 PLACEMENT = "placement"  # key of the table of pods, in Prefect's interface
@@ -192,23 +187,23 @@ def place(project: str | None, config: str | None) -> str:
 
 def _profile_for(
     profile: str | None, project: Project, stages: list[str], experiment: Experiment
-) -> tuple[Settings, Api, str | None, Experiment]:
+) -> tuple[ClusterSettings, KubernetesApi, str | None, Experiment]:
     """Settings and cluster, the profile of the GPU stages, and the experiment as that changes it."""
     if not stores.is_s3(project.url):
         raise UserError(f"{project.url}: the pods of a cluster share no folder; use a project at s3://bucket/prefix")
-    settings = Settings.read()
-    api = Api(settings.namespace)
+    settings = ClusterSettings.read()
+    api = KubernetesApi(settings.namespace)
     chosen: str | None = None
     if profile not in (None, "auto") or any(STAGES[stage].gpu for stage in stages):
-        chosen = choose_profile(settings, api.nodes(), profile, experiment)
+        chosen = choose_profile(settings, api.list_nodes(), profile, experiment)
     if chosen is not None and profile == chosen:
-        experiment = with_profile(settings, chosen, experiment)
+        experiment = apply_profile(settings, chosen, experiment)
     return settings, api, chosen, experiment
 
 
 @contextmanager
-def _in_cluster(settings: Settings, api: Api, profile: str | None) -> Iterator[Jobs]:
-    with Jobs(settings, profile, api, str(runtime.flow_run.get_id())) as jobs:
+def _in_cluster(settings: ClusterSettings, api: KubernetesApi, profile: str | None) -> Iterator[KubernetesRunner]:
+    with KubernetesRunner(settings, profile, api, str(runtime.flow_run.get_id())) as jobs:
         try:
             yield jobs
         finally:
@@ -220,7 +215,7 @@ def _in_cluster(settings: Settings, api: Api, profile: str | None) -> Iterator[J
 def _end_children(flow: Any, flow_run: Any, state: Any) -> None:
     """Hook of a run that was cancelled, crashed or failed: its process may have been killed before it could do this."""
     if flow_run.parameters.get("runner") == "kubernetes":
-        end_jobs(str(flow_run.id))
+        delete_jobs(str(flow_run.id))
 
 
 @flow(
@@ -269,7 +264,7 @@ def pipeline(
     stages = select(from_stage, until_stage)
     where = Project.at(place(project, config))
     if run is not None:
-        with Processes() as processes:
+        with LocalRunner() as processes:
             return _run_stages(where.run(run), stages, processes, workers)
     experiment = load_config(config).experiment if config else where.run().experiment
     if runner == "kubernetes":
@@ -278,7 +273,7 @@ def pipeline(
     elif profile is not None:
         raise UserError(f"profile {profile}: profiles are kinds of nodes; use it with the runner kubernetes")
     else:
-        placed = Containers() if runner == "containers" else Processes()
+        placed = ContainerRunner() if runner == "containers" else LocalRunner()
     with placed as chosen, begun(where, experiment, stages, force or []) as begun_run:
         return _run_stages(begun_run, stages, chosen, workers)
 

@@ -22,17 +22,10 @@ from zoosplat.stages.registry import PIPELINE, downstream
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import stores
 from zoosplat_flows.execution import executor
-from zoosplat_flows.execution.executor import (
-    Exhausted,
-    Failed,
-    Interrupted,
-    execute,
-    make_report,
-    select,
-    worth_retrying,
-)
+from zoosplat_flows.execution.executor import Failed, execute, make_report, select, worth_retrying
 from zoosplat_flows.execution.recorder import Event, recording
-from zoosplat_flows.runners.local import Processes
+from zoosplat_flows.runners.local import LocalRunner
+from zoosplat_flows.runners.protocol import Exhausted, Interrupted
 
 if TYPE_CHECKING:
     from tests.conftest import Recording
@@ -85,7 +78,7 @@ def _here(
             recorder(event)
             heard(event)
 
-        with Processes() as processes:
+        with LocalRunner() as processes:
             states = execute(run, stages or NAMES, processes, workers, recorder, tell)
         return {**states, "report": make_report(run, recorder, tell)}
 
@@ -269,7 +262,7 @@ def test_a_failure_that_stays_is_the_runs(project: Path, run: Run) -> None:
 
 def test_the_advice_for_a_killed_training_is_one_that_helps(project: Path, run: Run) -> None:
     (project / "train.py").write_text("os.kill(os.getpid(), 9)\n")
-    with pytest.raises(RuntimeError) as caught, Processes() as processes:
+    with pytest.raises(RuntimeError) as caught, LocalRunner() as processes:
         processes.run("train", run, progress=lambda *of: None, log=lambda *of: None)
     assert len(str(caught.value).splitlines()) == 1
     assert "crop.grid_size" in str(caught.value)
@@ -356,7 +349,7 @@ def _until(condition: Callable[[], bool]) -> None:
     raise AssertionError("waited 30 s in vain")
 
 
-def _alone(processes: Processes, stage: str, run: Run, workers: int | None = None) -> None:
+def _alone(processes: LocalRunner, stage: str, run: Run, workers: int | None = None) -> None:
     processes.run(stage, run, workers=workers, progress=lambda *of: None, log=lambda *of: None)
 
 
@@ -376,13 +369,13 @@ def test_stopping_ends_a_stage_with_its_workers(project: Path, run: Run) -> None
     )
     raised: list[BaseException] = []
 
-    def work(processes: Processes) -> None:
+    def work(processes: LocalRunner) -> None:
         try:
             _alone(processes, "ingest", run)
         except BaseException as error:
             raised.append(error)
 
-    with Processes() as processes:
+    with LocalRunner() as processes:
         thread = threading.Thread(target=work, args=(processes,))
         thread.start()
         _until((project / "pids").exists)
@@ -400,7 +393,7 @@ def test_a_killed_stage_leaves_no_workers(project: Path, run: Run) -> None:
         "(project / 'pid').write_text(str(worker.pid))\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    with Processes() as processes, pytest.raises(RuntimeError, match="SIGKILL"):
+    with LocalRunner() as processes, pytest.raises(RuntimeError, match="SIGKILL"):
         _alone(processes, "ingest", run)
     pid = int((project / "pid").read_text())
     _until(lambda: not _alive(pid))
@@ -409,13 +402,13 @@ def test_a_killed_stage_leaves_no_workers(project: Path, run: Run) -> None:
 def test_a_missing_package_is_a_user_error(project: Path, run: Run) -> None:
     (project / "train.py").write_text("import no_such_package\n")
     expected = r"no_such_package is missing; pip install 'zoosplat\[train\]'"
-    with Processes() as processes, pytest.raises(UserError, match=expected):
+    with LocalRunner() as processes, pytest.raises(UserError, match=expected):
         _alone(processes, "train", run)
 
 
 def test_a_stage_is_run_by_this_python_with_the_given_workers(project: Path, run: Run) -> None:
     (project / "ingest.py").write_text("(project / 'seen').write_text(json.dumps([sys.executable, sys.argv[1:]]))")
-    with Processes() as processes:
+    with LocalRunner() as processes:
         _alone(processes, "ingest", run, workers=5)
     executable, arguments = json.loads((project / "seen").read_text())
     assert os.path.samefile(executable, sys.executable)
@@ -433,8 +426,8 @@ def test_a_stage_ends_with_its_killed_parent(project: Path, run: Run) -> None:
     code = (
         "import sys\n"
         "from zoosplat.stages.runs import Project\n"
-        "from zoosplat_flows.runners.local import Processes\n"
-        "with Processes() as processes:\n"
+        "from zoosplat_flows.runners.local import LocalRunner\n"
+        "with LocalRunner() as processes:\n"
         "    run = Project.at(sys.argv[1]).run()\n"
         "    processes.run('ingest', run, progress=lambda *of: None, log=lambda *of: None)\n"
     )

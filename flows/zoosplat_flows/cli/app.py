@@ -479,11 +479,11 @@ def cluster_status(
     The cluster is that of $KUBECONFIG; inside a pod, its own.
     """
     from zoosplat_flows.commands import cluster
-    from zoosplat_flows.runners.kubernetes.runner import Api
-    from zoosplat_flows.runners.settings import Settings
+    from zoosplat_flows.runners.kubernetes.api import KubernetesApi
+    from zoosplat_flows.runners.kubernetes.settings import ClusterSettings
 
-    loaded = Settings.read(settings)
-    cluster.show(loaded, Api(loaded.namespace))
+    loaded = ClusterSettings.read(settings)
+    cluster.show(loaded, KubernetesApi(loaded.namespace))
 
 
 app.add_typer(config_app, name="config", rich_help_panel="Prepare")

@@ -10,17 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from zoosplat.errors import UserError
-from zoosplat_flows.runners.kubernetes.runner import (
-    JOB_LABEL,
-    LABELS,
-    Api,
-    Object,
-    job_condition,
-    offers,
-    status_of,
-    why_pending,
-)
-from zoosplat_flows.runners.settings import Settings
+from zoosplat_flows.runners.kubernetes.api import JsonObject, KubernetesApi, http_status
+from zoosplat_flows.runners.kubernetes.explanations import explain_pending
+from zoosplat_flows.runners.kubernetes.manifests import JOB_LABEL, LABEL_PREFIX
+from zoosplat_flows.runners.kubernetes.nodes import offers_profile
+from zoosplat_flows.runners.kubernetes.objects import final_condition
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings
 
 GPU = "nvidia.com/gpu"
 
@@ -51,16 +46,16 @@ class JobState:
     reasons: tuple[tuple[str, int], ...]
 
 
-def _ready(node: Object) -> bool:
+def _ready(node: JsonObject) -> bool:
     conditions = {c["type"]: c["status"] for c in node["status"].get("conditions", [])}
     return conditions.get("Ready") == "True" and not node["spec"].get("unschedulable", False)
 
 
-def _gpus(amounts: Object) -> int:
+def _gpus(amounts: JsonObject) -> int:
     return int(amounts.get(GPU, 0))
 
 
-def profiles(settings: Settings, nodes: list[Object], pods: list[Object]) -> list[ProfileState]:
+def profiles(settings: ClusterSettings, nodes: list[JsonObject], pods: list[JsonObject]) -> list[ProfileState]:
     """The state of every profile of the settings, the smallest GPU first."""
     used: Counter[str] = Counter()
     for pod in pods:
@@ -69,28 +64,28 @@ def profiles(settings: Settings, nodes: list[Object], pods: list[Object]) -> lis
             used[pod["spec"].get("nodeName", "")] += _gpus(limits)
     states = []
     for name in settings.ordered():
-        offering = [node for node in nodes if offers(node, settings.profiles[name])]
+        offering = [node for node in nodes if offers_profile(node, settings.profiles[name])]
         gpus = sum(_gpus(node["status"].get("allocatable", {})) for node in offering)
         busy = sum(used[node["metadata"]["name"]] for node in offering)
         states.append(ProfileState(name, len(offering), sum(map(_ready, offering)), gpus, busy))
     return states
 
 
-def jobs(found: list[Object], pods: list[Object]) -> list[JobState]:
+def jobs(found: list[JsonObject], pods: list[JsonObject]) -> list[JobState]:
     """The state of every Job that has not ended, the oldest first."""
     states = []
     for job in sorted(found, key=lambda job: str(job["metadata"].get("creationTimestamp", ""))):
-        if job_condition(job) is not None:
+        if final_condition(job) is not None:
             continue
         metadata, status = job["metadata"], job.get("status", {})
         own = [pod for pod in pods if pod["metadata"]["labels"].get(JOB_LABEL) == metadata["name"]]
-        reasons = Counter(why for pod in own if (why := why_pending(pod)) is not None)
+        reasons = Counter(why for pod in own if (why := explain_pending(pod)) is not None)
         states.append(
             JobState(
                 metadata["name"],
-                metadata["labels"][f"{LABELS}/stage"],
-                metadata["labels"][f"{LABELS}/step"],
-                metadata.get("annotations", {}).get(f"{LABELS}/project", ""),
+                metadata["labels"][f"{LABEL_PREFIX}/stage"],
+                metadata["labels"][f"{LABEL_PREFIX}/step"],
+                metadata.get("annotations", {}).get(f"{LABEL_PREFIX}/project", ""),
                 status.get("succeeded", 0),
                 job["spec"].get("completions", 1),
                 sum(pod.get("status", {}).get("phase") == "Running" for pod in own),
@@ -101,12 +96,12 @@ def jobs(found: list[Object], pods: list[Object]) -> list[JobState]:
     return states
 
 
-def show(settings: Settings, api: Api) -> None:
+def show(settings: ClusterSettings, api: KubernetesApi) -> None:
     """Print the tables of `zoosplat cluster status`. Raises UserError where the cluster cannot be asked."""
     try:
-        nodes, pods, found = api.nodes(), api.pods(), api.jobs()
+        nodes, pods, found = api.list_nodes(), api.list_pods(), api.list_jobs()
     except Exception as error:
-        if status_of(error) is None:
+        if http_status(error) is None:
             raise
         raise UserError(f"the Kubernetes API server cannot be asked: {error}; check KUBECONFIG") from None
     if nodes is None:

@@ -24,7 +24,7 @@ from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import stores
 from zoosplat_flows.execution.executor import Failed, execute, make_report, select, warnings_of
 from zoosplat_flows.execution.recorder import ENDED, Event, recording
-from zoosplat_flows.runners.local import Processes
+from zoosplat_flows.runners.local import LocalRunner
 
 ANSWER_WITHIN_S = 25.0
 PLAIN_EVERY_S = 15.0
@@ -202,7 +202,7 @@ def _perform(run: Run, stages: list[str], workers: int | None, display: Display)
             recorder(event)
             display(event)
 
-        with Processes() as processes:
+        with LocalRunner() as processes:
             execute(run, stages, processes, workers, recorder, tell)
         return make_report(run, recorder, tell)
 

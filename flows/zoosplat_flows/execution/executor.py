@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Protocol
 
 from zoosplat.errors import Passing, UserError
 from zoosplat.stages import runs
@@ -15,41 +14,14 @@ from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Run
 from zoosplat.storage import stores
 from zoosplat_flows.execution.recorder import Event, Listener, Recorder
+from zoosplat_flows.runners.protocol import Exhausted, Interrupted, Log, Runner
 
 RETRIES = 2
 RETRY_DELAY_S = 5.0
 
 
-class Interrupted(Exception):
-    """The stage was stopped because its pipeline ends; trying again would be wrong."""
-
-
-class Exhausted(RuntimeError):
-    """Shards failed although they were tried again: another try of the stage would only repeat that."""
-
-
 class Failed(RuntimeError):
     """One or more stages failed for good; a line or more for each."""
-
-
-class Log(Protocol):
-    """Takes a line that a stage has printed, where it comes from, and when (ISO 8601; default: now)."""
-
-    def __call__(self, line: str, source: str = "", at: str = "", /) -> None: ...
-
-
-class Progress(Protocol):
-    """Takes frames or steps done, their total and a message."""
-
-    def __call__(self, done: int, total: int, message: str, /) -> None: ...
-
-
-class Runner(Protocol):
-    """Where stages run: see `zoosplat_flows.runners`. Leaving its `with` block ends what still runs."""
-
-    def run(self, stage: str, run: Run, *, workers: int | None, progress: Progress, log: Log) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 def select(from_stage: str | None = None, until_stage: str | None = None) -> list[str]:

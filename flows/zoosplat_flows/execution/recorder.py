@@ -16,9 +16,9 @@ from typing import IO, Any
 
 from zoosplat.stages.runs import RECORD, Run
 from zoosplat.storage import stores
+from zoosplat_flows.runners.stage_output import PROGRESS_LOG_S
 
 FLUSH_S = 5.0  # between writes to S3, where an object cannot be appended to
-PROGRESS_S = 10.0  # between lines of progress of a stage in its log
 ENDED = ("done", "skipped", "reused", "shared", "failed", "blocked", "stopped")  # states of a stage that has ended
 
 
@@ -114,7 +114,7 @@ class Recorder:
         with self._lock:
             now = time.monotonic()
             if event.state == "running":
-                if now - self._shown.get(event.stage, 0.0) < PROGRESS_S:
+                if now - self._shown.get(event.stage, 0.0) < PROGRESS_LOG_S:
                     return
                 self._shown[event.stage] = now
             self._text("events.jsonl").add(json.dumps({"time": utc(), **asdict(event)}))
