@@ -18,12 +18,13 @@ from typer.testing import CliRunner
 
 from zoosplat.config.schema import Experiment, load_config
 from zoosplat.stages.results import DONE, PLAN, Result
+from zoosplat.stages.run_state import run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, stores
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands.run import headline
 from zoosplat_flows.execution.recorder import Event, Recorder
-from zoosplat_flows.execution.status import duration, run_state, states
+from zoosplat_flows.execution.status import duration, states
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand, Recording

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.stages.history import differences, entries, flat
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import leases, stores
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands.comparison import compare, pairs
-from zoosplat_flows.execution.history import differences, entries, flat
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand

@@ -20,9 +20,9 @@ import typer
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.results import DONE, FOLDER, MANIFEST, PLAN, REQUEST, SHARDS, Mark
+from zoosplat.stages.run_state import is_alive
 from zoosplat.stages.runs import CONFIG, RECORD, RUNS, SOURCES, Project, is_legacy
 from zoosplat.storage import leases, stores
-from zoosplat_flows.execution.status import is_alive
 
 LEASE = "lease"
 WAIT_S = 2 * leases.LEASE_S  # for the lease of a process on another machine that was killed

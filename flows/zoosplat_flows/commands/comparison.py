@@ -17,9 +17,9 @@ from rich.table import Table
 
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.stages.history import GROUPS, Change, differences, flat, means_of, other_causes
 from zoosplat.stages.runs import Run
 from zoosplat.storage import stores
-from zoosplat_flows.execution.history import GROUPS, Change, differences, flat, means_of, other_causes
 from zoosplat_flows.report.page import as_jpeg, label, render_page
 
 GAP = 4  # grey columns between the pictures of a gallery, see `media.side_by_side`

@@ -9,9 +9,9 @@ import typer
 
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat.stages.run_state import run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import stores
-from zoosplat_flows.execution.status import run_state
 
 LOOK_S = 1.0  # between looks for more, with --follow
 

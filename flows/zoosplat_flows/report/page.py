@@ -23,16 +23,15 @@ from zoosplat.config.schema import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages import runs
+from zoosplat.stages.run_state import in_words, run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import schema, stores
 from zoosplat_flows.execution.status import (
     StageState,
     duration,
     failures,
-    in_words,
     memory,
     peak_memory,
-    run_state,
     seconds,
     states,
 )
