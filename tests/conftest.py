@@ -288,7 +288,7 @@ class ByHand:
         from zoosplat.config import effects
         from zoosplat.stages import runs
         from zoosplat.stages.registry import PIPELINE
-        from zoosplat_flows.execution.executor import select
+        from zoosplat_flows.execution.executor import select_stages
 
         for spec in PIPELINE:
             for url in effects.outside_files(spec.name, experiment).values():
@@ -297,7 +297,7 @@ class ByHand:
                 if not path.exists():
                     path.write_text(f"contents of {path.name}")
         draft = runs.resolve(runs.Project.at(str(folder)), experiment, force)
-        return runs.record(draft, select(until_stage=until), state)
+        return runs.record(draft, select_stages(until_stage=until), state)
 
     @staticmethod
     def mark(run: Any, stage: str, **changes: Any) -> None:

@@ -27,16 +27,9 @@ from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import stores
-from zoosplat_flows.execution.executor import (
-    RETRIES,
-    RETRY_DELAY_S,
-    Failed,
-    attempt,
-    make_report,
-    select,
-    worth_retrying,
-)
-from zoosplat_flows.execution.recorder import Event, Listener, Recorder, recording
+from zoosplat_flows.execution.executor import RETRIES, RETRY_DELAY_S, StagesFailed, attempt_stage, select_stages, is_worth_retrying
+from zoosplat_flows.report.refresh import ensure_report
+from zoosplat_flows.execution.recorder import StageEvent, EventListener, RunRecorder, record_run
 from zoosplat_flows.runners.containers import ContainerRunner
 from zoosplat_flows.runners.kubernetes.api import KubernetesApi
 from zoosplat_flows.runners.kubernetes.nodes import apply_profile, choose_profile
@@ -49,11 +42,11 @@ ARTIFACT_EVERY_S = 5.0
 PLACEMENT = "placement"  # key of the table of pods, in Prefect's interface
 RunnerName = Literal["local", "containers", "kubernetes"]
 
-_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_listener: ContextVar[EventListener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: EventListener) -> Iterator[None]:
     """Hand the events of pipelines that run in this block, in this process, to `listener` (from their threads)."""
     token = _listener.set(listener)
     try:
@@ -101,11 +94,11 @@ class _Artifact:
 class _Work:
     """What the tasks of a flow have in common. Not a dataclass: Prefect walks through those of a task's parameters."""
 
-    def __init__(self, run: Run, runner: Runner, workers: int | None, recorder: Recorder) -> None:
+    def __init__(self, run: Run, runner: Runner, workers: int | None, recorder: RunRecorder) -> None:
         self.run, self.runner, self.workers, self.recorder = run, runner, workers, recorder
         self._listener = _listener.get()
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: StageEvent) -> None:
         """Record an event, and hand it to who listens."""
         self.recorder(event)
         if self._listener is not None:
@@ -117,7 +110,7 @@ def _may_pass(_task: Any, _run: Any, state: Any) -> bool:
     try:
         state.result()
     except Exception as error:
-        return worth_retrying(error)
+        return is_worth_retrying(error)
     return False
 
 
@@ -137,7 +130,7 @@ def run_stage(stage: str, work: _Work) -> State[str]:
     artifact = _Artifact(stage)
     artifact(0.0)
 
-    def heard(event: Event) -> None:
+    def heard(event: StageEvent) -> None:
         work.tell(event)
         if event.state == "running" and event.total:
             artifact(100.0 * event.done / event.total)
@@ -146,16 +139,16 @@ def run_stage(stage: str, work: _Work) -> State[str]:
         work.recorder.log(stage, line, source, at)
 
     try:
-        state = attempt(stage, work.run, work.runner, work.workers, heard, log)
+        state = attempt_stage(stage, work.run, work.runner, work.workers, heard, log)
     except Interrupted:
-        work.tell(Event(stage, "stopped"))
+        work.tell(StageEvent(stage, "stopped"))
         raise
     except Exception as error:
-        again = worth_retrying(error) and tries <= RETRIES
-        work.tell(Event(stage, "retrying" if again else "failed", message=str(error)))
+        again = is_worth_retrying(error) and tries <= RETRIES
+        work.tell(StageEvent(stage, "retrying" if again else "failed", message=str(error)))
         raise
     artifact(100.0)
-    work.tell(Event(stage, state))
+    work.tell(StageEvent(stage, state))
     # So that Prefect's interface shows what was computed and what was not.
     return Completed(name="Completed" if state == "done" else "Cached", data=state)
 
@@ -171,7 +164,7 @@ def run_stage(stage: str, work: _Work) -> State[str]:
 )
 def report(work: _Work) -> str:
     """The report page of what is done. Returns its URL."""
-    return make_report(work.run, work.recorder, work.tell)
+    return ensure_report(work.run, work.recorder, work.tell)
 
 
 # -- where it runs ------------------------------------------------------------------------------------------------
@@ -261,7 +254,7 @@ def pipeline(
         UserError: bad input or configuration, found by this or by a stage.
         Failed: stages failed three times.
     """
-    stages = select(from_stage, until_stage)
+    stages = select_stages(from_stage, until_stage)
     where = Project.at(place(project, config))
     if run is not None:
         with LocalRunner() as processes:
@@ -280,7 +273,7 @@ def pipeline(
 
 def _run_stages(run: Run, stages: list[str], runner: Runner, workers: int | None) -> dict[str, str]:
     futures: dict[str, PrefectFuture[Any]] = {}
-    with recording(run, stages) as recorder:
+    with record_run(run, stages) as recorder:
         work = _Work(run, runner, workers, recorder)
         for stage in stages:
             futures[stage] = run_stage.with_options(name=stage, task_run_name=stage).submit(
@@ -302,7 +295,7 @@ def _raise_failures(futures: dict[str, PrefectFuture[Any]], work: _Work) -> None
     errors = []
     for stage, future in futures.items():
         if future.state.is_pending():
-            work.tell(Event(stage, "blocked"))
+            work.tell(StageEvent(stage, "blocked"))
         elif not future.state.is_completed():
             try:
                 future.result()
@@ -311,5 +304,5 @@ def _raise_failures(futures: dict[str, PrefectFuture[Any]], work: _Work) -> None
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        kind = UserError if all(isinstance(error, UserError) for error in errors) else Failed
+        kind = UserError if all(isinstance(error, UserError) for error in errors) else StagesFailed
         raise kind("\n".join(str(error) for error in errors))

@@ -27,8 +27,8 @@ from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import stores
-from zoosplat_flows.execution.executor import execute
-from zoosplat_flows.execution.recorder import Event, recording
+from zoosplat_flows.execution.executor import execute_stages
+from zoosplat_flows.execution.recorder import StageEvent, record_run
 from zoosplat_flows.runners.kubernetes import runner as kubernetes
 from zoosplat_flows.runners.kubernetes.manifests import INDEX_LABEL, JOB_LABEL
 from zoosplat_flows.runners.kubernetes.runner import KubernetesRunner
@@ -300,7 +300,7 @@ class Pipelines:
         self.errors.append(None)
         self.states.append({})
 
-        def tell(event: Event) -> None:
+        def tell(event: StageEvent) -> None:
             self.states[number][event.stage] = event.state
 
         def work() -> None:
@@ -309,14 +309,14 @@ class Pipelines:
                 with (
                     held,
                     KubernetesRunner(settings, "12gb", api, f"flow-{number}") as jobs,
-                    recording(run, stages) as recorder,
+                    record_run(run, stages) as recorder,
                 ):
 
-                    def record_and_tell(event: Event) -> None:
+                    def record_and_tell(event: StageEvent) -> None:
                         recorder(event)
                         tell(event)
 
-                    execute(run, stages, jobs, None, recorder, record_and_tell)
+                    execute_stages(run, stages, jobs, None, recorder, record_and_tell)
             except Exception as error:
                 self.errors[number] = error
 

@@ -23,8 +23,9 @@ from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, stores
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands.run import headline
-from zoosplat_flows.execution.recorder import Event, Recorder
-from zoosplat_flows.execution.status import duration, states
+from zoosplat_flows.execution.recorder import StageEvent, RunRecorder
+from zoosplat_flows.formatting import format_duration
+from zoosplat_flows.execution.stage_states import stage_states
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand, Recording
@@ -110,7 +111,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
 
 
 def test_status_tells_done_partial_and_missing(run: Run) -> None:
-    found = {s.stage: s for s in states(run)}
+    found = {s.stage: s for s in stage_states(run)}
     assert {name: s.state for name, s in found.items()} == {
         "ingest": "done",
         "center_rotation": "missing",
@@ -145,7 +146,7 @@ def test_status_says_what_an_earlier_version_of_a_stage_has_left(run: Run, by_ha
     newer = Result.at(run.project.url, "pack", replace(earlier, version=earlier.version + 1).id)
     versions = {**run.versions, "pack": earlier.version + 1}
     now = replace(run, versions=versions, results={**run.results, "pack": newer})
-    pack = next(s for s in states(now) if s.stage == "pack")
+    pack = next(s for s in stage_states(now) if s.stage == "pack")
     assert pack.state == "missing"
     assert pack.reason.startswith(f"the result of version {earlier.version} of the stage is kept; this is version")
 
@@ -155,14 +156,14 @@ def test_status_says_how_the_run_stands_and_what_failed(run: Run, by_hand: ByHan
         return call("status", run.project.url, columns=60)[1]
 
     assert f"run {run.id}: begun" in shown()
-    recorder = Recorder(run)
+    recorder = RunRecorder(run)
     recorder.start(["ingest", "center_rotation"])
-    recorder(Event("center_rotation", "started"))
+    recorder(StageEvent("center_rotation", "started"))
     with leases.locked(run.path("lease"), lambda: None):
         assert f"run {run.id}: running (ingest to center_rotation)" in shown()
     assert f"run {run.id}: interrupted" in shown()
     message = "masks of [2] of 4 cameras are empty in frame 17, so there is no hull; see ingest.on_empty"
-    recorder(Event("center_rotation", "failed", message=message))
+    recorder(StageEvent("center_rotation", "failed", message=message))
     recorder.end("failed")
     # On one line, also where the table has little room.
     assert f"center_rotation: failed: {message}" in shown().splitlines()
@@ -188,7 +189,7 @@ def test_a_damaged_mark_costs_its_own_stage_only(run: Run) -> None:
 
 
 def test_durations_read_well() -> None:
-    assert [duration(s) for s in (0.04, 59.9, 185, 7620)] == ["0.0 s", "59.9 s", "3 min 05 s", "2 h 07 min"]
+    assert [format_duration(s) for s in (0.04, 59.9, 185, 7620)] == ["0.0 s", "59.9 s", "3 min 05 s", "2 h 07 min"]
 
 
 def test_headline_gives_the_means_of_the_held_out_views_first(run: Run, by_hand: ByHand) -> None:

@@ -21,9 +21,10 @@ from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, downstream
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import stores
-from zoosplat_flows.execution import executor
-from zoosplat_flows.execution.executor import Failed, execute, make_report, select, worth_retrying
-from zoosplat_flows.execution.recorder import Event, recording
+from zoosplat_flows.execution import executor, stage_states
+from zoosplat_flows.execution.executor import StagesFailed, execute_stages, select_stages, is_worth_retrying
+from zoosplat_flows.report.refresh import ensure_report
+from zoosplat_flows.execution.recorder import StageEvent, record_run
 from zoosplat_flows.runners.local import LocalRunner
 from zoosplat_flows.runners.protocol import Exhausted, Interrupted
 
@@ -61,7 +62,7 @@ class Perform(Protocol):
         self,
         run: Run,
         stages: list[str] | None = None,
-        heard: Callable[[Event], None] = ...,
+        heard: Callable[[StageEvent], None] = ...,
         workers: int | None = None,
     ) -> dict[str, str]: ...
 
@@ -69,24 +70,24 @@ class Perform(Protocol):
 def _here(
     run: Run,
     stages: list[str] | None = None,
-    heard: Callable[[Event], None] = lambda event: None,
+    heard: Callable[[StageEvent], None] = lambda event: None,
     workers: int | None = None,
 ) -> dict[str, str]:
-    with recording(run, stages or NAMES) as recorder:
+    with record_run(run, stages or NAMES) as recorder:
 
-        def tell(event: Event) -> None:
+        def tell(event: StageEvent) -> None:
             recorder(event)
             heard(event)
 
         with LocalRunner() as processes:
-            states = execute(run, stages or NAMES, processes, workers, recorder, tell)
-        return {**states, "report": make_report(run, recorder, tell)}
+            states = execute_stages(run, stages or NAMES, processes, workers, recorder, tell)
+        return {**states, "report": ensure_report(run, recorder, tell)}
 
 
 def _with_prefect(
     run: Run,
     stages: list[str] | None = None,
-    heard: Callable[[Event], None] = lambda event: None,
+    heard: Callable[[StageEvent], None] = lambda event: None,
     workers: int | None = None,
 ) -> dict[str, str]:
     from zoosplat_flows.pipeline import listening, pipeline
@@ -156,7 +157,7 @@ def _log(project: Path) -> list[str]:
     return (project / "log").read_text().splitlines()
 
 
-def _states(events: list[Event], stage: str) -> list[str]:
+def _states(events: list[StageEvent], stage: str) -> list[str]:
     return [event.state for event in events if event.stage == stage]
 
 
@@ -173,7 +174,7 @@ def test_order_follows_what_stages_read_and_pack_runs_beside_tracking(
     )
     (project / "pack.py").write_text(meet.replace("OTHER", "center_rotation"))
     (project / "center_rotation.py").write_text(meet.replace("OTHER", "pack"))
-    events: list[Event] = []
+    events: list[StageEvent] = []
     result = perform(run, heard=events.append, workers=3)
     page = run.path("report", "index.html")
     assert result == {**dict.fromkeys(NAMES, "done"), "report": page}
@@ -181,9 +182,9 @@ def test_order_follows_what_stages_read_and_pack_runs_beside_tracking(
     for spec in PIPELINE:
         for name in spec.reads:
             assert log.index(f"end {name}") < log.index(f"start {spec.name}")
-    assert Event("train", "running", 3, 4, "nearly") in events
+    assert StageEvent("train", "running", 3, 4, "nearly") in events
     assert _states(events, "crop") == ["started", "running", "done"]
-    assert executor.warnings_of(run)[0] == "ingest: careful with ingest"
+    assert stage_states.stage_warnings(run)[0] == "ingest: careful with ingest"
 
     # The same run again starts no process, and builds no report.
     (project / "log").unlink()
@@ -214,7 +215,7 @@ def test_a_user_error_is_not_retried_and_stops_what_follows(project: Path, run: 
         "print('zoosplat crop: crop.ell = 0.1: too small\\nsecond line', file=sys.stderr)\n"
         "sys.exit(2)\n"
     )
-    events: list[Event] = []
+    events: list[StageEvent] = []
     with pytest.raises(UserError) as caught:
         perform(run, heard=events.append)
     assert str(caught.value) == "crop: crop.ell = 0.1: too small\nsecond line"
@@ -245,7 +246,7 @@ def test_other_failures_are_tried_again(project: Path, run: Run) -> None:
         "if attempt == 1: sys.exit('lost connection')\n"
         "if attempt == 2: os.kill(os.getpid(), 9)\n"
     )
-    events: list[Event] = []
+    events: list[StageEvent] = []
     assert _here(run, ["ingest"], events.append)["ingest"] == "done"
     assert _log(project).count("start ingest") == 3
     retries = [e.message for e in events if e.state == "retrying"]
@@ -255,7 +256,7 @@ def test_other_failures_are_tried_again(project: Path, run: Run) -> None:
 
 def test_a_failure_that_stays_is_the_runs(project: Path, run: Run) -> None:
     (project / "ingest.py").write_text("sys.exit('still lost')\n")
-    with pytest.raises(Failed, match="still lost"):
+    with pytest.raises(StagesFailed, match="still lost"):
         _here(run, ["ingest"])
     assert len(_log(project)) == 3
 
@@ -297,12 +298,12 @@ def test_logs_hold_what_stages_print_with_time_and_host(project: Path, run: Run,
 
 
 def test_stages_can_be_chosen_by_range(project: Path) -> None:
-    assert select("crop", "pack") == ["crop", "pack"]
-    assert select(None, "center_rotation") == ["ingest", "center_rotation"]
+    assert select_stages("crop", "pack") == ["crop", "pack"]
+    assert select_stages(None, "center_rotation") == ["ingest", "center_rotation"]
     with pytest.raises(UserError, match="there is no stage trian"):
-        select("trian")
+        select_stages("trian")
     with pytest.raises(UserError, match="comes before train"):
-        select("train", "ingest")
+        select_stages("train", "ingest")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_stages_can_be_chosen_by_range(project: Path) -> None:
     ],
 )
 def test_what_is_worth_another_try(error: Exception, again: bool) -> None:
-    assert worth_retrying(error) == again
+    assert is_worth_retrying(error) == again
 
 
 @pytest.mark.usefixtures("_prefect")

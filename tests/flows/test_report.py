@@ -22,8 +22,8 @@ from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, MANIFEST
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import schema, stores
-from zoosplat_flows.execution.executor import make_report
-from zoosplat_flows.execution.recorder import Event, Recorder, recording
+from zoosplat_flows.report.refresh import ensure_report
+from zoosplat_flows.execution.recorder import StageEvent, RunRecorder, record_run
 from zoosplat_flows.report import plots
 from zoosplat_flows.report.page import _outlined, build_report
 
@@ -362,10 +362,10 @@ def test_damaged_images_leave_the_silhouettes_and_say_so(run: Run, mark: Mark) -
 def test_the_first_screen_says_how_the_run_ended(run: Run, mark: Mark) -> None:
     _groups(run, mark)
     mark("crop", warnings=["the animal is <large>"])
-    recorder = Recorder(run)
+    recorder = RunRecorder(run)
     recorder.start(["crop", "train"])
-    recorder(Event("crop", "done"))
-    recorder(Event("train", "failed", message="train.lr: <too much>"))
+    recorder(StageEvent("crop", "done"))
+    recorder(StageEvent("train", "failed", message="train.lr: <too much>"))
     recorder.end("failed")
     _, page = _build(run)
     first = page.text[: page.text.index("3, 1 of them held out")]
@@ -381,9 +381,9 @@ def test_a_report_is_built_again_when_there_is_more_to_show_or_it_is_gone(run: R
     page = Path(run.path("report", "index.html"))
 
     def made() -> list[str]:
-        events: list[Event] = []
-        with recording(run, ["crop"]) as recorder:
-            make_report(Project.at(run.project.url).run(), recorder, events.append)
+        events: list[StageEvent] = []
+        with record_run(run, ["crop"]) as recorder:
+            ensure_report(Project.at(run.project.url).run(), recorder, events.append)
         return [event.state for event in events]
 
     assert made() == ["started", "done"]

@@ -18,7 +18,7 @@ from rich.markup import escape
 from zoosplat.errors import UserError
 from zoosplat.machine import memory_bytes, usable_cores
 from zoosplat_flows.commands import gsplat_kernels
-from zoosplat_flows.execution.status import memory
+from zoosplat_flows.formatting import format_memory
 
 WAIT_S = 60
 # gsplat compiles its kernels when they are first asked for and a toolkit is there: so they are asked for only if they
@@ -72,7 +72,7 @@ def findings(project: str | None) -> Iterator[Finding]:
 
 def _python() -> Finding:
     version = platform.python_version()
-    text = f"{version}, {usable_cores()} cores, {memory(memory_bytes())} memory"
+    text = f"{version}, {usable_cores()} cores, {format_memory(memory_bytes())} memory"
     try:
         allowed = importlib.metadata.metadata("zoosplat")["Requires-Python"]
     except importlib.metadata.PackageNotFoundError:
@@ -104,7 +104,7 @@ def _torch() -> Iterator[Finding]:
         return
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        yield Finding("gpu", "ok", f"{torch.cuda.get_device_name(i)}, {memory(free)} of {memory(total)} free")
+        yield Finding("gpu", "ok", f"{torch.cuda.get_device_name(i)}, {format_memory(free)} of {format_memory(total)} free")
     yield _gsplat()
 
 

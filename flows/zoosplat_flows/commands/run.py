@@ -22,8 +22,10 @@ from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun, check_forced
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import stores
-from zoosplat_flows.execution.executor import Failed, execute, make_report, select, warnings_of
-from zoosplat_flows.execution.recorder import ENDED, Event, recording
+from zoosplat_flows.execution.executor import StagesFailed, execute_stages, select_stages
+from zoosplat_flows.report.refresh import ensure_report
+from zoosplat_flows.execution.stage_states import stage_warnings
+from zoosplat_flows.execution.recorder import END_STATES, StageEvent, record_run
 from zoosplat_flows.runners.local import LocalRunner
 
 ANSWER_WITHIN_S = 25.0
@@ -98,13 +100,13 @@ class Display:
             stage: self.progress.add_task(stage, total=None, start=False, note="[dim]waiting") for stage in stages
         }
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: StageEvent) -> None:
         with self.lock:
             if event.state == "started":
                 self.began.setdefault(event.stage, time.monotonic())
             (self._bar if self.console.is_terminal else self._line)(event)
 
-    def _bar(self, event: Event) -> None:
+    def _bar(self, event: StageEvent) -> None:
         bar = self.bars[event.stage]
         if event.state == "running":
             self.progress.update(bar, completed=event.done, total=event.total, note=escape(event.message))
@@ -115,11 +117,11 @@ class Display:
             total = self.progress.tasks[bar].total or 1
             self.progress.update(bar, completed=total, total=total)
             self.progress.stop_task(bar)
-        elif event.state in ENDED:
+        elif event.state in END_STATES:
             self.progress.stop_task(bar)
         self.progress.update(bar, note=WORDS[event.state])
 
-    def _line(self, event: Event) -> None:
+    def _line(self, event: StageEvent) -> None:
         now = time.monotonic()
         if event.state == "running":
             if now - max(self.printed.get(event.stage, 0.0), self.began.get(event.stage, now)) > PLAIN_EVERY_S:
@@ -196,15 +198,15 @@ def prefect_server() -> bool:
 
 def _perform(run: Run, stages: list[str], workers: int | None, display: Display) -> str:
     """Run the stages here, and build the report. Its URL."""
-    with recording(run, stages) as recorder:
+    with record_run(run, stages) as recorder:
 
-        def tell(event: Event) -> None:
+        def tell(event: StageEvent) -> None:
             recorder(event)
             display(event)
 
         with LocalRunner() as processes:
-            execute(run, stages, processes, workers, recorder, tell)
-        return make_report(run, recorder, tell)
+            execute_stages(run, stages, processes, workers, recorder, tell)
+        return ensure_report(run, recorder, tell)
 
 
 def _perform_with_prefect(run: Run, stages: list[str], workers: int | None, display: Display) -> str:
@@ -220,7 +222,7 @@ def _perform_with_prefect(run: Run, stages: list[str], workers: int | None, disp
             results = pipeline(run.project.url, stages[0], stages[-1], workers=workers, run=run.id)
     except httpx.HTTPError as error:
         what = f"the Prefect server cannot be reached ({error}); check PREFECT_API_URL"
-        raise Failed(f"{what}; without it, and without a Prefect profile that names one, runs need no server") from None
+        raise StagesFailed(f"{what}; without it, and without a Prefect profile that names one, runs need no server") from None
     return results["report"]
 
 
@@ -233,7 +235,7 @@ def run(
     workers: int | None,
 ) -> None:
     """Check everything, begin a run of the configuration in the project, and run its stages."""
-    stages = select(from_stage, until_stage)
+    stages = select_stages(from_stage, until_stage)
     check_forced(force, stages)
     project = Project.at(url)
     check_place(project.url)
@@ -253,10 +255,10 @@ def run(
     except KeyboardInterrupt:
         typer.echo(STOPPED, err=True)
         raise typer.Exit(130) from None
-    except Failed as error:
+    except StagesFailed as error:
         typer.echo(f"zoosplat: {error}\nzoosplat: finished work is kept; the same command tries again", err=True)
         raise typer.Exit(1) from None
-    for warning in warnings_of(begun_run):
+    for warning in stage_warnings(begun_run):
         typer.echo(f"warning: {warning}", err=True)
     for line in headline(begun_run):
         typer.echo(line)

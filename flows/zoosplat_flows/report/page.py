@@ -26,15 +26,8 @@ from zoosplat.stages import runs
 from zoosplat.stages.run_state import in_words, run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import schema, stores
-from zoosplat_flows.execution.status import (
-    StageState,
-    duration,
-    failures,
-    memory,
-    peak_memory,
-    seconds,
-    states,
-)
+from zoosplat_flows.execution.stage_states import StageState, stage_failures, wall_seconds, stage_states
+from zoosplat_flows.formatting import format_duration, format_memory, format_peak_memory
 from zoosplat_flows.report import plots
 
 OUTLINE = (255, 60, 90)
@@ -60,7 +53,7 @@ def build_report(run: Run, state: str = "") -> str:
         UserError: it cannot be written.
     """
     experiment, record = run.experiment, run.record()
-    stages = {s.stage: s for s in states(run)}
+    stages = {s.stage: s for s in stage_states(run)}
     parts: dict[str, Part | None] = {}
     missing: dict[str, str] = {}
     for name, stage, make in PARTS:
@@ -89,8 +82,8 @@ def build_report(run: Run, state: str = "") -> str:
         missing=missing,
         stages=[_stage_row(s, run) for s in stages.values()],
         tiles=_tiles(stages),
-        longest_s=max((seconds(s.mark) for s in stages.values() if s.mark), default=0.0) or 1.0,
-        failures=sorted(failures(run).items()),
+        longest_s=max((wall_seconds(s.mark) for s in stages.values() if s.mark), default=0.0) or 1.0,
+        failures=sorted(stage_failures(run).items()),
         warnings=[(s.stage, w) for s in stages.values() if s.mark for w in s.mark["warnings"]],
         provenance=_provenance(stages),
         config=experiment.describe(),
@@ -216,7 +209,7 @@ def _crop(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Pa
 def _training(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
     url = run.input_url("train")
     figures = dict((stages["train"].mark or {})["figures"])
-    for key, words in (("seconds", duration), ("peak_gpu_bytes", memory)):
+    for key, words in (("seconds", format_duration), ("peak_gpu_bytes", format_memory)):
         if key in figures:
             figures[key] = words(figures[key])
     facts = {
@@ -438,10 +431,10 @@ def _stage_row(s: StageState, run: Run) -> Part:
         "state": s.state,
         "reason": s.reason or (f"reused from {run.results[s.stage].folder}" if s.state == "reused" else ""),
         "shards": f"{s.shards_done}/{s.shards}" if s.shards else "",
-        "seconds": seconds(mark) if mark else 0.0,
-        "time": duration(seconds(mark)) if mark else "",
-        "work": duration(mark["cpu_seconds"]) if mark else "",
-        "memory": peak_memory(mark) if mark else "",
+        "seconds": wall_seconds(mark) if mark else 0.0,
+        "time": format_duration(wall_seconds(mark)) if mark else "",
+        "work": format_duration(mark["cpu_seconds"]) if mark else "",
+        "memory": format_peak_memory(mark) if mark else "",
         "finished": f"{datetime.fromtimestamp(mark['finished']):%Y-%m-%d %H:%M}" if mark else "",
     }
 
