@@ -28,19 +28,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "deploy" / "demo")]
+sys.path.insert(0, str(ROOT / "deploy" / "demo"))
 
 from servers import Servers  # noqa: E402
-from tests.conftest import given_results, loop_video  # noqa: E402
 
 from zoosplat.machine import peak_bytes  # noqa: E402
+from zoosplat.stages.registry import PREPROCESSING  # noqa: E402
+from zoosplat.synthetic.stand_in import begin_with_results, loop_video  # noqa: E402
 
 if TYPE_CHECKING:
     from zoosplat.stages.contract import Progress
     from zoosplat.stages.runs import Run
     from zoosplat_flows.runners.protocol import Log
 
-STAGES = ("ingest", "center_rotation", "crop", "pack")
+STAGES = tuple(spec.name for spec in PREPROCESSING)
 RENDERED, REPEATED = 128, 8  # frames of the synthetic recording, and how often they are played
 FRAMES_READ = 1000
 METRICS_S = 11.0  # MinIO counts anew after 10 s
@@ -129,7 +130,7 @@ def measure_stages(config: str | None) -> dict[str, Any]:
     """The steps of each CPU stage; shards are one of many frames and one of few."""
     import boto3
 
-    from zoosplat.config.schema import read_config
+    from zoosplat.config.load import read_config
     from zoosplat.stages.begin import begun
     from zoosplat.stages.runs import Project
     from zoosplat.storage import stores
@@ -232,7 +233,7 @@ def measure_prefect() -> list[dict[str, float]]:
         import httpx
 
         import zoosplat_flows.report.page
-        from zoosplat.config.schema import Experiment
+        from zoosplat.config.experiment import Experiment
         from zoosplat.stages.runs import Project
         from zoosplat_flows import pipeline as flows
 
@@ -258,7 +259,7 @@ def measure_prefect() -> list[dict[str, float]]:
 
             prober = threading.Thread(target=probe)
             begun = [
-                given_results(Project.at(str(servers.folder / f"batch{len(measured)}" / f"p{i}")), experiment, {})
+                begin_with_results(Project.at(str(servers.folder / f"batch{len(measured)}" / f"p{i}")), experiment, {})
                 for i in range(n)
             ]
             pipelines = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.memory import GIB, USABLE, advice, gpu_gib, peak_gpu_bytes, smallest_fitting
 from zoosplat_flows.runners.kubernetes.api import JsonObject, label_selector
