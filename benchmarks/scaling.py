@@ -237,7 +237,7 @@ def measure_prefect() -> list[dict[str, float]]:
         from zoosplat.stages.runs import Project
         from zoosplat_flows import pipeline as flows
 
-        vars(flows)["Processes"] = Empty
+        vars(flows)["LocalRunner"] = Empty
         vars(zoosplat_flows.report.page)["build_report"] = lambda run, state="": run.path("report")
         names, cube = ["0.mp4", "1.mp4"], {"ell": 0.2}
         recording = {"directory": str(servers.folder / "recording"), "videos": names, "masks": names}

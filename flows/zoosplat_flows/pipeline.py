@@ -28,9 +28,16 @@ from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import stores
-from zoosplat_flows.execution.executor import RETRIES, RETRY_DELAY_S, StagesFailed, attempt_stage, select_stages, is_worth_retrying
+from zoosplat_flows.execution.executor import (
+    RETRIES,
+    RETRY_DELAY_S,
+    StagesFailed,
+    attempt_stage,
+    is_worth_retrying,
+    select_stages,
+)
+from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent, record_run
 from zoosplat_flows.report.refresh import ensure_report
-from zoosplat_flows.execution.recorder import StageEvent, EventListener, RunRecorder, record_run
 from zoosplat_flows.runners.containers import ContainerRunner
 from zoosplat_flows.runners.kubernetes.api import KubernetesApi
 from zoosplat_flows.runners.kubernetes.nodes import apply_profile, choose_profile

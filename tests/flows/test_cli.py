@@ -23,10 +23,10 @@ from zoosplat.stages.run_state import run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, stores
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.commands.run import headline
-from zoosplat_flows.execution.recorder import StageEvent, RunRecorder
-from zoosplat_flows.formatting import format_duration
+from zoosplat_flows.commands.run import summarize_metrics
+from zoosplat_flows.execution.recorder import RunRecorder, StageEvent
 from zoosplat_flows.execution.stage_states import stage_states
+from zoosplat_flows.formatting import format_duration
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand, Recording
@@ -194,10 +194,10 @@ def test_durations_read_well() -> None:
 
 
 def test_headline_gives_the_means_of_the_held_out_views_first(run: Run, by_hand: ByHand) -> None:
-    assert headline(run) == []
+    assert summarize_metrics(run) == []
     figures = {"observed": {"iou": 0.91, "psnr": 30.0}, "held_out": {"iou": 0.85, "psnr": None}}
     by_hand.mark(run, "evaluate", figures=figures)
-    assert headline(run) == [
+    assert summarize_metrics(run) == [
         "held-out views, test frames: iou 0.850",
         "observed views, test frames: iou 0.910, psnr 30.000",
     ]
@@ -259,7 +259,7 @@ def test_run_says_so_when_s3_is_down(config: Path, monkeypatch: pytest.MonkeyPat
 
 def test_run_hands_the_configuration_on(classic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("zoosplat_flows.commands.run.run", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("zoosplat_flows.commands.run.run_stages", lambda *arguments: seen.append(arguments))
     status, _, err = call(
         "run", str(classic), "--set", "train.lr=0.5", "--from", "crop", "--until", "pack", "--force", "crop",
         "--force", "pack", "--workers", "3",
@@ -284,7 +284,7 @@ def test_demo_films_once_and_runs_its_own_configuration(tmp_path: Path, monkeypa
         filmed.append(n_frames)
 
     monkeypatch.setattr("zoosplat.synthetic.mouse.make_recording", film)
-    monkeypatch.setattr("zoosplat_flows.commands.run.run", lambda *arguments: ran.append(arguments))
+    monkeypatch.setattr("zoosplat_flows.commands.demo.run_stages", lambda *arguments: ran.append(arguments))
     project = str(tmp_path / "demo")
     for frames in ("24", "24", "30"):
         assert call("demo", "--project", project, "--frames", frames, "--set", "train.epochs=2")[0] == 0

@@ -23,9 +23,9 @@ from zoosplat.stages.registry import PIPELINE, downstream
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import stores
 from zoosplat_flows.execution import executor, stage_states
-from zoosplat_flows.execution.executor import StagesFailed, execute_stages, select_stages, is_worth_retrying
-from zoosplat_flows.report.refresh import ensure_report
+from zoosplat_flows.execution.executor import StagesFailed, execute_stages, is_worth_retrying, select_stages
 from zoosplat_flows.execution.recorder import StageEvent, record_run
+from zoosplat_flows.report.refresh import ensure_report
 from zoosplat_flows.runners.local import LocalRunner
 from zoosplat_flows.runners.protocol import Exhausted, Interrupted
 

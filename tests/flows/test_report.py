@@ -22,10 +22,11 @@ from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, MANIFEST
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import schema, stores
-from zoosplat_flows.report.refresh import ensure_report
-from zoosplat_flows.execution.recorder import StageEvent, RunRecorder, record_run
+from zoosplat_flows.execution.recorder import RunRecorder, StageEvent, record_run
 from zoosplat_flows.report import plots
-from zoosplat_flows.report.page import _outlined, build_report
+from zoosplat_flows.report.page import build_report
+from zoosplat_flows.report.pictures import draw_outline
+from zoosplat_flows.report.refresh import ensure_report
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand
@@ -405,7 +406,7 @@ def test_no_project_is_a_user_error(tmp_path: Path) -> None:
 def test_the_outline_surrounds_the_mask() -> None:
     mask = np.zeros((240, 480), bool)
     mask[100:140, 200:300] = True
-    picture = _outlined(np.full((240, 480, 3), 200, np.uint8), mask)
+    picture = draw_outline(np.full((240, 480, 3), 200, np.uint8), mask)
     painted = (picture != 200).any(axis=2)
     edge = mask & (cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) == 0)
     assert painted[edge].all()

@@ -29,8 +29,8 @@ class StageEvent:
     Attributes:
         stage: name of the stage, or `report`.
         state: started, running, retrying, or one of `END_STATES`: done (this run has computed the result), skipped (it
-            existed before), reused (it lies in another project), shared (another run has computed it meanwhile), failed,
-            blocked (a stage that this one reads has failed), stopped.
+            existed before), reused (it lies in another project), shared (another run has computed it meanwhile),
+            failed, blocked (a stage that this one reads has failed), stopped.
         done, total: frames or steps.
         message: what the stage says of its progress, or why it failed.
     """

@@ -15,7 +15,9 @@ from zoosplat.formats import media
 from zoosplat.stages.history import GROUPS, Change, differences, flat, means_of, other_causes
 from zoosplat.stages.runs import Run
 from zoosplat.storage import stores
-from zoosplat_flows.report.page import as_jpeg, label, render_page
+from zoosplat_flows.report.page import render_page
+from zoosplat_flows.report.pictures import jpeg_data_uri
+from zoosplat_flows.report.values import metric_label
 
 GAP = 4  # grey columns between the pictures of a gallery, see `media.side_by_side`
 MetricMeans = tuple[str, float | None, float | None]  # name of a metric, and its mean in the first and second run
@@ -52,7 +54,7 @@ def compare_metrics(first: Run, second: Run) -> list[MetricMeans]:
     found: list[MetricMeans] = []
     for group in GROUPS:
         for name in dict.fromkeys([*a.get(group, {}), *b.get(group, {})]):
-            title = f"{group.replace('_', '-')} views, {label(name)}"
+            title = f"{group.replace('_', '-')} views, {metric_label(name)}"
             found.append((title, a.get(group, {}).get(name), b.get(group, {}).get(name)))
     return found
 
@@ -123,7 +125,7 @@ def picture_pairs(first: Run, second: Run) -> list[PicturePair]:
                 camera,
                 frame,
                 bool(entries[1]["held_out"]),
-                [(name, as_jpeg(picture)) for name, picture in panels],
+                [(name, jpeg_data_uri(picture)) for name, picture in panels],
                 (_score(entries[0]), _score(entries[1])),
             )
         )
