@@ -32,12 +32,12 @@ def convert(
 ) -> None:
     """Write a JSON file of the published tool, or any configuration, as documented YAML."""
     from zoosplat.config.load import load_config
-    from zoosplat.storage import stores
+    from zoosplat.storage import objects
 
     with storage_errors(config):
         loaded = load_config(config, overrides or [])
     with storage_errors(str(out)):
-        stores.write_bytes(str(out.absolute()), loaded.experiment.describe().encode())
+        objects.write_bytes(str(out.absolute()), loaded.experiment.describe().encode())
     print_notes(loaded)
     typer.echo(str(out))
 

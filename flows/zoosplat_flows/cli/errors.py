@@ -39,9 +39,9 @@ def storage_errors(url: str) -> Iterator[None]:
     except (UserError, typer.Exit):
         raise
     except Exception as error:
-        from zoosplat.storage import stores
+        from zoosplat.storage.errors import as_user_error
 
-        known = stores.as_user_error(error, url)
+        known = as_user_error(error, url)
         if known is None:
             raise
         raise known from error

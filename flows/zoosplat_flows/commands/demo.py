@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from zoosplat.config.load import read_config
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 from zoosplat_flows.commands.run import run_stages
 from zoosplat_flows.commands.storage_probe import check_writable
 
@@ -28,8 +28,8 @@ def run_demo(url: str, frames: int, overrides: list[str], workers: int | None) -
         UserError: the project cannot be written.
         typer.Exit: see `run_stages`.
     """
-    check_writable(stores.normalize(url))
-    folder = (Path("demo") if stores.is_s3(url) else Path(stores.normalize(url))) / "recording"
+    check_writable(urls.normalize(url))
+    folder = (Path("demo") if urls.is_s3(url) else Path(urls.normalize(url))) / "recording"
     marker = folder / "frames.txt"  # written last: a recording whose making was stopped has none
     if not marker.exists() or marker.read_text() != str(frames):
         from zoosplat.synthetic.mouse import make_recording

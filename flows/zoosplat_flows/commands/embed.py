@@ -8,7 +8,7 @@ import typer
 
 from zoosplat.errors import UserError
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 def embed_runs(projects: list[str], output: str) -> None:
@@ -25,10 +25,10 @@ def embed_runs(projects: list[str], output: str) -> None:
         from zoosplat_embedding.stage import CSV, embed_together
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing; pip install 'zoosplat[embedding]'") from None
-    folder = stores.normalize(output)
+    folder = urls.normalize(output)
     for warning in embed_together([_find_run(text) for text in projects], folder):
         typer.echo(f"note: {warning}", err=True)
-    typer.echo(stores.join(folder, CSV))
+    typer.echo(urls.join(folder, CSV))
 
 
 def _find_run(text: str) -> Run:

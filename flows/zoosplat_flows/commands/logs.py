@@ -11,7 +11,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.run_state import run_state
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 
 POLL_S = 1.0  # seconds between looks for new lines, with --follow
 
@@ -26,7 +26,7 @@ class _LogReader:
     def read_new_lines(self) -> list[str]:
         """The lines that have been completed since the last call; none before the stage has printed anything."""
         try:
-            with stores.open_read(self._url) as file:
+            with objects.open_read(self._url) as file:
                 file.seek(self._n_read)
                 new = file.read()
         except FileNotFoundError:

@@ -7,7 +7,8 @@ import threading
 import time
 
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
+from zoosplat.storage.errors import as_user_error
 
 ANSWER_WITHIN_S = 25.0  # seconds for a storage server to answer; a local one takes milliseconds
 
@@ -19,14 +20,14 @@ def check_writable(url: str) -> None:
         UserError: that fails, or takes longer than `ANSWER_WITHIN_S`.
     """
     errors: list[BaseException] = []
-    probe = stores.join(url, f".probe-{os.getpid()}-{time.time_ns()}")
+    probe = urls.join(url, f".probe-{os.getpid()}-{time.time_ns()}")
 
     def attempt() -> None:
         try:
-            stores.write_bytes(probe, b"zoosplat")
-            if stores.read_bytes(probe) != b"zoosplat":
+            objects.write_bytes(probe, b"zoosplat")
+            if objects.read_bytes(probe) != b"zoosplat":
                 raise UserError(f"{url}: what is written there reads back differently; use another place")
-            stores.delete(probe)
+            objects.delete(probe)
         except BaseException as error:
             errors.append(error)
 
@@ -35,11 +36,11 @@ def check_writable(url: str) -> None:
     thread.start()
     thread.join(ANSWER_WITHIN_S)
     if thread.is_alive():
-        where = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint") if stores.is_s3(url) else "the file system"
+        where = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint") if urls.is_s3(url) else "the file system"
         raise UserError(f"{url}: {where} does not answer; start the server or correct AWS_ENDPOINT_URL")
     if errors:
         error = errors[0]
-        known = error if isinstance(error, UserError) else stores.as_user_error(error, url)
+        known = error if isinstance(error, UserError) else as_user_error(error, url)
         if known is None and isinstance(error, OSError):
             known = UserError(f"{url}: cannot be written ({error}); use another place")
         raise known or error

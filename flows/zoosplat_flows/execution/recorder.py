@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from zoosplat.stages.runs import RECORD, Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 from zoosplat_flows.runners.stage_output import PROGRESS_LOG_S
 
 FLUSH_S = 5.0  # seconds between writes of a growing text to S3, where nothing can be appended to an object
@@ -62,9 +62,9 @@ class _GrowingText:
         self._url, self._lock = url, threading.Lock()
         self._file: IO[str] | None = None
         self._text, self._last_write = "", 0.0  # of an S3 object
-        if stores.is_s3(url):
+        if urls.is_s3(url):
             with contextlib.suppress(FileNotFoundError):
-                self._text = stores.read_bytes(url).decode(errors="replace")
+                self._text = objects.read_bytes(url).decode(errors="replace")
         else:
             Path(url).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(url, "a", errors="replace")  # noqa: SIM115 (closed by `close`)
@@ -82,7 +82,7 @@ class _GrowingText:
     def _write_object(self) -> None:
         # A log is not worth a stage: where the server is away for a moment, a later write brings all lines.
         with contextlib.suppress(Exception):
-            stores.write_bytes(self._url, self._text.encode())
+            objects.write_bytes(self._url, self._text.encode())
         self._last_write = time.monotonic()
 
     def close(self) -> None:
@@ -172,7 +172,7 @@ class RunRecorder:
         return self._texts[name]
 
     def _write(self) -> None:
-        stores.write_json(self.run.path(RECORD), self._record)
+        objects.write_json(self.run.path(RECORD), self._record)
 
 
 @contextmanager

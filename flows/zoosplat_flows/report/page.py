@@ -14,7 +14,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.run_state import in_words, run_state
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 from zoosplat_flows.execution.stage_states import StageState, stage_failures, stage_states, wall_seconds
 from zoosplat_flows.formatting import format_duration, format_peak_memory
 from zoosplat_flows.report import sections
@@ -85,14 +85,14 @@ def build_report(run: Run, state: str = "") -> str:
         built=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     )
     url = report_url(run)
-    stores.write_bytes(url, page.encode())
+    objects.write_bytes(url, page.encode())
     return url
 
 
 def report_url(run: Run) -> str:
     """URL of the page of a run: in the run's folder, or in the project's where its layout is the one before runs."""
     home = run.project.path("report") if runs.is_legacy(run.project) else run.path("report")
-    return stores.join(home, "index.html")
+    return urls.join(home, "index.html")
 
 
 def render_page(template: str, **values: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoosplat.formats import media
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 
 OUTLINE_COLOUR = (255, 60, 90)  # of the outline of a mask, RGB
 OUTLINE_WIDTH = 480  # pixels that a picture is about enlarged to before its outline is drawn, which makes the line thin
@@ -54,7 +54,7 @@ def read_picture(url: str) -> str:
     Raises:
         ValueError: the file is not a picture.
     """
-    picture = cv2.imdecode(np.frombuffer(stores.read_bytes(url), np.uint8), cv2.IMREAD_COLOR_RGB)
+    picture = cv2.imdecode(np.frombuffer(objects.read_bytes(url), np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
         raise ValueError(f"{url} is not a picture")
     return jpeg_data_uri(np.asarray(picture, dtype=np.uint8))
@@ -63,4 +63,4 @@ def read_picture(url: str) -> str:
 def read_data_uri(url: str) -> str:
     """A PNG or MP4 file at a URL as a data URI, as it is."""
     kind = MEDIA_TYPES[PurePosixPath(url).suffix.lower()]
-    return f"data:{kind};base64," + base64.b64encode(stores.read_bytes(url)).decode()
+    return f"data:{kind};base64," + base64.b64encode(objects.read_bytes(url)).decode()

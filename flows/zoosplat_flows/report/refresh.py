@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from zoosplat.stages import runs
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent
 
 
@@ -19,7 +19,7 @@ def ensure_report(run: Run, recorder: RunRecorder, tell: EventListener) -> str:
     """Build the report page of what is done, unless the page that exists shows just that. Returns its URL."""
     shown, url = _shown_results(run), run.path("report", "index.html")
     tell(StageEvent("report", "started"))
-    if recorder.get("report") == shown and stores.exists(url):
+    if recorder.get("report") == shown and objects.exists(url):
         tell(StageEvent("report", "skipped"))
         return url
     # Imported here: it loads matplotlib, which `zoosplat run` needs only at its end.

@@ -14,7 +14,7 @@ import zarr
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.runs import Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import listing, objects, schema, urls
 from zoosplat_flows.execution.stage_states import StageState
 from zoosplat_flows.formatting import format_duration, format_memory
 from zoosplat_flows.report import plots
@@ -131,10 +131,10 @@ def training_section(run: Run, experiment: Experiment, stages: dict[str, StageSt
         if isinstance(value, str | int | float)
     }
     section: Section = {"facts": facts, "plot": "", "preview": ""}
-    if stores.exists(stores.join(url, "history.csv")):
-        section["plot"] = _plot_history(read_csv(stores.join(url, "history.csv")))
-    if stores.exists(stores.join(url, "preview.png")):
-        section["preview"] = read_picture(stores.join(url, "preview.png"))
+    if objects.exists(urls.join(url, "history.csv")):
+        section["plot"] = _plot_history(read_csv(urls.join(url, "history.csv")))
+    if objects.exists(urls.join(url, "preview.png")):
+        section["preview"] = read_picture(urls.join(url, "preview.png"))
     return section
 
 
@@ -160,14 +160,14 @@ def _plot_history(rows: list[dict[str, str]]) -> str:
 def evaluation_section(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Section:
     """Tables of metrics, their course over time, and pictures with truth, render and error."""
     url = run.input_url("evaluate")
-    files = list(stores.list_files(url))
+    files = list(listing.list_files(url))
     tables = []
     for name in files:
         split = re.fullmatch(r"metrics_(\w+)\.csv", name)
         if split:
-            rows = read_csv(stores.join(url, name))
+            rows = read_csv(urls.join(url, name))
             tables.append({"split": split[1], **_metrics_table(rows)})
-    over_time = [_plot_over_time(read_csv(stores.join(url, n))) for n in files if re.fullmatch(r"frames_\w+\.csv", n)]
+    over_time = [_plot_over_time(read_csv(urls.join(url, n))) for n in files if re.fullmatch(r"frames_\w+\.csv", n)]
     fitted = ""
     if experiment.train.method == "dynamic" or experiment.train.fit_to == "all":
         fitted = "Trained on all frames: observed views are training data, only held-out ones are new to the model."
@@ -213,22 +213,22 @@ def _gallery(url: str, files: list[str]) -> list[Section]:
     """The comparisons that the stage has chosen, held-out views first, at most `GALLERY_PICTURES`."""
     if "gallery.json" not in files:
         return []
-    pictures = json.loads(stores.read_bytes(stores.join(url, "gallery.json")))["pictures"]
+    pictures = json.loads(objects.read_bytes(urls.join(url, "gallery.json")))["pictures"]
     chosen = sorted(pictures, key=lambda p: (not p["held_out"], p["t"], p["camera"]))[:GALLERY_PICTURES]
-    return [{**p, "data": read_picture(stores.join(url, p["file"]))} for p in chosen]
+    return [{**p, "data": read_picture(urls.join(url, p["file"]))} for p in chosen]
 
 
 def renders_section(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Section:
     """Films and stills."""
     url = run.input_url("render")
-    names = list(stores.list_files(url))
-    stills = [{"name": _title(n), "data": read_picture(stores.join(url, n))} for n in names if n.endswith(".png")]
+    names = list(listing.list_files(url))
+    stills = [{"name": _title(n), "data": read_picture(urls.join(url, n))} for n in names if n.endswith(".png")]
     films, left = [], FILM_BYTES
     for name in sorted((n for n in names if n.endswith(".mp4")), key=lambda n: (n != "orbit.mp4", n)):
-        left -= stores.size(stores.join(url, name))
+        left -= objects.size(urls.join(url, name))
         # Films for which no bytes are left are named instead.
-        data = read_data_uri(stores.join(url, name)) if left >= 0 else ""
-        films.append({"name": _title(name), "file": stores.join(url, name), "data": data})
+        data = read_data_uri(urls.join(url, name)) if left >= 0 else ""
+        films.append({"name": _title(name), "file": urls.join(url, name), "data": data})
     return {"films": films, "stills": stills}
 
 

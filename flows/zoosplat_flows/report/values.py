@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects
 
 
 def check_result_files(run: Run, stage: str) -> None:
@@ -15,12 +15,12 @@ def check_result_files(run: Run, stage: str) -> None:
     result = run.result(stage)
     files = result.manifest()
     if files is not None:
-        stores.check_manifest(result.data_folder, files)
+        listing.check_manifest(result.data_folder, files)
 
 
 def read_csv(url: str) -> list[dict[str, str]]:
     """Rows of a CSV file with a header, as column -> text."""
-    return list(csv.DictReader(io.StringIO(stores.read_bytes(url).decode())))
+    return list(csv.DictReader(io.StringIO(objects.read_bytes(url).decode())))
 
 
 def metric_label(name: str) -> str:

@@ -15,7 +15,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.contract import Progress
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 from zoosplat_flows.runners.images import IMAGE_USER_ID, image_name
 from zoosplat_flows.runners.local import LocalRunner, out_of_memory_advice
 from zoosplat_flows.runners.protocol import Log
@@ -101,7 +101,7 @@ def container_command(engine: list[str], name: str, stage: str, arguments: list[
         "--ulimit=nofile=20000:20000",
         "--ulimit=nproc=20000:20000",
         *([f"--gpus={gpus}", "--shm-size=1g"] if gpus else []),  # GPUs may exchange data through shared memory
-        f"--env={stores.S3_ONLY}=1",
+        f"--env={urls.S3_ONLY}=1",
         *(f"--env={variable}" for variable in INHERITED_VARIABLES if variable in os.environ),
         image_of(stage),
         *arguments,
@@ -126,7 +126,7 @@ class ContainerRunner(LocalRunner):
             UserError: also where the image is missing, or the project or the recording is not on S3.
         """
         for url in (run.project.url, run.experiment.data.directory):
-            if not stores.is_s3(url):
+            if not urls.is_s3(url):
                 raise UserError(f"{url}: containers see no folders of this machine; use s3://bucket/prefix")
         found = subprocess.run([*self._engine, "image", "inspect", image_of(stage)], capture_output=True)
         if found.returncode != 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from zoosplat.stages.results import Result, digest_of
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 from zoosplat_flows.runners.images import IMAGE_USER_ID, image_name
 from zoosplat_flows.runners.kubernetes.api import MANAGED_BY, JsonObject
 from zoosplat_flows.runners.kubernetes.settings import ClusterSettings, Profile
@@ -167,7 +167,7 @@ def _environment(settings: ClusterSettings) -> list[JsonObject]:
     variables: list[JsonObject] = [
         {"name": "HOME", "value": "/tmp"},
         {"name": "OMP_WAIT_POLICY", "value": "passive"},
-        {"name": stores.S3_ONLY, "value": "1"},
+        {"name": urls.S3_ONLY, "value": "1"},
         {"name": "AWS_DEFAULT_REGION", "value": settings.s3.region},
     ]
     if settings.s3.endpoint:

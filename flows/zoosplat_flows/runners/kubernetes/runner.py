@@ -18,7 +18,7 @@ from zoosplat.stages.contract import Progress
 from zoosplat.stages.memory import gpu_gib
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 from zoosplat_flows.runners.kubernetes.api import JsonObject, KubernetesApi, explain_refusal, http_status
 from zoosplat_flows.runners.kubernetes.explanations import explain_blocked, explain_failure, explain_pending
 from zoosplat_flows.runners.kubernetes.manifests import (
@@ -92,7 +92,7 @@ class KubernetesRunner:
             RuntimeError: any other failure, with the last lines of the log.
             Interrupted: the pipeline ended meanwhile.
         """
-        if not stores.is_s3(run.project.url):
+        if not urls.is_s3(run.project.url):
             raise UserError(
                 f"{run.project.url}: the pods of a cluster share no folder; use a project at s3://bucket/prefix"
             )
