@@ -24,9 +24,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, STAGES
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import urls
 from zoosplat_flows.execution.executor import (
     RETRIES,
@@ -36,7 +38,7 @@ from zoosplat_flows.execution.executor import (
     is_worth_retrying,
     select_stages,
 )
-from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent, record_run
+from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent, keep_record
 from zoosplat_flows.report.refresh import ensure_report
 from zoosplat_flows.runners.containers import ContainerRunner
 from zoosplat_flows.runners.kubernetes.api import KubernetesApi
@@ -266,8 +268,8 @@ def pipeline(
     where = Project.at(place(project, config))
     if run is not None:
         with LocalRunner() as processes:
-            return _run_stages(where.run(run), stages, processes, workers)
-    experiment = load_config(config).experiment if config else where.run().experiment
+            return _run_stages(open_run(where, run), stages, processes, workers)
+    experiment = load_config(config).experiment if config else open_run(where).experiment
     if runner == "kubernetes":
         settings, api, chosen_profile, experiment = _profile_for(profile, where, stages, experiment)
         placed: Any = _in_cluster(settings, api, chosen_profile)
@@ -275,13 +277,13 @@ def pipeline(
         raise UserError(f"profile {profile}: profiles are kinds of nodes; use it with the runner kubernetes")
     else:
         placed = ContainerRunner() if runner == "containers" else LocalRunner()
-    with placed as chosen, begun(where, experiment, stages, force or []) as begun_run:
+    with placed as chosen, begin_run(where, experiment, stages, force or []) as begun_run:
         return _run_stages(begun_run, stages, chosen, workers)
 
 
 def _run_stages(run: Run, stages: list[str], runner: Runner, workers: int | None) -> dict[str, str]:
     futures: dict[str, PrefectFuture[Any]] = {}
-    with record_run(run, stages) as recorder:
+    with keep_record(run, stages) as recorder:
         work = _Work(run, runner, workers, recorder)
         for stage in stages:
             futures[stage] = run_stage.with_options(name=stage, task_run_name=stage).submit(

@@ -18,13 +18,15 @@ import pytest
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
 from zoosplat.errors import LockLost, Unreachable, UserError
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, downstream
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.run_records import record_run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
 from zoosplat_flows.execution import executor, stage_states
 from zoosplat_flows.execution.executor import StagesFailed, execute_stages, is_worth_retrying, select_stages
-from zoosplat_flows.execution.recorder import StageEvent, record_run
+from zoosplat_flows.execution.recorder import StageEvent, keep_record
 from zoosplat_flows.report.refresh import ensure_report
 from zoosplat_flows.runners.local import LocalRunner
 from zoosplat_flows.runners.protocol import Exhausted, Interrupted
@@ -74,7 +76,7 @@ def _here(
     heard: Callable[[StageEvent], None] = lambda event: None,
     workers: int | None = None,
 ) -> dict[str, str]:
-    with record_run(run, stages or NAMES) as recorder:
+    with keep_record(run, stages or NAMES) as recorder:
 
         def tell(event: StageEvent) -> None:
             recorder(event)
@@ -151,7 +153,7 @@ def run(project: Path, experiment: Experiment) -> Run:
 
 def _begin(project: Path, experiment: Experiment, *force: str) -> Run:
     """A recorded run; what it needs to be a run, not what `begun` would check."""
-    return runs.record(runs.resolve(Project.at(str(project)), experiment, force), NAMES)
+    return record_run(draft_run(Project.at(str(project)), experiment, force), NAMES)
 
 
 def _log(project: Path) -> list[str]:
@@ -427,10 +429,11 @@ def test_a_stage_ends_with_its_killed_parent(project: Path, run: Run) -> None:
     )
     code = (
         "import sys\n"
-        "from zoosplat.stages.runs import Project\n"
+        "from zoosplat.stages.lookup import open_run\n"
+        "from zoosplat.stages.projects import Project\n"
         "from zoosplat_flows.runners.local import LocalRunner\n"
         "with LocalRunner() as processes:\n"
-        "    run = Project.at(sys.argv[1]).run()\n"
+        "    run = open_run(Project.at(sys.argv[1]))\n"
         "    processes.run('ingest', run, progress=lambda *of: None, log=lambda *of: None)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(project)])

@@ -18,11 +18,13 @@ import pytest
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, MANIFEST
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
-from zoosplat_flows.execution.recorder import RunRecorder, StageEvent, record_run
+from zoosplat_flows.execution.recorder import RunRecorder, StageEvent, keep_record
 from zoosplat_flows.report import plots
 from zoosplat_flows.report.page import build_report
 from zoosplat_flows.report.pictures import draw_outline
@@ -166,7 +168,7 @@ def run(tmp_path: Path, experiment: Experiment, by_hand: ByHand) -> Run:
 
 
 def _build(run: Run) -> tuple[str, Page]:
-    url = build_report(Project.at(run.project.url).run())
+    url = build_report(open_run(Project.at(run.project.url)))
     assert url == run.path("report", "index.html")
     html = Path(url).read_text()
     return html, Page(html)
@@ -383,8 +385,8 @@ def test_a_report_is_built_again_when_there_is_more_to_show_or_it_is_gone(run: R
 
     def made() -> list[str]:
         events: list[StageEvent] = []
-        with record_run(run, ["crop"]) as recorder:
-            ensure_report(Project.at(run.project.url).run(), recorder, events.append)
+        with keep_record(run, ["crop"]) as recorder:
+            ensure_report(open_run(Project.at(run.project.url)), recorder, events.append)
         return [event.state for event in events]
 
     assert made() == ["started", "done"]
@@ -400,7 +402,7 @@ def test_a_report_is_built_again_when_there_is_more_to_show_or_it_is_gone(run: R
 
 def test_no_project_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
-        build_report(Project.at(str(tmp_path)).run())
+        build_report(open_run(Project.at(str(tmp_path))))
 
 
 def test_the_outline_surrounds_the_mask() -> None:

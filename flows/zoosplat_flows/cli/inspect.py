@@ -14,16 +14,17 @@ from zoosplat_flows.cli.options import ProjectUrl, RunId
 
 def status(project: ProjectUrl, run_id: RunId = None) -> None:
     """Which stages of a run are done, partial or missing."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.commands.status import show_status
 
     with storage_errors(project):
-        show_status(Project.at(project).run(run_id))
+        show_status(open_run(Project.at(project), run_id))
 
 
 def runs(project: ProjectUrl) -> None:
     """List the runs of a project: what each changed against the one before, its state, and what came of it."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.commands.runs import show_runs
 
     with storage_errors(project):
@@ -41,12 +42,13 @@ def compare(
 
     zoosplat compare runs/mouse 20250317-0912 20250318-1740
     """
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.commands.compare import compare_runs
 
     with storage_errors(project):
         where = Project.at(project)
-        typer.echo(compare_runs(where.run(first), where.run(second)))
+        typer.echo(compare_runs(open_run(where, first), open_run(where, second)))
 
 
 def logs(
@@ -56,20 +58,22 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends, or Ctrl-C.")] = False,
 ) -> None:
     """Print what the stages of a run have printed, with time and host, wherever they ran."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.commands.logs import show_logs
 
     with storage_errors(project), ended_by_ctrl_c():
-        show_logs(Project.at(project).run(run_id), stage, follow)
+        show_logs(open_run(Project.at(project), run_id), stage, follow)
 
 
 def report(project: ProjectUrl, run_id: RunId = None) -> None:
     """Build the report page of what is done: one self-contained HTML file."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.report.page import build_report
 
     with storage_errors(project):
-        typer.echo(build_report(Project.at(project).run(run_id)))
+        typer.echo(build_report(open_run(Project.at(project), run_id)))
 
 
 def view(

@@ -24,7 +24,7 @@ def gc(
     an earlier layout. That another project reuses a result (reuse: in its configuration, or train.start_from) is not
     seen: such a project makes the result anew, or says that it is gone.
     """
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.commands.gc import free_space
 
     with storage_errors(project):
@@ -37,11 +37,11 @@ def upgrade(project: ProjectUrl) -> None:
     What was made from the files and settings of today counts as done. Anything else can still be looked at, and the
     next run makes a new result beside it.
     """
-    from zoosplat.stages import legacy
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.projects import Project
+    from zoosplat.stages.upgrade import upgrade as adopt_results
 
     with storage_errors(project):
-        adopted, kept = legacy.upgrade(Project.at(project))
+        adopted, kept = adopt_results(Project.at(project))
     for stage, result in adopted.results.items():
         if result.is_done():
             note = f"can be looked at, and is made again by the next run: it {kept[stage]}" if stage in kept else "done"

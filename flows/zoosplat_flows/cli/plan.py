@@ -19,7 +19,7 @@ def plan(
     profile: Profile = None,
 ) -> None:
     """Predict the GPU memory of a training, and the smallest profile that has it or the key to change."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.commands.plan import show_plan
 
     experiment = load_with_profile(config, overrides, profile).experiment

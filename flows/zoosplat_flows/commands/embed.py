@@ -7,7 +7,9 @@ import re
 import typer
 
 from zoosplat.errors import UserError
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 from zoosplat.storage import urls
 
 
@@ -35,5 +37,5 @@ def _find_run(text: str) -> Run:
     """The run that `URL` or `URL@RUN` names. Where a project's own URL ends like `@RUN`, the project is meant."""
     found = re.fullmatch(r"(.+)@(\d[\d-]*[0-9a-f]*)", text)
     if found is None or Project.at(text).exists():
-        return Project.at(text).run()
-    return Project.at(found[1]).run(found[2])
+        return open_run(Project.at(text))
+    return open_run(Project.at(found[1]), found[2])

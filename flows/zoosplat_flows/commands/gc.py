@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from zoosplat.stages.results import FOLDER
-from zoosplat.stages.runs import RUNS, Project
+from zoosplat.stages.projects import RUNS, Project
+from zoosplat.stages.results import RESULTS
 from zoosplat_flows.execution.garbage import find_garbage, path_in_project, remove_garbage
 from zoosplat_flows.formatting import format_size
 
@@ -23,7 +23,7 @@ def free_space(project: Project, keep_last: int | None, dry_run: bool) -> None:
     """
     found = find_garbage(project, keep_last)
     sizes = {path_in_project(RUNS, run_id): size for run_id, size in found.runs.items()}
-    sizes |= {path_in_project(FOLDER, stage, name): size for (stage, name), size in found.results.items()}
+    sizes |= {path_in_project(RESULTS, stage, name): size for (stage, name), size in found.results.items()}
     planned = (f"{name}: {format_size(size)}" for name, size in sizes.items())
     for line in planned if dry_run else remove_garbage(project, found):
         typer.echo(line)

@@ -8,12 +8,14 @@ from rich.table import Table
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.stages import memory
-from zoosplat.stages.runs import Project, Run, resolve
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 
 
 def _planned_run(experiment: Experiment, project: Project) -> Run:
     """The run that a project would get for a configuration. Results that are done already are found by their ids."""
-    draft = resolve(project, experiment)
+    draft = draft_run(project, experiment)
     return Run(project, "planned", experiment, draft.results)
 
 

@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages.begin import begun, check_forced
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.begin import begin_run, check_forced
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 from zoosplat_flows.commands.run_display import RunDisplay
 from zoosplat_flows.commands.storage_probe import check_writable
 from zoosplat_flows.execution.executor import StagesFailed, execute_stages, select_stages
-from zoosplat_flows.execution.recorder import StageEvent, record_run
+from zoosplat_flows.execution.recorder import StageEvent, keep_record
 from zoosplat_flows.execution.stage_states import stage_warnings
 from zoosplat_flows.messages import STOPPED
 from zoosplat_flows.report.refresh import ensure_report
@@ -100,7 +101,7 @@ def is_prefect_server_named() -> bool:
 
 def _execute(run: Run, stages: list[str], workers: int | None, display: RunDisplay) -> str:
     """Run the stages in this process, and build the report. Returns the report's URL."""
-    with record_run(run, stages) as recorder:
+    with keep_record(run, stages) as recorder:
 
         def tell(event: StageEvent) -> None:
             recorder(event)
@@ -166,7 +167,7 @@ def run_stages(
                     # Called once for each file: hashing hours of video takes a while.
                     status.update(f"reading {escape(file)}, whose content is part of the results' ids")
 
-                begun_run = alive.enter_context(begun(project, experiment, stages, force, hashing))
+                begun_run = alive.enter_context(begin_run(project, experiment, stages, force, hashing))
             with display.progress:
                 report = execute(begun_run, stages, workers, display)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from zoosplat.errors import Passing, UserError
+from zoosplat.errors import TransientError, UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Run
 from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent
@@ -46,7 +46,7 @@ def select_stages(from_stage: str | None = None, until_stage: str | None = None)
 
 def is_worth_retrying(error: BaseException) -> bool:
     """Whether another try of a stage may help. It does not where the input is wrong or the pipeline ends."""
-    if isinstance(error, Passing):
+    if isinstance(error, TransientError):
         return True
     return not isinstance(error, UserError | Interrupted | Exhausted)
 

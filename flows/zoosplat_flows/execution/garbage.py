@@ -17,10 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from zoosplat.errors import UserError
+from zoosplat.stages.projects import RUNS, Project
 from zoosplat.stages.registry import STAGES
-from zoosplat.stages.results import DONE, FOLDER, MANIFEST, PLAN, REQUEST, SHARDS, Mark
+from zoosplat.stages.results import DONE, MANIFEST, PLAN, REQUEST, RESULTS, SHARDS, Mark
 from zoosplat.stages.run_state import is_alive
-from zoosplat.stages.runs import CONFIG, RECORD, RUNS, SOURCES, Project, is_legacy
+from zoosplat.stages.runs import CONFIG, RECORD
+from zoosplat.stages.sources import SOURCES
 from zoosplat.storage import leases, listing, objects, urls
 from zoosplat_flows.formatting import format_size
 
@@ -58,7 +60,7 @@ def find_garbage(project: Project, keep_last: int | None) -> Garbage:
     Raises:
         UserError: there is no run, or the record of a run cannot be read, so that what it refers to is not known.
     """
-    if is_legacy(project):
+    if project.is_legacy():
         raise UserError(
             f"{project.url}: has the layout of an earlier version, in which nothing is kept beside what is used"
         )
@@ -79,18 +81,18 @@ def find_garbage(project: Project, keep_last: int | None) -> Garbage:
             found.runs[run_id] = _size_bytes(project.path(RUNS, run_id), foreign)
     found.records = {run_id: record for run_id, record in records.items() if run_id not in found.runs}
     wanted = _referred_results(found.records, project)
-    for stage in listing.list_names(project.path(FOLDER)):
+    for stage in listing.list_names(project.path(RESULTS)):
         if stage not in STAGES:
-            found.left[path_in_project(FOLDER, stage)] = "is not a file of zoosplat"
+            found.left[path_in_project(RESULTS, stage)] = "is not a file of zoosplat"
             continue
-        for name in listing.list_names(project.path(FOLDER, stage)):
+        for name in listing.list_names(project.path(RESULTS, stage)):
             if (stage, name) in wanted:
                 continue
             why = _why_left(project, stage, name)
             if why:
-                found.left[path_in_project(FOLDER, stage, name)] = why
+                found.left[path_in_project(RESULTS, stage, name)] = why
             else:
-                found.results[stage, name] = _size_bytes(project.path(FOLDER, stage, name))
+                found.results[stage, name] = _size_bytes(project.path(RESULTS, stage, name))
     return found
 
 
@@ -111,12 +113,12 @@ def remove_garbage(project: Project, found: Garbage) -> Iterator[str]:
         yield f"{path_in_project(RUNS, run_id)}: {format_size(size)}"
     for (stage, name), size in found.results.items():
         done = _remove_result(project, stage, name, found)
-        yield f"{path_in_project(FOLDER, stage, name)}: {format_size(size) if done else 'left, a run uses it now'}"
+        yield f"{path_in_project(RESULTS, stage, name)}: {format_size(size) if done else 'left, a run uses it now'}"
 
 
 def _remove_result(project: Project, stage: str, name: str, found: Garbage) -> bool:
     """Remove a result unless a process works on it or a new run refers to it. Returns whether it was removed."""
-    folder = project.path(FOLDER, stage, name)
+    folder = project.path(RESULTS, stage, name)
     with contextlib.suppress(_Busy), _leased(urls.join(folder, LEASE)):
         done = urls.join(folder, DONE)
         mark = objects.read_bytes(done) if objects.exists(done) else None
@@ -180,7 +182,7 @@ def _new_records(project: Project, found: Garbage) -> dict[str, Mark]:
 def _referred_results(records: dict[str, Mark], project: Project) -> set[tuple[str, str]]:
     """Stage and id of each result of this project that runs refer to, also as the model that a training starts from."""
     found: set[tuple[str, str]] = set()
-    ours = project.path(FOLDER) + "/"
+    ours = project.path(RESULTS) + "/"
     for record in records.values():
         for stage, entry in record["results"].items():
             if entry.get("project") in (None, project.url):
@@ -194,7 +196,7 @@ def _referred_results(records: dict[str, Mark], project: Project) -> set[tuple[s
 
 def _why_left(project: Project, stage: str, name: str) -> str:
     """Why something among the results of a stage is not removed; an empty string where it may be removed."""
-    folder = project.path(FOLDER, stage, name)
+    folder = project.path(RESULTS, stage, name)
     if _is_link(folder):
         return "is a symbolic link"
     request = objects.read_json(urls.join(folder, REQUEST))

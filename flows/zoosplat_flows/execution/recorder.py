@@ -176,7 +176,7 @@ class RunRecorder:
 
 
 @contextmanager
-def record_run(run: Run, stages: list[str]) -> Iterator[RunRecorder]:
+def keep_record(run: Run, stages: list[str]) -> Iterator[RunRecorder]:
     """Record a run while the block runs; the run is recorded as done, failed or stopped as the block ends."""
     recorder = RunRecorder(run)
     recorder.start(stages)

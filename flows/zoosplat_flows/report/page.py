@@ -11,7 +11,6 @@ import jinja2
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
 from zoosplat.stages.run_state import in_words, run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects, urls
@@ -91,7 +90,7 @@ def build_report(run: Run, state: str = "") -> str:
 
 def report_url(run: Run) -> str:
     """URL of the page of a run: in the run's folder, or in the project's where its layout is the one before runs."""
-    home = run.project.path("report") if runs.is_legacy(run.project) else run.path("report")
+    home = run.project.path("report") if run.project.is_legacy() else run.path("report")
     return urls.join(home, "index.html")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from zoosplat.stages import runs
+from zoosplat.stages.latest_links import link_latest
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
 from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent
@@ -31,6 +31,6 @@ def ensure_report(run: Run, recorder: RunRecorder, tell: EventListener) -> str:
         tell(StageEvent("report", "failed", message=str(error)))
         raise
     recorder.set("report", shown)
-    runs.link_latest(run)
+    link_latest(run)
     tell(StageEvent("report", "done"))
     return url

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zoosplat.errors import UserError
-from zoosplat.stages.contract import Progress
+from zoosplat.stages.contract import StageProgress
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
 from zoosplat.storage import urls
@@ -119,7 +119,7 @@ class ContainerRunner(LocalRunner):
         self._engine = find_engine()
         self._watchers: set[subprocess.Popen[bytes]] = set()
 
-    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: Progress, log: Log) -> None:
+    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: StageProgress, log: Log) -> None:
         """Run a whole stage in a container and wait for it, as `LocalRunner.run` does in a process.
 
         Raises:
@@ -144,7 +144,7 @@ class ContainerRunner(LocalRunner):
             assert watcher.stdin is not None
             watcher.stdin.close()
 
-    def _run_command(self, stage: str, command: list[str], progress: Progress, log: Log) -> None:
+    def _run_command(self, stage: str, command: list[str], progress: StageProgress, log: Log) -> None:
         name = f"zoosplat-{stage.replace('_', '-')}-{secrets.token_hex(6)}"
         # The image's entry point is `python -m zoosplat_<stage>`, the first three words of the command.
         in_container = container_command(self._engine, name, stage, command[3:])

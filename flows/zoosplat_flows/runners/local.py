@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import IO
 
 from zoosplat.errors import UserError
-from zoosplat.stages.contract import Progress
+from zoosplat.stages.contract import StageProgress
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
 from zoosplat_flows.runners.protocol import Interrupted, Log
@@ -50,7 +50,7 @@ class LocalRunner:
         for process in running:
             _signal_group(process, signal.SIGTERM)
 
-    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: Progress, log: Log) -> None:
+    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: StageProgress, log: Log) -> None:
         """Run a whole stage as `python -m zoosplat_<stage>` and wait for it.
 
         Args:
@@ -69,7 +69,7 @@ class LocalRunner:
         command += ["--workers", str(workers)] if workers else []
         self._run_command(stage, command, progress, log)
 
-    def _run_command(self, stage: str, command: list[str], progress: Progress, log: Log) -> None:
+    def _run_command(self, stage: str, command: list[str], progress: StageProgress, log: Log) -> None:
         with self._lock:
             if self._closed:
                 raise Interrupted(stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from zoosplat.stages.contract import Progress
+from zoosplat.stages.contract import StageProgress
 from zoosplat.stages.runs import Run
 
 
@@ -25,7 +25,7 @@ class Log(Protocol):
 class Runner(Protocol):
     """A place where stages run. Leaving its `with` block ends the stages that still run."""
 
-    def run(self, stage: str, run: Run, *, workers: int | None, progress: Progress, log: Log) -> None:
+    def run(self, stage: str, run: Run, *, workers: int | None, progress: StageProgress, log: Log) -> None:
         """Run a whole stage and wait for it.
 
         Args:

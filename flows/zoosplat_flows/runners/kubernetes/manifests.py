@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zoosplat.stages.results import Result, digest_of
+from zoosplat.stages.results import Result, json_digest
 from zoosplat.storage import urls
 from zoosplat_flows.runners.images import IMAGE_USER_ID, image_name
 from zoosplat_flows.runners.kubernetes.api import MANAGED_BY, JsonObject
@@ -36,7 +36,7 @@ def own_pod_reference() -> JsonObject | None:
 
 def request_digest(result: Result, settings: ClusterSettings) -> str:
     """Digest of what determines the Jobs of a result: its folder, which contains its id, and the images."""
-    return digest_of([result.folder, settings.images.registry, settings.images.tag])
+    return json_digest([result.folder, settings.images.registry, settings.images.tag])
 
 
 def job_manifest(
@@ -68,7 +68,7 @@ def job_manifest(
         profile: kind of GPU node that the pod needs; None: the pod gets the resources of CPU stages.
         owner: the result of `own_pod_reference`; None: the Job lasts until it is deleted.
     """
-    name = f"zoosplat-{stage.replace('_', '-')}-{step}-{digest_of([digest, step, shards])[:12]}"
+    name = f"zoosplat-{stage.replace('_', '-')}-{step}-{json_digest([digest, step, shards])[:12]}"
     labels = {
         "app.kubernetes.io/managed-by": MANAGED_BY,
         "app.kubernetes.io/name": "zoosplat-stage",

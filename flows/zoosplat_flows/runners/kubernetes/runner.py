@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from zoosplat.errors import UserError
-from zoosplat.stages.contract import Progress
+from zoosplat.stages.contract import StageProgress
 from zoosplat.stages.memory import gpu_gib
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
@@ -74,7 +74,7 @@ class KubernetesRunner:
         for name in names:
             self.api.delete_job(name)
 
-    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: Progress, log: Log) -> None:
+    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: StageProgress, log: Log) -> None:
         """Run a whole stage in the cluster and wait for it.
 
         Args:
@@ -129,7 +129,7 @@ class KubernetesRunner:
         run_step("shards", arguments, shards=shards, parallelism=workers or self.settings.cpu.parallelism)
         run_step("finish", ["--finish"])
 
-    def _finish_job(self, manifest: JsonObject, progress: Progress, log: Log, is_done: Callable[[], bool]) -> None:
+    def _finish_job(self, manifest: JsonObject, progress: StageProgress, log: Log, is_done: Callable[[], bool]) -> None:
         """Create or adopt a Job and wait until it is complete."""
         name = manifest["metadata"]["name"]
         for attempt in range(MAX_DELETIONS):
@@ -171,7 +171,7 @@ class KubernetesRunner:
         if self._closed.wait(POLL_S):
             raise Interrupted(name)
 
-    def _wait_for_job(self, name: str, progress: Progress, log: Log) -> bool:
+    def _wait_for_job(self, name: str, progress: StageProgress, log: Log) -> bool:
         """Wait for a Job. Returns whether it is complete; False where somebody has deleted it."""
         last_answer = time.monotonic()
         logs = PodLogReader(self.api, log)
@@ -221,7 +221,7 @@ class KubernetesRunner:
 
 
 def _report_progress(
-    job: JsonObject, pods: list[JsonObject], stage_progress: tuple[int, int, str] | None, progress: Progress
+    job: JsonObject, pods: list[JsonObject], stage_progress: tuple[int, int, str] | None, progress: StageProgress
 ) -> None:
     waiting = [why for pod in pods if (why := explain_pending(pod)) and not why.startswith("is starting")]
     why = f"{len(waiting)} waiting: {waiting[0]}" if waiting else ""
