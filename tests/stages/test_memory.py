@@ -28,7 +28,7 @@ from zoosplat.stages.memory import (
 )
 from zoosplat.stages.memory_advice import suggest_smaller
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.commands.plan import profile_overrides
+from zoosplat_flows.profiles import profile_overrides
 from zoosplat_model.network.unet import UNetStack
 from zoosplat_model.published import PublishedStack
 
