@@ -69,7 +69,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     (package / "stage.py").write_text(f"{begin}\n{body}\n")
     if request.param == "while it imports":
         (package / "stage.py").write_text(textwrap.dedent(body))
-    (tmp_path / "slow.py").write_text("import time\nprint('busy', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "slow.py").write_text("import os, time\nos.write(1, b'busy\\n')\ntime.sleep(60)\n")
     # In place of the real command line, which would need a project.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, types\n"
