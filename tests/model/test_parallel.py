@@ -22,7 +22,7 @@ from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import groups, schema
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
-from zoosplat_train.parallel import Ranks
+from zoosplat_train.ranks import Ranks
 from zoosplat_train.stage import STAGE
 
 EPOCHS = 4

@@ -1,6 +1,6 @@
 """How much GPU memory a training needs, from its configuration alone, and which key to change where that is too much.
 
-The coefficients are bytes of the tensors that live at once in `zoosplat_train.ops.Trainer`, counted over a step: what
+The coefficients are bytes of the tensors that live at once in `zoosplat_train.trainer`, counted over a step: what
 autograd keeps of the U-Nets (bfloat16), the volumes, samples and pictures of carving, drawing and losses (float32).
 What surrounds them, CONTEXT and UNUSED, is from benchmarks/memory.py and benchmarks/profiles.py, which compare the
 prediction with a GPU.
