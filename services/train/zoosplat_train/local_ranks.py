@@ -13,11 +13,12 @@ from tempfile import TemporaryDirectory
 
 import torch.distributed as dist
 
-from zoosplat.errors import Passing, UserError
+from zoosplat.errors import TransientError, UserError
 from zoosplat.machine import loopback
 from zoosplat.stages.contract import Context, Outcome
-from zoosplat.stages.process import prepared, run_spawned, spawning
-from zoosplat.stages.runs import Project
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.spawning import pack_call, run_spawned, spawning
 from zoosplat.storage import s3_client
 from zoosplat.storage.errors import as_user_error
 from zoosplat_train.ranks import RESUMABLE, TrainFunction, claim_device, process_group
@@ -42,7 +43,7 @@ def train_in_processes(train: TrainFunction, ctx: Context, size: int) -> Outcome
         try:
             for rank in range(size):
                 ours, theirs = spawn.Pipe(duplex=False)
-                work = prepared(_run_rank, train, ctx.run.project.url, ctx.run.id, rank, size, f"{folder}/meeting")
+                work = pack_call(_run_rank, train, ctx.run.project.url, ctx.run.id, rank, size, f"{folder}/meeting")
                 process = spawn.Process(target=run_spawned, args=(work, theirs), name=f"rank {rank}", daemon=True)
                 with spawning():
                     process.start()
@@ -82,7 +83,7 @@ def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess])
                 if status:
                     end = signal.Signals(-status).name if status < 0 else f"exit status {status}"
                     hint = " (too little memory?)" if status == -signal.SIGKILL else ""
-                    killed.append(Passing(f"rank {rank} of {size} was ended by {end}{hint}; {RESUMABLE}"))
+                    killed.append(TransientError(f"rank {rank} of {size} was ended by {end}{hint}; {RESUMABLE}"))
                 continue
             if isinstance(message, tuple):
                 ctx.progress(*message)
@@ -103,7 +104,7 @@ def _run_rank(
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback())
     try:
-        run = Project.at(url).run(run_id)
+        run = open_run(Project.at(url), run_id)
         device = claim_device(run.experiment, rank)
         store = dist.FileStore(meeting, size)  # type: ignore[attr-defined]
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.errors import Passing, UserError
+from zoosplat.errors import TransientError, UserError
 from zoosplat.stages.contract import Context, Outcome
 from zoosplat_model.predictor import pick_device
 
@@ -40,22 +40,22 @@ class Ranks:
         """Put the sum over all ranks in place of the values; it has the same bits in every rank.
 
         Raises:
-            Passing: another rank cannot be reached.
+            TransientError: another rank cannot be reached.
         """
         if self.size > 1:
-            with _lost_ranks_are_passing():
+            with _lost_ranks_are_transient():
                 dist.all_reduce(values)
 
     def broadcast_scalar(self, value: float) -> float:
         """The first rank's value. It is what all ranks go by where their own would differ, as those of clocks do.
 
         Raises:
-            Passing: another rank cannot be reached.
+            TransientError: another rank cannot be reached.
         """
         if self.size == 1:
             return value
         scalar = torch.tensor(value, dtype=torch.float64)
-        with _lost_ranks_are_passing():
+        with _lost_ranks_are_transient():
             dist.broadcast(scalar, 0)
         return float(scalar)
 
@@ -63,10 +63,10 @@ class Ranks:
         """Put the first rank's tensors in place of the values.
 
         Raises:
-            Passing: another rank cannot be reached.
+            TransientError: another rank cannot be reached.
         """
         if self.size > 1:
-            with _lost_ranks_are_passing():
+            with _lost_ranks_are_transient():
                 for value in values:
                     whole = value.contiguous()
                     dist.broadcast(whole, 0)
@@ -77,13 +77,13 @@ TrainFunction = Callable[[Context, torch.device, Ranks], Outcome]  # what each o
 
 
 @contextmanager
-def _lost_ranks_are_passing() -> Iterator[None]:
+def _lost_ranks_are_transient() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise Passing(f"lost touch with the other processes of this training; {RESUMABLE}") from error
+        raise TransientError(f"lost touch with the other processes of this training; {RESUMABLE}") from error
 
 
 def count_ranks(experiment: Experiment) -> int:

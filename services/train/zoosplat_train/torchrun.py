@@ -14,7 +14,8 @@ import torch.distributed as dist
 from zoosplat.config.experiment import Experiment
 from zoosplat.stages.command import arguments_of, failed, main
 from zoosplat.stages.contract import Context, Outcome, Stage
-from zoosplat.stages.runs import Project
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat_model.predictor import pick_device
 from zoosplat_train.ranks import Ranks, TrainFunction, claim_device, process_group
 
@@ -63,7 +64,7 @@ def run_rank(stage: Stage, train: TrainFunction) -> int:
     if run_id == NO_RUN:
         return 0
     try:
-        run = Project.at(args.project).run(run_id)
+        run = open_run(Project.at(args.project), run_id)
         _train(train, Context(run, lambda done, total, message: None))
     except Exception as error:
         return failed(stage.name, error, args.project)
