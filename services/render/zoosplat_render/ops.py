@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoosplat.formats import media, ply
+from zoosplat.geometry.transforms import look_at
 
 Values = npt.NDArray[np.float64]
 
@@ -34,17 +35,6 @@ def bounding_sphere(
     # Rounding may leave the sum of all weights below any share close to 1.
     last = min(int(np.searchsorted(np.cumsum(weights[order]), SEEN)), len(order) - 1)
     return center, max(float(distances[order[last]]), 1e-6)
-
-
-def look_at(eye: Values, target: Values) -> Values:
-    """World-to-camera [4, 4] of an upright camera at `eye` [3] that sees `target` [3] in its middle, +z upwards."""
-    forward = (target - eye) / np.linalg.norm(target - eye)
-    right = np.cross(forward, [0.0, 0.0, 1.0])
-    right /= np.linalg.norm(right)
-    rotation = np.stack([right, np.cross(forward, right), forward])
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = rotation, -rotation @ eye
-    return pose
 
 
 def orbit(

@@ -36,6 +36,20 @@ def project(
     return pixels.reshape(*shape, 2), depth.reshape(shape)
 
 
+def look_at(eye: FloatArray, target: FloatArray) -> FloatArray:
+    """World-to-camera matrix [4, 4] of an upright camera at `eye` [3] that sees `target` [3] in its middle.
+
+    The world's +z is up. The camera must not be straight above or below the target: there, no side is up.
+    """
+    forward = (target - eye) / np.linalg.norm(target - eye)
+    right = np.cross(forward, [0.0, 0.0, 1.0])
+    right /= np.linalg.norm(right)
+    rotation = np.stack([right, np.cross(forward, right), forward])
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = rotation, -rotation @ eye
+    return pose
+
+
 def triangulate_dlt(
     pixels: npt.ArrayLike,  # [C, 2]
     projections: npt.ArrayLike,  # [C, 3, 4]
