@@ -129,7 +129,7 @@ def measure_stages(config: str | None) -> dict[str, Any]:
     """The steps of each CPU stage; shards are one of many frames and one of few."""
     import boto3
 
-    from zoosplat.config.schema import read_config
+    from zoosplat.config.load import read_config
     from zoosplat.stages.begin import begun
     from zoosplat.stages.runs import Project
     from zoosplat.storage import stores
@@ -232,7 +232,7 @@ def measure_prefect() -> list[dict[str, float]]:
         import httpx
 
         import zoosplat_flows.report.page
-        from zoosplat.config.schema import Experiment
+        from zoosplat.config.experiment import Experiment
         from zoosplat.stages.runs import Project
         from zoosplat_flows import pipeline as flows
 

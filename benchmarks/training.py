@@ -27,7 +27,7 @@ import torch
 from train_step import CAMERAS, Scene, settings
 from zarr.abc.store import Store
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages import runs
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run

@@ -270,13 +270,12 @@ class ByHand:
     @staticmethod
     def begin(folder: Path, experiment: Any, *force: str, until: str = "embedding", state: str = "begun") -> Any:
         """A recorded run; files outside that its configuration names are made up where there are none."""
-        from zoosplat.config import effects
-        from zoosplat.stages import runs
+        from zoosplat.stages import dependencies, runs
         from zoosplat.stages.registry import PIPELINE
         from zoosplat_flows.execution.executor import select
 
         for spec in PIPELINE:
-            for url in effects.outside_files(spec.name, experiment).values():
+            for url in dependencies.outside_files(spec.name, experiment).values():
                 path = Path(url)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not path.exists():

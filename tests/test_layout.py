@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from zoosplat.config.schema import StageName
+from zoosplat.config.effect import StageName
 from zoosplat.stages.registry import PIPELINE, STAGES
 
 ROOT = Path(__file__).resolve().parents[1]

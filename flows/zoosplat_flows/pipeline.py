@@ -21,7 +21,8 @@ from prefect.runtime import task_run
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from zoosplat.config.schema import Experiment, load_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE, STAGES

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.runs import Project, Run, record, resolve
 from zoosplat.storage import stores

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 from kubernetes.client import ApiException
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runs import Project, Run

@@ -22,7 +22,7 @@ import yaml
 from on_kubernetes import CPU_IMAGES, GPU_IMAGES, NAMESPACE, ROOT, Cluster, placements, same_objects
 from servers import BIN, Servers, prefect
 
-from zoosplat.config.schema import load_config
+from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.recording import video
 from zoosplat.recording.calibration import read_cameras
@@ -395,7 +395,7 @@ def test_no_shell_reads_a_url(
 BOMBS = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 for text in open(sys.argv[1]).read().split("\\0"):
     try:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat.config.schema import Experiment, load_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import load_config
 from zoosplat.stages.results import DONE, PLAN, Result
 from zoosplat.stages.run_state import run_state
 from zoosplat.stages.runs import Run

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from zoosplat.config.schema import Experiment, read_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import read_config
 from zoosplat.errors import LockLost, Unreachable, UserError
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, downstream

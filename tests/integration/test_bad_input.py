@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import zarr
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.recording.checks import check_recording
 from zoosplat.stages.results import Result

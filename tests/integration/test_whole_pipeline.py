@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.runner import run_stage

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import Dynamic
+from zoosplat.config.training import Dynamic
 from zoosplat_model.dynamic.gaussians import NAMES, GaussianSet, colors_of, neighbour_distance, rotated
 from zoosplat_model.dynamic.schedule import actions, decayed, is_shown
 from zoosplat_model.rasterize import Screen, rasterize

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import Dynamic, Experiment
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.training import Dynamic
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
 from zoosplat.storage import stores

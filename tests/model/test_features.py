@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.command import main
 from zoosplat.stages.runner import run_stage

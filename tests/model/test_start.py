@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoosplat.config.schema import OF_ANIMALS, Experiment
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.training import ANIMALS_NETWORK
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.begin import begun
@@ -111,7 +112,7 @@ def test_weights_of_a_file_are_those_that_were_written(trained: Project, tmp_pat
 
 
 def test_the_animals_that_come_with_the_package_fit_their_network(tiny: Project) -> None:
-    configure(tiny, {**OF_ANIMALS, "network": "zoosplat"})
+    configure(tiny, {**ANIMALS_NETWORK, "network": "zoosplat"})
     model = untrained(tiny)
     start.begin(model, "animals")
     last = [value for name, value in model.refine.named_parameters() if ".last." in name]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from zoosplat.config.schema import Train
+from zoosplat.config.training import Train
 from zoosplat.errors import LockLost, UserError
 from zoosplat.stages import runs
 from zoosplat.stages.command import main

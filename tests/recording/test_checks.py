@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Unreachable, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.calibration import write_hdf5

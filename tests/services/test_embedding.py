@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages import runs
 from zoosplat.stages.command import main
 from zoosplat.stages.runner import run_stage

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.runner import run_stage

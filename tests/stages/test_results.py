@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, STAGES, downstream
 from zoosplat.stages.results import Request, Result, Source, attempt_of

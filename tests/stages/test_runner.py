@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat.config import effects
 from zoosplat.errors import LockLost, UserError
-from zoosplat.stages import command, runner
+from zoosplat.stages import command, dependencies, runner
 from zoosplat.stages.begin import begun
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
 from zoosplat.stages.registry import PIPELINE, STAGES
@@ -201,8 +200,8 @@ def test_a_run_whose_settings_are_read_otherwise_now_is_not_gone_on_with(
 ) -> None:
     """As when a release gives a stage a new key: what it would make is not what the recorded id says."""
     run = begin(url)
-    settings_of = effects.settings_of
-    monkeypatch.setattr(effects, "settings_of", lambda stage, e: {**settings_of(stage, e), "ingest.new_key": 1})
+    settings_of = dependencies.settings_of
+    monkeypatch.setattr(dependencies, "settings_of", lambda stage, e: {**settings_of(stage, e), "ingest.new_key": 1})
     with pytest.raises(UserError, match=r"begun by another version of zoosplat; begin a new run"):
         runner.run_stage(Counting(), run)
     assert run.result("ingest").plan() is None

@@ -154,7 +154,7 @@ def run(
 
 
 def _load(config: str, overrides: list[str] | None, profile: str | None) -> Any:
-    from zoosplat.config.schema import load_config
+    from zoosplat.config.load import load_config
     from zoosplat_flows.commands.plan import profile_overrides
 
     with storage_errors(config):
@@ -395,7 +395,7 @@ def plan(
 @config_app.command("show")
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print a configuration with every key, its meaning and unit."""
-    from zoosplat.config.schema import load_config
+    from zoosplat.config.load import load_config
 
     with storage_errors(config):
         loaded = load_config(config, overrides or [])
@@ -411,7 +411,7 @@ def config_convert(
     overrides: Overrides = None,
 ) -> None:
     """Write a JSON file of the published tool, or any configuration, as documented YAML."""
-    from zoosplat.config.schema import load_config
+    from zoosplat.config.load import load_config
     from zoosplat.storage import stores
 
     with storage_errors(config):
@@ -426,7 +426,7 @@ def config_convert(
 @config_app.command("check")
 def config_check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a configuration against the recording: videos, masks, calibration, sizes. Decodes nothing."""
-    from zoosplat.config.schema import load_config
+    from zoosplat.config.load import load_config
     from zoosplat_flows.commands import recording
 
     with storage_errors(config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from zoosplat.config.schema import CROP_MULTIPLE
+from zoosplat.config.sections import CROP_MULTIPLE
 from zoosplat.errors import UserError
 from zoosplat.geometry import visual_hull
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from zoosplat.config.schema import Embedding, is_weights_file
+from zoosplat.config.sections import Embedding, is_weights_file
 from zoosplat.errors import UserError
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.runs import Run

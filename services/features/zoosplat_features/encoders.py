@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import WEIGHTS_FILES, Experiment, is_weights_file
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.sections import WEIGHTS_FILES, is_weights_file
 from zoosplat.errors import UserError
 from zoosplat.storage import stores
 from zoosplat_features import ops

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import zarr
 
+from zoosplat.config.dnerf_defaults import SPLITS
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras, WorldTransform
 from zoosplat.recording import dnerf, video
@@ -28,7 +29,7 @@ def _prepare_scene(ctx: Context, url: str) -> Plan:
     h, w = scene.height // d, scene.width // d
     block = schema.block_frames(2 * h * w)
     attributes = {
-        "camera_names": list(data.camera_names or dnerf.SPLITS),
+        "camera_names": list(data.camera_names or SPLITS),
         "fps": facts.fps,
         "frame_jump": jump,
         "n_video_frames": len(scene.times),

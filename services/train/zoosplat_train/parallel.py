@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Passing, UserError
 from zoosplat.machine import loopback
 from zoosplat.stages.command import arguments_of, failed, main

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from zoosplat.config.schema import Train as Settings
+from zoosplat.config.training import Train as Settings
 from zoosplat.errors import UserError
 from zoosplat.machine import usable_cores
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage

@@ -8,7 +8,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from zoosplat.config.schema import ANIMALS, RANDOM
+from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import UserError
 from zoosplat.stages.runs import trained_result
 from zoosplat.storage import stores

@@ -16,7 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.dnerf_defaults import SPLITS
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.geometry.transforms import FloatArray
@@ -271,10 +272,10 @@ def _check_scene(experiment: Experiment) -> RecordingFacts:
                 if error is not None:
                     raise error
     with problems.noted():
-        experiment.check(len(dnerf.SPLITS), scene.width, scene.height)
+        experiment.check(len(SPLITS), scene.width, scene.height)
     problems.report()
     k, poses = np.tile(scene.intrinsics(1), (2, 1, 1)), scene.world_to_camera[0]
-    cameras = Cameras(dnerf.SPLITS, k, poses[:, :3, :3], poses[:, :3, 3], np.zeros((2, 5)))
+    cameras = Cameras(SPLITS, k, poses[:, :3, :3], poses[:, :3, 3], np.zeros((2, 5)))
     return RecordingFacts(
         masks=(),
         videos=(),

@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from zoosplat.config.dnerf_defaults import TRANSFORMS_FILES
 from zoosplat.errors import UserError
 from zoosplat.storage import stores
 
-SPLITS = ("train", "test")
-FILES = tuple(f"transforms_{split}.json" for split in SPLITS)
 SAME_TIME = 1e-6
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HAS_ALPHA = 4  # a bit of a PNG's kind of colours
@@ -69,7 +68,7 @@ def read_scene(folder: str) -> DnerfScene:
     """
     rows: list[tuple[float, int, str, F64]] = []  # time, camera, picture, pose
     angle = math.nan
-    for camera, name in enumerate(FILES):
+    for camera, name in enumerate(TRANSFORMS_FILES):
         url = stores.join(folder, name)
         try:
             found = json.loads(stores.read_bytes(url))
@@ -84,13 +83,15 @@ def read_scene(folder: str) -> DnerfScene:
                 picture = picture if picture.endswith(".png") else picture + ".png"
                 rows.append((float(entry["time"]), camera, picture, _pose(entry["transform_matrix"], where)))
         except FileNotFoundError:
-            raise UserError(f"{url}: no such file; a D-NeRF scene has {' and '.join(FILES)}") from None
+            raise UserError(f"{url}: no such file; a D-NeRF scene has {' and '.join(TRANSFORMS_FILES)}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{url}: not transforms of a D-NeRF scene ({what})") from None
     if not 0 < angle < math.pi:
-        raise UserError(f"{stores.join(folder, FILES[0])}: camera_angle_x = {angle}: must be between 0 and pi")
-    for camera, name in enumerate(FILES):
+        raise UserError(
+            f"{stores.join(folder, TRANSFORMS_FILES[0])}: camera_angle_x = {angle}: must be between 0 and pi"
+        )
+    for camera, name in enumerate(TRANSFORMS_FILES):
         if not any(row[1] == camera for row in rows):
             raise UserError(f"{stores.join(folder, name)}: holds no frames")
     height, width = read_picture(rows[0][2], 1).shape[:2]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from zoosplat.config.schema import load_config
+from zoosplat.config.load import load_config
 from zoosplat.errors import Passing, UserError
 from zoosplat.machine import usable_cores
 from zoosplat.stages import runner

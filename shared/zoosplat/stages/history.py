@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from zoosplat.config.text import parse_yaml
+from zoosplat.config.serialization import parse_yaml
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import Mark, Result

@@ -10,10 +10,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from zoosplat.config import effects
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
+from zoosplat.stages import dependencies, runs
 from zoosplat.stages.registry import PIPELINE, STAGES, StageSpec
 from zoosplat.stages.results import DONE, REQUEST, Mark, Result, digest_of
 from zoosplat.stages.runs import LEGACY_RUN, Draft, Project, Run
@@ -162,7 +161,7 @@ def _legacy_settings(stage: str, experiment: Experiment) -> dict[str, Any]:
 
 def _legacy_sources(stage: str, experiment: Experiment) -> list[str]:
     """Files whose fingerprints a digest was made from, in their order then."""
-    files = effects.outside_files(stage, experiment)
+    files = dependencies.outside_files(stage, experiment)
     if stage == "ingest" and experiment.ingest.source == "dnerf":
         return [url for key, url in files.items() if key.endswith(".json")]
     order = {

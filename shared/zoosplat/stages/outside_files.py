@@ -13,7 +13,9 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from zoosplat.config.schema import ANIMALS, RANDOM, Experiment, is_weights_file
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.sections import is_weights_file
+from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import Problems, UserError
 from zoosplat.formats import ply
 from zoosplat.stages.runs import trained_result

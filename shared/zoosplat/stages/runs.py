@@ -24,9 +24,10 @@ from typing import Any
 
 import zarr
 
-from zoosplat.config import effects
-from zoosplat.config.schema import ANIMALS, RANDOM, Experiment
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import UserError
+from zoosplat.stages import dependencies
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.results import FOLDER, REQUEST, Mark, Request, Result, Source, attempt_of, is_id
 from zoosplat.storage import leases, stores
@@ -176,7 +177,7 @@ class Run:
         return Request(
             stage,
             self.versions[stage],
-            effects.settings_of(stage, self.experiment),
+            dependencies.settings_of(stage, self.experiment),
             {name: self.result(name).id for name in STAGES[stage].reads},
             dict(self.sources.get(stage, {})),
             attempt_of(result.id, base) or 0,
@@ -312,7 +313,7 @@ def resolve(
     for spec in PIPELINE:
         unknown = [name for name in spec.reads if name not in requests]
         sources: dict[str, Source] = {}
-        for key, url in effects.outside_files(spec.name, experiment).items():
+        for key, url in dependencies.outside_files(spec.name, experiment).items():
             if key == "train.start_from" and model is not None:
                 sources[key] = model
                 continue
@@ -331,7 +332,7 @@ def resolve(
             missing[spec.name] = missing[unknown[0]]
         if spec.name in missing:
             continue
-        settings = effects.settings_of(spec.name, experiment)
+        settings = dependencies.settings_of(spec.name, experiment)
         inputs = {name: requests[name].id for name in spec.reads}
         request = Request(spec.name, spec.version, settings, inputs, sources)
         attempts = _attempts(project, request)
@@ -397,7 +398,7 @@ def _pinned(project: Project, experiment: Experiment) -> tuple[Experiment, Sourc
 
     It is left as it is, and the identity None, where it names no project, or one without a finished training.
     """
-    files = effects.outside_files("train", experiment)
+    files = dependencies.outside_files("train", experiment)
     url = files.get("train.start_from")
     if url is None or url.endswith(".safetensors"):
         return experiment, None

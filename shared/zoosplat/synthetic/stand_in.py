@@ -7,10 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from zoosplat.config import effects
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages import runner, runs
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
+from zoosplat.stages.dependencies import outside_files
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import stores
 
@@ -53,7 +53,7 @@ def begin_with_results(project: Project, experiment: Experiment, results: Mappin
             return Outcome(1)
 
     for stage in ("ingest", "pack"):
-        for url in effects.outside_files(stage, experiment).values():
+        for url in outside_files(stage, experiment).values():
             if not stores.exists(url):
                 stores.write_bytes(url, b"0")
     run = runs.record(runs.resolve(project, experiment), list(results))

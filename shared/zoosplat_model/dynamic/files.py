@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
 from zoosplat.storage import stores

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat_model.carving import carve, grid_points, look_up, need, rotation_about_z, triton_kernels
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.network.pieces import attached

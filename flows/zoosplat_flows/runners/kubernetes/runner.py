@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.memory import GIB, USABLE, advice, gpu_gib, peak_gpu_bytes, smallest_fitting
 from zoosplat.stages.registry import STAGES
