@@ -132,7 +132,7 @@ def measure_stages(config: str | None) -> dict[str, Any]:
     from zoosplat.config.load import read_config
     from zoosplat.stages.begin import begun
     from zoosplat.stages.runs import Project
-    from zoosplat.storage import stores
+    from zoosplat.storage import urls
 
     os.environ["MINIO_PROMETHEUS_AUTH_TYPE"] = "public"
     with Servers() as servers, tempfile.TemporaryDirectory() as scratch:
@@ -144,7 +144,7 @@ def measure_stages(config: str | None) -> dict[str, Any]:
         names = {*data.videos, *data.masks, data.calibration, data.up}
         for name in sorted(name for name in names if isinstance(name, str) and name != "auto"):
             source = data.url(name)
-            assert not stores.is_s3(source)
+            assert not urls.is_s3(source)
             boto3.Session().client("s3").upload_file(source, servers.bucket, f"recording/{name}")
         time.sleep(METRICS_S)
         project = Project.at(f"s3://{servers.bucket}/project")
@@ -172,7 +172,7 @@ def measure_video(servers: Servers, source: str) -> dict[str, float]:
     import boto3
 
     from zoosplat.recording import video
-    from zoosplat.storage import stores
+    from zoosplat.storage import objects
 
     whole, url = servers.folder / "whole.mp4", f"s3://{servers.bucket}/whole.mp4"
     loop_video(Path(source), whole, -(-FRAMES // video.probe(source, source).n_frames))
@@ -183,7 +183,7 @@ def measure_video(servers: Servers, source: str) -> dict[str, float]:
     assert sum(1 for _ in video.read_frames(info, FRAMES // 2, FRAMES // 2 + FRAMES_READ)) == FRAMES_READ
     time.sleep(METRICS_S)
     read = counts(servers.env["AWS_ENDPOINT_URL"])[2] - before[2]
-    return {"mb": stores.size(url) / 1e6, "read_mb": read}
+    return {"mb": objects.size(url) / 1e6, "read_mb": read}
 
 
 # -- Prefect ------------------------------------------------------------------------------------------------------
@@ -199,13 +199,13 @@ class Empty:
         return
 
     def run(self, stage: str, run: Run, *, workers: int | None, progress: Progress, log: Log) -> None:
-        from zoosplat.storage import stores
+        from zoosplat.storage import objects
 
         for second in range(self.seconds):
             progress(second, self.seconds, "")
             time.sleep(1)
         result = run.result(stage)
-        stores.write_json(result.file("done.json"), {"id": result.id, "run": run.id})
+        objects.write_json(result.file("done.json"), {"id": result.id, "run": run.id})
 
     def stop(self) -> None:
         return

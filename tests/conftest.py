@@ -287,7 +287,7 @@ class ByHand:
     def mark(run: Any, stage: str, **changes: Any) -> None:
         """The mark by which a result is done: 90 s from begin to end, 300 s of work, 1.5 GiB."""
         from zoosplat.stages import results, runs
-        from zoosplat.storage import stores
+        from zoosplat.storage import objects
 
         result, request = run.result(stage), run.request(stage)
         runs.claim(result, request)
@@ -304,7 +304,7 @@ class ByHand:
             "warnings": [],
             "figures": {},
         }
-        stores.write_json(result.file(results.DONE), mark | changes)
+        objects.write_json(result.file(results.DONE), mark | changes)
 
 
 @pytest.fixture(scope="session")
@@ -402,9 +402,9 @@ def check_same_rows(ours: Path, theirs: Path) -> None:
     """The same descriptors within float noise; of embeddings what that cannot turn round, as it can axes and map."""
     import numpy as np
 
-    from zoosplat.storage import schema, stores
+    from zoosplat.storage import groups, schema
 
-    mine, other = (stores.open_group(str(folder)) for folder in (ours, theirs))
+    mine, other = (groups.open_group(str(folder)) for folder in (ours, theirs))
     for key in schema.GROUPS[theirs.name]:
         found, expected = schema.read(mine, key), schema.read(other, key)
         assert found.shape == expected.shape, key
@@ -579,11 +579,11 @@ def own_s3() -> Iterator[S3]:
 @pytest.fixture
 def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     """The server, for functions called in this process."""
-    from zoosplat.storage import stores
+    from zoosplat.storage import s3_client
 
     for key, value in s3.env.items():
         monkeypatch.setenv(key, value)
-    for connected in (stores._s3, stores._boto3_session):
+    for connected in (s3_client.file_system, s3_client.boto3_session):
         connected.cache_clear()
     return s3
 
@@ -591,10 +591,10 @@ def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
 @pytest.fixture(scope="module")
 def another_s3() -> Iterator[None]:
     """For modules that start an S3 server of their own: this process forgets the one that it is connected to."""
-    from zoosplat.storage import stores
+    from zoosplat.storage import s3_client
 
     def forget() -> None:
-        for connected in (stores._s3, stores._boto3_session):
+        for connected in (s3_client.file_system, s3_client.boto3_session):
             connected.cache_clear()
 
     forget()

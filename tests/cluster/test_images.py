@@ -20,7 +20,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PREPROCESSING, STAGES
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 from zoosplat_flows.runners import containers
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def test_the_same_objects_as_without_a_container(
     theirs, ours = (Project.at(url).run().result(stage) for url in (f"s3://{bucket}/p", str(tmp_path / "p")))
     assert theirs.id == ours.id
     there, here = (
-        {path: stores.read_bytes(stores.join(result.data_url, path)) for path in stores.list_files(result.data_url)}
+        {path: objects.read_bytes(urls.join(result.data_url, path)) for path in listing.list_files(result.data_url)}
         for result in (theirs, ours)
     )
     assert there == here

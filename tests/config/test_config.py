@@ -505,7 +505,7 @@ def test_directories_are_relative_to_the_file(tmp_path: Path) -> None:
 
 def test_a_configuration_on_s3_keeps_to_its_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"s3://bucket/configs/c.yaml": native(data__directory="../rec", reuse="../../bucket2/p")}
-    monkeypatch.setattr("zoosplat.storage.stores.read_bytes", lambda url: yaml.safe_dump(texts[url]).encode())
+    monkeypatch.setattr("zoosplat.storage.objects.read_bytes", lambda url: yaml.safe_dump(texts[url]).encode())
     with pytest.raises(UserError, match=r"c\.yaml: \.\./\.\./bucket2/p: leads out of the bucket bucket"):
         read_config("s3://bucket/configs/c.yaml")
     assert read_config("s3://bucket/configs/c.yaml", ["reuse=p"]).data.directory == "s3://bucket/rec"

@@ -19,7 +19,7 @@ from zoosplat.stages import runs
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 from zoosplat.synthetic import random_animals
 from zoosplat_model import animals as of_animals
 from zoosplat_model import checkpoints
@@ -171,7 +171,7 @@ def test_a_project_to_begin_with_is_the_training_that_is_finished_there(trained:
     configure(trained, seed=7)  # a run that has trained nothing yet
     run = configure(other, start_from=trained.url)
     assert run.experiment.train.start_from == finished.folder
-    assert f"start_from: {finished.folder}\n" in stores.read_bytes(run.path("config.yaml")).decode()
+    assert f"start_from: {finished.folder}\n" in objects.read_bytes(run.path("config.yaml")).decode()
     assert configure(other, start_from=finished.folder).result("train") == run.result("train")
 
 

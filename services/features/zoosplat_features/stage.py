@@ -7,7 +7,7 @@ import torch
 
 from zoosplat.errors import UserError
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema
 from zoosplat_features import encoders, ops
 from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.predictor import Predictor, open_reader
@@ -49,7 +49,7 @@ class Features(Stage):
         reader, block = predictor.reader, plan.values["block"]
         encode = encoders.open_encoder(ctx.experiment, plan.values["radius_m"], predictor.render, reader.device)
         function = encoders.flattened(encode) if ctx.experiment.flat_gaussians else encode
-        group = stores.open_group(ctx.run.output_url(self.name), write=True)
+        group = groups.open_group(ctx.run.output_url(self.name), write=True)
         frames = [t for t in range(shard.start, shard.stop) if reader.valid[t]]
         found = predictor.each(frames, function, record=encode.recordable)
         done = 0

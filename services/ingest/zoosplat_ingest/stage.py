@@ -13,7 +13,7 @@ from zoosplat.geometry.cameras import Cameras, WorldTransform
 from zoosplat.recording import dnerf, video
 from zoosplat.recording.checks import check_recording, kept_frames
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema, urls
 from zoosplat_ingest import ops
 
 
@@ -51,7 +51,7 @@ def _prepare_scene(ctx: Context, url: str) -> Plan:
 
 def _read_scene(ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Outcome:
     """The masks of a D-NeRF scene: where a picture is not transparent."""
-    scene = dnerf.read_scene(stores.normalize(ctx.experiment.data.directory))
+    scene = dnerf.read_scene(urls.normalize(ctx.experiment.data.directory))
     frames = schema.read(group, "frame")
     shape = schema.array(group, "mask").shape[1:]
     for start in range(shard.start, shard.stop, plan.values["block"]):
@@ -106,7 +106,7 @@ class Ingest(Stage):
         return Plan(split(n_frames, per_shard, block), values, facts.warnings)
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
-        group = stores.open_group(ctx.run.output_url(self.name), write=True)
+        group = groups.open_group(ctx.run.output_url(self.name), write=True)
         if ctx.experiment.ingest.source == "dnerf":
             return _read_scene(ctx, group, shard, plan)
         infos = [video.VideoInfo(**i) for i in plan.values["infos"]]
@@ -129,7 +129,7 @@ class Ingest(Stage):
         return Outcome(shard.stop - shard.start, figures={f"empty_{shard.index}": empty.tolist()})
 
     def finish(self, ctx: Context, plan: Plan) -> Outcome:
-        group = stores.open_group(ctx.run.output_url(self.name))
+        group = groups.open_group(ctx.run.output_url(self.name))
         box = schema.read(group, "box")
         empty = (box[..., 2] == 0).sum(axis=0)
         warnings = []

@@ -11,7 +11,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.config.messages import describe_errors
 from zoosplat.config.paths import resolve_path
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 class GaussianConfig(BaseModel):
@@ -185,7 +185,7 @@ def parse_classic(raw: dict[str, Any], config_folder: str) -> tuple[Experiment, 
     Raises:
         UserError: a line for each problem, with the classic names of the keys.
     """
-    native, notes = native_from_classic(raw, stores.normalize(config_folder))
+    native, notes = native_from_classic(raw, urls.normalize(config_folder))
     try:
         return Experiment.from_raw(native), notes
     except UserError as error:
@@ -197,7 +197,7 @@ def classic_project_directory(raw: dict[str, Any], config_folder: str = ".") -> 
     value = raw.get("project_directory")
     if not isinstance(value, str) or not value:
         raise UserError("project_directory is missing: give the folder of the project")
-    return resolve_path(stores.normalize(config_folder), value)
+    return resolve_path(urls.normalize(config_folder), value)
 
 
 def native_from_classic(raw: dict[str, Any], folder: str) -> tuple[dict[str, Any], list[str]]:

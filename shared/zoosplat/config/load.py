@@ -15,7 +15,8 @@ from zoosplat.config.sections import is_weights_file
 from zoosplat.config.serialization import nest_dotted_keys, parse_json, parse_yaml
 from zoosplat.config.training import is_own_weights
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
+from zoosplat.storage.errors import as_user_error
 
 MAX_BYTES = 1 << 20  # A larger file is taken for something else than a configuration, such as a video.
 
@@ -64,7 +65,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Experiment:
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Loaded:
     """Do the same as `read_config`, and return also what a classic file says besides the experiment."""
-    url = stores.normalize(path)
+    url = urls.normalize(path)
     folder = url.rpartition("/")[0] or "/"
     try:
         return _load(_read_text(url), folder, overrides)
@@ -74,13 +75,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Loaded:
 
 def _read_text(url: str) -> str:
     try:
-        data = stores.read_bytes(url)
+        data = objects.read_bytes(url)
     except FileNotFoundError:
         raise UserError("no such file; give a .yaml or a classic .json configuration") from None
     except (IsADirectoryError, NotADirectoryError):
         raise UserError("is a folder; give a .yaml or a classic .json configuration") from None
     except Exception as error:
-        raise stores.as_user_error(error, url) or error from None
+        raise as_user_error(error, url) or error from None
     if len(data) > MAX_BYTES:
         raise UserError(f"{len(data)} bytes are too many for a configuration; give a .yaml or .json file")
     try:

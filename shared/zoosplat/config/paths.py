@@ -6,7 +6,7 @@ import os
 import posixpath
 
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 def resolve_path(folder: str, name: str) -> str:
@@ -16,11 +16,11 @@ def resolve_path(folder: str, name: str) -> str:
         UserError: an unknown kind of URL, or a relative path that leaves its bucket.
     """
     if "://" in name or name.startswith(("/", "~")):
-        return stores.normalize(name)
-    if not stores.is_s3(folder):
+        return urls.normalize(name)
+    if not urls.is_s3(folder):
         return os.path.normpath(os.path.join(folder, name))
     bucket, _, prefix = folder[5:].partition("/")
     path = posixpath.normpath(posixpath.join(prefix, name))
     if path.split("/")[0] == "..":
         raise UserError(f"{name}: leads out of the bucket {bucket}; name a folder inside it or a whole URL")
-    return stores.normalize(f"s3://{bucket}/{'' if path == '.' else path}")
+    return urls.normalize(f"s3://{bucket}/{'' if path == '.' else path}")

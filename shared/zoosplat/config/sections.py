@@ -22,7 +22,7 @@ from zoosplat.config.values import (
     Text,
     check_location,
 )
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 CROP_MULTIPLE = 16  # Voxels. The published U-Net halves a crop four times, so each edge is a multiple of 2**4.
 WEIGHTS_FILES = (".safetensors", ".pth", ".pt")  # The endings by which features.weights is a file.
@@ -122,7 +122,7 @@ class Data(Section):
 
     def url(self, name: str) -> str:
         """Where a video, mask, calibration or up file lies: relative names are below `directory`."""
-        return resolve_path(stores.normalize(self.directory), name)
+        return resolve_path(urls.normalize(self.directory), name)
 
 
 class Scheduling(Section):

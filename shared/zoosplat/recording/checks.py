@@ -23,7 +23,7 @@ from zoosplat.geometry.cameras import Cameras
 from zoosplat.geometry.transforms import FloatArray
 from zoosplat.recording import calibration, dnerf
 from zoosplat.recording.video import VideoInfo, probe
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 
 Kind = Literal["mask", "video"]
 SAME_RATE = 0.01  # frame rates that differ by less, relatively, are written differently and mean the same
@@ -163,7 +163,7 @@ def up_url(experiment: Experiment) -> str | None:
 
 def _read_bytes(url: str, key: str) -> bytes:
     try:
-        return stores.read_bytes(url)
+        return objects.read_bytes(url)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{url}: no such file; check {key} and data.directory") from None
     except IsADirectoryError:
@@ -172,8 +172,8 @@ def _read_bytes(url: str, key: str) -> bytes:
 
 def _check_folder(experiment: Experiment) -> None:
     """One line instead of one for each file in it. On S3 there are no folders."""
-    folder = stores.normalize(experiment.data.directory)
-    if not stores.is_s3(folder) and not os.path.isdir(folder):
+    folder = urls.normalize(experiment.data.directory)
+    if not urls.is_s3(folder) and not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; check data.directory")
 
 
@@ -250,9 +250,9 @@ def _rate_warnings(infos: Sequence[VideoInfo]) -> Iterator[str]:
 def _check_scene(experiment: Experiment) -> RecordingFacts:
     """Check a D-NeRF scene: its files, and the size of each of its pictures that are kept."""
     problems = Problems()
-    scene = dnerf.read_scene(stores.normalize(experiment.data.directory))
+    scene = dnerf.read_scene(urls.normalize(experiment.data.directory))
     kept = scene.pictures[:: experiment.ingest.frame_jump][: experiment.ingest.max_frames]
-    urls = [url for row in kept for url in row if url is not None]
+    pictures = [url for row in kept for url in row if url is not None]
 
     def fault(url: str) -> UserError | None:
         try:
@@ -267,7 +267,7 @@ def _check_scene(experiment: Experiment) -> RecordingFacts:
         )
 
     with ThreadPoolExecutor(REQUESTS) as pool:
-        for error in pool.map(fault, urls):
+        for error in pool.map(fault, pictures):
             with problems.noted():
                 if error is not None:
                     raise error

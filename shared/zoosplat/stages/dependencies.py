@@ -17,7 +17,7 @@ from zoosplat.config.dnerf_defaults import TRANSFORMS_FILES
 from zoosplat.config.effect import Condition, Effect
 from zoosplat.config.experiment import Experiment
 from zoosplat.recording import dnerf
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 @cache
@@ -70,10 +70,10 @@ def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
         if not _names_files(effect, value):
             continue
         if key == "data.directory":
-            folder = stores.normalize(value)
+            folder = urls.normalize(value)
             found |= {f"{key}/{url.removeprefix(folder + '/')}": url for url in _dnerf_files(folder)}
         else:
-            url_of = experiment.data.url if key.startswith("data.") else stores.normalize
+            url_of = experiment.data.url if key.startswith("data.") else urls.normalize
             found |= {place: url_of(name) for place, name in _named_files(key, value)}
     return found
 
@@ -107,4 +107,4 @@ def _named_files(key: str, value: str | list[str]) -> list[tuple[str, str]]:
 def _dnerf_files(folder: str) -> list[str]:
     scene = dnerf.read_scene(folder)
     pictures = {picture for row in scene.pictures for picture in row if picture is not None}
-    return [stores.join(folder, name) for name in TRANSFORMS_FILES] + sorted(pictures)
+    return [urls.join(folder, name) for name in TRANSFORMS_FILES] + sorted(pictures)

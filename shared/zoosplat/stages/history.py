@@ -13,7 +13,7 @@ from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import Mark, Result
 from zoosplat.stages.run_state import in_words, run_state
 from zoosplat.stages.runs import CONFIG, RECORD, RUNS, Project, is_legacy
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 
 GROUPS = ("held_out", "observed")
 Change = tuple[str, str, str]  # what changed, from what, to what
@@ -67,7 +67,7 @@ def settings(project: Project, run_id: str) -> dict[str, Any]:
     """A run's configuration with dotted keys, of whatever version. Raises UserError where it is damaged."""
     url = project.path(RUNS, run_id, CONFIG)
     try:
-        values = parse_yaml(stores.read_bytes(url).decode(errors="replace"))
+        values = parse_yaml(objects.read_bytes(url).decode(errors="replace"))
     except FileNotFoundError:
         raise UserError(f"{url}: is missing") from None
     if not isinstance(values, dict):
@@ -107,7 +107,7 @@ def entries(project: Project) -> list[Entry]:
     for run_id in project.run_ids():
         url = project.path(RUNS, run_id, RECORD)
         try:
-            record = stores.read_json(url)
+            record = objects.read_json(url)
             if record is None:
                 continue  # not a run's folder, or one that is being written
             now = record, settings(project, run_id)

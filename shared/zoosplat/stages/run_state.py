@@ -5,7 +5,7 @@ from __future__ import annotations
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, Mark, Result
 from zoosplat.stages.runs import RUNS, Project
-from zoosplat.storage import leases, stores
+from zoosplat.storage import leases, objects
 
 
 def is_alive(project: Project, run_id: str) -> bool:
@@ -30,7 +30,7 @@ def run_state(project: Project, record: Mark) -> str:
     entries = {stage: record["results"].get(stage) for stage in record["selected"]}
     finished = all(
         entry is not None
-        and stores.exists(Result.at(entry.get("project") or project.url, stage, entry["id"]).file(DONE))
+        and objects.exists(Result.at(entry.get("project") or project.url, stage, entry["id"]).file(DONE))
         for stage, entry in entries.items()
     )
     return "done" if finished else "begun"

@@ -12,7 +12,7 @@ from zoosplat.stages import runner, runs
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.dependencies import outside_files
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 
 
 def loop_video(source: Path, target: Path, times: int) -> None:
@@ -54,8 +54,8 @@ def begin_with_results(project: Project, experiment: Experiment, results: Mappin
 
     for stage in ("ingest", "pack"):
         for url in outside_files(stage, experiment).values():
-            if not stores.exists(url):
-                stores.write_bytes(url, b"0")
+            if not objects.exists(url):
+                objects.write_bytes(url, b"0")
     run = runs.record(runs.resolve(project, experiment), list(results))
     for stage in results:
         runner.run_stage(StandIn(stage), run)

@@ -23,7 +23,7 @@ from torch import Tensor
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet
 from zoosplat_model.dynamic.hexplane import DeformationField, HexPlane
 from zoosplat_model.dynamic.schedule import Stage
@@ -75,7 +75,7 @@ def checkpoint_name(stage: Stage, iteration: int) -> str:
 
 def checkpoints_in(url: str) -> list[tuple[Stage, int]]:
     """Stage and iteration of the checkpoints directly below a URL, oldest first."""
-    found = [NAME.fullmatch(name) for name in stores.list_files(url)]
+    found = [NAME.fullmatch(name) for name in listing.list_files(url)]
     keys: list[tuple[Stage, int]] = [("coarse" if m[1] == "coarse" else "fine", int(m[2])) for m in found if m]
     return sorted(keys)
 
@@ -108,7 +108,7 @@ def write_checkpoint(
         optimizer=_settled(optimizer.state_dict()),
         spatial_lr_scale=spatial_lr_scale,
     )
-    _save(stores.join(url, checkpoint_name(stage, iteration)), (tuple(held), iteration))
+    _save(urls.join(url, checkpoint_name(stage, iteration)), (tuple(held), iteration))
 
 
 def _settled(state: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def read_newest(url: str, field: DeformationField) -> tuple[dict[str, Tensor], i
     own = checkpoints_in(url)
     if not own:
         raise UserError(f"{url}: no checkpoint yet; training writes one a minute")
-    where = stores.join(url, checkpoint_name(*own[-1]))
+    where = urls.join(url, checkpoint_name(*own[-1]))
     checkpoint, stage, iteration = read_checkpoint(where)
     _fill(field, checkpoint.deformation, where)
     return checkpoint.values(), checkpoint.active_sh_degree, stage, iteration
@@ -160,18 +160,16 @@ def _fill(field: DeformationField, state: Any, where: str) -> None:
 # -- results ------------------------------------------------------------------------------------------------------
 def folder_of(url: str, stage: Stage, iteration: int) -> str:
     """The folder of a result below a model's URL."""
-    return stores.join(
-        url, "point_cloud", ("coarse_iteration_" if stage == "coarse" else "iteration_") + str(iteration)
-    )
+    return urls.join(url, "point_cloud", ("coarse_iteration_" if stage == "coarse" else "iteration_") + str(iteration))
 
 
 def write_result(url: str, stage: Stage, iteration: int, gaussians: GaussianSet, field: DeformationField) -> None:
     """Write Gaussians and deformation; the Gaussians last, so that where they are, all is."""
     folder = folder_of(url, stage, iteration)
-    _save(stores.join(folder, "deformation.pth"), dict(field.state_dict()))
-    _save(stores.join(folder, "deformation_table.pth"), gaussians.deformation_table)
-    _save(stores.join(folder, "deformation_accum.pth"), gaussians.deformation_accum)
-    stores.write_bytes(stores.join(folder, "point_cloud.ply"), to_ply(gaussians.values()))
+    _save(urls.join(folder, "deformation.pth"), dict(field.state_dict()))
+    _save(urls.join(folder, "deformation_table.pth"), gaussians.deformation_table)
+    _save(urls.join(folder, "deformation_accum.pth"), gaussians.deformation_accum)
+    objects.write_bytes(urls.join(folder, "point_cloud.ply"), to_ply(gaussians.values()))
 
 
 def read_result(url: str, stage: Stage, iteration: int, field: DeformationField) -> dict[str, Tensor]:
@@ -181,11 +179,11 @@ def read_result(url: str, stage: Stage, iteration: int, field: DeformationField)
         UserError: files are missing, damaged, or of another configuration.
     """
     folder = folder_of(url, stage, iteration)
-    where = stores.join(folder, "deformation.pth")
+    where = urls.join(folder, "deformation.pth")
     _fill(field, _load(where), where)
-    where = stores.join(folder, "point_cloud.ply")
+    where = urls.join(folder, "point_cloud.ply")
     try:
-        return from_ply(stores.read_bytes(where))
+        return from_ply(objects.read_bytes(where))
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise UserError(f"{where}: damaged or missing ({error}); run stage train again with --force") from None
 
@@ -227,7 +225,7 @@ def read_points(url: str) -> tuple[Tensor, Tensor]:
         UserError: there is none, or it cannot be read.
     """
     try:
-        columns = ply.decode(stores.read_bytes(url))
+        columns = ply.decode(objects.read_bytes(url))
         points = np.stack([columns[name] for name in "xyz"], 1)
     except FileNotFoundError:
         raise UserError(f"{url}: no such file; check dynamic.initial_ply") from None
@@ -276,13 +274,13 @@ def write_settings(url: str, experiment: Experiment) -> None:
         no_dshs=not c.deform_harmonics,
         time_range=c.time_range,
     )
-    stores.write_bytes(stores.join(url, "cfg_args"), str(settings).encode())
+    objects.write_bytes(urls.join(url, "cfg_args"), str(settings).encode())
 
 
 def _save(url: str, value: Any) -> None:
     data = io.BytesIO()
     torch.save(_on_cpu(value), data)
-    stores.write_bytes(url, data.getvalue())
+    objects.write_bytes(url, data.getvalue())
 
 
 def _on_cpu(value: Any) -> Any:
@@ -299,7 +297,7 @@ def _on_cpu(value: Any) -> Any:
 
 def _load(url: str) -> Any:
     try:
-        return torch.load(io.BytesIO(stores.read_bytes(url)), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(objects.read_bytes(url)), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{url}: no such file; run stage train again with --force") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
