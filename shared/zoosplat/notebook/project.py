@@ -15,7 +15,7 @@ from zoosplat.notebook.extras import needs_extra
 from zoosplat.notebook.reconstruction import GaussianArrays, PinholeCamera, Reconstructor, RenderedImage
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import CONFIG, LEGACY_CONFIG, LEGACY_RUN, Project
-from zoosplat.storage import schema, stores
+from zoosplat.storage import objects, schema, urls
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,8 +141,8 @@ class ProjectReader:
 
         >>> p.tracking["centers"].sel(axis="z").attrs["units"]
         'm'
-        >>> p.tracking["angles"].sel(time=0.1, method="nearest").coords["frame"].dtype
-        dtype('int64')
+        >>> p.tracking["angles"].sel(time=0.1, method="nearest").coords["frame"].item()
+        5
         """
         return self._dataset("center_rotation", lazy=False)
 
@@ -183,7 +183,7 @@ class ProjectReader:
             from zoosplat.notebook.tables import metrics_table
         self._require("evaluate")
         name = f"frames_{self.config.evaluate.split}.csv"
-        return metrics_table(stores.read_bytes(stores.join(self._run.input_url("evaluate"), name)))
+        return metrics_table(objects.read_bytes(urls.join(self._run.input_url("evaluate"), name)))
 
     def gaussians(self, t: int) -> GaussianArrays:
         """The Gaussians of a kept frame, in the world; needs PyTorch.
