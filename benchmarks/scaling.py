@@ -130,8 +130,8 @@ def measure_stages(config: str | None) -> dict[str, Any]:
     import boto3
 
     from zoosplat.config.load import read_config
-    from zoosplat.stages.begin import begun
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.begin import begin_run
+    from zoosplat.stages.projects import Project
     from zoosplat.storage import urls
 
     os.environ["MINIO_PROMETHEUS_AUTH_TYPE"] = "public"
@@ -149,7 +149,7 @@ def measure_stages(config: str | None) -> dict[str, Any]:
         time.sleep(METRICS_S)
         project = Project.at(f"s3://{servers.bucket}/project")
         chosen = experiment.model_copy(update={"data": data.model_copy(update={"directory": recording})})
-        with begun(project, chosen, list(STAGES), []) as run:
+        with begin_run(project, chosen, list(STAGES), []) as run:
             pass
         measured: dict[str, Any] = {"cameras": len(data.videos), "stages": {}}
         for stage in STAGES:
@@ -233,7 +233,7 @@ def measure_prefect() -> list[dict[str, float]]:
 
         import zoosplat_flows.report.page
         from zoosplat.config.experiment import Experiment
-        from zoosplat.stages.runs import Project
+        from zoosplat.stages.projects import Project
         from zoosplat_flows import pipeline as flows
 
         vars(flows)["Processes"] = Empty
@@ -257,13 +257,13 @@ def measure_prefect() -> list[dict[str, float]]:
                         latencies.append(time.monotonic() - began)
 
             prober = threading.Thread(target=probe)
-            begun = [
+            begun_runs = [
                 begin_with_results(Project.at(str(servers.folder / f"batch{len(measured)}" / f"p{i}")), experiment, {})
                 for i in range(n)
             ]
             pipelines = [
                 threading.Thread(target=flows.pipeline, kwargs={"project": run.project.url, "run": run.id})
-                for run in begun
+                for run in begun_runs
             ]
             before, began = cpu_seconds(("prefect", "postgres")), time.monotonic()
             for thread in (prober, *pipelines):

@@ -161,7 +161,8 @@ def whole_project(
     recording: Recording, whole_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A project that `zoosplat run` has taken from its videos to its report, undisturbed. Not to be written to."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
 
     def make(folder: Path) -> None:
         config = folder.with_suffix(".yaml")
@@ -170,7 +171,7 @@ def whole_project(
         command = [*start, "run", str(config), "--project", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
-        assert Project.at(str(folder)).run().path("report", "index.html") in done.stdout.replace("\n", "")
+        assert open_run(Project.at(str(folder))).path("report", "index.html") in done.stdout.replace("\n", "")
 
     return make_once(tmp_path_factory, "whole_project", make)
 
@@ -327,8 +328,11 @@ class ByHand:
     @staticmethod
     def begin(folder: Path, experiment: Any, *force: str, until: str = "embedding", state: str = "begun") -> Any:
         """A recorded run; files outside that its configuration names are made up where there are none."""
-        from zoosplat.stages import dependencies, runs
+        from zoosplat.stages import dependencies
+        from zoosplat.stages.drafts import draft_run
+        from zoosplat.stages.projects import Project
         from zoosplat.stages.registry import PIPELINE
+        from zoosplat.stages.run_records import record_run
         from zoosplat_flows.execution.executor import select
 
         for spec in PIPELINE:
@@ -337,17 +341,17 @@ class ByHand:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not path.exists():
                     path.write_text(f"contents of {path.name}")
-        draft = runs.resolve(runs.Project.at(str(folder)), experiment, force)
-        return runs.record(draft, select(until_stage=until), state)
+        draft = draft_run(Project.at(str(folder)), experiment, force)
+        return record_run(draft, select(until_stage=until), state)
 
     @staticmethod
     def mark(run: Any, stage: str, **changes: Any) -> None:
         """The mark by which a result is done: 90 s from begin to end, 300 s of work, 1.5 GiB."""
-        from zoosplat.stages import results, runs
+        from zoosplat.stages import results
         from zoosplat.storage import objects
 
         result, request = run.result(stage), run.request(stage)
-        runs.claim(result, request)
+        result.claim(request)
         mark = {
             **request.to_json(),
             "run": run.id,
@@ -475,11 +479,12 @@ def check_same_rows(ours: Path, theirs: Path) -> None:
 
 def check_same_stage(stage: str, project: Path, reference: Path) -> None:
     """A stage's result in the latest runs of two projects: the same bytes, or, where it was learned, within noise."""
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat.stages.registry import PREPROCESSING, STAGES
-    from zoosplat.stages.runs import Project
 
     spec = STAGES[stage]
-    ours, theirs = (Path(Project.at(str(folder)).run().input_url(stage)) for folder in (project, reference))
+    ours, theirs = (Path(open_run(Project.at(str(folder))).input_url(stage)) for folder in (project, reference))
     if stage == "train":
         same_losses(*((folder / "history.csv").read_bytes() for folder in (ours, theirs)))
         return

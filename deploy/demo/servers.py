@@ -236,11 +236,12 @@ def prefect() -> str:
 
 def show_results(project: str, folder: Path) -> None:
     """Print the metrics of a project's latest run and put its report page into a folder."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat.storage import objects
     from zoosplat_flows.commands.run import headline
 
-    run = Project.at(project).run()
+    run = open_run(Project.at(project))
     for line in headline(run):
         print(line)
     objects.write_bytes(str(folder / "index.html"), objects.read_bytes(run.path("report", "index.html")))

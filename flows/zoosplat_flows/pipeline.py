@@ -24,9 +24,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, STAGES
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import urls
 from zoosplat_flows.execution.executor import (
     RETRIES,
@@ -271,8 +273,8 @@ def pipeline(
     where = Project.at(place(project, config))
     if run is not None:
         with Processes() as processes:
-            return _run_stages(where.run(run), stages, processes, workers)
-    experiment = load_config(config).experiment if config else where.run().experiment
+            return _run_stages(open_run(where, run), stages, processes, workers)
+    experiment = load_config(config).experiment if config else open_run(where).experiment
     if runner == "kubernetes":
         settings, api, chosen_profile, experiment = _profile_for(profile, where, stages, experiment)
         placed: Any = _in_cluster(settings, api, chosen_profile)
@@ -280,7 +282,7 @@ def pipeline(
         raise UserError(f"profile {profile}: profiles are kinds of nodes; use it with the runner kubernetes")
     else:
         placed = Containers() if runner == "containers" else Processes()
-    with placed as chosen, begun(where, experiment, stages, force or []) as begun_run:
+    with placed as chosen, begin_run(where, experiment, stages, force or []) as begun_run:
         return _run_stages(begun_run, stages, chosen, workers)
 
 

@@ -21,8 +21,9 @@ import pytest
 import yaml
 from servers import Servers, prefect
 
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import STAGES
-from zoosplat.stages.runs import Project
 from zoosplat.storage import objects
 from zoosplat_flows.runners.kubernetes.runner import JOB_LABEL, Api, job_manifest
 from zoosplat_flows.runners.settings import Settings
@@ -236,7 +237,7 @@ class StandIn(threading.Thread):
     def __init__(self, done: str) -> None:
         super().__init__(daemon=True)
         self.api = Api(NAMESPACE)
-        self.done = Project.at(done).run()
+        self.done = open_run(Project.at(done))
         self.others = {pod["metadata"]["name"] for pod in self.api.pods()}  # of earlier tests
         self.seen: dict[str, Object] = {}
         self.ended = threading.Event()
@@ -255,7 +256,7 @@ class StandIn(threading.Thread):
     def _do(self, arguments: list[str], labels: dict[str, str]) -> None:
         stage, step = labels["zoosplat.io/stage"], labels["zoosplat.io/step"]
         assert (arguments[0], arguments[2]) == ("--project", "--run")
-        run = Project.at(arguments[1]).run(arguments[3])
+        run = open_run(Project.at(arguments[1]), arguments[3])
         there, here = self.done.result(stage), run.result(stage)
         assert there.id == here.id
         if step == "prepare":

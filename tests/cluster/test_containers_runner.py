@@ -17,7 +17,10 @@ import pytest
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.runs import Project, Run, record, resolve
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import s3_client
 from zoosplat_flows.execution.executor import Interrupted
 from zoosplat_flows.runners import containers
@@ -70,7 +73,7 @@ def run(folder: Path, s3: S3, recording: Recording) -> Run:
     name = s3.bucket()
     s3.put_folder(recording.folder, name, "recording")
     experiment = Experiment.model_validate(recording.config(f"s3://{name}/recording"))
-    return record(resolve(Project.at(f"s3://{name}/p"), experiment), ["crop", "pack"])
+    return record_run(draft_run(Project.at(f"s3://{name}/p"), experiment), ["crop", "pack"])
 
 
 def no_progress(done: int, total: int, message: str) -> None:
@@ -110,8 +113,8 @@ def test_registry_and_gpus_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 def test_refuses_folders(run: Run, recording: Recording, tmp_path: Path) -> None:
     experiment = Experiment.model_validate(recording.config())
     project = Project.at(str(tmp_path / "project"))
-    here = [record(resolve(project, each), ["crop"]) for each in (experiment, run.experiment)]
-    elsewhere = record(resolve(run.project, experiment), ["crop"])
+    here = [record_run(draft_run(project, each), ["crop"]) for each in (experiment, run.experiment)]
+    elsewhere = record_run(draft_run(run.project, experiment), ["crop"])
     for local, named in ((here[0], project.url), (here[1], project.url), (elsewhere, str(recording.folder))):
         with containers.Containers() as runner, pytest.raises(UserError) as caught:
             runner.run("crop", local, progress=no_progress, log=no_log)
@@ -177,9 +180,10 @@ def test_leaving_removes_the_container(folder: Path, run: Run) -> None:
 
 def test_a_killed_pipeline_leaves_no_container(folder: Path, run: Run) -> None:
     program = (
-        "import sys; from zoosplat.stages.runs import Project\n"
+        "import sys; from zoosplat.stages.lookup import open_run\n"
+        "from zoosplat.stages.projects import Project\n"
         "from zoosplat_flows.runners.containers import Containers\n"
-        "run = Project.at(sys.argv[1]).run()\n"
+        "run = open_run(Project.at(sys.argv[1]))\n"
         "with Containers() as runner: runner.run('crop', run, progress=lambda *_: None, log=lambda *_: None)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, run.project.url], env=os.environ.copy())

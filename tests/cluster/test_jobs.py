@@ -24,8 +24,10 @@ from kubernetes.client import ApiException
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.begin import begun
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 from zoosplat.storage import listing, objects, urls
 from zoosplat_flows.execution.executor import Exhausted, execute
 from zoosplat_flows.execution.recorder import Event, recording
@@ -292,7 +294,7 @@ class Pipelines:
         """Begin a run that `work` goes on with."""
         number, held = len(self.runs), ExitStack()
         experiment = Experiment.model_validate(self._config(**changes))
-        run = held.enter_context(begun(self.project, experiment, stages, []))
+        run = held.enter_context(begin_run(self.project, experiment, stages, []))
         self.runs.append(run)
         self.errors.append(None)
         self.states.append({})
@@ -369,7 +371,7 @@ def test_runs_with_other_settings_have_their_own_results(pipelines: Pipelines) -
         pipelines.begin(crop__grid_size=size)
     pipelines.work()
     assert pipelines.errors == [None, None]
-    first, second = (Project.at(pipelines.project.url).run(run.id) for run in pipelines.runs)
+    first, second = (open_run(Project.at(pipelines.project.url), run.id) for run in pipelines.runs)
     assert [len(done_of(pipelines, stage)) for stage in STAGES] == [1, 1, 2]
     assert [run.open_input("crop").attrs["grid_size"] for run in (first, second)] == [48, 32]
     assert [run.record()["state"] for run in (first, second)] == ["done", "done"]
@@ -469,7 +471,7 @@ raise SystemExit(1)
 def test_a_pod_that_is_alone_is_followed(cluster: StandIn, pipelines: Pipelines) -> None:
     """Its lines are there while it runs, each once, and of its progress one in some seconds."""
     cluster.instead = lambda labels, tries: TALKING
-    with begun(pipelines.project, Experiment.model_validate(pipelines._config()), ["ingest"], []) as run:
+    with begin_run(pipelines.project, Experiment.model_validate(pipelines._config()), ["ingest"], []) as run:
         lines: list[str] = []
         reports: list[tuple[int, int]] = []
         seen_while_running: list[bool] = []

@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.results import FOLDER, Result
-from zoosplat.stages.runs import Project, Run, claim, resolve
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.results import RESULTS, Result
+from zoosplat.stages.runs import Run
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.execution.executor import Exhausted, Interrupted
 from zoosplat_flows.runners.kubernetes import runner as kubernetes
@@ -289,11 +291,11 @@ def test_names_follow_from_what_is_made_and_from_nothing_else(tmp_path: Path, re
         by: Settings = loaded,
         **changes: Any,
     ) -> str:
-        draft = resolve(where, Experiment.model_validate(recording.config(**changes)), force.split())
+        draft = draft_run(where, Experiment.model_validate(recording.config(**changes)), force.split())
         return request_digest(draft.results[stage], by)
 
-    first = resolve(project, Experiment.model_validate(recording.config()))
-    claim(first.results["crop"], first.requests["crop"])
+    first = draft_run(project, Experiment.model_validate(recording.config()))
+    first.results["crop"].claim(first.requests["crop"])
     same = [
         digest(),
         digest(),
@@ -618,17 +620,17 @@ URL, ID = "s3://b/p", "0123456789abcdef"
 
 def _run() -> Run:
     """A run in that project, none of whose results have been looked at."""
-    folders = {stage: f"{URL}/{FOLDER}/{stage}/{ID}" for stage in ("crop", "train")}
+    folders = {stage: f"{URL}/{RESULTS}/{stage}/{ID}" for stage in ("crop", "train")}
     results = {stage: Result(stage, ID, folder, folder) for stage, folder in folders.items()}
     return Run(Project(URL), "r1", _experiment(), results)
 
 
 def _plan(files: dict[str, Any], stage: str, shards: int) -> None:
-    files[f"{URL}/{FOLDER}/{stage}/{ID}/plan.json"] = {"bounds": list(range(shards + 1)), "id": ID}
+    files[f"{URL}/{RESULTS}/{stage}/{ID}/plan.json"] = {"bounds": list(range(shards + 1)), "id": ID}
 
 
 def _done(files: dict[str, Any], stage: str) -> None:
-    files[f"{URL}/{FOLDER}/{stage}/{ID}/done.json"] = {"id": ID, "finished": time.time()}
+    files[f"{URL}/{RESULTS}/{stage}/{ID}/done.json"] = {"id": ID, "finished": time.time()}
 
 
 def _number(pod: Any) -> int:

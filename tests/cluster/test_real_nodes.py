@@ -24,9 +24,10 @@ from servers import BIN, Servers, prefect
 
 from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
-from zoosplat.stages.runs import Project
 from zoosplat.storage import listing, objects, urls
 from zoosplat_flows.execution.executor import Exhausted, Log
 from zoosplat_flows.runners.kubernetes.runner import Api, Jobs, job_manifest
@@ -169,7 +170,7 @@ def test_a_pipeline_runs_on_the_nodes_of_its_stages_and_an_upgrade_does_not_dist
     assert same_objects(bucket, "whole", "local") > 20
     assert not place.stage_jobs()
     # The pods are gone, what they have printed is kept with the run.
-    recorded = Project.at(f"s3://{bucket}/whole").run()
+    recorded = open_run(Project.at(f"s3://{bucket}/whole"))
     assert recorded.record()["state"] == "done"
     for spec in PIPELINE:
         lines = objects.read_bytes(recorded.path("logs", f"{spec.name}.log")).decode().splitlines()
@@ -226,7 +227,7 @@ def test_pipelines_with_other_and_with_the_same_settings_run_at_once(place: Plac
     until(lambda: all(place.state(run) in ("Completed", "Failed", "Crashed") for run in runs), 600)
     for flow_run in runs:
         assert place.state(flow_run) == "Completed", place.servers.run(prefect(), "flow-run", "logs", flow_run)
-    recorded = [Project.at(url).run(name) for name in Project.at(url).run_ids()]
+    recorded = [open_run(Project.at(url), name) for name in Project.at(url).run_ids()]
     assert [run.record()["state"] for run in recorded] == ["done"] * 3
     assert sorted(run.experiment.crop.grid_size for run in recorded) == [32, 48, 48]
     for run in recorded:
@@ -254,7 +255,7 @@ def _ingest(place: Place, project: str, settings: Settings, workers: int | None 
     experiment = load_config(place.config(project)).experiment
     with (
         Jobs(settings, None, Api(NAMESPACE), "direct") as jobs,
-        begun(Project.at(f"s3://{place.servers.bucket}/{project}"), experiment, ["ingest"], []) as run,
+        begin_run(Project.at(f"s3://{place.servers.bucket}/{project}"), experiment, ["ingest"], []) as run,
     ):
         keep: Log = lambda line, source="", at="": lines.append(f"{source}: {line}")  # noqa: E731
         jobs.run("ingest", run, workers=workers, progress=_no_progress, log=keep)

@@ -21,8 +21,11 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.recording import video
 from zoosplat.recording.calibration import read_cameras
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PREPROCESSING
-from zoosplat.stages.runs import Project, record, resolve
+from zoosplat.stages.run_records import record_run
 from zoosplat.storage import listing, objects
 from zoosplat_flows.execution.executor import Progress
 from zoosplat_flows.runners import containers
@@ -309,7 +312,7 @@ def test_what_lies_in_a_project_cannot_send_a_container_to_a_local_file(
     config = json.dumps(recording.config(f"s3://{name}/recording")).encode()
     s3.client.put_object(Bucket=name, Key=f"p/{CONFIG}", Body=config)
     assert stages("ingest", f"s3://{name}/p", env=s3.env).status == 0
-    data = Project.at(str(finished)).run().result("ingest").folder
+    data = open_run(Project.at(str(finished))).result("ingest").folder
     run = misdirect(s3, name, "p", kind, str(finished), data)
     inside = {**s3.env, "ZOOSPLAT_S3_ONLY": "1"}
     line = refusal(stages("center_rotation", f"s3://{name}/p", "--run", run, env=inside), "center_rotation")
@@ -377,7 +380,7 @@ def test_no_shell_reads_a_url(
     s3_here.put_folder(recording.folder, bucket, "recording")
     raw = recording.config(f"s3://{bucket}/recording")
     s3_here.client.put_object(Bucket=bucket, Key=f"{url[len(bucket) + 6 :]}/{CONFIG}", Body=json.dumps(raw).encode())
-    run = record(resolve(Project.at(url), Experiment.model_validate(raw)), ["ingest"])
+    run = record_run(draft_run(Project.at(url), Experiment.model_validate(raw)), ["ingest"])
     engine = tmp_path / "engine"
     engine.write_text('#!/bin/sh\n[ "$1" != run ] || for word in "$@"; do echo "$word"; done > "$0.words"\nexit 0\n')
     engine.chmod(engine.stat().st_mode | stat.S_IXUSR)

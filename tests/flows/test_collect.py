@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, REQUEST, Result
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, listing, objects, urls
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands import collect
@@ -71,7 +73,7 @@ def with_epochs(experiment: Experiment, epochs: int) -> Experiment:
 def three(tmp_path: Path, experiment: Experiment, by_hand: ByHand, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """Three runs that share what comes before the model; the last is the latest."""
     numbers = iter(range(100))
-    monkeypatch.setattr("zoosplat.stages.runs.secrets.token_hex", lambda n: f"{next(numbers):0{2 * n}x}")
+    monkeypatch.setattr("zoosplat.stages.run_records.secrets.token_hex", lambda n: f"{next(numbers):0{2 * n}x}")
     begun = []
     for epochs in (1, 2, 3):
         run = by_hand.begin(tmp_path / "project", with_epochs(experiment, epochs), state="done")
@@ -108,7 +110,7 @@ def test_keep_last_removes_runs_and_what_only_they_refer_to(three: list[Run]) ->
     assert files(url) == {name for name in before if not any(name.startswith(each) for each in gone)}
     # Nor an empty folder, which would count as an attempt.
     assert {path.name for path in Path(url).glob("results/train/*")} == {three[2].result("train").id}
-    assert all(Project.at(url).run().result(stage).is_done() for stage in NAMES)
+    assert all(open_run(Project.at(url)).result(stage).is_done() for stage in NAMES)
     assert gc(url, "--keep-last", "1")[-1].startswith("nothing to free")
 
 
@@ -121,7 +123,7 @@ def test_a_forced_attempt_that_is_freed_leaves_the_one_before(three: list[Run], 
     objects.write_json(project.path("latest.json"), {"run": last.id})
     objects.delete(forced.path("run.json"))
     assert f"results/train/{forced.result('train').id}" in "".join(gc(project.url))
-    draft = runs.resolve(project, last.experiment)
+    draft = draft_run(project, last.experiment)
     assert draft.results["train"].id == last.result("train").id
     assert draft.todo(NAMES) == []
 
@@ -212,7 +214,7 @@ def test_what_a_killed_gc_has_left_is_not_complete_and_is_freed_by_the_next(thre
     code = (
         "import os, sys\n"
         "from zoosplat.storage import objects\n"
-        "from zoosplat.stages.runs import Project\n"
+        "from zoosplat.stages.projects import Project\n"
         "from zoosplat_flows.commands import collect\n"
         "delete, deleted = objects.delete, []\n"
         "def stopping(url):\n"

@@ -18,9 +18,11 @@ import pytest
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
 from zoosplat.errors import LockLost, Unreachable, UserError
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, downstream
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.run_records import record_run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
 from zoosplat_flows.execution import executor
 from zoosplat_flows.execution.executor import (
@@ -157,7 +159,7 @@ def run(project: Path, experiment: Experiment) -> Run:
 
 def _begin(project: Path, experiment: Experiment, *force: str) -> Run:
     """A recorded run; what it needs to be a run, not what `begun` would check."""
-    return runs.record(runs.resolve(Project.at(str(project)), experiment, force), NAMES)
+    return record_run(draft_run(Project.at(str(project)), experiment, force), NAMES)
 
 
 def _log(project: Path) -> list[str]:
@@ -433,10 +435,11 @@ def test_a_stage_ends_with_its_killed_parent(project: Path, run: Run) -> None:
     )
     code = (
         "import sys\n"
-        "from zoosplat.stages.runs import Project\n"
+        "from zoosplat.stages.lookup import open_run\n"
+        "from zoosplat.stages.projects import Project\n"
         "from zoosplat_flows.runners.local import Processes\n"
         "with Processes() as processes:\n"
-        "    run = Project.at(sys.argv[1]).run()\n"
+        "    run = open_run(Project.at(sys.argv[1]))\n"
         "    processes.run('ingest', run, progress=lambda *of: None, log=lambda *of: None)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(project)])

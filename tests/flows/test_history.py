@@ -18,7 +18,8 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.history import differences, entries, flat
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, objects, urls
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands.comparison import compare, pairs
@@ -87,7 +88,7 @@ def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that are begun within a second keep their order: ids have a number where they have a random part."""
     numbers, real = iter(range(1000)), secrets.token_hex
     monkeypatch.setattr(
-        "zoosplat.stages.runs.secrets.token_hex", lambda n: f"{next(numbers):04x}" if n == 2 else real(n)
+        "zoosplat.stages.run_records.secrets.token_hex", lambda n: f"{next(numbers):04x}" if n == 2 else real(n)
     )
 
 

@@ -18,9 +18,11 @@ import pytest
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, MANIFEST
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
 from zoosplat_flows.execution.executor import make_report
 from zoosplat_flows.execution.recorder import Event, Recorder, recording
@@ -165,7 +167,7 @@ def run(tmp_path: Path, experiment: Experiment, by_hand: ByHand) -> Run:
 
 
 def _build(run: Run) -> tuple[str, Page]:
-    url = build_report(Project.at(run.project.url).run())
+    url = build_report(open_run(Project.at(run.project.url)))
     assert url == run.path("report", "index.html")
     html = Path(url).read_text()
     return html, Page(html)
@@ -383,7 +385,7 @@ def test_a_report_is_built_again_when_there_is_more_to_show_or_it_is_gone(run: R
     def made() -> list[str]:
         events: list[Event] = []
         with recording(run, ["crop"]) as recorder:
-            make_report(Project.at(run.project.url).run(), recorder, events.append)
+            make_report(open_run(Project.at(run.project.url)), recorder, events.append)
         return [event.state for event in events]
 
     assert made() == ["started", "done"]
@@ -399,7 +401,7 @@ def test_a_report_is_built_again_when_there_is_more_to_show_or_it_is_gone(run: R
 
 def test_no_project_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
-        build_report(Project.at(str(tmp_path)).run())
+        build_report(open_run(Project.at(str(tmp_path))))
 
 
 def test_the_outline_surrounds_the_mask() -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat.stages.runs import Project
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat_flows.commands.run import prefect_server
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def test_what_is_done_costs_neither_processes_nor_heavy_imports(
 
 def test_warnings_of_stages_are_printed_at_the_end(preprocessed: tuple[str, str]) -> None:
     config, project = preprocessed
-    mark_url = Project.at(project).run().result("crop").file("done.json")
+    mark_url = open_run(Project.at(project)).result("crop").file("done.json")
     mark = json.loads(Path(mark_url).read_text())
     Path(mark_url).write_text(json.dumps({**mark, "warnings": ["the animal [sic] touches the edge"]}))
     done = _run("run", config, "--project", project, "--until", "pack")

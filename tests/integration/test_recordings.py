@@ -12,16 +12,17 @@ import pytest
 from zoosplat.config.experiment import Experiment
 from zoosplat.geometry import transforms, visual_hull
 from zoosplat.geometry.cameras import WorldTransform
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import schema
 
 CPU_STAGES = ("ingest", "center_rotation", "crop", "pack")
 
 
 def preprocess(experiment: Experiment, folder: Path) -> Run:
-    with begun(Project.at(str(folder)), experiment, list(CPU_STAGES), []) as run:
+    with begin_run(Project.at(str(folder)), experiment, list(CPU_STAGES), []) as run:
         for name in CPU_STAGES:
             run_stage(importlib.import_module(f"zoosplat_{name}.stage").STAGE, run, workers=2)
     return run

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project
 from zoosplat.storage import listing, objects
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def zoosplat(*arguments: str, env: dict[str, str] | None = None) -> subprocess.C
 
 
 def test_every_stage_is_done_and_reported(whole_project: Path) -> None:
-    run = Project.at(str(whole_project)).run()
+    run = open_run(Project.at(str(whole_project)))
     assert all(run.result(spec.name).is_done() for spec in PIPELINE)
     assert run.record()["state"] == "done"
     assert not list(whole_project.rglob("*lease"))
@@ -111,7 +112,7 @@ def test_a_mistake_costs_nothing_that_is_there(
 def undone(project: Path, folder: Path, stage: str) -> Path:
     """A copy of a finished project in which one of the learning stages has not run yet."""
     shutil.copytree(project, folder, symlinks=True)
-    shutil.rmtree(Project.at(str(folder)).run().result(stage).folder)
+    shutil.rmtree(open_run(Project.at(str(folder))).result(stage).folder)
     return folder
 
 
@@ -158,7 +159,7 @@ def test_the_same_on_s3(
     assert done.returncode == 0, done.stderr
     after = s3.objects(bucket)
     assert {key for key in after if not key.startswith("results/tiny/")} == set(before)
-    ours, theirs = Project.at(f"s3://{bucket}/results/tiny").run(), Project.at(str(whole_project)).run()
+    ours, theirs = open_run(Project.at(f"s3://{bucket}/results/tiny")), open_run(Project.at(str(whole_project)))
     assert objects.read_bytes(ours.path("report", "index.html")).startswith(b"<!doctype html>")
     for stage, name in (("evaluate", "metrics_test.csv"), ("render", "still_camera.png")):
         mine, other = (objects.read_bytes(f"{run.output_url(stage)}/{name}") for run in (ours, theirs))
@@ -188,9 +189,9 @@ def test_another_gallery_takes_over_the_metrics(
     shutil.copytree(whole_project, tmp_path / "project", symlinks=True)
     before = files_of(tmp_path / "project")
     here = Project.at(str(tmp_path / "project"))
-    old = here.run()
+    old = open_run(here)
     changes = {**whole_settings, "evaluate": {"gallery_frames": 2, "device": "cpu"}}
-    with begun(here, Experiment.model_validate(recording.config(**changes)), ["evaluate"], []) as run:
+    with begin_run(here, Experiment.model_validate(recording.config(**changes)), ["evaluate"], []) as run:
         assert run_stage(evaluate.STAGE, run)
     urls = [each.output_url("evaluate") for each in (old, run)]
     assert urls[0] != urls[1]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from zoosplat.errors import UserError
 from zoosplat.geometry.transforms import matrix_from_quaternion, quaternion_multiply
-from zoosplat.stages.runs import Project
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.storage import groups, schema
 from zoosplat_model.carving import grid_points
 from zoosplat_model.frames import FrameReader
@@ -44,7 +45,7 @@ def covariances(gaussians: Gaussians) -> Tensor:
 
 @pytest.fixture
 def reader(tiny: Project) -> FrameReader:
-    return open_reader(tiny.run(), CPU)
+    return open_reader(open_run(tiny), CPU)
 
 
 # -- U-Nets -------------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def test_to_world_turns_means_and_covariances() -> None:
 
 def excited(reader: FrameReader, project: Project) -> PoseSplatter:
     """An untrained network whose head gives every Gaussian a shape and an orientation of its own."""
-    model = PoseSplatter.of(reader, project.run().experiment)
+    model = PoseSplatter.of(reader, open_run(project).experiment)
     torch.manual_seed(0)  # whatever was drawn for the U-Nets
     for layer in (model.head[0], model.head[2]):
         layer.reset_parameters()  # type: ignore[operator]
@@ -251,7 +252,7 @@ def test_turning_the_whole_scene_turns_the_gaussians(reader: FrameReader, tiny: 
 
 @torch.no_grad()
 def test_it_starts_as_the_coloured_hull(reader: FrameReader, tiny: Project) -> None:
-    model = PoseSplatter.of(reader, tiny.run().experiment)
+    model = PoseSplatter.of(reader, open_run(tiny).experiment)
     frame = reader.frame(4)
     placed = model([frame])[0].to_world(frame.center, frame.angle)
     rgb, alpha = model.render(placed, frame.world_to_camera, frame.intrinsics, reader.width, reader.height, range(5))
@@ -265,7 +266,7 @@ def test_it_starts_as_the_coloured_hull(reader: FrameReader, tiny: Project) -> N
 
 @torch.no_grad()
 def test_what_floats_beside_the_animal_is_drawn_in_training_only(reader: FrameReader, tiny: Project) -> None:
-    model, frame = PoseSplatter.of(reader, tiny.run().experiment), reader.frame(4)
+    model, frame = PoseSplatter.of(reader, open_run(tiny).experiment), reader.frame(4)
     observed = model.observe(frame)
     volume = model.carve(observed)
     volume[0] = 0
@@ -303,7 +304,7 @@ def test_pictures_do_not_depend_on_the_unit_of_length(reader: FrameReader, tiny:
 
 
 def test_camera_colours(reader: FrameReader, tiny: Project) -> None:
-    model, frame = PoseSplatter.of(reader, tiny.run().experiment), reader.frame(0)
+    model, frame = PoseSplatter.of(reader, open_run(tiny).experiment), reader.frame(0)
     one = Gaussians(
         frame.center[None], torch.tensor([[1.0, 0, 0, 0]]), torch.full((1, 3), 0.05), torch.tensor([0.9]),
         torch.tensor([[0.2, 0.4, 0.6]]),
@@ -334,13 +335,13 @@ def test_reader_gives_what_was_written(reader: FrameReader) -> None:
 
 
 def test_a_window_moves_the_principal_point(tiny: Project) -> None:
-    whole = open_reader(tiny.run(), CPU).frame(0).intrinsics
+    whole = open_reader(open_run(tiny), CPU).frame(0).intrinsics
     for stage, name, value in (("pack", "origin", [5, 7]), ("center_rotation", "principal_shift", [0.25, -0.5])):
-        array = schema.array(groups.open_group(tiny.run().output_url(stage), write=True), name)
-        changed = schema.read(groups.open_group(tiny.run().output_url(stage)), name)
+        array = schema.array(groups.open_group(open_run(tiny).output_url(stage), write=True), name)
+        changed = schema.read(groups.open_group(open_run(tiny).output_url(stage)), name)
         changed[0, 2] = value
         array[...] = changed
-    moved = open_reader(tiny.run(), CPU).frame(0).intrinsics
+    moved = open_reader(open_run(tiny), CPU).frame(0).intrinsics
     expected = torch.zeros(5, 3, 3)
     expected[2, :2, 2] = torch.tensor([0.25 - 5, -0.5 - 7])
     torch.testing.assert_close(moved - whole, expected)
@@ -392,7 +393,7 @@ def test_a_mirrored_network_gives_mirrored_gaussians(
     reader: FrameReader, tiny: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    model = PoseSplatter.of(reader, tiny.run().experiment)
+    model = PoseSplatter.of(reader, open_run(tiny).experiment)
     last = [p for name, p in model.refine.named_parameters() if "last" in name]
     for parameter in (*model.head.parameters(), *last):
         torch.nn.init.normal_(parameter, std=0.02)

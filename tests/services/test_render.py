@@ -24,7 +24,7 @@ from zoosplat.formats import media
 from zoosplat.geometry import transforms
 from zoosplat.geometry.transforms import look_at
 from zoosplat.stages.contract import Context
-from zoosplat.stages.runs import Project
+from zoosplat.stages.projects import Project
 from zoosplat.storage import listing, objects, urls
 from zoosplat_model.frames import Frame
 from zoosplat_model.network.splatter import Gaussians

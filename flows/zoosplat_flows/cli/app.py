@@ -185,17 +185,18 @@ def demo(
 @app.command(rich_help_panel="Look")
 def status(project: ProjectUrl, run_id: RunId = None) -> None:
     """Which stages of a run are done, partial or missing."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.execution import status as module
 
     with storage_errors(project):
-        module.show(Project.at(project).run(run_id))
+        module.show(open_run(Project.at(project), run_id))
 
 
 @app.command(rich_help_panel="Look")
 def runs(project: ProjectUrl) -> None:
     """List the runs of a project: what each changed against the one before, its state, and what came of it."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.execution import history
 
     with storage_errors(project):
@@ -214,12 +215,13 @@ def compare(
 
     zoosplat compare runs/mouse 20250317-0912 20250318-1740
     """
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.commands import comparison
 
     with storage_errors(project):
         where = Project.at(project)
-        typer.echo(comparison.compare(where.run(first), where.run(second)))
+        typer.echo(comparison.compare(open_run(where, first), open_run(where, second)))
 
 
 @app.command(rich_help_panel="Look")
@@ -230,21 +232,23 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends, or Ctrl-C.")] = False,
 ) -> None:
     """Print what the stages of a run have printed, with time and host, wherever they ran."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.commands import logs as module
 
     with storage_errors(project), ended_by_ctrl_c():
-        module.show(Project.at(project).run(run_id), stage, follow)
+        module.show(open_run(Project.at(project), run_id), stage, follow)
 
 
 @app.command(rich_help_panel="Look")
 def report(project: ProjectUrl, run_id: RunId = None) -> None:
     """Build the report page of what is done: one self-contained HTML file."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.report.page import build_report
 
     with storage_errors(project):
-        typer.echo(build_report(Project.at(project).run(run_id)))
+        typer.echo(build_report(open_run(Project.at(project), run_id)))
 
 
 @app.command(rich_help_panel="Keep")
@@ -262,7 +266,7 @@ def gc(
     an earlier layout. That another project reuses a result (reuse: in its configuration, or train.start_from) is not
     seen: such a project makes the result anew, or says that it is gone.
     """
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.commands import collect
 
     with storage_errors(project):
@@ -276,11 +280,11 @@ def upgrade(project: ProjectUrl) -> None:
     What was made from the files and settings of today counts as done. Anything else can still be looked at, and the
     next run makes a new result beside it.
     """
-    from zoosplat.stages import legacy
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.projects import Project
+    from zoosplat.stages.upgrade import upgrade
 
     with storage_errors(project):
-        adopted, kept = legacy.upgrade(Project.at(project))
+        adopted, kept = upgrade(Project.at(project))
     for stage, result in adopted.results.items():
         if result.is_done():
             note = f"can be looked at, and is made again by the next run: it {kept[stage]}" if stage in kept else "done"
@@ -321,12 +325,13 @@ def embed(
 
 def _run_of(text: str) -> Any:
     """The run that `URL` or `URL@RUN` names. A project whose own name ends so is taken for what it is."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
 
     found = re.fullmatch(r"(.+)@(\d[\d-]*[0-9a-f]*)", text)
     if found is None or Project.at(text).exists():
-        return Project.at(text).run()
-    return Project.at(found[1]).run(found[2])
+        return open_run(Project.at(text))
+    return open_run(Project.at(found[1]), found[2])
 
 
 @app.command(rich_help_panel="Look")
@@ -384,7 +389,7 @@ def plan(
     profile: Profile = None,
 ) -> None:
     """Predict the GPU memory of a training, and the smallest profile that has it or the key to change."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.projects import Project
     from zoosplat_flows.commands import plan as module
 
     experiment = _load(config, overrides, profile).experiment

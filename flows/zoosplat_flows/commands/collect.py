@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 import typer
 
 from zoosplat.errors import UserError
+from zoosplat.stages.projects import RUNS, Project
 from zoosplat.stages.registry import STAGES
-from zoosplat.stages.results import DONE, FOLDER, MANIFEST, PLAN, REQUEST, SHARDS, Mark
+from zoosplat.stages.results import DONE, MANIFEST, PLAN, REQUEST, RESULTS, SHARDS, Mark
 from zoosplat.stages.run_state import is_alive
-from zoosplat.stages.runs import CONFIG, RECORD, RUNS, SOURCES, Project, is_legacy
+from zoosplat.stages.runs import CONFIG, RECORD
+from zoosplat.stages.sources import SOURCES
 from zoosplat.storage import leases, listing, objects, urls
 
 LEASE = "lease"
@@ -56,7 +58,7 @@ def look(project: Project, keep_last: int | None) -> Found:
     Raises:
         UserError: there is no run, or the record of one cannot be read, so that what it refers to is not known.
     """
-    if is_legacy(project):
+    if project.is_legacy():
         raise UserError(
             f"{project.url}: has the layout of an earlier version, in which nothing is kept beside what is used"
         )
@@ -77,18 +79,18 @@ def look(project: Project, keep_last: int | None) -> Found:
             found.runs[run_id] = _bytes(project.path(RUNS, run_id), foreign)
     found.records = {run_id: record for run_id, record in records.items() if run_id not in found.runs}
     wanted = _referred(found.records, project)
-    for stage in listing.list_names(project.path(FOLDER)):
+    for stage in listing.list_names(project.path(RESULTS)):
         if stage not in STAGES:
-            found.left[_name(FOLDER, stage)] = "is not a file of zoosplat"
+            found.left[_name(RESULTS, stage)] = "is not a file of zoosplat"
             continue
-        for name in listing.list_names(project.path(FOLDER, stage)):
+        for name in listing.list_names(project.path(RESULTS, stage)):
             if (stage, name) in wanted:
                 continue
             why = _why_left(project, stage, name)
             if why:
-                found.left[_name(FOLDER, stage, name)] = why
+                found.left[_name(RESULTS, stage, name)] = why
             else:
-                found.results[stage, name] = _bytes(project.path(FOLDER, stage, name))
+                found.results[stage, name] = _bytes(project.path(RESULTS, stage, name))
     return found
 
 
@@ -108,12 +110,12 @@ def collect(project: Project, found: Found) -> Iterator[str]:
         yield f"{_name(RUNS, run_id)}: {in_bytes(size)}"
     for (stage, name), size in found.results.items():
         done = _remove_result(project, stage, name, found)
-        yield f"{_name(FOLDER, stage, name)}: {in_bytes(size) if done else 'left, a run uses it now'}"
+        yield f"{_name(RESULTS, stage, name)}: {in_bytes(size) if done else 'left, a run uses it now'}"
 
 
 def _remove_result(project: Project, stage: str, name: str, found: Found) -> bool:
     """Remove a result unless somebody works on it, or a run has come to refer to it; whether it was removed."""
-    folder = project.path(FOLDER, stage, name)
+    folder = project.path(RESULTS, stage, name)
     with contextlib.suppress(_Busy), _leased(urls.join(folder, LEASE)):
         done = urls.join(folder, DONE)
         mark = objects.read_bytes(done) if objects.exists(done) else None
@@ -173,7 +175,7 @@ def _new_records(project: Project, found: Found) -> dict[str, Mark]:
 def _referred(records: dict[str, Mark], project: Project) -> set[tuple[str, str]]:
     """Stage and id of each result of this project that runs refer to, also as what a training begins with."""
     found: set[tuple[str, str]] = set()
-    ours = project.path(FOLDER) + "/"
+    ours = project.path(RESULTS) + "/"
     for record in records.values():
         for stage, entry in record["results"].items():
             if entry.get("project") in (None, project.url):
@@ -187,7 +189,7 @@ def _referred(records: dict[str, Mark], project: Project) -> set[tuple[str, str]
 
 def _why_left(project: Project, stage: str, name: str) -> str:
     """Why something among the results of a stage is not to be removed; empty where it is."""
-    folder = project.path(FOLDER, stage, name)
+    folder = project.path(RESULTS, stage, name)
     if _is_link(folder):
         return "is a symbolic link"
     request = objects.read_json(urls.join(folder, REQUEST))
@@ -257,7 +259,7 @@ def show(project: Project, keep_last: int | None, dry_run: bool) -> None:
     """Remove, or with `dry_run` only name, what no run refers to. Raises UserError as `look`."""
     found = look(project, keep_last)
     sizes = {_name(RUNS, run_id): size for run_id, size in found.runs.items()}
-    sizes |= {_name(FOLDER, *of): size for of, size in found.results.items()}
+    sizes |= {_name(RESULTS, *of): size for of, size in found.results.items()}
     lines = (f"{name}: {in_bytes(size)}" for name, size in sizes.items()) if dry_run else collect(project, found)
     for line in lines:
         typer.echo(line)

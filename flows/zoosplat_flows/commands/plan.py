@@ -13,7 +13,9 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.config.serialization import parse_yaml
 from zoosplat.errors import UserError
 from zoosplat.stages import memory
-from zoosplat.stages.runs import Project, Run, resolve
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 
 FOLDER = resources.files("zoosplat_flows") / "profiles"
 
@@ -29,7 +31,7 @@ def profile_overrides(name: str) -> list[str]:
 
 def _measured(experiment: Experiment, project: Project) -> Run:
     """The run that the configuration would be in a project: what is done of it is found by its id."""
-    draft = resolve(project, experiment)
+    draft = draft_run(project, experiment)
     return Run(project, "planned", experiment, draft.results)
 
 

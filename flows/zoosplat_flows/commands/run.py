@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
 from zoosplat.errors import UserError
-from zoosplat.stages.begin import begun, check_forced
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.begin import begin_run, check_forced
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 from zoosplat.storage import objects, urls
 from zoosplat.storage.errors import as_user_error
 from zoosplat_flows.execution.executor import Failed, execute, make_report, select, warnings_of
@@ -249,7 +250,7 @@ def run(
                     # Once a file: hours of video take a while.
                     status.update(f"reading {escape(file)}, whose content is part of the results' ids")
 
-                begun_run = alive.enter_context(begun(project, experiment, stages, force, hashing))
+                begun_run = alive.enter_context(begin_run(project, experiment, stages, force, hashing))
             with display.progress:
                 report = perform(begun_run, stages, workers, display)
     except KeyboardInterrupt:

@@ -9,8 +9,8 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
-from zoosplat.errors import Passing, UserError
-from zoosplat.stages import runs
+from zoosplat.errors import TransientError, UserError
+from zoosplat.stages.latest_links import link_latest
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
@@ -71,7 +71,7 @@ def select(from_stage: str | None = None, until_stage: str | None = None) -> lis
 
 def worth_retrying(error: BaseException) -> bool:
     """Whether another try of a stage may help: not when the input is wrong or the pipeline ends."""
-    if isinstance(error, Passing):
+    if isinstance(error, TransientError):
         return True
     return not isinstance(error, UserError | Interrupted | Exhausted)
 
@@ -213,7 +213,7 @@ def make_report(run: Run, recorder: Recorder, tell: Listener) -> str:
         tell(Event("report", "failed", message=str(error)))
         raise
     recorder.set("report", key)
-    runs.link_latest(run)
+    link_latest(run)
     tell(Event("report", "done"))
     return url
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zoosplat.stages.history import GROUPS, entries
-from zoosplat.stages.runs import Project
+from zoosplat.stages.projects import Project
 from zoosplat_flows.execution.status import RUN_COLOURS
 
 

@@ -22,7 +22,6 @@ import zarr
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
-from zoosplat.stages import runs
 from zoosplat.stages.run_state import in_words, run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import listing, objects, schema, urls
@@ -103,7 +102,7 @@ def build_report(run: Run, state: str = "") -> str:
 
 def report_url(run: Run) -> str:
     """Where the page of a run lies: in the run's folder; in a project of the layout before runs, where it did then."""
-    home = run.project.path("report") if runs.is_legacy(run.project) else run.path("report")
+    home = run.project.path("report") if run.project.is_legacy() else run.path("report")
     return urls.join(home, "index.html")
 
 

@@ -13,8 +13,10 @@ from zoosplat.geometry.cameras import Cameras
 from zoosplat.notebook import reconstruction
 from zoosplat.notebook.extras import needs_extra
 from zoosplat.notebook.reconstruction import GaussianArrays, PinholeCamera, Reconstructor, RenderedImage
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import LEGACY_CONFIG, LEGACY_RUN, Project
 from zoosplat.stages.registry import STAGES
-from zoosplat.stages.runs import CONFIG, LEGACY_CONFIG, LEGACY_RUN, Project
+from zoosplat.stages.runs import CONFIG
 from zoosplat.storage import objects, schema, urls
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class ProjectReader:
 
     def __init__(self, url: str, run: str | None = None) -> None:
         """See `zoosplat.open`."""
-        self._run = Project.at(url).run(run)
+        self._run = open_run(Project.at(url), run)
 
     def __repr__(self) -> str:
         return f"ProjectReader({self.url!r}, run={self.run_id!r})"

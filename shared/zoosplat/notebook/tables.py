@@ -7,7 +7,8 @@ import io
 import pandas as pd
 
 from zoosplat.stages.history import GROUPS, entries
-from zoosplat.stages.runs import Project
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 
 HEADLINE = ("iou", "psnr")  # metrics of an evaluation that the table of runs shows
 NAMES = {"camera": str}  # a camera may be called 0
@@ -23,7 +24,7 @@ def runs_table(project: Project) -> pd.DataFrame:
     Raises:
         UserError: the project holds no run.
     """
-    found, latest = entries(project), project.run().id
+    found, latest = entries(project), open_run(project).id
     columns = {
         "id": [entry.id for entry in found],
         "created": pd.to_datetime([entry.created or None for entry in found], utc=True),

@@ -22,7 +22,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.memory import GIB, USABLE, advice, gpu_gib, peak_gpu_bytes, smallest_fitting
 from zoosplat.stages.registry import STAGES
-from zoosplat.stages.results import Result, digest_of
+from zoosplat.stages.results import Result, json_digest
 from zoosplat.stages.runs import Run
 from zoosplat.storage import urls
 from zoosplat_flows.execution.executor import Exhausted, Interrupted, Log, Progress
@@ -169,7 +169,7 @@ def own_pod() -> Object | None:
 
 def request_digest(result: Result, settings: Settings) -> str:
     """What the names of the Jobs that make a result follow from: where it lies, its id, the images."""
-    return digest_of([result.folder, settings.images.registry, settings.images.tag])
+    return json_digest([result.folder, settings.images.registry, settings.images.tag])
 
 
 def _tolerations(tolerations: tuple[Toleration, ...]) -> list[Object]:
@@ -205,7 +205,7 @@ def job_manifest(
         profile: places it on a GPU node and gives it its resources; None: those of CPU stages.
         owner: `own_pod`; None: the Job lasts until it is deleted.
     """
-    name = f"zoosplat-{stage.replace('_', '-')}-{step}-{digest_of([digest, step, shards])[:12]}"
+    name = f"zoosplat-{stage.replace('_', '-')}-{step}-{json_digest([digest, step, shards])[:12]}"
     labels = {
         "app.kubernetes.io/managed-by": MANAGER,
         "app.kubernetes.io/name": "zoosplat-stage",
