@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoosplat.geometry import visual_hull
-from zoosplat.geometry.transforms import rotation_between
+from zoosplat.geometry.rotations import rotation_between
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.runs import Run

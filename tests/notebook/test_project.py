@@ -21,7 +21,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
 from zoosplat.geometry.cameras import Cameras, WorldTransform
-from zoosplat.geometry.transforms import project as to_pixels
+from zoosplat.geometry.projection import project as to_pixels
 from zoosplat.notebook import PinholeCamera
 from zoosplat.notebook.project import ProjectReader
 from zoosplat.stages.lookup import open_run

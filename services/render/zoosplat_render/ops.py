@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoosplat.formats import media, ply
-from zoosplat.geometry.transforms import look_at
+from zoosplat.geometry.rotations import look_at
 
 Values = npt.NDArray[np.float64]
 

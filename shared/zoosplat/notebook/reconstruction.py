@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat.geometry.transforms import FloatArray, look_at
+from zoosplat.geometry.rotations import FloatArray, look_at
 from zoosplat.notebook.extras import needs_extra
 from zoosplat.stages.runs import Run
 
