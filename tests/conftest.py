@@ -333,7 +333,7 @@ class ByHand:
         from zoosplat.stages.projects import Project
         from zoosplat.stages.registry import PIPELINE
         from zoosplat.stages.run_records import record_run
-        from zoosplat_flows.execution.executor import select
+        from zoosplat_flows.execution.executor import select_stages
 
         for spec in PIPELINE:
             for url in dependencies.outside_files(spec.name, experiment).values():
@@ -342,7 +342,7 @@ class ByHand:
                 if not path.exists():
                     path.write_text(f"contents of {path.name}")
         draft = draft_run(Project.at(str(folder)), experiment, force)
-        return record_run(draft, select(until_stage=until), state)
+        return record_run(draft, select_stages(until_stage=until), state)
 
     @staticmethod
     def mark(run: Any, stage: str, **changes: Any) -> None:
