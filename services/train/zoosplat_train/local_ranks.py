@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import torch.distributed as dist
 
 from zoosplat.errors import TransientError, UserError
-from zoosplat.machine import loopback
+from zoosplat.machine import loopback_interface
 from zoosplat.stages.contract import Context, Outcome
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
@@ -101,8 +101,8 @@ def _run_rank(
 ) -> None:
     s3_client.expect_answers()
     # All ranks are on one machine, so they need no other network and no name for this one.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback())
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback_interface())
     try:
         run = open_run(Project.at(url), run_id)
         device = claim_device(run.experiment, rank)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from zoosplat.config.training import Train
-from zoosplat.stages.memory import VALID_FRAMES
+from zoosplat.stages.memory import MAX_VALIDATION_FRAMES
 from zoosplat_model.frames import Frame, FrameReader, Split, send
 
 MIRRORED_SHARE = 0.5  # share of frames that the network sees mirrored: an animal has two sides
@@ -20,7 +20,7 @@ FINAL_RATE = 0.05  # the learning rate at the end of the cosine, over that at it
 
 def choose_frames(reader: FrameReader, settings: Train) -> tuple[list[int], list[int]]:
     """Indices of the kept frames to train on, and of those to validate with; no frame is in both."""
-    valid = spread(reader.split("valid"), VALID_FRAMES)
+    valid = spread(reader.split("valid"), MAX_VALIDATION_FRAMES)
     if settings.fit_to == "third":
         return reader.split("train"), valid
     every = {t for split in get_args(Split) for t in reader.split(split)}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages.command import arguments_of, failed, main
+from zoosplat.stages.command import main, report_failure, service_parser
 from zoosplat.stages.contract import Context, Outcome, Stage
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
@@ -58,7 +58,7 @@ def run_rank(stage: Stage, train: TrainFunction) -> int:
         if status:
             os._exit(status)  # a group that has failed cannot be left
         return 0
-    args = arguments_of(stage.name).parse_args()
+    args = service_parser(stage.name).parse_args()
     store.wait([RUN_KEY], timedelta(days=365))
     run_id = store.get(RUN_KEY).decode()
     if run_id == NO_RUN:
@@ -67,7 +67,7 @@ def run_rank(stage: Stage, train: TrainFunction) -> int:
         run = open_run(Project.at(args.project), run_id)
         _train(train, Context(run, lambda done, total, message: None))
     except Exception as error:
-        return failed(stage.name, error, args.project)
+        return report_failure(stage.name, error, args.project)
     return 0
 
 
