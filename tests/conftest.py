@@ -104,7 +104,7 @@ class Recording:
 
 @pytest.fixture(scope="session")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
-    from zoosplat.synthetic.mouse import make_recording
+    from zoosplat.synthetic.recording import make_recording
     from zoosplat.synthetic.stand_in import loop_video
 
     rendered, folder = tmp_path_factory.mktemp("rendered"), tmp_path_factory.mktemp("recording")
