@@ -39,7 +39,7 @@ from zoosplat.stages.memory import GIB, measured_sizes, peak_gpu_bytes
 from zoosplat.stages.projects import Project
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Run
-from zoosplat_flows.commands.plan import profile_overrides
+from zoosplat_flows.profiles import profile_overrides
 from zoosplat_model.predictor import Predictor
 
 CAPS = {"default": 11, "12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB

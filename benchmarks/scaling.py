@@ -32,13 +32,14 @@ sys.path.insert(0, str(ROOT / "deploy" / "demo"))
 
 from servers import Servers  # noqa: E402
 
-from zoosplat.machine import peak_bytes  # noqa: E402
+from zoosplat.machine import peak_bytes_of  # noqa: E402
 from zoosplat.stages.registry import PREPROCESSING  # noqa: E402
 from zoosplat.synthetic.stand_in import begin_with_results, loop_video  # noqa: E402
 
 if TYPE_CHECKING:
+    from zoosplat.stages.contract import StageProgress
     from zoosplat.stages.runs import Run
-    from zoosplat_flows.execution.executor import Log, Progress
+    from zoosplat_flows.runners.protocol import Log
 
 STAGES = tuple(spec.name for spec in PREPROCESSING)
 RENDERED, REPEATED = 128, 8  # frames of the synthetic recording, and how often they are played
@@ -99,7 +100,7 @@ def measure(endpoint: str, stage: str, url: str, words: list[str], frames: int) 
     time.sleep(METRICS_S)
     puts, gets, sent, received = (b - a for a, b in zip(before, counts(endpoint), strict=True))
     cpu = usage.ru_utime + usage.ru_stime
-    step = Step(frames, cpu, wall, peak_bytes(usage) / 2**20, int(puts), int(gets), sent, received)
+    step = Step(frames, cpu, wall, peak_bytes_of(usage) / 2**20, int(puts), int(gets), sent, received)
     print(f"{stage} {' '.join(words)}: {json.dumps(vars(step))}", flush=True)
     return step
 
@@ -198,7 +199,7 @@ class Empty:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         return
 
-    def run(self, stage: str, run: Run, *, workers: int | None, progress: Progress, log: Log) -> None:
+    def run(self, stage: str, run: Run, *, workers: int | None, progress: StageProgress, log: Log) -> None:
         from zoosplat.storage import objects
 
         for second in range(self.seconds):
@@ -236,7 +237,7 @@ def measure_prefect() -> list[dict[str, float]]:
         from zoosplat.stages.projects import Project
         from zoosplat_flows import pipeline as flows
 
-        vars(flows)["Processes"] = Empty
+        vars(flows)["LocalRunner"] = Empty
         vars(zoosplat_flows.report.page)["build_report"] = lambda run, state="": run.path("report")
         names, cube = ["0.mp4", "1.mp4"], {"ell": 0.2}
         recording = {"directory": str(servers.folder / "recording"), "videos": names, "masks": names}

@@ -26,7 +26,7 @@ from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import Result
-from zoosplat_flows.runners.containers import engine, image_of
+from zoosplat_flows.runners.containers import find_engine, image_of
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
@@ -243,7 +243,7 @@ def result_of(project: str | Path, stage: str) -> Result:
 def podman() -> list[str]:
     """The engine, where the images are built."""
     try:
-        command = engine()
+        command = find_engine()
     except UserError as error:
         pytest.skip(str(error))
     missing = [

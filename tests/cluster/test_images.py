@@ -59,7 +59,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def engine() -> list[str]:
     try:
-        return containers.engine()
+        return containers.find_engine()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -152,7 +152,7 @@ def test_runs_from_s3_to_s3(stage: str, engine: list[str], s3: S3, bucket: str) 
     def log(line: str, source: str = "", at: str = "") -> None:
         printed.append(line)
 
-    with containers.Containers() as runner:
+    with containers.ContainerRunner() as runner:
         runner.run(stage, run, workers=1, progress=lambda done, total, _: heard.append((done, total)), log=log)
         assert heard[-1][0] == heard[-1][1]
         assert run.result(stage).is_done()
@@ -215,9 +215,9 @@ def test_a_killed_pipeline_leaves_no_container(engine: list[str], s3: S3, record
     program = (
         "import sys; from zoosplat.stages.lookup import open_run\n"
         "from zoosplat.stages.projects import Project\n"
-        "from zoosplat_flows.runners.containers import Containers\n"
+        "from zoosplat_flows.runners.containers import ContainerRunner\n"
         "run = open_run(Project.at(sys.argv[1]))\n"
-        "with Containers() as runner: runner.run('ingest', run, progress=lambda *_: None, log=lambda *_: None)"
+        "with ContainerRunner() as runner: runner.run('ingest', run, progress=lambda *_: None, log=lambda *_: None)"
     )
 
     def running() -> bool:
@@ -234,6 +234,6 @@ def test_a_killed_pipeline_leaves_no_container(engine: list[str], s3: S3, record
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert not run.result("ingest").is_done()
-    with containers.Containers() as runner:
+    with containers.ContainerRunner() as runner:
         runner.run("ingest", run, workers=1, progress=no_progress, log=lambda line, source="", at="": None)
     assert run.result("ingest").is_done()

@@ -29,9 +29,11 @@ from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.storage import listing, objects, urls
-from zoosplat_flows.execution.executor import Exhausted, Log
-from zoosplat_flows.runners.kubernetes.runner import Api, Jobs, job_manifest
-from zoosplat_flows.runners.settings import Settings
+from zoosplat_flows.runners.kubernetes.api import KubernetesApi
+from zoosplat_flows.runners.kubernetes.manifests import job_manifest
+from zoosplat_flows.runners.kubernetes.runner import KubernetesRunner
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings
+from zoosplat_flows.runners.protocol import Exhausted, Log
 
 pytestmark = [
     pytest.mark.cluster,
@@ -96,12 +98,12 @@ class Place:
         pods = self.cluster.get("pods", "-l", f"zoosplat.io/stage={stage}")["items"]
         return [pod for pod in pods if pod["status"]["phase"] == "Running"]
 
-    def settings(self, **changes: Any) -> Settings:
+    def settings(self, **changes: Any) -> ClusterSettings:
         """What the chart has installed, with changes of `cpu`."""
         text = self.cluster.get("configmap", "zoosplat-settings")["data"]["settings.yaml"]
         raw = yaml.safe_load(text)
         raw["cpu"] |= changes
-        return Settings.model_validate(raw)
+        return ClusterSettings.model_validate(raw)
 
 
 @pytest.fixture(scope="module")
@@ -249,12 +251,12 @@ def _no_progress(done: int, total: int, message: str) -> None:
     return None
 
 
-def _ingest(place: Place, project: str, settings: Settings, workers: int | None = None) -> list[str]:
+def _ingest(place: Place, project: str, settings: ClusterSettings, workers: int | None = None) -> list[str]:
     """Run stage ingest in a new project; what its pods have printed, each line after where it comes from."""
     lines: list[str] = []
     experiment = load_config(place.config(project)).experiment
     with (
-        Jobs(settings, None, Api(NAMESPACE), "direct") as jobs,
+        KubernetesRunner(settings, None, KubernetesApi(NAMESPACE), "direct") as jobs,
         begin_run(Project.at(f"s3://{place.servers.bucket}/{project}"), experiment, ["ingest"], []) as run,
     ):
         keep: Log = lambda line, source="", at="": lines.append(f"{source}: {line}")  # noqa: E731
@@ -303,7 +305,7 @@ def test_a_failed_index_is_tried_again_then_reported_and_the_others_are_kept(pla
     container["args"] = ["import os; i = os.environ['JOB_COMPLETION_INDEX']; print('shard', i); assert i != '1'"]
     logged: list[str] = []
     keep: Log = lambda line, source="", at="": logged.append(f"{source.partition(' ')[2]}: {line}")  # noqa: E731
-    with Jobs(settings, None, Api(NAMESPACE), "f") as jobs, pytest.raises(Exhausted) as caught:
+    with KubernetesRunner(settings, None, KubernetesApi(NAMESPACE), "f") as jobs, pytest.raises(Exhausted) as caught:
         jobs._finish_job(job, _no_progress, keep, lambda: False)
     lines = str(caught.value).splitlines()
     assert lines[0] == "ingest: shards failed for good: 1 of 3; the others are kept"

@@ -12,7 +12,7 @@ import pytest
 
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat_flows.commands.run import prefect_server
+from zoosplat_flows.commands.run import is_prefect_server_named
 
 if TYPE_CHECKING:
     from tests.conftest import Recording, Stages
@@ -38,16 +38,16 @@ def prefect_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_server_is_used_only_where_one_is_named(prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not prefect_server()
+    assert not is_prefect_server_named()
     (prefect_home / "profiles.toml").write_text(PROFILES)
-    assert prefect_server()
+    assert is_prefect_server_named()
     monkeypatch.setenv("PREFECT_PROFILE", "ephemeral")
-    assert not prefect_server()
+    assert not is_prefect_server_named()
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-    assert prefect_server()
+    assert is_prefect_server_named()
     monkeypatch.delenv("PREFECT_API_URL")
     (prefect_home / "profiles.toml").write_text("not [ TOML")
-    assert not prefect_server()
+    assert not is_prefect_server_named()
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ from zoosplat.stages.runner import run_stage
 from zoosplat.stages.upgrade import upgrade
 from zoosplat.storage import groups, objects, schema
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.execution.status import states
+from zoosplat_flows.execution.stage_states import stage_states
 
 MADE = Path(__file__).parents[1] / "data" / "project-0.1.0"
 NAMES = [spec.name for spec in PIPELINE]
@@ -62,7 +62,7 @@ def edit(path: str, **changes: Any) -> None:
 
 def check_shown(project: Project) -> None:
     """Status, report and viewer show all of it."""
-    assert {s.stage: s.state for s in states(open_run(project))} == dict.fromkeys(NAMES, "done")
+    assert {s.stage: s.state for s in stage_states(open_run(project))} == dict.fromkeys(NAMES, "done")
     status, out, err = call("status", project.url)
     assert (status, err, out.count("│ done")) == (0, "", len(NAMES)), out
     page = Path(call("report", project.url)[1].strip()).read_text()

@@ -13,7 +13,8 @@ import pytest
 from zoosplat.errors import LockLost, UserError
 from zoosplat.stages import command, dependencies, runner
 from zoosplat.stages.begin import begin_run
-from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.stages.command import select_run, service_parser
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, STAGES
@@ -63,10 +64,10 @@ class Counting(Stage):
 def begin(url: str, *force: str) -> Run:
     """The run of the configuration in a project's folder; as --config, and --force, do it."""
     project = Project.at(url)
-    args = command.arguments_of("ingest").parse_args(
+    args = service_parser("ingest").parse_args(
         ["--project", url, "--config", project.path("tested.yaml"), *(["--force"] if force else [])]
     )
-    return command.chosen_run("ingest", args)
+    return select_run("ingest", args)
 
 
 @pytest.fixture
@@ -149,23 +150,23 @@ def test_exit_statuses(url: str, capsys: pytest.CaptureFixture[str], monkeypatch
     ],
 )
 def test_split(n: int, per_shard: int, multiple: int, expected: tuple[int, ...]) -> None:
-    assert split(n, per_shard, multiple) == expected
+    assert shard_bounds(n, per_shard, multiple) == expected
 
 
 # -- versions and sources -----------------------------------------------------------------------------------------
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on this is version 99 of stage ingest, here and in the pipeline."""
     from zoosplat.stages import drafts, upgrade
-    from zoosplat_flows.execution import status
+    from zoosplat_flows.execution import stage_states
 
     spec = replace(STAGES["ingest"], version=99)
     monkeypatch.setitem(STAGES, "ingest", spec)
-    for module in (drafts, upgrade, status):
+    for module in (drafts, upgrade, stage_states):
         monkeypatch.setattr(module, "PIPELINE", (spec, *PIPELINE[1:]))
 
 
 def test_another_version_makes_a_result_beside_the_old_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zoosplat_flows.execution import status
+    from zoosplat_flows.execution import stage_states
 
     old = begin(url)
     assert runner.run_stage(Counting(), old)
@@ -175,11 +176,11 @@ def test_another_version_makes_a_result_beside_the_old_one(url: str, monkeypatch
         run = begin(url)
         assert run.id != old.id
         assert run.result("ingest").id != old.result("ingest").id
-        state = status.states(run)[0]
+        state = stage_states.stage_states(run)[0]
         assert (state.state, state.shards) == ("missing", 0)
         assert state.reason == "the result of version 1 of the stage is kept; this is version 99"
         assert runner.run_stage(Counting(), run)
-        assert status.states(run)[0].reason == ""
+        assert stage_states.stage_states(run)[0].reason == ""
         assert run.result("center_rotation").id != old.result("center_rotation").id
         # The run of the old version still reads what it made, and is not gone on with.
         assert open_run(Project.at(url), old.id).input_url("ingest") == old.input_url("ingest")

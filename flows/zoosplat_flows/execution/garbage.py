@@ -1,8 +1,9 @@
-"""`zoosplat gc`: removes results that no run refers to, and old runs; nothing that is not zoosplat's.
+"""Finds and removes the results that no run refers to, and old runs.
 
-Others may begin runs meanwhile. Of a result the mark `done.json` goes first, so that nothing half removed is taken for
-complete; then the runs are looked at again, and where one has come to refer to it, the mark is put back. A run that is
-recorded later finds no mark, and makes the result anew once its lease, which is held here, is free.
+Other processes may begin runs meanwhile. So the success mark of a result is removed first: then nobody takes a result
+that is half removed for complete. After that the runs are read again. Where a new run refers to the result, its mark is
+written back. A run that is recorded later finds no mark, waits for the lease of the result, which is held here, and
+makes the result anew.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import typer
-
 from zoosplat.errors import UserError
 from zoosplat.stages.projects import RUNS, Project
 from zoosplat.stages.registry import STAGES
@@ -25,21 +24,23 @@ from zoosplat.stages.run_state import is_alive
 from zoosplat.stages.runs import CONFIG, RECORD
 from zoosplat.stages.sources import SOURCES
 from zoosplat.storage import leases, listing, objects, urls
+from zoosplat_flows.formatting import format_size
 
-LEASE = "lease"
-WAIT_S = 2 * leases.LEASE_S  # for the lease of a process on another machine that was killed
-RUN_FILES = (CONFIG, "events.jsonl", "logs", "report", "compare-*.html", LEASE, "*.partial")  # and run.json
+LEASE = "lease"  # name of the lease in the folder of a run or result
+LEASE_WAIT_S = 2 * leases.LEASE_S  # seconds after which the lease of a process that was killed elsewhere has ended
+# Patterns of the names directly below the folder of a run; run.json is not among them, since it is removed first.
+RUN_FILES = (CONFIG, "events.jsonl", "logs", "report", "compare-*.html", LEASE, "*.partial")
 
 
 @dataclass
-class Found:
-    """What `zoosplat gc` removes of a project, and what it leaves.
+class Garbage:
+    """What can be removed of a project, and what is left.
 
     Attributes:
-        runs: id of each run that goes -> bytes.
-        results: stage and id of each result that goes -> bytes.
-        left: what is left although no run refers to it -> why.
-        records: of each run that stays, its run.json: what it refers to never changes.
+        runs: id of each run that is to be removed -> its size in bytes.
+        results: stage and id of each result that is to be removed -> its size in bytes.
+        left: path of what is left although no run refers to it -> why.
+        records: id of each run that stays -> its run.json. What a run refers to never changes.
     """
 
     runs: dict[str, int] = field(default_factory=dict)
@@ -48,21 +49,22 @@ class Found:
     records: dict[str, Mark] = field(default_factory=dict)
 
 
-def look(project: Project, keep_last: int | None) -> Found:
-    """What there is to be removed. Writes nothing.
+def find_garbage(project: Project, keep_last: int | None) -> Garbage:
+    """Find what can be removed of a project. Writes nothing.
 
     Args:
-        project: a project.
-        keep_last: runs to be kept, the newest; None: all. The latest one, and one that is at work, are kept besides.
+        project: the project.
+        keep_last: how many of the newest runs to keep; None: all. The latest run and runs that a process works on are
+            kept in any case.
 
     Raises:
-        UserError: there is no run, or the record of one cannot be read, so that what it refers to is not known.
+        UserError: there is no run, or the record of a run cannot be read, so that what it refers to is not known.
     """
     if project.is_legacy():
         raise UserError(
             f"{project.url}: has the layout of an earlier version, in which nothing is kept beside what is used"
         )
-    found = Found()
+    found = Garbage()
     records = _new_records(project, found)
     latest = project.latest_id()
     if not records:
@@ -72,61 +74,62 @@ def look(project: Project, keep_last: int | None) -> Found:
             if run_id == latest:
                 continue
             if is_alive(project, run_id):
-                found.left[_name(RUNS, run_id)] = "a process works on it"
+                found.left[path_in_project(RUNS, run_id)] = "a process works on it"
                 continue
             foreign = _foreign(project.path(RUNS, run_id), (*RUN_FILES, RECORD))
-            found.left |= {_name(RUNS, run_id, name): "is not a file of zoosplat" for name in foreign}
-            found.runs[run_id] = _bytes(project.path(RUNS, run_id), foreign)
+            found.left |= {path_in_project(RUNS, run_id, name): "is not a file of zoosplat" for name in foreign}
+            found.runs[run_id] = _size_bytes(project.path(RUNS, run_id), foreign)
     found.records = {run_id: record for run_id, record in records.items() if run_id not in found.runs}
-    wanted = _referred(found.records, project)
+    wanted = _referred_results(found.records, project)
     for stage in listing.list_names(project.path(RESULTS)):
         if stage not in STAGES:
-            found.left[_name(RESULTS, stage)] = "is not a file of zoosplat"
+            found.left[path_in_project(RESULTS, stage)] = "is not a file of zoosplat"
             continue
         for name in listing.list_names(project.path(RESULTS, stage)):
             if (stage, name) in wanted:
                 continue
             why = _why_left(project, stage, name)
             if why:
-                found.left[_name(RESULTS, stage, name)] = why
+                found.left[path_in_project(RESULTS, stage, name)] = why
             else:
-                found.results[stage, name] = _bytes(project.path(RESULTS, stage, name))
+                found.results[stage, name] = _size_bytes(project.path(RESULTS, stage, name))
     return found
 
 
-def collect(project: Project, found: Found) -> Iterator[str]:
-    """Remove what `look` has found, and say so, a line each.
+def remove_garbage(project: Project, found: Garbage) -> Iterator[str]:
+    """Remove what `find_garbage` has found, except what another process has begun to use meanwhile.
 
-    What another process has begun to use meanwhile is left, and said.
+    Yields:
+        A line for each run and result, when it has been removed or left.
     """
     for run_id, size in found.runs.items():
         if is_alive(project, run_id) or run_id == project.latest_id():
-            yield f"{_name(RUNS, run_id)}: left, a process works on it"
+            yield f"{path_in_project(RUNS, run_id)}: left, a process works on it"
             continue
         folder = project.path(RUNS, run_id)
-        objects.delete(urls.join(folder, RECORD))  # from now on it is no run
+        objects.delete(urls.join(folder, RECORD))  # from now on the folder is no run
         _remove(folder, RUN_FILES)
         _remove_empty(folder)
-        yield f"{_name(RUNS, run_id)}: {in_bytes(size)}"
+        yield f"{path_in_project(RUNS, run_id)}: {format_size(size)}"
     for (stage, name), size in found.results.items():
         done = _remove_result(project, stage, name, found)
-        yield f"{_name(RESULTS, stage, name)}: {in_bytes(size) if done else 'left, a run uses it now'}"
+        yield f"{path_in_project(RESULTS, stage, name)}: {format_size(size) if done else 'left, a run uses it now'}"
 
 
-def _remove_result(project: Project, stage: str, name: str, found: Found) -> bool:
-    """Remove a result unless somebody works on it, or a run has come to refer to it; whether it was removed."""
+def _remove_result(project: Project, stage: str, name: str, found: Garbage) -> bool:
+    """Remove a result unless a process works on it or a new run refers to it. Returns whether it was removed."""
     folder = project.path(RESULTS, stage, name)
     with contextlib.suppress(_Busy), _leased(urls.join(folder, LEASE)):
         done = urls.join(folder, DONE)
         mark = objects.read_bytes(done) if objects.exists(done) else None
         objects.delete(done)
         found.records |= _new_records(project, found)
-        if (stage, name) in _referred(found.records, project):
+        if (stage, name) in _referred_results(found.records, project):
             if mark is not None:
                 objects.write_bytes(done, mark)
             return False
-        # The request last: what is left by a crash is known by it the next time.
-        for part in ((*_data_of(stage), MANIFEST, PLAN, SHARDS, "*.partial"), (REQUEST, LEASE)):
+        # The request last: by it the next call knows what a call that was killed has left.
+        for part in ((*_data_names(stage), MANIFEST, PLAN, SHARDS, "*.partial"), (REQUEST, LEASE)):
             _remove(folder, part)
         _remove_empty(folder)
         return True
@@ -134,13 +137,17 @@ def _remove_result(project: Project, stage: str, name: str, found: Found) -> boo
 
 
 class _Busy(Exception):
-    """Another process has the lease."""
+    """Another process holds the lease."""
 
 
 @contextmanager
 def _leased(url: str) -> Iterator[None]:
-    """Hold a result's lease; raises _Busy where another process does, also after the lease of a dead one is over."""
-    until = time.monotonic() + WAIT_S
+    """Hold a result's lease while the block runs.
+
+    Raises:
+        _Busy: another process holds it, and still does when the lease of a killed process would have ended.
+    """
+    until = time.monotonic() + LEASE_WAIT_S
 
     def waiting() -> None:
         if not urls.is_s3(url) or time.monotonic() > until:
@@ -150,12 +157,12 @@ def _leased(url: str) -> Iterator[None]:
         yield
 
 
-# -- what is whose ------------------------------------------------------------------------------------------------
-def _new_records(project: Project, found: Found) -> dict[str, Mark]:
-    """run.json of every run that is not known yet. What else lies among the runs is noted as left.
+# -- what runs refer to, and what is not zoosplat's ----------------------------------------------------------------
+def _new_records(project: Project, found: Garbage) -> dict[str, Mark]:
+    """run.json of every run that `found` does not know yet. Other things among the runs are noted there as left.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: the record of a run cannot be read.
     """
     records: dict[str, Mark] = {}
     for name in listing.list_names(project.path(RUNS)):
@@ -164,7 +171,7 @@ def _new_records(project: Project, found: Found) -> dict[str, Mark]:
         url = project.path(RUNS, name, RECORD)
         record = objects.read_json(url)
         if record is None:
-            found.left[_name(RUNS, name)] = "is not a run of zoosplat"
+            found.left[path_in_project(RUNS, name)] = "is not a run of zoosplat"
         elif record.get("id") != name or "results" not in record:
             raise UserError(f"{url}: is not the record of this run, so what it refers to is not known; repair it first")
         else:
@@ -172,8 +179,8 @@ def _new_records(project: Project, found: Found) -> dict[str, Mark]:
     return records
 
 
-def _referred(records: dict[str, Mark], project: Project) -> set[tuple[str, str]]:
-    """Stage and id of each result of this project that runs refer to, also as what a training begins with."""
+def _referred_results(records: dict[str, Mark], project: Project) -> set[tuple[str, str]]:
+    """Stage and id of each result of this project that runs refer to, also as the model that a training starts from."""
     found: set[tuple[str, str]] = set()
     ours = project.path(RESULTS) + "/"
     for record in records.values():
@@ -188,7 +195,7 @@ def _referred(records: dict[str, Mark], project: Project) -> set[tuple[str, str]
 
 
 def _why_left(project: Project, stage: str, name: str) -> str:
-    """Why something among the results of a stage is not to be removed; empty where it is."""
+    """Why something among the results of a stage is not removed; an empty string where it may be removed."""
     folder = project.path(RESULTS, stage, name)
     if _is_link(folder):
         return "is a symbolic link"
@@ -198,7 +205,7 @@ def _why_left(project: Project, stage: str, name: str) -> str:
     mark = objects.read_json(urls.join(folder, DONE))
     if mark is not None and "data" in mark:
         return "was adopted from an earlier layout, where its data lies; remove it by hand"
-    foreign = _foreign(folder, (*_data_of(stage), DONE, MANIFEST, PLAN, SHARDS, REQUEST, LEASE, "*.partial"))
+    foreign = _foreign(folder, (*_data_names(stage), DONE, MANIFEST, PLAN, SHARDS, REQUEST, LEASE, "*.partial"))
     if foreign:
         return f"holds {foreign[0]}, which is not a file of zoosplat"
     linked = [each for each in listing.list_names(folder) if _is_link(urls.join(folder, each))]
@@ -211,7 +218,8 @@ def _why_left(project: Project, stage: str, name: str) -> str:
     return ""
 
 
-def _data_of(stage: str) -> tuple[str, ...]:
+def _data_names(stage: str) -> tuple[str, ...]:
+    """Names of what a stage writes into the folder of its result."""
     return (STAGES[stage].writes, *STAGES[stage].also)
 
 
@@ -220,17 +228,17 @@ def _is_link(url: str) -> bool:
 
 
 def _foreign(folder: str, ours: tuple[str, ...]) -> list[str]:
-    """Names directly below a folder that match none of these patterns."""
+    """Names directly below a folder that match none of the patterns `ours`."""
     return [name for name in listing.list_names(folder) if not any(fnmatch.fnmatch(name, each) for each in ours)]
 
 
-def _bytes(folder: str, but: list[str] | tuple[str, ...] = ()) -> int:
-    """Size of all files below a folder, without those of these names directly below it."""
-    return sum(size for name, size in listing.manifest(folder).items() if name.partition("/")[0] not in but)
+def _size_bytes(folder: str, without: list[str] | tuple[str, ...] = ()) -> int:
+    """Size of all files below a folder, without what the names `without` directly below it hold."""
+    return sum(size for name, size in listing.manifest(folder).items() if name.partition("/")[0] not in without)
 
 
 def _remove(folder: str, names: tuple[str, ...]) -> None:
-    """Remove what matches these patterns directly below a folder."""
+    """Remove what lies directly below a folder and matches one of the patterns `names`."""
     for name in listing.list_names(folder):
         if any(fnmatch.fnmatch(name, each) for each in names):
             objects.delete(urls.join(folder, name))
@@ -238,34 +246,10 @@ def _remove(folder: str, names: tuple[str, ...]) -> None:
 
 def _remove_empty(folder: str) -> None:
     if not urls.is_s3(folder):
-        with contextlib.suppress(OSError):  # it holds what is not ours
+        with contextlib.suppress(OSError):  # the folder still holds files that are not zoosplat's
             os.rmdir(folder)
 
 
-def _name(*parts: str) -> str:
+def path_in_project(*parts: str) -> str:
+    """The path of something in a project, as messages show it."""
     return "/".join(parts)
-
-
-# -- the command --------------------------------------------------------------------------------------------------
-def in_bytes(n: int) -> str:
-    """`312 bytes`, `4.1 kB`, `1.23 GB`."""
-    if n < 1000:
-        return f"{n} bytes"
-    power = next((power for power in (1, 2, 3) if n < 999.5 * 1000**power), 4)
-    return f"{n / 1000**power:.3g} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
-
-
-def show(project: Project, keep_last: int | None, dry_run: bool) -> None:
-    """Remove, or with `dry_run` only name, what no run refers to. Raises UserError as `look`."""
-    found = look(project, keep_last)
-    sizes = {_name(RUNS, run_id): size for run_id, size in found.runs.items()}
-    sizes |= {_name(RESULTS, *of): size for of, size in found.results.items()}
-    lines = (f"{name}: {in_bytes(size)}" for name, size in sizes.items()) if dry_run else collect(project, found)
-    for line in lines:
-        typer.echo(line)
-    for name, why in found.left.items():
-        typer.echo(f"left {name}: {why}")
-    if not sizes:
-        typer.echo("nothing to free: every result is one that a run refers to")
-    else:
-        typer.echo(f"{'would free' if dry_run else 'freed'} about {in_bytes(sum(sizes.values()))}")

@@ -22,8 +22,8 @@ from zoosplat.stages.results import DONE, REQUEST, Result
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, listing, objects, urls
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.commands import collect
-from zoosplat_flows.commands.collect import in_bytes, look
+from zoosplat_flows.execution.garbage import find_garbage, remove_garbage
+from zoosplat_flows.formatting import format_size
 
 if TYPE_CHECKING:
     from tests.conftest import S3, ByHand
@@ -73,7 +73,7 @@ def with_epochs(experiment: Experiment, epochs: int) -> Experiment:
 def three(tmp_path: Path, experiment: Experiment, by_hand: ByHand, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """Three runs that share what comes before the model; the last is the latest."""
     numbers = iter(range(100))
-    monkeypatch.setattr("zoosplat.stages.run_records.secrets.token_hex", lambda n: f"{next(numbers):0{2 * n}x}")
+    monkeypatch.setattr("zoosplat.stages.runs.secrets.token_hex", lambda n: f"{next(numbers):0{2 * n}x}")
     begun = []
     for epochs in (1, 2, 3):
         run = by_hand.begin(tmp_path / "project", with_epochs(experiment, epochs), state="done")
@@ -101,7 +101,7 @@ def test_keep_last_removes_runs_and_what_only_they_refer_to(three: list[Run]) ->
     assert {line.partition(":")[0] + "/" for line in lines[:-1]} == gone
     size = len(objects.read_bytes(first.result("train").file(DONE))) + 1000
     size += len(objects.read_bytes(first.result("train").file(REQUEST)))
-    assert f"results/train/{first.result('train').id}: {in_bytes(size)}" in lines
+    assert f"results/train/{first.result('train').id}: {format_size(size)}" in lines
     assert lines[-1].startswith("would free about ")
 
     done = gc(url, "--keep-last", "1")
@@ -198,11 +198,11 @@ def test_what_somebody_works_on_is_left(three: list[Run], lease: str) -> None:
 def test_a_run_that_comes_to_refer_to_a_result_meanwhile_keeps_it(three: list[Run], by_hand: ByHand) -> None:
     free = orphans(three)
     project, train = free.project, free.result("train")
-    found = look(project, None)
+    found = find_garbage(project, None)
     assert ("train", train.id) in found.results
     again = by_hand.begin(Path(project.url), free.experiment, state="begun")
     assert again.result("train").id == train.id
-    lines = list(collect.collect(project, found))
+    lines = list(remove_garbage(project, found))
     assert f"results/train/{train.id}: left, a run uses it now" in lines
     assert Result.at(project.url, "train", train.id).is_done()
     assert Path(train.data_url, "part", "block").exists()
@@ -215,14 +215,14 @@ def test_what_a_killed_gc_has_left_is_not_complete_and_is_freed_by_the_next(thre
         "import os, sys\n"
         "from zoosplat.storage import objects\n"
         "from zoosplat.stages.projects import Project\n"
-        "from zoosplat_flows.commands import collect\n"
+        "from zoosplat_flows.commands import gc\n"
         "delete, deleted = objects.delete, []\n"
         "def stopping(url):\n"
         "    delete(url)\n"
         "    deleted.append(url)\n"
         "    if len(deleted) == 2: os._exit(9)\n"
         "objects.delete = stopping\n"
-        "collect.show(Project.at(sys.argv[1]), None, False)\n"
+        "gc.free_space(Project.at(sys.argv[1]), None, False)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, free.project.url], env=os.environ, check=False)
     assert killed.returncode == 9
@@ -248,7 +248,7 @@ def test_nothing_is_freed_where_a_run_cannot_be_read(three: list[Run]) -> None:
     Path(three[1].path("run.json")).write_text('{"id": ')
     before = files(free.project.url)
     with pytest.raises(UserError, match=r"run\.json: is damaged"):
-        look(free.project, None)
+        find_garbage(free.project, None)
     assert files(free.project.url) == before
 
 
@@ -270,4 +270,4 @@ def test_the_same_on_s3(three: list[Run], s3_here: S3) -> None:
 def test_bytes_read_well() -> None:
     sizes = (0, 999, 1000, 4120, 999_400, 999_600, 12_340_000, 1_230_000_000, 5_000_000_000_000_000)
     words = ["0 bytes", "999 bytes", "1 kB", "4.12 kB", "999 kB", "1 MB", "12.3 MB", "1.23 GB", "5e+03 TB"]
-    assert [in_bytes(n) for n in sizes] == words
+    assert [format_size(n) for n in sizes] == words
