@@ -19,9 +19,10 @@ from zoosplat.formats import media
 from zoosplat.geometry import visual_hull
 from zoosplat.stages.runs import Project, Run
 from zoosplat.storage import schema, stores
+from zoosplat_model.registry import open_predictor
 
 if TYPE_CHECKING:
-    from zoosplat_model.network.splatter import Gaussians
+    from zoosplat_model.gaussians import Gaussians
     from zoosplat_model.predictor import Predictor
 
 F32 = npt.NDArray[np.float32]
@@ -261,11 +262,11 @@ class Scene:
         """The best checkpoint, of dynamic Gaussians the newest; a note where none fits. UserError: no such device."""
         if not self.has_model:
             return
-        from zoosplat_model.predictor import Predictor, pick_device
+        from zoosplat_model.devices import pick_device
 
         pick_device(device)
         try:
-            self.predictor = Predictor.open(self.run, device, finished=not self.training)
+            self.predictor = open_predictor(self.run, device, finished=not self.training)
         except UserError as error:
             self.notes.append(str(error))
 
@@ -344,7 +345,7 @@ class Scene:
         frame = self.predictor.reader.frame(t)
         depth = frame.world_to_camera[:, 2, :3] @ frame.center + frame.world_to_camera[:, 2, 3]
         pixel_m = (depth / frame.intrinsics[:, 0, 0])[self.predictor.reader.observed].mean()
-        return self._gaussians(t).smoothed(float(pixel_m))
+        return self._gaussians(t).with_low_pass(float(pixel_m))
 
     def splats(self, t: int) -> Splats:
         """The Gaussians of a frame that has a hull."""
@@ -383,7 +384,7 @@ class Scene:
             reader.height,
             cameras=[camera],
         )
-        layers = rgb[0], alpha[0], frame.on_white()[camera], frame.mask[camera] > 0
+        layers = rgb[0], alpha[0], frame.composite_on_white()[camera], frame.mask[camera] > 0
         return ops.comparison(*(layer.cpu().numpy() for layer in layers))
 
     def from_anywhere(

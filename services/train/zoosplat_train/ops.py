@@ -14,11 +14,13 @@ from torch import Tensor
 
 from zoosplat.config.schema import Experiment, Train
 from zoosplat_model import checkpoints
-from zoosplat_model.frames import Frame, FrameReader, send
+from zoosplat_model.frames import Frame, FrameReader, copy_to_device
+from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.losses import Losses, frame_losses, soft_iou
-from zoosplat_model.network.cuda_graph import Recorder
-from zoosplat_model.network.splatter import Gaussians, PoseSplatter
+from zoosplat_model.network.cuda_graph import CudaGraphPool
+from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.rasterize import Rendering
+from zoosplat_model.registry import build_splatter
 from zoosplat_train.parallel import Ranks
 
 MIRROR = 0.5  # share of frames that the network sees mirrored
@@ -68,13 +70,13 @@ def jitter(frame: Frame, settings: Train, epoch: int, voxel_size_m: float) -> Fr
     rng = np.random.default_rng([settings.seed, epoch, 2, frame.t])
     shift = torch.tensor(rng.uniform(-1, 1, 3) * settings.jitter_voxels * voxel_size_m, dtype=frame.center.dtype)
     turn = rng.uniform(-1, 1) * settings.jitter_radians
-    moved = replace(frame, center=frame.center + send(shift, frame.center.device), angle=frame.angle + turn)
+    moved = replace(frame, center=frame.center + copy_to_device(shift, frame.center.device), angle=frame.angle + turn)
     if settings.jitter_tilt == 0:
         return moved
     towards, half = rng.uniform(0, 2 * math.pi), rng.uniform(0, settings.jitter_tilt) / 2
     axis = np.array([math.cos(towards), math.sin(towards), 0])
     tilt = torch.tensor([math.cos(half), *(math.sin(half) * axis)], dtype=frame.center.dtype)
-    return replace(moved, tilt=send(tilt, frame.center.device))
+    return replace(moved, tilt=copy_to_device(tilt, frame.center.device))
 
 
 def is_mirrored(seed: int, epoch: int, t: int) -> bool:
@@ -126,7 +128,7 @@ class Trainer:
     Attributes:
         model, optimizer: Adam, with a higher rate for the head than for the U-Nets.
         averaged: the model with weights averaged over about the last tenth of the steps: what is validated and used.
-        recorder: runs steps, and knows how many pairs of Gaussians and tiles they needed.
+        graphs: runs steps, and knows how many pairs of Gaussians and tiles they needed.
         network: class of the model.
     """
 
@@ -137,7 +139,7 @@ class Trainer:
     ) -> None:
         self.reader, self.settings, self.ranks = reader, experiment.train, ranks or Ranks()
         torch.manual_seed(experiment.train.seed)
-        self.model = self.network.of(reader, experiment).on(device)
+        self.model = build_splatter(reader, experiment, self.network).move_to(device)
         refine = list(self.model.refine.parameters())
         inside = {id(p) for p in refine}
         rest = [p for p in self.model.parameters() if id(p) not in inside]
@@ -146,11 +148,11 @@ class Trainer:
         for group in groups:  # a recorded step reads its rate from the device
             group["lr"] = torch.zeros((), device=device) if gpu else 0.0
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=gpu)
-        self.averaged = self.network.of(reader, experiment).on(device).requires_grad_(False)
+        self.averaged = build_splatter(reader, experiment, self.network).move_to(device).requires_grad_(False)
         self.averaged.load_state_dict(self.model.state_dict())
-        self.recorder = Recorder(device, ROOM)
+        self.graphs = CudaGraphPool(device, ROOM)
         # gsplat waits for the GPU amid the gradients of surfels, which cannot be recorded.
-        self.recorder.record &= experiment.model.gaussian_mode == "3d"
+        self.graphs.capture &= experiment.model.gaussian_mode == "3d"
         if self.ranks.size > 1:
             # Gradients, then losses, in one piece: one message to the other ranks.
             sizes = [p.numel() for p in self.model.parameters()]
@@ -190,16 +192,16 @@ class Trainer:
         """
         # A power-law average (Karras 2024, arXiv 2312.02696): its length is a constant share of the steps.
         numbers = torch.tensor([rate, min(1.0, AVERAGING / (done + 1)), 1 / (total or len(frames))])
-        numbers = send(numbers, self.reader.device)
+        numbers = copy_to_device(numbers, self.reader.device)
         inputs = [*self._inputs(frames, views, mirrored), numbers]
         if self.ranks.size == 1:
-            return self.recorder(f"step of {len(frames)}", self._step, inputs)
+            return self.graphs(f"step of {len(frames)}", self._step, inputs)
         if frames:
-            self.recorder(f"gradients of {len(frames)}", self._share, inputs)
+            self.graphs(f"gradients of {len(frames)}", self._share, inputs)
         else:  # the last step of an epoch may have fewer than there are ranks
             self._shared.zero_()
         self.ranks.add_up(self._shared)
-        return self.recorder("update", self._update_from_shared, [numbers])
+        return self.graphs("update", self._update_from_shared, [numbers])
 
     def rehearse(self, frames: Sequence[Frame], views: Sequence[Sequence[int]], mirrored: Sequence[bool]) -> None:
         """All of a step (see there) but Adam's part, which changes nothing, and waits for its end.
@@ -217,7 +219,7 @@ class Trainer:
         self, frames: Sequence[Frame], views: Sequence[Sequence[int]], mirrored: Sequence[bool]
     ) -> list[Tensor]:
         used = torch.tensor([[camera in chosen for camera in self.reader.observed] for chosen in views])
-        on = (send(value, self.reader.device) for value in (used, torch.tensor(mirrored)))
+        on = (copy_to_device(value, self.reader.device) for value in (used, torch.tensor(mirrored)))
         return [*(value for frame in frames for value in _tensors(frame)), *on]
 
     def _step(self, *inputs: Tensor) -> Tensor:
@@ -243,9 +245,9 @@ class Trainer:
         each = len(values) // len(used)
         frames = [_frame(values[i : i + each]) for i in range(0, len(values), each)]
         self.optimizer.zero_grad()
-        undecided: float | Tensor = 0.0
+        supervision: float | Tensor = 0.0
         if self.settings.deep_lambda > 0:
-            predicted, undecided = self.model.learn(frames, used, mirrored)
+            predicted, supervision = self.model.forward_deep_supervision(frames, used, mirrored)
         else:
             predicted = self.model(frames, used, mirrored)
         losses = [self._losses(frame, self._render(frame, g)) for frame, g in zip(frames, predicted, strict=True)]
@@ -253,7 +255,7 @@ class Trainer:
         if self.settings.opacity_lambda > 0:
             opaque = [g.opacities.sum() / (g.opacities.detach() > DRAWN).sum().clamp_min(1) for g in predicted]
             total = total + self.settings.opacity_lambda * torch.stack(opaque).sum()
-        total = total + self.settings.deep_lambda * len(frames) * undecided
+        total = total + self.settings.deep_lambda * len(frames) * supervision
         torch.autograd.backward(total * numbers[2])
         return torch.stack([torch.stack([*loss]) for loss in losses]).detach().double().sum(0)
 
@@ -293,8 +295,8 @@ class Trainer:
         n = len(self.reader.observed)
         table = torch.zeros(total, len(VALID_FIGURES), dtype=torch.float64, device=self.reader.device)
         for i, frame in enumerate(frames):
-            out = send(torch.arange(n) == view_to_predict(frame.t, n), self.reader.device)
-            figures = self.recorder("validate", self._validate, [*_tensors(frame), out])
+            out = copy_to_device(torch.arange(n) == view_to_predict(frame.t, n), self.reader.device)
+            figures = self.graphs("validate", self._validate, [*_tensors(frame), out])
             table[self.ranks.rank + i * self.ranks.size] = figures.double()
         self.ranks.add_up(table)
         means = dict(zip(VALID_FIGURES, table.mean(0).tolist(), strict=True))
@@ -306,7 +308,7 @@ class Trainer:
     def _validate(self, *inputs: Tensor) -> Tensor:
         *values, out = inputs
         frame = _frame(values)
-        mask = frame.mask[self.model.seen]
+        mask = frame.mask[self.model.observed_index]
 
         def rendered(used: Tensor | None) -> Rendering:
             return self._render(frame, self.averaged([frame], used)[0])
@@ -315,7 +317,7 @@ class Trainer:
             return soft_iou((rendering.alpha > 0.5).to(mask.dtype), mask)
 
         whole = rendered(None)
-        squared = (whole.rgb - frame.on_white()[self.model.seen]).square().mean((1, 2, 3))
+        squared = (whole.rgb - frame.composite_on_white()[self.model.observed_index]).square().mean((1, 2, 3))
         psnr = (-10 * torch.log10(squared.clamp_min(1e-10))).mean()
         loss, left_out_iou = self._losses(frame, whole).total, psnr.new_full((), math.nan)
         if len(mask) > 3:
@@ -328,10 +330,10 @@ class Trainer:
     def compare(self, frame: Frame) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Truth and rendering of the observed views, [V, h, w, 3] each, 0 to 1."""
         rendering = self._render(frame, self.averaged.eval()([frame])[0])
-        return frame.on_white()[self.model.seen].cpu().numpy(), rendering.rgb.cpu().numpy()
+        return frame.composite_on_white()[self.model.observed_index].cpu().numpy(), rendering.rgb.cpu().numpy()
 
     def _render(self, frame: Frame, gaussians: Gaussians) -> Rendering:
-        seen = self.model.seen
+        seen = self.model.observed_index
         placed = gaussians.to_world(frame.center, frame.angle, frame.tilt)
         return self.model.render(
             placed,
@@ -340,12 +342,12 @@ class Trainer:
             self.reader.width,
             self.reader.height,
             self.reader.observed,
-            self.recorder.pairs,
+            self.graphs.pair_buffer,
         )
 
     def _losses(self, frame: Frame, rendering: Rendering, counted: Tensor | None = None) -> Losses:
         """Means over the observed views, or over those `counted` ([V] bool)."""
-        truth, mask = frame.on_white()[self.model.seen], frame.mask[self.model.seen]
+        truth, mask = frame.composite_on_white()[self.model.observed_index], frame.mask[self.model.observed_index]
         s = self.settings
         return frame_losses(*rendering, truth, mask, s.img_lambda, s.ssim_lambda, counted, s.square_lambda)
 

@@ -31,7 +31,7 @@ from zoosplat.stages.contract import Context, Outcome, Stage
 from zoosplat.stages.process import prepared, run_spawned, spawning
 from zoosplat.stages.runs import Project
 from zoosplat.storage import stores
-from zoosplat_model.predictor import pick_device
+from zoosplat_model.devices import pick_device
 
 T = TypeVar("T")
 GRACE_S = 3.0  # after a failure, for the others to say what they saw: the first to speak is not always the cause

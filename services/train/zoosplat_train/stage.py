@@ -20,10 +20,10 @@ from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.memory import VALID_FRAMES
 from zoosplat.storage import stores
 from zoosplat_model import checkpoints
-from zoosplat_model.checkpoints import Progress
-from zoosplat_model.frames import Frame, FrameReader, Split
-from zoosplat_model.gpu_memory import device_figures, out_of_memory
-from zoosplat_model.predictor import open_reader, pick_device
+from zoosplat_model.checkpoints import TrainingProgress
+from zoosplat_model.devices import device_figures, pick_device
+from zoosplat_model.frames import Frame, FrameReader, Split, open_reader
+from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.rasterize import load_kernels
 from zoosplat_train import dynamic, ops, parallel, plots, start
 from zoosplat_train.parallel import Ranks
@@ -146,7 +146,7 @@ class _Training:
     reader: FrameReader
     device: torch.device
     ranks: Ranks
-    progress: Progress = field(default_factory=Progress)
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
     text: str = ""  # that was reported last
 
     def __post_init__(self) -> None:
@@ -347,7 +347,9 @@ class _Training:
         return self._show(self._take())
 
     def _take(self) -> _Taken:
-        there = torch.cat([self.sums, self.trainer.recorder.pairs.needed.double()[None]]).to("cpu", non_blocking=True)
+        there = torch.cat([self.sums, self.trainer.graphs.pair_buffer.required.double()[None]]).to(
+            "cpu", non_blocking=True
+        )
         event: Any = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -360,7 +362,7 @@ class _Training:
             taken.event.synchronize()
         p = self.progress
         *sums, pairs = taken.figures.tolist()
-        self.trainer.recorder.make_room(int(pairs))
+        self.trainer.graphs.ensure_capacity(int(pairs))
         means = {key: value / max(taken.position, 1) for key, value in zip(ops.TRAIN_FIGURES, sums, strict=True)}
         if not all(math.isfinite(value) for value in sums):
             raise self._diverged()

@@ -1,4 +1,4 @@
-"""Functions of tensors as CUDA graphs: launched one by one, thousands of small kernels keep a GPU waiting."""
+"""Functions of tensors as CUDA graphs; launched one by one, thousands of small kernels would leave a GPU idle."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoosplat_model.rasterize import Pairs
+from zoosplat_model.rasterize import PairBuffer
 
-ROUNDED = 4096  # to which the room for pairs is rounded up
+CAPACITY_STEP = 4096  # pairs; the capacity of a pair buffer is rounded up to a multiple of this
 
 
-class Recorded:
-    """A function as a CUDA graph. Recording it does not run it.
+class CudaGraph:
+    """A function captured as a CUDA graph. Capturing does not run it.
 
-    The function must have run before, so that libraries have chosen their kernels, and must neither wait for the GPU
-    nor make shapes of values. Graphs of one `pool` share their memory: each result has to be used up before another of
-    them runs. Whatever else the function reads or writes has to stay where it is.
+    The function must have run before, so that libraries have chosen their kernels. It must not wait for the GPU, and no
+    shape may depend on a value. Graphs of one memory `pool` share their memory, so each result has to be used up before
+    another of them runs. Everything else that the function reads or writes must keep its address.
 
     Attributes:
         inputs: the graph's own copies of the function's arguments.
-        output: what the function returns, overwritten by each call.
+        output: what the function returns; each call overwrites it.
     """
 
     def __init__(
@@ -36,57 +36,65 @@ class Recorded:
     ) -> None:
         self.inputs = [value.to(device, copy=True) for value in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads read frames meanwhile.
+        # Other threads read frames meanwhile, which a global capture mode would forbid.
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The function of these inputs, on the current stream; the result is `output`."""
         for own, value in zip(self.inputs, inputs, strict=True):
             own.copy_(value, non_blocking=True)
         self.graph.replay()
         return self.output
 
 
-class Recorder:
-    """The functions of a training: on a GPU each is recorded at its second call, all in the same memory.
+class CudaGraphPool:
+    """Runs the functions of a training; on a GPU each is captured at its second call, all in one memory pool.
 
-    At the first, libraries choose their kernels, and the rasteriser tells how many pairs of Gaussians and tiles there
-    are.
+    The first call runs the function as it is. In it libraries choose their kernels, and the rasteriser counts the pairs
+    of Gaussians and tiles.
 
     Attributes:
-        record: False, as on a CPU, runs all as they are.
-        pairs: what the functions are to give to the rasteriser; `pairs.needed` is of the call that needed most.
+        capture: False, as on a CPU, means that every call runs the function as it is.
+        pair_buffer: what the functions have to give to the rasteriser; its `required` is that of the call that needed
+            most.
     """
 
-    def __init__(self, device: torch.device, room: int) -> None:
-        """`room` for pairs in what is recorded, over those of the first calls."""
-        self.device, self.room, self.record = device, room, device.type == "cuda"
-        self.pairs = Pairs(0, torch.zeros((), dtype=torch.int64, device=device))
-        self._recorded: dict[Hashable, Recorded] = {}
+    def __init__(self, device: torch.device, headroom: int) -> None:
+        """The capacity of captured functions is `headroom` times the pairs that the first calls required."""
+        self.device, self.headroom, self.capture = device, headroom, device.type == "cuda"
+        self.pair_buffer = PairBuffer(0, torch.zeros((), dtype=torch.int64, device=device))
+        self._graphs: dict[Hashable, CudaGraph] = {}
         self._warm: set[Hashable] = set()
         self._pool: Any = None
 
     def __call__(self, name: Hashable, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        """The function of the inputs, wherever they are; `name` stands for it and for the shapes of its inputs."""
-        if name not in self._recorded:
-            if not self.record or name not in self._warm:
+        """The function of the inputs, on whatever device these are.
+
+        Args:
+            name: stands for the function and for the shapes of its inputs.
+            function: what to run or to capture.
+            inputs: its arguments.
+        """
+        if name not in self._graphs:
+            if not self.capture or name not in self._warm:
                 self._warm.add(name)
                 return function(*(value.to(self.device) for value in inputs))
-            if not self._recorded:
-                most = self.room * int(self.pairs.needed)
-                self.pairs = self.pairs._replace(most=-(-most // ROUNDED) * ROUNDED)
+            if not self._graphs:
+                capacity = self.headroom * int(self.pair_buffer.required)
+                self.pair_buffer = self.pair_buffer._replace(capacity=-(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
                 self._pool = torch.cuda.graph_pool_handle()
-            self._recorded[name] = Recorded(function, inputs, self.device, pool=self._pool)
-        return self._recorded[name](inputs)
+            self._graphs[name] = CudaGraph(function, inputs, self.device, pool=self._pool)
+        return self._graphs[name](inputs)
 
-    def forget(self) -> None:
-        """Record anew: something is not where it was, or has another size."""
-        if self._recorded:
+    def clear(self) -> None:
+        """Drop all graphs, because a tensor has another address or size now; later calls capture them again."""
+        if self._graphs:
             torch.cuda.synchronize(self.device)  # one may be running
-        self._recorded.clear()
+        self._graphs.clear()
         self._warm.clear()
 
-    def make_room(self, pairs: int) -> None:
-        """Record anew where Gaussians have come to cover more tiles than there is room for."""
-        if self._recorded and pairs > self.pairs.most:
-            self.forget()
+    def ensure_capacity(self, pairs: int) -> None:
+        """Drop all graphs if Gaussians now cover more tiles, `pairs` in all, than the pair buffer has capacity for."""
+        if self._graphs and pairs > self.pair_buffer.capacity:
+            self.clear()
