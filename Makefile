@@ -28,9 +28,10 @@ demo: install    ## a synthetic recording from videos to the report, in ./demo
 test: install minio lint  ## linters, types and all tests
 	$(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-lint: install    ## ruff and mypy --strict
+lint: install    ## ruff, mypy --strict and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 minio:           ## build a MinIO server for the tests, once a machine, where Go is

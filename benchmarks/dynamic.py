@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from zoosplat.config.schema import Dynamic
+from zoosplat.config.training import Dynamic
 from zoosplat_model.dynamic.hexplane import DeformationField, HexPlane
 from zoosplat_model.dynamic.scene import DynamicScene
 from zoosplat_model.dynamic.trainer import DynamicTrainer

@@ -18,7 +18,7 @@ import torch
 import yaml
 from train_step import OBSERVED, Scene, median_ms, settings
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages.memory import GIB, Sizes, training
 from zoosplat_train.ops import Trainer
 

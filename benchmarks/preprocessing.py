@@ -18,12 +18,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from zoosplat.config.schema import Experiment, read_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import read_config
 from zoosplat.machine import peak_bytes
 from zoosplat.stages.begin import begun
+from zoosplat.stages.registry import PREPROCESSING
 from zoosplat.stages.runs import Project
 
-STAGES = ("ingest", "center_rotation", "crop", "pack")
+STAGES = tuple(spec.name for spec in PREPROCESSING)
 SYNTHETIC = """
 data:
   directory: {folder}

@@ -29,7 +29,8 @@ import zoosplat_ingest.stage
 import zoosplat_pack.stage
 import zoosplat_render.stage
 import zoosplat_train.stage
-from zoosplat.config.schema import Experiment, read_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import read_config
 from zoosplat.machine import usable_cores
 from zoosplat.stages.begin import begun
 from zoosplat.stages.contract import Stage

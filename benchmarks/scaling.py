@@ -28,18 +28,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "deploy" / "demo")]
+sys.path.insert(0, str(ROOT / "deploy" / "demo"))
 
 from servers import Servers  # noqa: E402
-from tests.conftest import given_results, loop_video  # noqa: E402
 
 from zoosplat.machine import peak_bytes  # noqa: E402
+from zoosplat.stages.registry import PREPROCESSING  # noqa: E402
+from zoosplat.synthetic.stand_in import begin_with_results, loop_video  # noqa: E402
 
 if TYPE_CHECKING:
     from zoosplat.stages.runs import Run
     from zoosplat_flows.execution.executor import Log, Progress
 
-STAGES = ("ingest", "center_rotation", "crop", "pack")
+STAGES = tuple(spec.name for spec in PREPROCESSING)
 RENDERED, REPEATED = 128, 8  # frames of the synthetic recording, and how often they are played
 FRAMES_READ = 1000
 METRICS_S = 11.0  # MinIO counts anew after 10 s
@@ -128,10 +129,10 @@ def measure_stages(config: str | None) -> dict[str, Any]:
     """The steps of each CPU stage; shards are one of many frames and one of few."""
     import boto3
 
-    from zoosplat.config.schema import read_config
+    from zoosplat.config.load import read_config
     from zoosplat.stages.begin import begun
     from zoosplat.stages.runs import Project
-    from zoosplat.storage import stores
+    from zoosplat.storage import urls
 
     os.environ["MINIO_PROMETHEUS_AUTH_TYPE"] = "public"
     with Servers() as servers, tempfile.TemporaryDirectory() as scratch:
@@ -143,7 +144,7 @@ def measure_stages(config: str | None) -> dict[str, Any]:
         names = {*data.videos, *data.masks, data.calibration, data.up}
         for name in sorted(name for name in names if isinstance(name, str) and name != "auto"):
             source = data.url(name)
-            assert not stores.is_s3(source)
+            assert not urls.is_s3(source)
             boto3.Session().client("s3").upload_file(source, servers.bucket, f"recording/{name}")
         time.sleep(METRICS_S)
         project = Project.at(f"s3://{servers.bucket}/project")
@@ -171,7 +172,7 @@ def measure_video(servers: Servers, source: str) -> dict[str, float]:
     import boto3
 
     from zoosplat.recording import video
-    from zoosplat.storage import stores
+    from zoosplat.storage import objects
 
     whole, url = servers.folder / "whole.mp4", f"s3://{servers.bucket}/whole.mp4"
     loop_video(Path(source), whole, -(-FRAMES // video.probe(source, source).n_frames))
@@ -182,7 +183,7 @@ def measure_video(servers: Servers, source: str) -> dict[str, float]:
     assert sum(1 for _ in video.read_frames(info, FRAMES // 2, FRAMES // 2 + FRAMES_READ)) == FRAMES_READ
     time.sleep(METRICS_S)
     read = counts(servers.env["AWS_ENDPOINT_URL"])[2] - before[2]
-    return {"mb": stores.size(url) / 1e6, "read_mb": read}
+    return {"mb": objects.size(url) / 1e6, "read_mb": read}
 
 
 # -- Prefect ------------------------------------------------------------------------------------------------------
@@ -198,13 +199,13 @@ class Empty:
         return
 
     def run(self, stage: str, run: Run, *, workers: int | None, progress: Progress, log: Log) -> None:
-        from zoosplat.storage import stores
+        from zoosplat.storage import objects
 
         for second in range(self.seconds):
             progress(second, self.seconds, "")
             time.sleep(1)
         result = run.result(stage)
-        stores.write_json(result.file("done.json"), {"id": result.id, "run": run.id})
+        objects.write_json(result.file("done.json"), {"id": result.id, "run": run.id})
 
     def stop(self) -> None:
         return
@@ -231,7 +232,7 @@ def measure_prefect() -> list[dict[str, float]]:
         import httpx
 
         import zoosplat_flows.report.page
-        from zoosplat.config.schema import Experiment
+        from zoosplat.config.experiment import Experiment
         from zoosplat.stages.runs import Project
         from zoosplat_flows import pipeline as flows
 
@@ -257,7 +258,7 @@ def measure_prefect() -> list[dict[str, float]]:
 
             prober = threading.Thread(target=probe)
             begun = [
-                given_results(Project.at(str(servers.folder / f"batch{len(measured)}" / f"p{i}")), experiment, {})
+                begin_with_results(Project.at(str(servers.folder / f"batch{len(measured)}" / f"p{i}")), experiment, {})
                 for i in range(n)
             ]
             pipelines = [

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from zoosplat.config.schema import Experiment, _override
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import apply_override
 from zoosplat_model.carving import project
 from zoosplat_model.frames import Frame
 from zoosplat_train.ops import TRAIN_FIGURES, Trainer
@@ -90,7 +91,7 @@ def settings(overrides: list[str]) -> Experiment:
     }
     raw["data"]["masks"] = [f"m{i}.mp4" for i in range(CAMERAS)]  # type: ignore[index]
     for override in overrides:
-        _override(raw, override)
+        apply_override(raw, override)
     return Experiment.model_validate(raw)
 
 

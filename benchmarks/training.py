@@ -16,12 +16,10 @@ import argparse
 import csv
 import json
 import multiprocessing
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,18 +27,15 @@ import torch
 from train_step import CAMERAS, Scene, settings
 from zarr.abc.store import Store
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages import runs
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, objects, schema, urls
+from zoosplat.synthetic.stand_in import begin_with_results
 from zoosplat_model import checkpoints, frames
 from zoosplat_model.frames import Frame
 from zoosplat_train.stage import STAGE
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tests.conftest import given_results
 
 WIDTH, HEIGHT = 288, 256
 POSES = 48  # different ones; noise makes each frame another
@@ -56,7 +51,7 @@ def pose(number: int) -> Frame:
 def write_block(url: str, start: int, stop: int, empty: bool) -> None:
     """Frames `start` to `stop` of images.zarr, of which nothing is seen where they are to be empty."""
     torch.set_num_threads(1)
-    group = stores.open_group(url, write=True)
+    group = groups.open_group(url, write=True)
     if empty:
         for key in ("rgb", "mask"):
             array = schema.array(group, key)
@@ -122,23 +117,23 @@ def make(url: str, n_frames: int, experiment: Experiment) -> tuple[Project, Expe
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), max_workers=12) as pool:
             list(pool.map(write_block, [url] * len(starts), starts, ends, empty))
 
-    given_results(project, experiment, {"center_rotation": track, "crop": crop, "pack": pack})
+    begin_with_results(project, experiment, {"center_rotation": track, "crop": crop, "pack": pack})
     return project, experiment
 
 
 def answer_late(milliseconds: float) -> None:
     """Let every read of frames wait, as for a storage that is far away."""
-    at_once = stores.part_of
+    at_once = groups.read_part
 
     def late(store: Store, key: str, start: int, length: int) -> bytes:
         time.sleep(milliseconds / 1000)
         return at_once(store, key, start, length)
 
-    stores.part_of = late
+    groups.read_part = late
 
 
 def history(run: Run) -> list[dict[str, float]]:
-    text = stores.read_bytes(stores.join(run.output_url("train"), "history.csv")).decode()
+    text = objects.read_bytes(urls.join(run.output_url("train"), "history.csv")).decode()
     return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(text.splitlines())]
 
 

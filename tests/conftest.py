@@ -25,7 +25,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +47,12 @@ def shared_data() -> Path:
 
 
 # -- a tiny recording ---------------------------------------------------------------------------------------------
-def loop_video(source: Path, target: Path, times: int) -> None:
-    """The same video several times over, without decoding it."""
-    import av
-
-    with av.open(str(source)) as file, av.open(str(target), "w") as looped:
-        stream = file.streams.video[0]
-        copy: Any = looped.add_stream_from_template(stream)
-        length, time_base = stream.duration or 0, stream.time_base or Fraction(1)
-        packets = [(p.pts or 0, p.dts or 0, bytes(p), p.is_keyframe) for p in file.demux(stream) if p.size]
-        for i in range(times):
-            for pts, dts, data, key in packets:
-                packet = av.Packet(data)
-                packet.pts, packet.dts, packet.is_keyframe = pts + i * length, dts + i * length, key
-                packet.stream, packet.time_base = copy, time_base
-                looped.mux(packet)
-
-
 @pytest.fixture(scope="session")
 def loop() -> Callable[[Path, Path, int], None]:
-    """`loop_video`, for tests, which cannot import this module."""
-    return loop_video
+    """Write a video that plays another one several times over."""
+    from zoosplat.synthetic import stand_in
+
+    return stand_in.loop_video
 
 
 @dataclass(frozen=True)
@@ -121,6 +105,7 @@ class Recording:
 @pytest.fixture(scope="session")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     from zoosplat.synthetic.mouse import make_recording
+    from zoosplat.synthetic.stand_in import loop_video
 
     rendered, folder = tmp_path_factory.mktemp("rendered"), tmp_path_factory.mktemp("recording")
     make_recording(rendered, n_frames=48, n_cameras=4, width=96, height=80)
@@ -285,13 +270,12 @@ class ByHand:
     @staticmethod
     def begin(folder: Path, experiment: Any, *force: str, until: str = "embedding", state: str = "begun") -> Any:
         """A recorded run; files outside that its configuration names are made up where there are none."""
-        from zoosplat.config import effects
-        from zoosplat.stages import runs
+        from zoosplat.stages import dependencies, runs
         from zoosplat.stages.registry import PIPELINE
         from zoosplat_flows.execution.executor import select
 
         for spec in PIPELINE:
-            for url in effects.outside_files(spec.name, experiment).values():
+            for url in dependencies.outside_files(spec.name, experiment).values():
                 path = Path(url)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not path.exists():
@@ -303,7 +287,7 @@ class ByHand:
     def mark(run: Any, stage: str, **changes: Any) -> None:
         """The mark by which a result is done: 90 s from begin to end, 300 s of work, 1.5 GiB."""
         from zoosplat.stages import results, runs
-        from zoosplat.storage import stores
+        from zoosplat.storage import objects
 
         result, request = run.result(stage), run.request(stage)
         runs.claim(result, request)
@@ -320,7 +304,7 @@ class ByHand:
             "warnings": [],
             "figures": {},
         }
-        stores.write_json(result.file(results.DONE), mark | changes)
+        objects.write_json(result.file(results.DONE), mark | changes)
 
 
 @pytest.fixture(scope="session")
@@ -343,39 +327,6 @@ def given_group(url: str, sizes: dict[str, int], attributes: dict[str, Any], val
         array[...] = np.broadcast_to(values.get(key, array.fill_value), array.shape)
 
 
-def given_results(project: Any, experiment: Any, results: dict[str, Callable[[str], None]]) -> Any:
-    """A run of which some stages are finished: a stand-in for each writes the result, by the same runner as any.
-
-    Files of the recording that are not there are made up too, a byte each: what is in them is what they are known by.
-
-    Args:
-        project: a Project.
-        experiment: the configuration of the run.
-        results: stage -> writes its group or folder at a URL; in the order of the pipeline. Stages that are finished
-            under this configuration are left as they are.
-    """
-    from zoosplat.config import effects
-    from zoosplat.stages import contract, runner, runs
-    from zoosplat.storage import stores
-
-    class StandIn(contract.Stage):
-        def prepare(self, ctx: contract.Context) -> contract.Plan:
-            return contract.Plan((0, 1))
-
-        def run_shard(self, ctx: contract.Context, shard: contract.Shard, plan: contract.Plan) -> contract.Outcome:
-            results[self.name](ctx.run.output_url(self.name))
-            return contract.Outcome(1)
-
-    for stage in ("ingest", "pack"):
-        for url in effects.outside_files(stage, experiment).values():
-            if not stores.exists(url):
-                stores.write_bytes(url, b"0")
-    run = runs.record(runs.resolve(project, experiment), list(results))
-    for stage in results:
-        runner.run_stage(StandIn(stage), run)
-    return run
-
-
 @pytest.fixture(scope="session")
 def write_group() -> Callable[..., None]:
     """`given_group`, for tests, which cannot import this module."""
@@ -384,8 +335,10 @@ def write_group() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def finish() -> Callable[..., Any]:
-    """`given_results`, for tests, which cannot import this module."""
-    return given_results
+    """Begin a run of which some stages are finished: `zoosplat.synthetic.stand_in.begin_with_results`."""
+    from zoosplat.synthetic import stand_in
+
+    return stand_in.begin_with_results
 
 
 # -- results of runs that went differently ------------------------------------------------------------------------
@@ -449,9 +402,9 @@ def check_same_rows(ours: Path, theirs: Path) -> None:
     """The same descriptors within float noise; of embeddings what that cannot turn round, as it can axes and map."""
     import numpy as np
 
-    from zoosplat.storage import schema, stores
+    from zoosplat.storage import groups, schema
 
-    mine, other = (stores.open_group(str(folder)) for folder in (ours, theirs))
+    mine, other = (groups.open_group(str(folder)) for folder in (ours, theirs))
     for key in schema.GROUPS[theirs.name]:
         found, expected = schema.read(mine, key), schema.read(other, key)
         assert found.shape == expected.shape, key
@@ -626,11 +579,11 @@ def own_s3() -> Iterator[S3]:
 @pytest.fixture
 def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     """The server, for functions called in this process."""
-    from zoosplat.storage import stores
+    from zoosplat.storage import s3_client
 
     for key, value in s3.env.items():
         monkeypatch.setenv(key, value)
-    for connected in (stores._s3, stores._boto3_session):
+    for connected in (s3_client.file_system, s3_client.boto3_session):
         connected.cache_clear()
     return s3
 
@@ -638,10 +591,10 @@ def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
 @pytest.fixture(scope="module")
 def another_s3() -> Iterator[None]:
     """For modules that start an S3 server of their own: this process forgets the one that it is connected to."""
-    from zoosplat.storage import stores
+    from zoosplat.storage import s3_client
 
     def forget() -> None:
-        for connected in (stores._s3, stores._boto3_session):
+        for connected in (s3_client.file_system, s3_client.boto3_session):
             connected.cache_clear()
 
     forget()

@@ -16,12 +16,12 @@ from typing import Any
 
 from servers import BIN, Servers, prefect, show_results
 
-from zoosplat.stages.registry import PREPROCESSING
+from zoosplat.stages.registry import PIPELINE, PREPROCESSING
 from zoosplat_flows.runners.containers import engine
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU_IMAGES = ("ingest", "center-rotation", "crop", "pack", "embedding", "flows")
-GPU_IMAGES = ("train", "evaluate", "render", "features")
+CPU_IMAGES = [*(spec.name.replace("_", "-") for spec in PIPELINE if not spec.gpu), "flows"]
+GPU_IMAGES = [spec.name.replace("_", "-") for spec in PIPELINE if spec.gpu]
 NAMESPACE = "zoosplat"
 FOLDER = Path.home() / ".cache" / "zoosplat" / "cluster"
 
@@ -84,7 +84,7 @@ class Cluster:
         # podman puts one image into an archive unless it is told otherwise, docker all.
         save = [*words, "save", *(["-q", "--multi-image-archive"] if Path(words[0]).name == "podman" else [])]
         gpu = ["--gpus", "1", "--taint", "nvidia.com/gpu=present:NoSchedule"]
-        kinds: list[tuple[tuple[str, ...], list[str], dict[str, str]]] = [
+        kinds: list[tuple[list[str], list[str], dict[str, str]]] = [
             (CPU_IMAGES, [], {"cpu-1": "pool=cpu", "cpu-2": "pool=cpu"}),
             (GPU_IMAGES, gpu, {f"gpu-{size}": f"zoosplat.io/gpu-memory={size}" for size in ("12gb", "24gb")}),
         ]

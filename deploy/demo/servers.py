@@ -217,16 +217,16 @@ class Servers:
         """The demo's recording and its configuration on S3; the URL of the configuration."""
         import importlib.resources
 
-        from zoosplat.storage import stores
+        from zoosplat.storage import objects
         from zoosplat.synthetic.mouse import make_recording
 
         folder = self.folder / "recording"
         make_recording(folder, n_frames=frames)
         for path in (p for p in folder.rglob("*") if p.is_file()):
-            stores.write_bytes(f"s3://{self.bucket}/recording/{path.relative_to(folder)}", path.read_bytes())
+            objects.write_bytes(f"s3://{self.bucket}/recording/{path.relative_to(folder)}", path.read_bytes())
         text = (importlib.resources.files("zoosplat_flows") / "demo.yaml").read_text()
         url = f"s3://{self.bucket}/demo.yaml"
-        stores.write_bytes(url, text.replace("directory: demo", f"directory: s3://{self.bucket}/recording").encode())
+        objects.write_bytes(url, text.replace("directory: demo", f"directory: s3://{self.bucket}/recording").encode())
         return url
 
 
@@ -237,13 +237,13 @@ def prefect() -> str:
 def show_results(project: str, folder: Path) -> None:
     """Print the metrics of a project's latest run and put its report page into a folder."""
     from zoosplat.stages.runs import Project
-    from zoosplat.storage import stores
+    from zoosplat.storage import objects
     from zoosplat_flows.commands.run import headline
 
     run = Project.at(project).run()
     for line in headline(run):
         print(line)
-    stores.write_bytes(str(folder / "index.html"), stores.read_bytes(run.path("report", "index.html")))
+    objects.write_bytes(str(folder / "index.html"), objects.read_bytes(run.path("report", "index.html")))
     print(f"report: {folder / 'index.html'}")
 
 

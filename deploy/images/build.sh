@@ -8,7 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 REGISTRY=${REGISTRY:-localhost} TAG=${TAG:-dev}
-STAGES=(ingest center_rotation crop pack train evaluate render features embedding)
+CPU_STAGES=(ingest center_rotation crop pack embedding)
+GPU_STAGES=(train evaluate render features)
 deploy/requirements.sh images
 . deploy/engine.sh
 options=(--network host)
@@ -36,7 +37,7 @@ if [ -z "${BASE_IMAGE:-}" ]; then
   fi
 fi
 
-build() {  # NAME DOCKERFILE [BUILD_ARG...]
+build() {  # NAME DOCKERFILE [OPTION...]: DOCKERFILE may be -, the standard input
   local image=$REGISTRY/zoosplat-${1//_/-}:$TAG file=$2 log
   shift 2
   log=$(mktemp)
@@ -50,26 +51,49 @@ build() {  # NAME DOCKERFILE [BUILD_ARG...]
   rm -f "$log"
 }
 
+build_stage() {  # NAME DOCKERFILE [OPTION...]
+  local stage=$1 file=$2
+  shift 2
+  build "$stage" - --build-arg "STAGE=$stage" --label "org.opencontainers.image.title=zoosplat-${stage//_/-}" "$@" \
+    < <(cat "$file" && echo "ENTRYPOINT [\"python\", \"-m\", \"zoosplat_$stage\"]")
+}
+
 gpu_base() {
   local archs=${GSPLAT_ARCHS-8.0 8.6 8.9 9.0 12.0}
   build gpu-base deploy/images/gpu-base.Dockerfile --build-arg "GSPLAT_ARCHS=$archs" --build-arg "MAX_JOBS=${MAX_JOBS:-2}"
 }
 
+# Calibrations of MATLAB and rotations are all that ingest takes from scipy.
+INGEST_UNUSED=$(printf 'scipy/%s ' cluster datasets differentiate fft fftpack integrate interpolate ndimage odr optimize \
+  signal stats)
+INGEST_LATE_MODULES="h5py, scipy.io, scipy.spatial.transform"
+
+is_one_of() {  # WORD WORDS...
+  local word=$1
+  shift
+  [[ " $* " == *" $word "* ]]
+}
+
 wanted=("$@")
-[ $# -gt 0 ] || wanted=("${STAGES[@]}" flows)
+[ $# -gt 0 ] || wanted=("${CPU_STAGES[@]}" "${GPU_STAGES[@]}" flows)
 made_gpu_base=""
 for name in "${wanted[@]}"; do
-  case $name in
-    gpu-base) gpu_base; made_gpu_base=1 ;;
-    worker) build worker deploy/images/worker.Dockerfile --build-arg "FLOWS_IMAGE=$REGISTRY/zoosplat-flows:$TAG" ;;
-    flows | minio) build "$name" "deploy/images/$name.Dockerfile" ;;
-    train | evaluate | render | features)
-      [ -n "$made_gpu_base" ] || gpu_base
-      made_gpu_base=1
-      build "$name" "services/$name/Dockerfile" --build-arg "GPU_BASE=$REGISTRY/zoosplat-gpu-base:$TAG"
-      ;;
-    ingest | center_rotation | crop | pack | embedding) build "$name" "services/$name/Dockerfile" ;;
-    *) echo "images: there is no image $name; there are ${STAGES[*]} gpu-base flows worker minio" >&2; exit 2 ;;
-  esac
+  if is_one_of "$name" "${GPU_STAGES[@]}"; then
+    [ -n "$made_gpu_base" ] || gpu_base
+    made_gpu_base=1
+    build_stage "$name" deploy/images/gpu-stage.Dockerfile --build-arg "GPU_BASE=$REGISTRY/zoosplat-gpu-base:$TAG"
+  elif [ "$name" = ingest ]; then
+    build_stage "$name" deploy/images/cpu-stage.Dockerfile --build-arg "UNUSED=$INGEST_UNUSED" \
+      --build-arg "LATE_MODULES=$INGEST_LATE_MODULES"
+  elif is_one_of "$name" "${CPU_STAGES[@]}"; then
+    build_stage "$name" deploy/images/cpu-stage.Dockerfile
+  else
+    case $name in
+      gpu-base) gpu_base; made_gpu_base=1 ;;
+      worker) build worker deploy/images/worker.Dockerfile --build-arg "FLOWS_IMAGE=$REGISTRY/zoosplat-flows:$TAG" ;;
+      flows | minio) build "$name" "deploy/images/$name.Dockerfile" ;;
+      *) echo "images: there is no image $name; there are ${CPU_STAGES[*]} ${GPU_STAGES[*]} gpu-base flows worker minio" >&2; exit 2 ;;
+    esac
+  fi
 done
 "${engine[@]}" images --format '{{.Repository}}:{{.Tag}} {{.Size}}' | grep "^$REGISTRY/zoosplat-.*:$TAG " | sort -u

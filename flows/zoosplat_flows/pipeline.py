@@ -21,12 +21,13 @@ from prefect.runtime import task_run
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from zoosplat.config.schema import Experiment, load_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 from zoosplat_flows.execution.executor import (
     RETRIES,
     RETRY_DELAY_S,
@@ -194,7 +195,7 @@ def _profile_for(
     profile: str | None, project: Project, stages: list[str], experiment: Experiment
 ) -> tuple[Settings, Api, str | None, Experiment]:
     """Settings and cluster, the profile of the GPU stages, and the experiment as that changes it."""
-    if not stores.is_s3(project.url):
+    if not urls.is_s3(project.url):
         raise UserError(f"{project.url}: the pods of a cluster share no folder; use a project at s3://bucket/prefix")
     settings = Settings.read()
     api = Api(settings.namespace)

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoosplat.config.schema import OF_ANIMALS, RANDOM, Experiment
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.training import ANIMALS_NETWORK, RANDOM
 from zoosplat.machine import usable_cores
 from zoosplat.synthetic import random_animals
 from zoosplat.synthetic.random_animals import HEIGHT, VIEWS, WIDTH, Film
@@ -48,7 +49,7 @@ def build_experiment(*, device: str, filters: int = 16, start_from: str = RANDOM
             "data": {"directory": "/none", "videos": names, "masks": names, "calibration": "none.h5"},
             "center_rotation": {"ell": ELL_M},
             "crop": {"ell": ELL_M, "grid_size": GRID_SIZE},
-            "model": {**OF_ANIMALS, "base_filters": filters},
+            "model": {**ANIMALS_NETWORK, "base_filters": filters},
             "train": {"lr": LEARNING_RATE, "opacity_lambda": 0.03, "start_from": start_from, "device": device},
         }
     )

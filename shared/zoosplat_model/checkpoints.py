@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 
 Pointer = Literal["latest", "best"]
 
@@ -82,11 +82,11 @@ def _name(step: int) -> str:
 
 
 def _folder(model_url: str) -> str:
-    return stores.join(model_url, "checkpoints")
+    return urls.join(model_url, "checkpoints")
 
 
 def _pointer_url(model_url: str, pointer: Pointer) -> str:
-    return stores.join(model_url, f"{pointer}.json")
+    return urls.join(model_url, f"{pointer}.json")
 
 
 def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -148,24 +148,24 @@ def save(
         # The pointer is written every time, so that a kill between two writes never leaves it at a file that is deleted
         # later.
         pointer = {"checkpoint": _name(progress.best_step), "step": progress.best_step, "valid_loss": progress.best}
-        stores.write_json(_pointer_url(model_url, "best"), pointer)
+        objects.write_json(_pointer_url(model_url, "best"), pointer)
     latest = {"checkpoint": name, "step": progress.step, "epoch": progress.epoch}
-    stores.write_json(_pointer_url(model_url, "latest"), latest)
+    objects.write_json(_pointer_url(model_url, "latest"), latest)
 
-    names = [n for n in stores.list_files(_folder(model_url)) if n.endswith(".safetensors")]
+    names = [n for n in listing.list_files(_folder(model_url)) if n.endswith(".safetensors")]
     kept = {n for n in names if n <= name}
     kept = set(sorted(kept)[-keep_last:])
     if progress.best_step is not None:
         kept.add(_name(progress.best_step))
     for other in names:
         if other not in kept:
-            stores.delete(stores.join(_folder(model_url), other))
+            objects.delete(urls.join(_folder(model_url), other))
 
 
 def _write(model_url: str, name: str, tensors: dict[str, Tensor], progress: TrainingProgress, network: str) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     header = {"progress": json.dumps(asdict(progress), sort_keys=True), "network": network}
-    stores.write_bytes(stores.join(_folder(model_url), name), safetensors.torch.save(tensors, header))
+    objects.write_bytes(urls.join(_folder(model_url), name), safetensors.torch.save(tensors, header))
 
 
 def load(model_url: str, pointer: Pointer) -> Checkpoint | None:
@@ -176,11 +176,11 @@ def load(model_url: str, pointer: Pointer) -> Checkpoint | None:
     """
     url = _pointer_url(model_url, pointer)
     try:
-        if not stores.exists(url):
+        if not objects.exists(url):
             return None
-        found = json.loads(stores.read_bytes(url))
-        url = stores.join(_folder(model_url), str(found["checkpoint"]))
-        return _parse(stores.read_bytes(url))
+        found = json.loads(objects.read_bytes(url))
+        url = urls.join(_folder(model_url), str(found["checkpoint"]))
+        return _parse(objects.read_bytes(url))
     except (FileNotFoundError, ValueError, KeyError, TypeError, struct.error, safetensors.SafetensorError) as error:
         raise UserError(f"{url}: damaged checkpoint ({error}); run stage train again with --force") from None
 

@@ -13,7 +13,7 @@ import torch
 import zarr
 from torch import Tensor
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.memory import AHEAD, CACHE_BYTES
 from zoosplat.stages.runs import Run

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat_model.carving import ObservedViews
 from zoosplat_model.frames import FrameReader
 from zoosplat_model.gaussians import Gaussians

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.runs import Run
 from zoosplat_model import checkpoints

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from zoosplat.config.schema import Experiment, read_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import read_config
 from zoosplat_flows.runners.kubernetes.runner import job_manifest
 from zoosplat_flows.runners.settings import Settings, overlay
 

@@ -23,7 +23,7 @@ from servers import Servers, prefect
 
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Project
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 from zoosplat_flows.runners.kubernetes.runner import JOB_LABEL, Api, job_manifest
 from zoosplat_flows.runners.settings import Settings
 
@@ -259,9 +259,9 @@ class StandIn(threading.Thread):
         there, here = self.done.result(stage), run.result(stage)
         assert there.id == here.id
         if step == "prepare":
-            stores.write_bytes(here.file("plan.json"), stores.read_bytes(there.file("plan.json")))
+            objects.write_bytes(here.file("plan.json"), objects.read_bytes(there.file("plan.json")))
         elif step in ("finish", "run"):
-            stores.write_json(here.file("done.json"), {**there.require(), "run": run.id, "data": there.folder})
+            objects.write_json(here.file("done.json"), {**there.require(), "run": run.id, "data": there.folder})
 
 
 @pytest.mark.timeout(900)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.runs import Project, Run, record, resolve
-from zoosplat.storage import stores
+from zoosplat.storage import s3_client
 from zoosplat_flows.execution.executor import Interrupted
 from zoosplat_flows.runners import containers
 
@@ -59,8 +59,8 @@ def folder(tmp_path: Path, s3: S3, recording: Recording, monkeypatch: pytest.Mon
     monkeypatch.setenv("ZOOSPLAT_CONTAINER_ENGINE", str(program))
     for key, value in s3.env.items():
         monkeypatch.setenv(key, value)
-    stores._s3.cache_clear()
-    stores._boto3_session.cache_clear()
+    s3_client.file_system.cache_clear()
+    s3_client.boto3_session.cache_clear()
     return tmp_path
 
 

@@ -38,7 +38,7 @@ FLOWS = (
     WITHOUT
     + """
 import zoosplat_flows.cli.app, zoosplat_flows.pipeline, zoosplat_flows.report.page
-from zoosplat.config.schema import load_config
+from zoosplat.config.load import load_config
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runs import Project
 with begun(Project.at(sys.argv[1]), load_config(sys.argv[2]).experiment, ["ingest"], []) as run:

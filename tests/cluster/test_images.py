@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PREPROCESSING, STAGES
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 from zoosplat_flows.runners import containers
 
 if TYPE_CHECKING:
@@ -42,11 +42,10 @@ for place in ("/app/x", "/opt/venv/x", "/x", "/tmp/x"):
         pathlib.Path(place).write_text("x"); write[place] = True
     except OSError:
         write[place] = False
-stages = ("ingest", "center_rotation", "crop", "pack", "train", "evaluate", "render", "features", "embedding")
 print(json.dumps({
     "uid": os.getuid(), "gid": os.getgid(), "write": write,
     "modules": [m for m in ("torch", "pytest", "hypothesis", "moto", "ruff", "mypy", "prefect") if u.find_spec(m)],
-    "stages": [s for s in stages if u.find_spec("zoosplat_" + s)],
+    "stages": [s for s in sys.argv[1:] if u.find_spec("zoosplat_" + s)],
     "tools": [t for t in ("gcc", "cc", "g++", "git", "make", "nvcc", "uv", "ninja", "curl") if shutil.which(t)],
     "tests": [str(p) for p in site.rglob("tests") if p.is_dir()][:5],
     "caches": [p for p in (root + "/.cache/pip", root + "/.cache/uv", "/tmp/tools", "/src") if os.path.exists(p)],
@@ -72,9 +71,9 @@ def inspected(engine: list[str], stage: str) -> dict[str, Any]:
     return answer
 
 
-def in_container(engine: list[str], stage: str, program: str) -> dict[str, Any]:
+def in_container(engine: list[str], stage: str, program: str, *arguments: str) -> dict[str, Any]:
     """The JSON that a Python program prints in a stage's container, which runs as the runner runs it."""
-    command = containers.container_command(engine, f"zoosplat-test-{os.getpid()}", stage, ["-c", program])
+    command = containers.container_command(engine, f"zoosplat-test-{os.getpid()}", stage, ["-c", program, *arguments])
     at = command.index(containers.image_of(stage))
     command.insert(at, "--entrypoint=python")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -90,7 +89,7 @@ def test_contents(stage: str, engine: list[str]) -> None:
     assert config["User"] == "10001:10001"
     assert config["Entrypoint"] == ["python", "-m", f"zoosplat_{stage}"]
     assert config["Labels"]["org.opencontainers.image.title"] == f"zoosplat-{stage.replace('_', '-')}"
-    seen = in_container(engine, stage, LOOK)
+    seen = in_container(engine, stage, LOOK, *STAGES)
     assert (seen["uid"], seen["gid"], seen["home"], seen["cwd"]) == (10001, 10001, "/tmp", "/app")
     assert seen["write"] == {"/app/x": False, "/opt/venv/x": False, "/x": False, "/tmp/x": True}
     assert seen["stages"] == [stage]
@@ -197,7 +196,7 @@ def test_the_same_objects_as_without_a_container(
     theirs, ours = (Project.at(url).run().result(stage) for url in (f"s3://{bucket}/p", str(tmp_path / "p")))
     assert theirs.id == ours.id
     there, here = (
-        {path: stores.read_bytes(stores.join(result.data_url, path)) for path in stores.list_files(result.data_url)}
+        {path: objects.read_bytes(urls.join(result.data_url, path)) for path in listing.list_files(result.data_url)}
         for result in (theirs, ours)
     )
     assert there == here

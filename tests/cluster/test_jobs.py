@@ -22,11 +22,11 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 from kubernetes.client import ApiException
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 from zoosplat_flows.execution.executor import Exhausted, execute
 from zoosplat_flows.execution.recorder import Event, recording
 from zoosplat_flows.runners.kubernetes import runner as kubernetes
@@ -231,7 +231,7 @@ class StandIn:
             "module": f"zoosplat_{labels['zoosplat.io/stage']}",
             "argv": arguments,
             "program": self.instead(labels, tries),
-            "env": {**self._env, **{e["name"]: e["value"] for e in container["env"] if e["name"] == stores.S3_ONLY}},
+            "env": {**self._env, **{e["name"]: e["value"] for e in container["env"] if e["name"] == urls.S3_ONLY}},
         }
         with self._lock:
             self._forks.write(json.dumps(request) + "\n")
@@ -324,7 +324,7 @@ class Pipelines:
         self._threads.clear()
 
     def log(self, number: int, stage: str) -> list[str]:
-        return stores.read_bytes(self.runs[number].path("logs", f"{stage}.log")).decode().splitlines()
+        return objects.read_bytes(self.runs[number].path("logs", f"{stage}.log")).decode().splitlines()
 
 
 @pytest.fixture
@@ -338,7 +338,9 @@ def pipelines(cluster: StandIn, bucket: str, recording_here: Recording) -> Pipel
 def done_of(pipelines: Pipelines, stage: str) -> dict[str, Object]:
     """Success marks of all results of a stage, by id."""
     folder = pipelines.project.path("results", stage)
-    return {name: stores.read_json(stores.join(folder, name, "done.json")) or {} for name in stores.list_dirs(folder)}
+    return {
+        name: objects.read_json(urls.join(folder, name, "done.json")) or {} for name in listing.list_folders(folder)
+    }
 
 
 # -- several pipelines on one project -----------------------------------------------------------------------------
@@ -386,7 +388,7 @@ def test_pods_of_different_jobs_share_shards_by_leases(pipelines: Pipelines) -> 
     assert len(names) == 2
     (mark,) = done_of(pipelines, "ingest").values()
     result = pipelines.runs[0].result("ingest")
-    shards = [stores.read_json(result.shard_mark_url(i, 3)) or {} for i in range(3)]
+    shards = [objects.read_json(result.shard_mark_url(i, 3)) or {} for i in range(3)]
     pods = {int(Path(f"{pod.path}.pid").read_text()): pod for pod in pipelines.cluster.pods_made}
     assert [pods[shard["pid"]].labels[INDEX_LABEL] for shard in shards] == ["0", "1", "2"]
     # Every shard was computed once: of the two pods that had its number one has told of frames that it has read.
@@ -447,7 +449,7 @@ def test_logs_of_a_shard_that_always_fails(pipelines: Pipelines) -> None:
     pipelines.work()
     assert pipelines.errors[1] is None
     assert pipelines.runs[1].id == pipelines.runs[0].id
-    marks = [stores.read_json(pipelines.runs[1].result("ingest").shard_mark_url(i, 3)) or {} for i in range(3)]
+    marks = [objects.read_json(pipelines.runs[1].result("ingest").shard_mark_url(i, 3)) or {} for i in range(3)]
     pids = {Path(f"{pod.path}.pid").read_text() for pod in pipelines.cluster.pods_made[before:]}
     assert [str(mark["pid"]) in pids for mark in marks] == [False, False, True]
 

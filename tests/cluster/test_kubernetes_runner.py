@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.results import FOLDER, Result
 from zoosplat.stages.runs import Project, Run, claim, resolve
@@ -609,7 +609,7 @@ def _no_log(line: str, source: str = "", at: str = "") -> None:
 def marks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Files of s3://b/p, by URL: stand for a project on a server."""
     files: dict[str, Any] = {}
-    monkeypatch.setattr("zoosplat.storage.stores.read_json", files.get)
+    monkeypatch.setattr("zoosplat.storage.objects.read_json", files.get)
     return files
 
 

@@ -22,12 +22,12 @@ import yaml
 from on_kubernetes import CPU_IMAGES, GPU_IMAGES, NAMESPACE, ROOT, Cluster, placements, same_objects
 from servers import BIN, Servers, prefect
 
-from zoosplat.config.schema import load_config
+from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.runs import Project
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 from zoosplat_flows.execution.executor import Exhausted, Log
 from zoosplat_flows.runners.kubernetes.runner import Api, Jobs, job_manifest
 from zoosplat_flows.runners.settings import Settings
@@ -68,7 +68,7 @@ class Place:
         """Write a configuration to S3; its URL."""
         raw = self.recording.config(f"s3://{self.servers.bucket}/tiny", **changes)
         url = f"s3://{self.servers.bucket}/{name}.yaml"
-        stores.write_bytes(
+        objects.write_bytes(
             url, yaml.safe_dump({**raw, **SMALL, "train": {**SMALL["train"], **raw.get("train", {})}}).encode()
         )
         return url
@@ -122,7 +122,7 @@ def place(recording: Any, another_s3: None) -> Iterator[Place]:
             servers.prefect()
             for path in (p for p in recording.folder.rglob("*") if p.is_file()):
                 url = f"s3://{servers.bucket}/tiny/{path.relative_to(recording.folder)}"
-                stores.write_bytes(url, path.read_bytes())
+                objects.write_bytes(url, path.read_bytes())
             with Cluster(servers, RUN, port=28443, prefix="zt-", kubelet_port=10371) as cluster:
                 os.environ |= servers.env
                 yield Place(cluster, servers, recording)
@@ -172,7 +172,7 @@ def test_a_pipeline_runs_on_the_nodes_of_its_stages_and_an_upgrade_does_not_dist
     recorded = Project.at(f"s3://{bucket}/whole").run()
     assert recorded.record()["state"] == "done"
     for spec in PIPELINE:
-        lines = stores.read_bytes(recorded.path("logs", f"{spec.name}.log")).decode().splitlines()
+        lines = objects.read_bytes(recorded.path("logs", f"{spec.name}.log")).decode().splitlines()
         ended = [line.split()[1:] for line in lines if " exit status 0" in line]
         assert len(ended) == len(shards[spec.name])
         assert {where.partition("/")[0] for where, *_ in ended} == {row["node"] for row in shards[spec.name]}
@@ -233,7 +233,7 @@ def test_pipelines_with_other_and_with_the_same_settings_run_at_once(place: Plac
         assert run.open_input("crop").attrs["grid_size"] == run.experiment.crop.grid_size
     for stage, count in (("ingest", 1), ("center_rotation", 1), ("crop", 2)):
         ids = {run.result(stage).id for run in recorded}
-        assert set(stores.list_dirs(stores.join(url, "results", stage))) == ids
+        assert set(listing.list_folders(urls.join(url, "results", stage))) == ids
         assert len(ids) == count
         makers = {(run.read_mark(stage) or {})["run"] for run in recorded}
         assert len(makers) == count

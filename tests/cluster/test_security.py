@@ -17,13 +17,13 @@ import h5py
 import numpy as np
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.recording import video
 from zoosplat.recording.calibration import read_cameras
 from zoosplat.stages.registry import PREPROCESSING
 from zoosplat.stages.runs import Project, record, resolve
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects
 from zoosplat_flows.execution.executor import Progress
 from zoosplat_flows.runners import containers
 from zoosplat_flows.runners.kubernetes.runner import job_manifest
@@ -200,14 +200,14 @@ def test_a_url_is_no_pattern(s3_here: S3) -> None:
     for key in keys:
         s3_here.client.put_object(Bucket=name, Key=key, Body=b"")
     for project in ("p[12]", "p?", "p*"):
-        stores.delete(f"s3://{name}/{project}/results")
+        objects.delete(f"s3://{name}/{project}/results")
         keys.remove(f"{project}/results/ingest/0/done.json")
         assert set(s3_here.objects(name)) == keys
 
 
 def test_what_may_not_be_deleted_is_said(s3: S3, bucket: str, scoped: dict[str, str]) -> None:
     """A group is never taken for empty because the server kept its objects."""
-    program = "import sys; from zoosplat import stores; stores.delete(sys.argv[1])"
+    program = "import sys; from zoosplat.storage import objects; objects.delete(sys.argv[1])"
     command = [sys.executable, "-c", program, f"s3://{bucket}/recordings/mine/masks"]
     done = subprocess.run(command, env={**os.environ, **scoped}, capture_output=True, text=True, check=False)
     assert "UserError" in done.stderr.splitlines()[-1]
@@ -243,7 +243,7 @@ def test_a_container_reads_no_local_file(
     line = refusal(stages("ingest", f"s3://{name}/p", env=inside), "ingest")
     assert "stages in containers read and write S3 alone; use s3://bucket/prefix" in line
     assert set(s3.objects(name)) - {f"p/{CONFIG}"} == {
-        f"recording/{path}" for path in stores.list_files(str(recording.folder))
+        f"recording/{path}" for path in listing.list_files(str(recording.folder))
     }
     if case == "home":
         return
@@ -395,7 +395,7 @@ def test_no_shell_reads_a_url(
 BOMBS = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 for text in open(sys.argv[1]).read().split("\\0"):
     try:

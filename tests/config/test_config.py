@@ -15,15 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from zoosplat.config.schema import (
-    MAX_INT,
-    Experiment,
-    classic_project_directory,
-    load_config,
-    parse_classic,
-    read_config,
-)
-from zoosplat.config.text import dump, parse_json, parse_yaml
+from zoosplat.config.classic import classic_project_directory, parse_classic
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import load_config, read_config
+from zoosplat.config.serialization import dump, parse_json, parse_yaml
+from zoosplat.config.values import MAX_INT
 from zoosplat.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -509,7 +505,7 @@ def test_directories_are_relative_to_the_file(tmp_path: Path) -> None:
 
 def test_a_configuration_on_s3_keeps_to_its_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"s3://bucket/configs/c.yaml": native(data__directory="../rec", reuse="../../bucket2/p")}
-    monkeypatch.setattr("zoosplat.storage.stores.read_bytes", lambda url: yaml.safe_dump(texts[url]).encode())
+    monkeypatch.setattr("zoosplat.storage.objects.read_bytes", lambda url: yaml.safe_dump(texts[url]).encode())
     with pytest.raises(UserError, match=r"c\.yaml: \.\./\.\./bucket2/p: leads out of the bucket bucket"):
         read_config("s3://bucket/configs/c.yaml")
     assert read_config("s3://bucket/configs/c.yaml", ["reuse=p"]).data.directory == "s3://bucket/rec"
@@ -549,7 +545,10 @@ def test_an_override_does_not_leak_through_a_yaml_alias(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("name: !!python/object/apply:os.system ['touch pwned']", "could not determine a constructor for the tag"),
-        ("!!python/object/new:zoosplat.config.schema.Experiment []", "could not determine a constructor for the tag"),
+        (
+            "!!python/object/new:zoosplat.config.experiment.Experiment []",
+            "could not determine a constructor for the tag",
+        ),
         ("name: a\nname: b\n", "not valid YAML: line 2: key name is given twice"),
         ("? [a, b]\n: 1\n", "not valid YAML: line 1: found unhashable key"),
         ("name: [", "not valid YAML: line 1: "),

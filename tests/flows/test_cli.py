@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat.config.schema import Experiment, load_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import load_config
 from zoosplat.stages.results import DONE, PLAN, Result
+from zoosplat.stages.run_state import run_state
 from zoosplat.stages.runs import Run
-from zoosplat.storage import leases, stores
+from zoosplat.storage import leases, objects
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands.run import headline
 from zoosplat_flows.execution.recorder import Event, Recorder
-from zoosplat_flows.execution.status import duration, run_state, states
+from zoosplat_flows.execution.status import duration, states
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand, Recording
@@ -78,9 +80,9 @@ def run(tmp_path: Path, config: Path, by_hand: ByHand) -> Run:
         by_hand.mark(before, stage, warnings=warnings)
     run: Run = by_hand.begin(folder, load_config(str(config)).experiment)
     pack = run.result("pack")
-    stores.write_json(pack.file(PLAN), {"bounds": [0, 10, 20, 30]})
+    objects.write_json(pack.file(PLAN), {"bounds": [0, 10, 20, 30]})
     for i in (0, 2):
-        stores.write_json(pack.shard_mark_url(i, 3), {})
+        objects.write_json(pack.shard_mark_url(i, 3), {})
     return run
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, REQUEST, Result
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import leases, stores
+from zoosplat.storage import leases, listing, objects, urls
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands import collect
 from zoosplat_flows.commands.collect import in_bytes, look
@@ -48,13 +48,13 @@ def gc(project: str, *arguments: str) -> list[str]:
 
 
 def files(url: str) -> set[str]:
-    return set(stores.list_files(url))
+    return set(listing.list_files(url))
 
 
 def make(run: Run, by_hand: ByHand, *stages: str) -> None:
     """Results of 1000 bytes and their marks."""
     for stage in stages or NAMES:
-        stores.write_bytes(stores.join(run.output_url(stage), "part", "block"), bytes(1000))
+        objects.write_bytes(urls.join(run.output_url(stage), "part", "block"), bytes(1000))
         by_hand.mark(run, stage)
 
 
@@ -97,8 +97,8 @@ def test_keep_last_removes_runs_and_what_only_they_refer_to(three: list[Run]) ->
     lines = gc(url, "--keep-last", "1", "--dry-run")
     assert files(url) == before
     assert {line.partition(":")[0] + "/" for line in lines[:-1]} == gone
-    size = len(stores.read_bytes(first.result("train").file(DONE))) + 1000
-    size += len(stores.read_bytes(first.result("train").file(REQUEST)))
+    size = len(objects.read_bytes(first.result("train").file(DONE))) + 1000
+    size += len(objects.read_bytes(first.result("train").file(REQUEST)))
     assert f"results/train/{first.result('train').id}: {in_bytes(size)}" in lines
     assert lines[-1].startswith("would free about ")
 
@@ -118,8 +118,8 @@ def test_a_forced_attempt_that_is_freed_leaves_the_one_before(three: list[Run], 
     forced = by_hand.begin(Path(project.url), last.experiment, "train", state="done")
     make(forced, by_hand, *LATER)
     assert forced.result("train").id == f"{last.result('train').id}-2"
-    stores.write_json(project.path("latest.json"), {"run": last.id})
-    stores.delete(forced.path("run.json"))
+    objects.write_json(project.path("latest.json"), {"run": last.id})
+    objects.delete(forced.path("run.json"))
     assert f"results/train/{forced.result('train').id}" in "".join(gc(project.url))
     draft = runs.resolve(project, last.experiment)
     assert draft.results["train"].id == last.result("train").id
@@ -128,7 +128,7 @@ def test_a_forced_attempt_that_is_freed_leaves_the_one_before(three: list[Run], 
 
 def test_runs_that_are_alive_and_the_latest_are_left(three: list[Run]) -> None:
     project = three[0].project
-    stores.write_json(project.path("latest.json"), {"run": three[0].id})
+    objects.write_json(project.path("latest.json"), {"run": three[0].id})
     with leases.locked(three[1].path("lease"), lambda: None):
         lines = gc(project.url, "--keep-last", "1")
     assert f"left runs/{three[1].id}: a process works on it" in lines
@@ -139,7 +139,7 @@ def test_runs_that_are_alive_and_the_latest_are_left(three: list[Run]) -> None:
 
 def orphans(three: list[Run]) -> Run:
     """The first run, whose record is lost: what only it referred to is free."""
-    stores.delete(three[0].path())
+    objects.delete(three[0].path())
     return three[0]
 
 
@@ -211,15 +211,15 @@ def test_what_a_killed_gc_has_left_is_not_complete_and_is_freed_by_the_next(thre
     train = free.result("train")
     code = (
         "import os, sys\n"
-        "from zoosplat import stores\n"
+        "from zoosplat.storage import objects\n"
         "from zoosplat.stages.runs import Project\n"
-        "from zoosplat_flows import collect\n"
-        "delete, deleted = stores.delete, []\n"
+        "from zoosplat_flows.commands import collect\n"
+        "delete, deleted = objects.delete, []\n"
         "def stopping(url):\n"
         "    delete(url)\n"
         "    deleted.append(url)\n"
         "    if len(deleted) == 2: os._exit(9)\n"
-        "stores.delete = stopping\n"
+        "objects.delete = stopping\n"
         "collect.show(Project.at(sys.argv[1]), None, False)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, free.project.url], env=os.environ, check=False)
@@ -255,7 +255,7 @@ def test_the_same_on_s3(three: list[Run], s3_here: S3) -> None:
     local = three[0].project.url
     s3_here.put_folder(Path(local), bucket, "project")
     url = f"s3://{bucket}/project"
-    stores.write_bytes(f"{url}/results/train/mine/x", b"mine")
+    objects.write_bytes(f"{url}/results/train/mine/x", b"mine")
     gone = {f"runs/{three[0].id}/"} | {f"results/{stage}/{three[0].result(stage).id}/" for stage in LATER}
     before = files(url)
     with leases.locked(f"{url}/runs/{three[1].id}/lease", lambda: None):

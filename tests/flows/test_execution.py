@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from zoosplat.config.schema import Experiment, read_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import read_config
 from zoosplat.errors import LockLost, Unreachable, UserError
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, downstream
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 from zoosplat_flows.execution import executor
 from zoosplat_flows.execution.executor import (
     Exhausted,
@@ -123,7 +124,7 @@ def perform(request: pytest.FixtureRequest) -> Perform:
 def _no_page(run: Run, state: str) -> str:
     """In place of the report, which fakes leave nothing to show in."""
     url = run.path("report", "index.html")
-    stores.write_bytes(url, state.encode())
+    objects.write_bytes(url, state.encode())
     return url
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.stages.history import differences, entries, flat
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import leases, stores
+from zoosplat.storage import leases, objects, urls
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands.comparison import compare, pairs
-from zoosplat_flows.execution.history import differences, entries, flat
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand
@@ -75,10 +75,10 @@ def evaluated(
         for camera, held_out in (("b", True), ("a", False)):
             file = f"gallery/t{t}{camera}.png"
             shown = media.side_by_side([truth, render, np.zeros_like(truth)])
-            stores.write_bytes(stores.join(url, file), media.encode_png(shown))
+            objects.write_bytes(urls.join(url, file), media.encode_png(shown))
             entry = {"file": file, "t": t, "camera": camera, "held_out": held_out, "kind": "even"}
             pictures.append({**entry, "iou": iou, "psnr": 20.0})
-    stores.write_json(stores.join(url, "gallery.json"), {"split": "test", "pictures": pictures})
+    objects.write_json(urls.join(url, "gallery.json"), {"split": "test", "pictures": pictures})
     means = {"held_out": {"iou": iou, "psnr": 20.5, "ssim": None}, "observed": {"iou": iou + 0.1, "psnr": 25.0}}
     by_hand.mark(run, "evaluate", figures=means)
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages.runs import Run
-from zoosplat.storage import leases, stores
+from zoosplat.storage import leases, objects
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.execution.recorder import recording
 
@@ -57,7 +57,7 @@ def test_logs_of_a_stage_and_of_all_by_time(run: Run, by_hand: ByHand) -> None:
     }
     written["pack"].append("2026-01-01T00:00:02.500+00:00 pod-8 ends with [brackets]")
     for stage, lines in written.items():
-        stores.write_bytes(run.path("logs", f"{stage}.log"), "".join(f"{line}\n" for line in lines).encode())
+        objects.write_bytes(run.path("logs", f"{stage}.log"), "".join(f"{line}\n" for line in lines).encode())
     url = run.project.url
     status, lines, _ = logs(url, "pack")
     assert status == 0
@@ -114,5 +114,5 @@ def test_logs_on_s3(run: Run, s3_here: S3) -> None:
     s3_here.put_folder(Path(run.project.url), bucket, "project")
     url = f"s3://{bucket}/project"
     assert words(logs(url, "pack")[1])[0].endswith("one")
-    stores.write_bytes(f"{url}/runs/{run.id}/logs/ingest.log", b"2026-01-01T00:00:00.000+00:00 pod no end of line yet")
+    objects.write_bytes(f"{url}/runs/{run.id}/logs/ingest.log", b"2026-01-01T00:00:00.000+00:00 pod no end of line yet")
     assert len(logs(url)[1]) == 1

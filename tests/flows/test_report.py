@@ -15,13 +15,13 @@ import cv2
 import numpy as np
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, MANIFEST
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, listing, objects, schema, urls
 from zoosplat_flows.execution.executor import make_report
 from zoosplat_flows.execution.recorder import Event, Recorder, recording
 from zoosplat_flows.report import plots
@@ -77,8 +77,8 @@ def mark(run: Run, by_hand: ByHand) -> Mark:
 
     def done(stage: str, **changes: Any) -> None:
         result = run.result(stage)
-        files = {name: size for name, size in stores.manifest(result.folder).items() if "/" in name}
-        stores.write_json(result.file(MANIFEST), files)
+        files = {name: size for name, size in listing.manifest(result.folder).items() if "/" in name}
+        objects.write_json(result.file(MANIFEST), files)
         times = {"finished": 1_000_012.5, "cpu_seconds": 20.0, "peak_memory_bytes": 300 << 20, "files": len(files)}
         by_hand.mark(run, stage, **times, **changes)
 
@@ -146,7 +146,7 @@ def _model(run: Run, mark: Mark) -> None:
     stage_of = {"model": "train", "evaluation": "evaluate", "renders": "render"}
     for name, data in files.items():
         folder, _, rest = name.partition("/")
-        stores.write_bytes(stores.join(run.output_url(stage_of[folder]), rest), data)
+        objects.write_bytes(urls.join(run.output_url(stage_of[folder]), rest), data)
     mark("train", figures={"seconds": 75.0, "peak_gpu_bytes": 2 << 30, "device": "cpu"})
     means = {"held_out": {"iou": 0.8125, "psnr": 28.5, "ssim": None}, "observed": {"iou": 0.91, "psnr": 30.25}}
     mark("evaluate", figures=means, warnings=["3 frames <skipped>"])
@@ -330,7 +330,7 @@ def test_without_a_manifest_whatever_a_damaged_group_leads_to_costs_only_its_par
     _embedding(run, mark)
     for stage in ("embedding", "ingest"):
         Path(run.result(stage).file(MANIFEST)).unlink()
-    schema.array(stores.open_group(run.output_url("embedding"), write=True), "map").resize((3, 2))
+    schema.array(groups.open_group(run.output_url("embedding"), write=True), "map").resize((3, 2))
     _, page = _build(run)
     assert "Stage embedding is marked as done, but its output cannot be read: IndexError" in page.text
     assert "1 of 8, interpolated" in page.text

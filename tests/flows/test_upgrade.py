@@ -17,7 +17,7 @@ from zoosplat.stages.registry import PIPELINE, PREPROCESSING
 from zoosplat.stages.results import Result
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, objects, schema
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.execution.status import states
 
@@ -52,9 +52,9 @@ def files(project: Project) -> dict[str, str]:
 
 
 def edit(path: str, **changes: Any) -> None:
-    value = stores.read_json(path)
+    value = objects.read_json(path)
     assert value is not None
-    stores.write_json(path, value | changes)
+    objects.write_json(path, value | changes)
 
 
 def check_shown(project: Project) -> None:
@@ -86,7 +86,7 @@ def test_read_as_it_is_and_nothing_written_but_the_report(project: Project, tmp_
     assert call("status", project.url, "--run", "2026")[0] == 2
     status, out, err = call("embed", project.url, project.url, "--output", str(tmp_path / "together"))
     assert status == 0, err
-    assert len(schema.read(stores.open_group(str(tmp_path / "together" / "embedding.zarr")), "valid")) == 24
+    assert len(schema.read(groups.open_group(str(tmp_path / "together" / "embedding.zarr")), "valid")) == 24
     status, _, err = call("gc", project.url)
     assert (status, "layout of an earlier version" in err) == (2, True)
 

@@ -26,7 +26,7 @@ from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema
 from zoosplat_flows.cli.app import app as cli
 from zoosplat_train import dynamic
 from zoosplat_train.stage import STAGE as TRAIN
@@ -63,7 +63,7 @@ def embed(project: Path, by_hand: ByHand) -> None:
     turns = np.linspace(0.2, 1, 36)
     place = np.stack([3 * turns * np.cos(9 * turns), turns * np.sin(9 * turns)], -1).astype(np.float32)
     valid = np.arange(36) != 5
-    group = stores.create_group(str(output(project, "embedding")), {})
+    group = groups.create_group(str(output(project, "embedding")), {})
     for key, values in {"map": np.where(valid[:, None], place, np.nan), "valid": valid}.items():
         group.create_array(key, shape=values.shape, dtype=values.dtype)[...] = values
     by_hand.mark(Project.at(str(project)).run(), "embedding")
@@ -294,7 +294,7 @@ def test_picture_from_a_camera_shows_what_it_saw(scene: Scene, trained: Path) ->
     camera = scene.cameras[HELD_OUT]
     size = camera.width, camera.height
     picture = scene.from_anywhere(t, camera.position, camera.to_world, camera.fov_rad, *size)
-    mask = schema.read(stores.open_group(str(output(trained, "ingest"))), "mask", t, t + 1)[0, HELD_OUT]
+    mask = schema.read(groups.open_group(str(output(trained, "ingest"))), "mask", t, t + 1)[0, HELD_OUT]
     seen = np.zeros(size[::-1], bool)
     x, y = camera.offset
     seen[y : y + 80, x : x + 96] = mask

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import zarr
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.recording.checks import check_recording
 from zoosplat.stages.results import Result
 from zoosplat.stages.runs import Project
-from zoosplat.storage import schema, stores
+from zoosplat.storage import objects, s3_client, schema
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Outcome, Recording, Stages
@@ -505,11 +505,11 @@ def test_s3_does_not_answer(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setenv(f"AWS_{key}", value)
         started = time.monotonic()
         stages.start("ingest", "s3://bucket/project", "--workers", "1")
-        open_s3: Any = stores._s3
+        open_s3: Any = s3_client.file_system
         open_s3.cache_clear()
         try:
             with pytest.raises(UserError, match=r"s3://bucket/put: .* cannot be reached"):
-                stores.write_bytes("s3://bucket/put", b"1")
+                objects.write_bytes("s3://bucket/put", b"1")
         finally:
             open_s3.cache_clear()
         line = line_of(stages.finished(), "ingest", status=1)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from zoosplat.stages.registry import STAGES
+
 if TYPE_CHECKING:
     from tests.conftest import Recording, Stages
 
@@ -54,7 +56,7 @@ COMMANDS = {  # and Debian's packages
     "initdb": "postgresql",
     "debootstrap": "debootstrap",
 }
-IMAGES = ["ingest", "center-rotation", "crop", "pack", "train", "evaluate", "render", "features", "embedding", "flows"]
+IMAGES = [*(name.replace("_", "-") for name in STAGES), "flows"]
 OFF_PATH = [Path("/usr/sbin"), Path("/usr/lib/cni"), *Path("/usr/lib/postgresql").glob("*/bin")]
 
 

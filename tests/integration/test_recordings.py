@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.geometry import transforms, visual_hull
 from zoosplat.geometry.cameras import WorldTransform
 from zoosplat.stages.begin import begun

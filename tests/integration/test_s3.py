@@ -18,7 +18,7 @@ import pytest
 
 from zoosplat.stages.registry import PREPROCESSING, STAGES
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import listing, objects, schema
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording, Stages
@@ -55,7 +55,7 @@ def check_same_group(s3: S3, bucket: str, prefix: str, stage: str, finished: Pat
     local = run_of(finished).result(stage)
     where = f"{prefix}/results/{stage}/{local.id}/{STAGES[stage].writes}/"
     there = {key.removeprefix(where): s3.read(bucket, key) for key in s3.objects(bucket) if key.startswith(where)}
-    assert there == {name: Path(local.data_url, name).read_bytes() for name in stores.list_files(local.data_url)}
+    assert there == {name: Path(local.data_url, name).read_bytes() for name in listing.list_files(local.data_url)}
 
 
 @pytest.mark.parametrize("stage", EXACT)
@@ -78,12 +78,12 @@ def test_arrays_read_back(s3: S3, s3_here: S3, bucket: str, finished: Path) -> N
         assert sorted(remote.array_keys()) == sorted(local.array_keys())
         for key in remote.array_keys():
             np.testing.assert_array_equal(schema.read(remote, key), schema.read(local, key))
-    names = list(stores.list_files(url))
+    names = list(listing.list_files(url))
     assert names == sorted(names)
     assert f"results/ingest/{run.result('ingest').id}/masks.zarr/zarr.json" in names
-    assert not stores.exists(run.output_url("ingest").removesuffix("r"))
-    assert stores.read_json(f"{url}/none.json") is None
-    with stores.open_read(f"s3://{bucket}/recording/videos/0.mp4") as file:
+    assert not objects.exists(run.output_url("ingest").removesuffix("r"))
+    assert objects.read_json(f"{url}/none.json") is None
+    with objects.open_read(f"s3://{bucket}/recording/videos/0.mp4") as file:
         file.seek(-10, 2)
         assert len(file.read()) == 10
 
@@ -98,7 +98,7 @@ def test_nothing_outside_the_prefix(s3: S3, bucket: str, finished: Path) -> None
         "labs/one/tiny project neighbour/experiment.yaml",
     }
     inside = {key.removeprefix(f"{PREFIX}/") for key in keys - outside}
-    results = {f"results/{name}" for name in stores.list_files(str(finished / "results"))}
+    results = {f"results/{name}" for name in listing.list_files(str(finished / "results"))}
     (run,) = {name.split("/")[1] for name in inside if name.startswith("runs/") and name.count("/") == 2}
     records = {f"runs/{run}/{name}" for name in ("config.yaml", "run.json")}
     assert inside == results | records | {"runs/sources.json", "latest.json", "tested.yaml"}

@@ -20,7 +20,7 @@ import pytest
 
 from zoosplat.stages.registry import PREPROCESSING
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import leases, stores
+from zoosplat.storage import leases, listing, objects
 
 if TYPE_CHECKING:
     from tests.conftest import Recording
@@ -106,7 +106,7 @@ def commands_with(text: str) -> list[str]:
 def check_own(run: Run, epochs: int) -> None:
     """A run's training and evaluation are what its configuration says, complete, and of nothing else."""
     train, evaluate = run.result("train"), run.result("evaluate")
-    rows = list(csv.DictReader(io.StringIO(stores.read_bytes(f"{train.data_url}/history.csv").decode())))
+    rows = list(csv.DictReader(io.StringIO(objects.read_bytes(f"{train.data_url}/history.csv").decode())))
     assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 1))
     assert train.require()["settings"]["train.epochs"] == epochs
     assert train.require()["inputs"] == {name: run.result(name).id for name in ("pack", "center_rotation", "crop")}
@@ -114,7 +114,7 @@ def check_own(run: Run, epochs: int) -> None:
     for result in (train, evaluate):
         folder = result.data_url.rpartition("/")[2]
         assert {
-            f"{folder}/{name}": size for name, size in stores.manifest(result.data_url).items()
+            f"{folder}/{name}": size for name, size in listing.manifest(result.data_url).items()
         } == result.manifest()
 
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages.begin import begun
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
@@ -112,14 +112,14 @@ def test_a_mistake_costs_nothing_that_is_there(
     from zoosplat_flows.cli.app import app
 
     options, changes, words = MISTAKES[mistake]
-    everything, before = stores.manifest(str(project)), files_of(project)
+    everything, before = listing.manifest(str(project)), files_of(project)
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(recording.config(**{**SMALL, **changes})))
     outcome = CliRunner().invoke(app, ["run", str(config), "--project", str(project), *options])
     assert outcome.exit_code == 2, outcome.output
     assert words in outcome.output.replace("\n", " ")
     assert files_of(project) == before
-    assert stores.manifest(str(project)) == everything
+    assert listing.manifest(str(project)) == everything
 
 
 def undone(project: Path, folder: Path, stage: str) -> Path:
@@ -169,11 +169,11 @@ def test_the_same_on_s3(
     after = s3.objects(bucket)
     assert {key for key in after if not key.startswith("results/tiny/")} == set(before)
     ours, theirs = Project.at(f"s3://{bucket}/results/tiny").run(), Project.at(str(project)).run()
-    assert stores.read_bytes(ours.path("report", "index.html")).startswith(b"<!doctype html>")
+    assert objects.read_bytes(ours.path("report", "index.html")).startswith(b"<!doctype html>")
     for stage, name in (("evaluate", "metrics_test.csv"), ("render", "still_camera.png")):
-        mine, other = (stores.read_bytes(f"{run.output_url(stage)}/{name}") for run in (ours, theirs))
+        mine, other = (objects.read_bytes(f"{run.output_url(stage)}/{name}") for run in (ours, theirs))
         assert mine == other
-    history = [stores.read_bytes(f"{run.output_url('train')}/history.csv") for run in (ours, theirs)]
+    history = [objects.read_bytes(f"{run.output_url('train')}/history.csv") for run in (ours, theirs)]
     check_same_losses(*history)
     status = zoosplat("status", f"s3://{bucket}/results/tiny", env=s3.env)
     assert status.returncode == 0
@@ -204,7 +204,7 @@ def test_another_gallery_takes_over_the_metrics(
     urls = [each.output_url("evaluate") for each in (old, run)]
     assert urls[0] != urls[1]
     for name in ("metrics.npy", "metrics_test.csv"):
-        ours, theirs = (stores.read_bytes(f"{url}/{name}") for url in urls)
+        ours, theirs = (objects.read_bytes(f"{url}/{name}") for url in urls)
         assert ours == theirs
     shown = [{path.name.split("_")[0] for path in Path(url, "gallery").iterdir()} for url in urls]
     assert shown[0] != shown[1]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages.runs import Project
 from zoosplat.synthetic.mouse import ring_of_cameras
 

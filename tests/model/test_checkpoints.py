@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import TrainingProgress
 
@@ -33,7 +33,7 @@ def save(model_url: str, step: int, best_step: int | None = None, keep_last: int
 
 
 def files(model_url: str) -> list[str]:
-    return [n.removesuffix(".safetensors") for n in stores.list_files(stores.join(model_url, "checkpoints"))]
+    return [n.removesuffix(".safetensors") for n in listing.list_files(urls.join(model_url, "checkpoints"))]
 
 
 def test_moments_come_back_in_the_layout_of_the_weights() -> None:
@@ -107,7 +107,7 @@ def test_a_kill_during_a_save_loses_nothing(tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, killed_at, kill)
+        patch.setattr(objects, killed_at, kill)
         with pytest.raises(KeyboardInterrupt):
             save(model_url, 3, best_step=3, keep_last=1)
     latest, best = checkpoints.load(model_url, "latest"), checkpoints.load(model_url, "best")

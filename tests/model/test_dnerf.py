@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoosplat.config.schema import Experiment, read_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import read_config
 from zoosplat.errors import UserError
 from zoosplat.recording import dnerf
 from zoosplat.stages.begin import begun

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import Dynamic
+from zoosplat.config.training import Dynamic
 from zoosplat_model.dynamic.gaussian_set import PARAMETER_NAMES, GaussianSet, rms_neighbour_distance
 from zoosplat_model.dynamic.schedule import decay_learning_rate, is_snapshot_iteration, plan_actions
 from zoosplat_model.rasterize import ScreenStatistics, rasterize

@@ -16,7 +16,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import listing, objects, schema, urls
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_features.stage import STAGE as FEATURES
 from zoosplat_flows.report.page import build_report
@@ -53,14 +53,14 @@ def configure(project: Project, force: bool = False, **changes: Any) -> Run:
 
 
 def history(project: Project) -> list[dict[str, str]]:
-    data = stores.read_bytes(stores.join(project.run().output_url("train"), "history.csv"))
+    data = objects.read_bytes(urls.join(project.run().output_url("train"), "history.csv"))
     return list(csv.DictReader(io.StringIO(data.decode())))
 
 
 def gaussians_of(project: Project, iteration: int = 20) -> Any:
     """The numbers of the result's PLY."""
     name = f"point_cloud/iteration_{iteration}/point_cloud.ply"
-    data = stores.read_bytes(stores.join(project.run().output_url("train"), name))
+    data = objects.read_bytes(urls.join(project.run().output_url("train"), name))
     return np.frombuffer(data.partition(b"end_header\n")[2], "<f4")
 
 
@@ -84,7 +84,7 @@ def test_the_same_stages_and_report(tiny: Project, monkeypatch: pytest.MonkeyPat
     assert held_out["iou"] > 0.7
     assert held_out["psnr"] > 15
     assert [float(row["step"]) for row in history(tiny)] == [10, 20, 30, 40]
-    there = set(stores.list_files(tiny.run().output_url("train")))
+    there = set(listing.list_files(tiny.run().output_url("train")))
     results = ("point_cloud/coarse_iteration_20/point_cloud.ply", "point_cloud/iteration_20/deformation.pth")
     shown = [f"render_process/{stage}/{i:05d}.png" for stage in ("coarse", "fine") for i in (10, 20)]
     kept = ("chkpnt_coarse_15.pth", "chkpnt_fine_15.pth", "cfg_args", "preview.png")
@@ -144,7 +144,7 @@ def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPat
     for first in (True, False):
         with pytest.raises(KeyboardInterrupt):
             run_stage(STAGE, tiny.run(), progress=stop)
-        names = [n for n in stores.list_files(tiny.run().output_url("train")) if n.startswith("chkpnt")]
+        names = [n for n in listing.list_files(tiny.run().output_url("train")) if n.startswith("chkpnt")]
         assert names == ["chkpnt_coarse_9.pth" if first else "chkpnt_fine_14.pth"]
         so_far = open_predictor(tiny.run(), "cpu", finished=False)
         assert so_far.step == (9 if first else 34)
@@ -173,8 +173,8 @@ def test_a_given_start(tiny: Project, tmp_path: Path) -> None:
     run_stage(STAGE, tiny.run())
     model = tiny.run().output_url("train")
     start, points = tmp_path / "chkpnt_fine_15.pth", tmp_path / "points.ply"
-    start.write_bytes(stores.read_bytes(stores.join(model, "chkpnt_fine_15.pth")))
-    points.write_bytes(stores.read_bytes(stores.join(model, "point_cloud/iteration_20/point_cloud.ply")))
+    start.write_bytes(objects.read_bytes(urls.join(model, "chkpnt_fine_15.pth")))
+    points.write_bytes(objects.read_bytes(urls.join(model, "point_cloud/iteration_20/point_cloud.ply")))
     expected = gaussians_of(tiny)
     configure(tiny, start_checkpoint=str(start))
     run_stage(STAGE, tiny.run())

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import Dynamic, Experiment
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.training import Dynamic
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.gaussian_set import PARAMETER_NAMES, GaussianSet
 from zoosplat_model.dynamic.hexplane import DeformationField, Deformed, HexPlane
@@ -218,7 +219,7 @@ def check_files(url: str, swing: Swing) -> None:
     """Write all files of a model below a URL, and read them as others would: `torch.load(weights_only=True)`."""
 
     def load(name: str) -> Any:
-        return torch.load(io.BytesIO(stores.read_bytes(stores.join(url, name))), weights_only=True)
+        return torch.load(io.BytesIO(objects.read_bytes(urls.join(url, name))), weights_only=True)
 
     config = BRIEF
     trainer = swing.trainer(config)
@@ -232,7 +233,7 @@ def check_files(url: str, swing: Swing) -> None:
     names = ["deformation.pth", "deformation_accum.pth", "deformation_table.pth", "point_cloud.ply"]
     folders = ["point_cloud/coarse_iteration_12", "point_cloud/iteration_8"]
     expected = ["chkpnt_coarse_12.pth", "chkpnt_fine_8.pth", *(f"{f}/{n}" for f in folders for n in names)]
-    assert list(stores.list_files(url)) == expected
+    assert list(listing.list_files(url)) == expected
     assert files.checkpoints_in(url) == [("coarse", 12), ("fine", 8)]
 
     values, iteration = load("chkpnt_fine_8.pth")

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.command import main
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
-from zoosplat.storage import schema, stores
+from zoosplat.storage import fingerprints, objects, schema
 from zoosplat_embedding.stage import _variation
 from zoosplat_features import animals, encoders, ops
 from zoosplat_features.stage import STAGE
@@ -306,13 +306,13 @@ def test_images_from_a_file_and_bad_input(
     attributes = dict(project.run().open_input("features").attrs)
     assert attributes["encoder"] == "images"
     assert attributes["radius_m"] == 0.05
-    assert attributes["weights"] == stores.content_fingerprint(weights)  # and not where it lies
+    assert attributes["weights"] == fingerprints.content_fingerprint(weights)  # and not where it lies
     config = tmp_path / "config.yaml"
     config.write_text(project.run().experiment.to_yaml().replace(weights, f"{weights}.pth"))
     assert main(STAGE, ["--project", project.url, "--config", str(config)]) == 2
     assert re.search(r"resnet18\.pth\.pth: no such file", capsys.readouterr().err)
     project = trained(features=images | {"radius": 0.06})
-    stores.delete(project.run().result("train").file("done.json"))
+    objects.delete(project.run().result("train").file("done.json"))
     assert main(STAGE, ["--project", project.url]) == 2
     assert "run stage train first" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from zoosplat.stages import command, runs
 from zoosplat.stages.command import main
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_train.parallel import Ranks
@@ -46,7 +46,7 @@ def three(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     """Three training frames, two a step: every other step leaves a process without a frame."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    group = stores.open_group(tiny.run().output_url("center_rotation"), write=True)
+    group = groups.open_group(tiny.run().output_url("center_rotation"), write=True)
     valid = schema.read(group, "valid")
     valid[:] = True
     schema.array(group, "valid")[...] = valid

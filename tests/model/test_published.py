@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages import runs
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project

@@ -13,7 +13,7 @@ from torch import Tensor
 from zoosplat.errors import UserError
 from zoosplat.geometry.transforms import matrix_from_quaternion, quaternion_multiply
 from zoosplat.stages.runs import Project
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema
 from zoosplat_model.carving import grid_points
 from zoosplat_model.devices import pick_device
 from zoosplat_model.frames import FrameReader, open_reader
@@ -332,8 +332,8 @@ def test_reader_gives_what_was_written(reader: FrameReader) -> None:
 def test_a_window_moves_the_principal_point(tiny: Project) -> None:
     whole = open_reader(tiny.run(), CPU).frame(0).intrinsics
     for stage, name, value in (("pack", "origin", [5, 7]), ("center_rotation", "principal_shift", [0.25, -0.5])):
-        array = schema.array(stores.open_group(tiny.run().output_url(stage), write=True), name)
-        changed = schema.read(stores.open_group(tiny.run().output_url(stage)), name)
+        array = schema.array(groups.open_group(tiny.run().output_url(stage), write=True), name)
+        changed = schema.read(groups.open_group(tiny.run().output_url(stage)), name)
         changed[0, 2] = value
         array[...] = changed
     moved = open_reader(tiny.run(), CPU).frame(0).intrinsics

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from zoosplat.config.schema import OF_ANIMALS, Experiment
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.training import ANIMALS_NETWORK
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.begin import begun
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 from zoosplat.synthetic import random_animals
 from zoosplat_model import animals as of_animals
 from zoosplat_model import checkpoints
@@ -112,7 +113,7 @@ def test_weights_of_a_file_are_those_that_were_written(trained: Project, tmp_pat
 
 
 def test_the_animals_that_come_with_the_package_fit_their_network(tiny: Project) -> None:
-    configure(tiny, {**OF_ANIMALS, "network": "zoosplat"})
+    configure(tiny, {**ANIMALS_NETWORK, "network": "zoosplat"})
     model = untrained(tiny)
     start.begin(model, "animals")
     last = [value for name, value in model.refine.named_parameters() if ".last." in name]
@@ -171,7 +172,7 @@ def test_a_project_to_begin_with_is_the_training_that_is_finished_there(trained:
     configure(trained, seed=7)  # a run that has trained nothing yet
     run = configure(other, start_from=trained.url)
     assert run.experiment.train.start_from == finished.folder
-    assert f"start_from: {finished.folder}\n" in stores.read_bytes(run.path("config.yaml")).decode()
+    assert f"start_from: {finished.folder}\n" in objects.read_bytes(run.path("config.yaml")).decode()
     assert configure(other, start_from=finished.folder).result("train") == run.result("train")
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from zoosplat.config.schema import Train
+from zoosplat.config.training import Train
 from zoosplat.errors import LockLost, UserError
 from zoosplat.stages import runs
 from zoosplat.stages.command import main
 from zoosplat.stages.contract import Context, Stage
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, listing, objects, schema, urls
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
@@ -285,7 +285,7 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     assert not run_stage(STAGE, tiny.run())
     rows = list(
         csv.DictReader(
-            io.StringIO(stores.read_bytes(stores.join(tiny.run().output_url("train"), "history.csv")).decode())
+            io.StringIO(objects.read_bytes(urls.join(tiny.run().output_url("train"), "history.csv")).decode())
         )
     )
     assert [int(r["epoch"]) for r in rows] == list(range(1, 15))
@@ -296,15 +296,15 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     best = min(valid, key=lambda step: valid[step])
     assert best == 28  # or blends would be tried
     assert valid[best] < 0.9 * first["valid_loss"]
-    assert (stores.read_json(stores.join(tiny.run().output_url("train"), "best.json")) or {})["step"] == best
+    assert (objects.read_json(urls.join(tiny.run().output_url("train"), "best.json")) or {})["step"] == best
 
     figures = (tiny.run().read_mark("train") or {})["figures"]
     assert figures["steps"] == 28
     assert figures["best_valid_loss"] == pytest.approx(valid[best])
-    written = list(stores.list_files(tiny.run().output_url("train")))
+    written = list(listing.list_files(tiny.run().output_url("train")))
     assert {"loss.png", "preview.png", "latest.json", "best.json"} <= set(written)
     assert any(name.startswith("tensorboard/events") for name in written)
-    assert stores.read_bytes(stores.join(tiny.run().output_url("train"), "preview.png")).startswith(b"\x89PNG")
+    assert objects.read_bytes(urls.join(tiny.run().output_url("train"), "preview.png")).startswith(b"\x89PNG")
 
     predictor = open_predictor(tiny.run(), "cpu")
     frame = predictor.reader.frame(7)
@@ -357,7 +357,7 @@ def test_a_stopped_training_goes_on_under_settings_that_make_no_other_result(
     steps: list[int] = []
     run_stage(STAGE, second, progress=lambda done, total, text: steps.append(done))
     assert min(steps) > kept
-    assert len(list(stores.list_files(stores.join(second.output_url("train"), "checkpoints")))) >= 3
+    assert len(list(listing.list_files(urls.join(second.output_url("train"), "checkpoints")))) >= 3
 
 
 def test_a_finished_training_is_never_written_again(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,16 +489,16 @@ def test_time_limit_counts_what_earlier_runs_spent(tiny: Project, monkeypatch: p
     monkeypatch.setattr(stage, "LOOK_STEPS", 1)
     with pytest.raises(KeyboardInterrupt):
         run_stage(STAGE, tiny.run(), progress=Stopper(3))
-    url = stores.join(tiny.run().output_url("train"), "checkpoints", f"step-{latest(tiny).step:08d}.safetensors")
+    url = urls.join(tiny.run().output_url("train"), "checkpoints", f"step-{latest(tiny).step:08d}.safetensors")
     before = latest(tiny)
     spent = json.dumps({**vars(before.progress), "seconds": 31.0})
-    data = stores.read_bytes(url)
+    data = objects.read_bytes(url)
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"]["progress"] = spent
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    stores.write_bytes(url, len(text).to_bytes(8, "little") + text + data[8 + length :])
+    objects.write_bytes(url, len(text).to_bytes(8, "little") + text + data[8 + length :])
     run_stage(STAGE, tiny.run())
     assert latest(tiny).step <= before.step + 1  # the limit of 30 s was over; the epoch is ended, and no other begun
     assert (tiny.run().read_mark("train") or {})["figures"]["best_step"] == latest(tiny).progress.best_step
@@ -546,10 +546,10 @@ def test_time_that_runs_out_between_epochs_leaves_a_validated_model(
 
 
 def test_no_frame_to_train_on_is_said_before_training(tiny: Project) -> None:
-    group = stores.open_group(tiny.run().output_url("center_rotation"), write=True)
+    group = groups.open_group(tiny.run().output_url("center_rotation"), write=True)
     valid = schema.read(group, "valid")
     valid[:3] = False
     schema.array(group, "valid")[...] = valid
     with pytest.raises(UserError, match="nothing to train on"):
         run_stage(STAGE, tiny.run())
-    assert not stores.exists(tiny.run().output_url("train"))
+    assert not objects.exists(tiny.run().output_url("train"))

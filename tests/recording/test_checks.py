@@ -13,12 +13,12 @@ import cv2
 import numpy as np
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Unreachable, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.calibration import write_hdf5
 from zoosplat.recording.checks import check_recording, check_videos, kept_frames
-from zoosplat.storage import stores
+from zoosplat.storage import s3_client
 
 if TYPE_CHECKING:
     from tests.conftest import S3
@@ -261,7 +261,7 @@ def nothing_listens(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    connected: Any = stores._s3
+    connected: Any = s3_client.file_system
     for key, value in {
         "ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "ACCESS_KEY_ID": "a",

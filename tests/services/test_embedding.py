@@ -14,12 +14,12 @@ import numpy.typing as npt
 import pytest
 from typer.testing import CliRunner
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages import runs
 from zoosplat.stages.command import main
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project
-from zoosplat.storage import schema, stores
+from zoosplat.storage import fingerprints, groups, listing, objects, schema, urls
 from zoosplat_embedding import ops
 from zoosplat_embedding.stage import STAGE, _kind
 from zoosplat_flows.cli.app import app
@@ -218,7 +218,7 @@ def project_of(finish: Callable[..., Any], write_group: Callable[..., None]) -> 
             "angles": rng.uniform(-3, 3, n),
             "valid": valid,
         }
-        groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        written: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "center_rotation": ({}, tracking),
             "pack": ({"fps": FPS, "frame_jump": JUMP}, {}),
             "features": ({"encoder": "gaussians", "radius_m": 0.1}, {"features": features}),
@@ -226,7 +226,7 @@ def project_of(finish: Callable[..., Any], write_group: Callable[..., None]) -> 
         sizes = {"T": n, "D": 40, "C": 2, "h": 4, "w": 4}
         writers = {
             stage: partial(write_group, sizes=sizes, attributes=attributes, values=values)
-            for stage, (attributes, values) in groups.items()
+            for stage, (attributes, values) in written.items()
         }
         project = Project.at(str(folder))
         finish(project, experiment, writers)
@@ -277,8 +277,8 @@ def test_the_stage_writes_group_and_table(project_of: Callable[..., Project], tm
     again = runs.record(runs.resolve(project, project.run().experiment, ["embedding"]), ["embedding"])
     assert run_stage(STAGE, again)
     assert again.id == project.run().id != run.id
-    for name in stores.list_files(run.output_url("embedding")):
-        one, other = (stores.read_bytes(stores.join(r.output_url("embedding"), name)) for r in (run, again))
+    for name in listing.list_files(run.output_url("embedding")):
+        one, other = (objects.read_bytes(urls.join(r.output_url("embedding"), name)) for r in (run, again))
         assert one == other, name
     assert (tmp_path / "a" / "latest" / "embedding.csv").read_bytes() == table
 
@@ -289,7 +289,7 @@ def test_fitted_to_all_frames_it_tells_what_the_first_third_does_not_show(
     told = {}
     for fit_to in ("third", "all"):
         project = project_of(tmp_path / fit_to, fit_to=fit_to)
-        features = schema.array(stores.open_group(project.run().output_url("features"), write=True), "features")
+        features = schema.array(groups.open_group(project.run().output_url("features"), write=True), "features")
         later = np.where(np.arange(90) < 60, 0.0, np.sin(np.arange(90)))  # in the last third, in a direction of its own
         own = np.linalg.qr(np.random.default_rng(9).normal(size=(3, 40)).T, mode="complete")[0][:, 20]
         features[...] = np.asarray(features[...]) + 5 * later[:, None] * own
@@ -313,7 +313,7 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert "1 of the first third of 90 frames have a visual hull, too few to fit an embedding" in error
     assert error.count("\n") == 1
-    stores.delete(project.run().result("features").file("done.json"))
+    objects.delete(project.run().result("features").file("done.json"))
     assert main(STAGE, ["--project", project.url]) == 2
     assert "features.zarr is not complete; run stage features first" in capsys.readouterr().err
 
@@ -324,7 +324,7 @@ def test_weights_are_of_one_kind_wherever_their_file_lies(tmp_path: Path) -> Non
     for file in (one, other):
         file.write_bytes(b"weights")
     changed.write_bytes(b"Weights")
-    content = stores.content_fingerprint(str(one))
+    content = fingerprints.content_fingerprint(str(one))
     about = {"encoder": "images", "radius_m": 0.1, "block": 64}
     expected = {"encoder": "images", "radius_m": 0.1, "weights": content}
     for weights in (str(one), str(other), content):
@@ -341,7 +341,7 @@ def test_recordings_embedded_together(project_of: Callable[..., Project], tmp_pa
     run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
     assert run.exit_code == 0, run.output
     assert str(output / "embedding.csv") in run.output
-    group = stores.open_group(str(output / "embedding.zarr"))
+    group = groups.open_group(str(output / "embedding.zarr"))
     found = arrays_of(group)
     assert found["recording"].tolist() == [0] * 90 + [1] * 60
     assert found["t"].tolist() == [*range(90), *range(60)]
@@ -355,7 +355,7 @@ def test_recordings_embedded_together(project_of: Callable[..., Project], tmp_pa
     header = (output / "embedding.csv").read_text().splitlines()[0]
     assert header.startswith("recording,t,frame,time,valid,center_x")
 
-    stores.open_group(second.run().output_url("features"), write=True).attrs["encoder"] = "images"
+    groups.open_group(second.run().output_url("features"), write=True).attrs["encoder"] = "images"
     run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
     assert run.exit_code == 2
     assert "is there already; choose an --output that holds no files" in run.output
@@ -395,7 +395,7 @@ def test_a_run_that_is_not_the_latest_is_embedded_by_its_id(
     for number, (which, dimensions) in enumerate(named.items()):
         run = CliRunner().invoke(app, ["embed", which, which, "--output", f"both{number}"])
         assert run.exit_code == 0, run.output
-        group = stores.open_group(str(tmp_path / f"both{number}" / "embedding.zarr"))
+        group = groups.open_group(str(tmp_path / f"both{number}" / "embedding.zarr"))
         assert schema.read(group, "embedding").shape == (180, dimensions)
     run = CliRunner().invoke(app, ["embed", "a@2026@1999", "--output", "none"])
     assert (run.exit_code, "there is no run 1999" in run.output) == (2, True)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, listing, objects, schema, urls
 from zoosplat_evaluate import ops, stage
 from zoosplat_evaluate.stage import STAGE
 from zoosplat_model.frames import Frame, open_reader
@@ -102,19 +102,17 @@ def make_project(finish: Callable[..., Any], write_group: Callable[..., None]) -
             "world_to_camera": poses,
         }
         tracking = {"principal_shift": 0, "centers": 0, "angles": 0.3, "valid": np.arange(T) != T - 1}
-        groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        written: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "center_rotation": ({}, tracking),
             "crop": ({"ell_m": 0.3, "grid_size": 16}, {"volume_idx": [[0, 16]] * 3}),
             "pack": (named | whole, images),
         }
         writers = {
             stage: partial(write_group, sizes=sizes, attributes=attributes, values=values)
-            for stage, (attributes, values) in groups.items()
+            for stage, (attributes, values) in written.items()
         }
         project = Project.at(str(folder / "project"))
-        finish(
-            project, settings, {**writers, "train": lambda url: stores.write_json(stores.join(url, "best.json"), {})}
-        )
+        finish(project, settings, {**writers, "train": lambda url: objects.write_json(urls.join(url, "best.json"), {})})
         return project
 
     return made
@@ -129,7 +127,7 @@ def with_ball(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of(project: Project, name: str) -> list[dict[str, str]]:
-    text = stores.read_bytes(stores.join(project.run().output_url("evaluate"), name)).decode()
+    text = objects.read_bytes(urls.join(project.run().output_url("evaluate"), name)).decode()
     return list(csv.DictReader(io.StringIO(text)))
 
 
@@ -142,7 +140,7 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(
     assert run_stage(STAGE, project.run())
     assert not run_stage(STAGE, project.run())
 
-    masks = schema.array(stores.open_group(project.run().output_url("pack")), "mask")
+    masks = schema.array(groups.open_group(project.run().output_url("pack")), "mask")
     half = float(np.asarray(masks[SPOILT, HELD_OUT]).sum() / np.asarray(masks[0, HELD_OUT]).sum())
     assert 0.4 < half < 0.6
     # The test third is t = 8 .. 11, of which 11 is not valid.
@@ -177,7 +175,7 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(
     )
 
     url = project.run().output_url("evaluate")
-    gallery = json.loads(stores.read_bytes(stores.join(url, "gallery.json")))["pictures"]
+    gallery = json.loads(objects.read_bytes(urls.join(url, "gallery.json")))["pictures"]
     assert [(p["camera"], p["t"], p["kind"]) for p in gallery[:3]] == [
         ("top", 9, "worst"),
         ("top", 8, "best"),
@@ -186,7 +184,7 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(
     assert [p["held_out"] for p in gallery] == [True] * 3 + [False] * 6
     assert gallery[0]["iou"] == pytest.approx(half, abs=1e-6)
     for name in [*(p["file"] for p in gallery), "per_frame.png"]:
-        picture = cv2.imdecode(np.frombuffer(stores.read_bytes(stores.join(url, name)), np.uint8), 1)
+        picture = cv2.imdecode(np.frombuffer(objects.read_bytes(urls.join(url, name)), np.uint8), 1)
         assert picture is not None
         assert picture.shape == (500, 900, 3) if name == "per_frame.png" else (320, 968, 3)
 
@@ -223,15 +221,13 @@ def test_another_gallery_takes_the_metrics_that_were_measured(
     assert not measured
     one, other = (
         [
-            stores.read_bytes(stores.join(run.output_url("evaluate"), f"{name}_test.csv"))
+            objects.read_bytes(urls.join(run.output_url("evaluate"), f"{name}_test.csv"))
             for name in ("frames", "metrics")
         ]
         for run in (first, second)
     )
     assert one == other
-    galleries = [
-        len(list(stores.list_files(stores.join(r.output_url("evaluate"), "gallery")))) for r in (first, second)
-    ]
+    galleries = [len(list(listing.list_files(urls.join(r.output_url("evaluate"), "gallery")))) for r in (first, second)]
     assert galleries[0] < galleries[1]
 
 
@@ -248,7 +244,7 @@ def test_cameras_that_differ_in_colour(
     gaussians = Predictor.gaussians
     monkeypatch.setattr(Predictor, "gaussians", lambda self, t: rendered.append(t) or gaussians(self, t))  # type: ignore[func-returns-value]
     project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0}))
-    images = stores.open_group(project.run().output_url("pack"), write=True)
+    images = groups.open_group(project.run().output_url("pack"), write=True)
     rgb = schema.array(images, "rgb")
     values = np.asarray(rgb[...])
     values[:, 0] = np.rint(0.5 * values[:, 0])
@@ -278,7 +274,7 @@ def test_what_cannot_be_evaluated(
     message: str,
 ) -> None:
     project = make_project(tmp_path, experiment(tmp_path, evaluate=settings))
-    tracking = stores.open_group(project.run().output_url("center_rotation"), write=True)
+    tracking = groups.open_group(project.run().output_url("center_rotation"), write=True)
     schema.array(tracking, "valid")[...] = valid
     with pytest.raises(UserError, match=message):
         run_stage(STAGE, project.run())

@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.geometry import transforms
 from zoosplat.stages.contract import Context
 from zoosplat.stages.runs import Project
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 from zoosplat_model.frames import Frame
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.rasterize import Rendering, rasterize
@@ -272,7 +272,7 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
 
 
 def picture_of(ctx: Context, name: str) -> Any:
-    data = np.frombuffer(stores.read_bytes(stores.join(ctx.run.output_url("render"), name)), np.uint8)
+    data = np.frombuffer(objects.read_bytes(urls.join(ctx.run.output_url("render"), name)), np.uint8)
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[..., ::-1]
 
 
@@ -288,8 +288,8 @@ def test_everything_is_rendered(context: Callable[..., Context], reader: Reader)
     assert steps == [(i + 1, 11) for i in range(11)]
 
     names = ["frame_000010.ply", "index.json", "orbit.mp4", "sequence.mp4", "still_camera.png", "still_free.png"]
-    assert list(stores.list_files(ctx.run.output_url("render"))) == names
-    index = json.loads(stores.read_bytes(stores.join(ctx.run.output_url("render"), "index.json")))
+    assert list(listing.list_files(ctx.run.output_url("render"))) == names
+    index = json.loads(objects.read_bytes(urls.join(ctx.run.output_url("render"), "index.json")))
     assert sorted(entry["file"] for entry in index["files"]) == [n for n in names if n != "index.json"]
     still = next(entry for entry in index["files"] if entry["file"] == "still_camera.png")
     assert (still["t"], still["frame"], still["camera"]) == (10, 30, "right")
@@ -300,18 +300,18 @@ def test_everything_is_rendered(context: Callable[..., Context], reader: Reader)
     pixel, _ = transforms.project(np.array(CENTER), k[None], pose[None])
     np.testing.assert_allclose(pixel[0], [(WIDTH - 1) / 2, (HEIGHT - 1) / 2], atol=1e-4)
 
-    ply = read_ply(stores.read_bytes(stores.join(ctx.run.output_url("render"), "frame_000010.ply")))
+    ply = read_ply(objects.read_bytes(urls.join(ctx.run.output_url("render"), "frame_000010.ply")))
     world = animal().to_world(torch.tensor(CENTER), torch.tensor(ANGLE))
     np.testing.assert_allclose(np.stack([ply["x"], ply["y"], ply["z"]], 1), world.means, atol=1e-6)
 
-    _, orbit = read_film(stores.read_bytes(stores.join(ctx.run.output_url("render"), "orbit.mp4")))
+    _, orbit = read_film(objects.read_bytes(urls.join(ctx.run.output_url("render"), "orbit.mp4")))
     assert orbit.shape == (6, HEIGHT, WIDTH, 3)
     # The first camera stands in front: the red end is near, low in the picture. The fourth stands behind it.
     reds = [np.argwhere(p[..., 0].astype(int) - p[..., 1] > 80) for p in orbit]
     assert reds[0].mean(0)[0] > (HEIGHT - 1) / 2 + 3
     assert reds[3].mean(0)[0] < (HEIGHT - 1) / 2 - 3
 
-    _, film = read_film(stores.read_bytes(stores.join(ctx.run.output_url("render"), "sequence.mp4")))
+    _, film = read_film(objects.read_bytes(urls.join(ctx.run.output_url("render"), "sequence.mp4")))
     assert film.shape == (3, HEIGHT, 2 * WIDTH + 4, 3)
     # The photograph is the same rendering, cut at alpha 0.5 and enlarged: the halves differ only along the outline.
     difference = np.abs(film[:, :, :WIDTH].astype(int) - film[:, :, WIDTH + 4 :]).mean(-1)
@@ -338,7 +338,7 @@ def test_free_still_turns_and_moves_the_animal(context: Callable[..., Context], 
     # A training pixel at the animal, f = 150: its width is the mean distance of the two cameras over 150.
     distances = np.linalg.norm(np.array([[0.8, 0.1, 0.3], [-0.7, 0.2, 0.2]]) - CENTER, axis=1)
     placed = placed._replace(scales=(placed.scales**2 + 0.3 * (distances.mean() / 150) ** 2).sqrt())
-    index = json.loads(stores.read_bytes(stores.join(ctx.run.output_url("render"), "index.json")))
+    index = json.loads(objects.read_bytes(urls.join(ctx.run.output_url("render"), "index.json")))
     k, pose = (torch.tensor(index["view"][key])[None] for key in ("intrinsics", "world_to_camera"))
     expected = media.to_uint8(render(placed, pose, k, 64, 48).rgb[0].numpy())
     assert np.abs(free.astype(int) - expected).max() <= 1

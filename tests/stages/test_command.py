@@ -15,7 +15,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.command import parse_shard
 from zoosplat.stages.registry import PREPROCESSING
 from zoosplat.stages.runs import Project
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema
 
 if TYPE_CHECKING:
     from tests.conftest import Recording, Stages
@@ -172,7 +172,7 @@ def test_long_recording(recording: Recording, stages: Stages, finished: Path, tm
         assert mark["peak_memory_bytes"] < 1 << 30
         assert mark["peak_memory_bytes"] < short_mark["peak_memory_bytes"] + (100 << 20)
     long, short = (
-        schema.array(stores.open_group(run.output_url("ingest")), "mask")
+        schema.array(groups.open_group(run.output_url("ingest")), "mask")
         for run in (Project.at(str(project)).run(), short_run)
     )
     assert (np.asarray(long[41 * 144 :]) == np.asarray(short[...])).all()

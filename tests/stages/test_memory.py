@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from zoosplat.config.schema import OF_ANIMALS, Experiment, read_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import read_config
+from zoosplat.config.training import ANIMALS_NETWORK
 from zoosplat.stages.memory import GIB, PROFILES, Sizes, advice, parameters, peak_gpu_bytes, smallest_fitting, training
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands.plan import profile_overrides
@@ -60,7 +62,7 @@ def test_gpus_share_the_frames_of_a_step() -> None:
     assert "train.batch_frames to 2" in advice(experiment(train__batch_frames=4, train__gpus=2), shared + 1e8)
 
 
-LIKE_ANIMALS = {f"model__{key}": value for key, value in OF_ANIMALS.items()}
+LIKE_ANIMALS = {f"model__{key}": value for key, value in ANIMALS_NETWORK.items()}
 
 # GiB of steps on one H200 by benchmarks/memory.py: crop, pixels of a window, keys; what PyTorch held and CUDA took.
 MEASURED: list[tuple[tuple[int, int, int], int, dict[str, Any], float]] = [
@@ -186,7 +188,7 @@ def test_whatever_is_advised_is_valid_and_fits(data: st.DataObject) -> None:
     }
     asked = experiment(**changes)
     if draw(st.booleans()):
-        like = {f"model.{key}": value for key, value in OF_ANIMALS.items()} | {"train.start_from": "animals"}
+        like = {f"model.{key}": value for key, value in ANIMALS_NETWORK.items()} | {"train.start_from": "animals"}
         asked = read_config(MOUSE, [*overrides(asked), *(f"{key}={value}" for key, value in like.items())])
     room = draw(st.floats(0.05, 1)) * peak_gpu_bytes(asked)
     text = advice(asked, room)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from zoosplat.stages.ownership import foreign_names
-from zoosplat.storage import stores
+from zoosplat.storage import listing
 
 if TYPE_CHECKING:
     from tests.conftest import S3
@@ -84,8 +84,8 @@ def test_names_of_many_objects(s3_here: S3) -> None:
     bucket = s3_here.bucket()
     for i in range(1003):
         s3_here.client.put_object(Bucket=bucket, Key=f"p/{i:04d}", Body=b"")
-    assert stores.list_names(f"s3://{bucket}/p") == [f"{i:04d}" for i in range(1003)]
-    assert stores.first_file(f"s3://{bucket}/p") == "0000"
+    assert listing.list_names(f"s3://{bucket}/p") == [f"{i:04d}" for i in range(1003)]
+    assert listing.first_file(f"s3://{bucket}/p") == "0000"
 
 
 def test_a_project_whose_first_run_was_killed_as_it_began(tmp_path: Path) -> None:

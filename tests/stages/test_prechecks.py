@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
 from zoosplat.stages.outside_files import check_outside_files
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 ANIMALS = ROOT / "services" / "train" / "zoosplat_train" / "animals.safetensors"
-OF_ANIMALS = {"num_unets": 3, "base_filters": 16, "poolings": 3}
+ANIMALS_NETWORK = {"num_unets": 3, "base_filters": 16, "poolings": 3}
 
 
 def configured(directory: str | Path = "/recording", **sections: Any) -> Experiment:
@@ -55,7 +55,7 @@ def test_weights_to_begin_with_that_are_not_there(tmp_path: Path) -> None:
     check_outside_files(configured(train={"start_from": str(tmp_path)}), ["ingest", "render"])
     check_outside_files(configured(train={"start_from": str(tmp_path), "method": "dynamic"}), ["train"])
     for word in ("random", "animals"):
-        check_outside_files(configured(train={"start_from": word}, model=OF_ANIMALS), STAGES)
+        check_outside_files(configured(train={"start_from": word}, model=ANIMALS_NETWORK), STAGES)
 
 
 def test_a_training_to_begin_with(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_training_to_begin_with(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_architecture(tmp_path: Path) -> None:
-    check_outside_files(configured(train={"start_from": str(ANIMALS)}, model=OF_ANIMALS), STAGES)
+    check_outside_files(configured(train={"start_from": str(ANIMALS)}, model=ANIMALS_NETWORK), STAGES)
     found = problems(configured(train={"start_from": str(ANIMALS)}, model={"network": "published", "poolings": 3}))
     assert [line.split(": ")[0] for line in found] == [
         "model.network = published",
@@ -92,7 +92,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
         (other, "not the weights of a network of zoosplat"),
     ):
         path.write_bytes(data)
-        (line,) = problems(configured(train={"start_from": str(path)}, model=OF_ANIMALS))
+        (line,) = problems(configured(train={"start_from": str(path)}, model=ANIMALS_NETWORK))
         assert what in line
         assert str(path) in line
     path.unlink()

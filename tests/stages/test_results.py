@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, STAGES, downstream
 from zoosplat.stages.results import Request, Result, Source, attempt_of
 from zoosplat.stages.runs import Project
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects
 
 if TYPE_CHECKING:
     from tests.conftest import Recording
@@ -126,13 +126,13 @@ def test_marks_hold_provenance(finished: Path) -> None:
         assert mark["frames"] == 144
         assert mark["shards"] == 3
         assert mark["peak_memory_bytes"] < 1 << 30
-        assert stores.read_json(result.file("request.json")) == {
+        assert objects.read_json(result.file("request.json")) == {
             key: mark[key] for key in ("stage", "id", "version", "settings", "inputs", "sources", "attempt")
         }
         manifest = result.manifest()
         assert manifest is not None
-        stores.check_manifest(result.data_folder, manifest)
-        assert {file for file in stores.manifest(result.data_url)} == {
+        listing.check_manifest(result.data_folder, manifest)
+        assert {file for file in listing.manifest(result.data_url)} == {
             file.removeprefix(f"{STAGES[name].writes}/") for file in manifest
         }
         assert result.shards_done() == (3, 3)

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat.config import effects
 from zoosplat.errors import LockLost, UserError
-from zoosplat.stages import command, runner
+from zoosplat.stages import command, dependencies, runner
 from zoosplat.stages.begin import begun
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.results import Result
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import leases, schema, stores, writing
+from zoosplat.storage import leases, listing, objects, schema, urls, writing
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
@@ -48,8 +47,8 @@ class Counting(Stage):
         self.calls.append(f"shard {shard.index}")
         if shard.index in self.failing:
             raise UserError(f"frame {shard.start} is bad")
-        stores.write_bytes(
-            stores.join(ctx.run.output_url("ingest"), "box", f"{shard.index}"), b"%d-%d" % (shard.start, shard.stop)
+        objects.write_bytes(
+            urls.join(ctx.run.output_url("ingest"), "box", f"{shard.index}"), b"%d-%d" % (shard.start, shard.stop)
         )
         figures = {f"figure_{shard.index}": plan.values}
         return Outcome(shard.stop - shard.start, (f"slow {shard.index // 2}",), figures)
@@ -168,7 +167,7 @@ def test_another_version_makes_a_result_beside_the_old_one(url: str, monkeypatch
 
     old = begin(url)
     assert runner.run_stage(Counting(), old)
-    before = stores.manifest(old.result("ingest").folder)
+    before = listing.manifest(old.result("ingest").folder)
     with monkeypatch.context() as patch:
         newer(patch)
         run = begin(url)
@@ -182,7 +181,7 @@ def test_another_version_makes_a_result_beside_the_old_one(url: str, monkeypatch
         assert run.result("center_rotation").id != old.result("center_rotation").id
         # The run of the old version still reads what it made, and is not gone on with.
         assert Project.at(url).run(old.id).input_url("ingest") == old.input_url("ingest")
-        assert stores.manifest(old.result("ingest").folder) == before
+        assert listing.manifest(old.result("ingest").folder) == before
     assert begin(url).result("ingest").is_done()
 
 
@@ -201,8 +200,8 @@ def test_a_run_whose_settings_are_read_otherwise_now_is_not_gone_on_with(
 ) -> None:
     """As when a release gives a stage a new key: what it would make is not what the recorded id says."""
     run = begin(url)
-    settings_of = effects.settings_of
-    monkeypatch.setattr(effects, "settings_of", lambda stage, e: {**settings_of(stage, e), "ingest.new_key": 1})
+    settings_of = dependencies.settings_of
+    monkeypatch.setattr(dependencies, "settings_of", lambda stage, e: {**settings_of(stage, e), "ingest.new_key": 1})
     with pytest.raises(UserError, match=r"begun by another version of zoosplat; begin a new run"):
         runner.run_stage(Counting(), run)
     assert run.result("ingest").plan() is None
@@ -247,7 +246,7 @@ def test_a_block_that_is_lost_before_the_end_is_named(url: str) -> None:
 
     class Losing(Counting):
         def finish(self, ctx: Context, plan: Plan) -> Outcome:
-            stores.delete(stores.join(ctx.run.output_url("ingest"), "box", "c", "0", "0", "0"))
+            objects.delete(urls.join(ctx.run.output_url("ingest"), "box", "c", "0", "0", "0"))
             return super().finish(ctx, plan)
 
     with pytest.raises(UserError, match=r"masks\.zarr/box/c/0/0/0: is missing, .*run stage ingest with --force"):
@@ -322,7 +321,7 @@ def test_who_was_taken_for_dead_writes_nothing_more(
     """Not even the same bytes again: the result is finished then, and may be read."""
     bucket = s3_here.bucket()
     url = f"s3://{bucket}/p"
-    stores.write_json(f"{url}/tested.yaml", recording.config(recording.folder))
+    objects.write_json(f"{url}/tested.yaml", recording.config(recording.folder))
     run = begin(url)
     monkeypatch.setattr(leases, "LEASE_S", 0)  # so that a lease is renewed whenever it is checked
     asleep = Asleep(step=step, s3=s3_here, bucket=bucket)

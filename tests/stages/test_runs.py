@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.begin import begun
@@ -18,7 +18,7 @@ from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, listing, objects, schema, urls
 
 if TYPE_CHECKING:
     from tests.conftest import Recording
@@ -40,14 +40,14 @@ class Quick(Stage):
             for key, array in group.arrays():
                 array[...] = schema.read(group, key)
         elif url.endswith(".zarr"):
-            stores.create_group(url, {})
+            groups.create_group(url, {})
         return Plan((0, 144))
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         made_from = {name: ctx.run.result(name).id for name in self.spec.reads}
-        stores.write_json(stores.join(ctx.run.output_url(self.name), "made_from.json"), made_from)
+        objects.write_json(urls.join(ctx.run.output_url(self.name), "made_from.json"), made_from)
         for name in self.spec.also:
-            stores.write_bytes(stores.join(ctx.run.result(self.name).folder, name), b"")
+            objects.write_bytes(urls.join(ctx.run.result(self.name).folder, name), b"")
         return Outcome(144)
 
 
@@ -170,7 +170,7 @@ def test_force_makes_a_new_result_beside_the_old_one_and_downstream_follows(
         assert ids(next_run) == ids(forced)
         assert next_run.id == forced.id
     assert make(begin()) == follows[1:]
-    made_from = stores.read_json(stores.join(forced.output_url("evaluate"), "made_from.json"))
+    made_from = objects.read_json(urls.join(forced.output_url("evaluate"), "made_from.json"))
     assert made_from is not None
     assert made_from["train"] == forced.result("train").id
     # It has come to its end: from here on the command means a third training.
@@ -186,7 +186,7 @@ def test_a_forced_attempt_that_was_interrupted_is_gone_on_with(begin: Callable[.
     forced = begin("crop")
     result = forced.result("crop")
     # Nothing of it is there but its request, since its stage has not begun.
-    assert sorted(stores.list_files(result.folder)) == ["request.json"]
+    assert sorted(listing.list_files(result.folder)) == ["request.json"]
     assert begin("crop").result("crop") == result
     assert begin().result("crop") == result
     other_training = begin("crop", train__epochs=7)
@@ -235,14 +235,14 @@ def test_a_mistake_touches_nothing(
     run = begin()
     make(run)
     before = files_of(tmp_path / "project")
-    everything = stores.manifest(str(tmp_path / "project"))
+    everything = listing.manifest(str(tmp_path / "project"))
     for forced in ([], force):
         if mistake == "stage" and not forced:
             continue
         with pytest.raises(UserError) as refused:
             begin(*forced, **changes)
         assert words in str(refused.value)
-        assert stores.manifest(str(tmp_path / "project")) == everything
+        assert listing.manifest(str(tmp_path / "project")) == everything
     assert files_of(tmp_path / "project") == before
     assert Project.at(str(tmp_path / "project")).run_ids() == [run.id]
 
@@ -255,13 +255,13 @@ def test_a_folder_that_holds_files_of_others_is_refused_and_untouched(
     (project / "model" / "weights.pt").write_text("mine")
     (project / "report").mkdir()
     (project / "report" / "index.html").write_text("mine too")
-    before = stores.manifest(str(project))
+    before = listing.manifest(str(project))
     with pytest.raises(UserError) as refused:
         begin()
     assert f"{project}: holds files that are not of a zoosplat project (model/weights.pt, report/index.html)" in str(
         refused.value
     )
-    assert stores.manifest(str(project)) == before
+    assert listing.manifest(str(project)) == before
     shutil.rmtree(project / "model")
     shutil.rmtree(project / "report")
     # Notes, and a recording in a folder of its own, are in nobody's way.
@@ -335,7 +335,7 @@ def test_a_reused_result_that_is_gone_is_one_line_that_names_it(begin: Callable[
 def test_a_result_that_is_reused_must_be_finished(begin: Callable[..., Run], tmp_path: Path) -> None:
     other = tmp_path / "other"
     there = begin(project=other)
-    stores.write_json(there.result("ingest").file("plan.json"), {"bounds": [0, 144], "values": {}, "warnings": []})
+    objects.write_json(there.result("ingest").file("plan.json"), {"bounds": [0, 144], "values": {}, "warnings": []})
     run = begin(reuse=str(other))
     assert not run.result("ingest").reused
 
@@ -352,7 +352,7 @@ def test_latest_has_the_results_under_their_plain_names(begin: Callable[..., Run
     make(run, *first, "train")
     names = {STAGES[stage].writes: run.output_url(stage) for stage in (*first, "train")}
     assert linked(project) == {**names, "config.yaml": run.path("config.yaml")}
-    stores.write_bytes(run.path("report", "index.html"), b"page")
+    objects.write_bytes(run.path("report", "index.html"), b"page")
     runs.link_latest(run)
     assert (project / "latest/report/index.html").read_bytes() == b"page"
     # What a newer run does not have yet is not shown as if it were its own, and what is no link of ours stays.

@@ -17,7 +17,8 @@ from zarr.core.buffer.cpu import Buffer
 from zarr.core.sync import sync
 
 from zoosplat.errors import LockLost, Passing, Unreachable, UserError
-from zoosplat.storage import stores
+from zoosplat.storage import conditional, fingerprints, groups, listing, objects, s3_client
+from zoosplat.storage.errors import as_user_error, name_url_in_errors
 from zoosplat.storage.group_store import GroupStore
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 def env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Sets variables, and connects anew with them; servers that do not answer are given up soon."""
     for name in ("CONNECT_TIMEOUT_S", "READ_TIMEOUT_S", "REQUEST_TIMEOUT_S", "OUTAGE_S", "PAUSE_S"):
-        monkeypatch.setattr(stores, name, 1)
-    monkeypatch.setattr(stores, "_reached_before", False)
+        monkeypatch.setattr(s3_client, name, 1)
+    monkeypatch.setattr(s3_client, "_answered_before", False)
     # Nothing of the user's own.
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
@@ -47,7 +48,7 @@ def env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
 
 
 def forget() -> None:
-    for connected in (stores._s3, stores._boto3_session):
+    for connected in (s3_client.file_system, s3_client.boto3_session):
         connected.cache_clear()
 
 
@@ -63,21 +64,21 @@ def requests(url: str) -> dict[str, Callable[[], Any]]:
     file = f"{url}/file"
 
     def store() -> GroupStore:
-        return GroupStore(stores._zarr_store(url, read_only=False), url, complete=False)
+        return GroupStore(groups._array_store(url, read_only=False), url, complete=False)
 
     return {
-        "s3fs read": lambda: stores.read_bytes(file),
-        "s3fs write": lambda: stores.write_bytes(file, b"data"),
-        "s3fs list": lambda: stores.manifest(url),
-        "s3fs list folders": lambda: stores.list_dirs(url),
-        "s3fs stat": lambda: stores.stat(file),
-        "s3fs delete": lambda: stores.delete(url),
-        "s3fs put if": lambda: stores.put_if(file, b"data", None),
-        "s3fs age": lambda: stores.age(file),
-        "botocore delete if": lambda: stores.delete_if(file, '"tag"'),
-        "obstore open": lambda: stores.open_group(url),
-        "obstore read": lambda: store().part("mask/c/0", 0, 8),
-        "obstore read the end": lambda: store().part("mask/c/0", -8, 8),
+        "s3fs read": lambda: objects.read_bytes(file),
+        "s3fs write": lambda: objects.write_bytes(file, b"data"),
+        "s3fs list": lambda: listing.manifest(url),
+        "s3fs list folders": lambda: listing.list_folders(url),
+        "s3fs stat": lambda: fingerprints.stat(file),
+        "s3fs delete": lambda: objects.delete(url),
+        "s3fs put if": lambda: conditional.put_if(file, b"data", None),
+        "s3fs age": lambda: conditional.age(file),
+        "botocore delete if": lambda: conditional.delete_if(file, '"tag"'),
+        "obstore open": lambda: groups.open_group(url),
+        "obstore read": lambda: store().read_part("mask/c/0", 0, 8),
+        "obstore read the end": lambda: store().read_part("mask/c/0", -8, 8),
         "obstore write": lambda: sync(store().set("mask/c/0", Buffer.from_bytes(b"data"))),
     }
 
@@ -89,7 +90,7 @@ def check_all(url: str, line: str, kind: type[UserError], but: tuple[str, ...] =
             continue
         with pytest.raises(Exception) as failure:  # noqa: PT011
             request()
-        known = stores.as_user_error(failure.value, url)
+        known = as_user_error(failure.value, url)
         assert known is not None, (name, repr(failure.value))
         assert type(known) is kind, name
         assert str(known).startswith(url), name
@@ -134,18 +135,18 @@ def test_no_name_for_a_bucket(strict_s3: S3, env: Callable[..., None]) -> None:
     env(**strict_s3.env)
     url = "s3://Not_A_Name/p"
     with pytest.raises(UserError, match=r"Not_A_Name/p/x: the server does not take this for the name of a bucket"):
-        stores.write_bytes(f"{url}/x", b"data")
+        objects.write_bytes(f"{url}/x", b"data")
 
 
 # -- servers that do not answer -----------------------------------------------------------------------------------
 def test_a_server_that_was_stopped(another_s3: None, own_s3: S3, env: Callable[..., None]) -> None:
     env(**own_s3.env)
     url = f"s3://{own_s3.bucket()}/p"
-    stores.write_bytes(f"{url}/file", b"data")
+    objects.write_bytes(f"{url}/file", b"data")
     own_s3.stop()
     check_all(url, f"{own_s3.endpoint} cannot be reached; start the server or correct AWS_ENDPOINT_URL", Unreachable)
     own_s3.start()
-    assert stores.read_bytes(f"{url}/file") == b"data"
+    assert objects.read_bytes(f"{url}/file") == b"data"
 
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -223,7 +224,7 @@ def serving(handler: type[socketserver.BaseRequestHandler]) -> Iterator[str]:
 def test_connections_that_come_to_nothing(
     handler: type[socketserver.BaseRequestHandler], env: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "ATTEMPTS", 1)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 1)
     with serving(handler) as endpoint:
         env(**CREDENTIALS, AWS_ENDPOINT_URL=endpoint)
         check_all("s3://bucket/p", f"{endpoint} cannot be reached", Unreachable)
@@ -235,7 +236,7 @@ def test_connections_that_come_to_nothing(
 def test_servers_that_cannot_serve_now(
     status: int, code: str, env: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "ATTEMPTS", 1)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 1)
     body = f"<Error><Code>{code}</Code><Message>Forbidden</Message></Error>" if code else "<html>Forbidden</html>"
     with serving(type("", (Answering,), {"status": status, "body": body.encode()})) as endpoint:
         env(**CREDENTIALS, AWS_ENDPOINT_URL=endpoint)
@@ -253,7 +254,7 @@ def test_an_answer_that_breaks_off(env: Callable[..., None]) -> None:
     with serving(type("", (Answering,), {"body": b"the first bytes", "cut": True})) as endpoint:
         env(**CREDENTIALS, AWS_ENDPOINT_URL=endpoint)
         with pytest.raises(Unreachable, match="cannot be reached"):
-            stores.read_bytes("s3://bucket/p/file")
+            objects.read_bytes("s3://bucket/p/file")
 
 
 # -- what is no failure of the storage ----------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def raised(error: BaseException, cause: BaseException | None = None) -> BaseExce
 )
 @pytest.mark.parametrize("url", ["/data/p", "s3://bucket/p"])
 def test_words_do_not_matter(error: BaseException, url: str) -> None:
-    assert stores.as_user_error(error, url) is None
+    assert as_user_error(error, url) is None
 
 
 def test_what_was_going_on_does_not_matter(s3: S3, env: Callable[..., None]) -> None:
@@ -286,26 +287,26 @@ def test_what_was_going_on_does_not_matter(s3: S3, env: Callable[..., None]) -> 
 
     def fail() -> None:
         try:
-            stores.write_bytes("s3://there-is-none/p", b"data")
+            objects.write_bytes("s3://there-is-none/p", b"data")
         except UserError:
             raise AssertionError("our fault")  # noqa: B904
 
     with pytest.raises(AssertionError, match="our fault") as failure:
         fail()
     assert failure.value.__context__ is not None
-    assert stores.as_user_error(failure.value, "s3://there-is-none/p") is None
+    assert as_user_error(failure.value, "s3://there-is-none/p") is None
 
 
 def test_lines_for_the_user_stay_as_they_are() -> None:
     for kind in (UserError, Passing, Unreachable, LockLost):
         error = kind("masks/2.mp4: HTTP error, Forbidden, NoSuchBucket")
-        assert stores.as_user_error(error, "s3://bucket/p") is error
+        assert as_user_error(error, "s3://bucket/p") is error
 
 
 def test_lines_of_inner_calls_stay_as_they_are(tmp_path: Path) -> None:
     inner = UserError("camera 3 is Forbidden")
 
-    @stores._naming_the_url
+    @name_url_in_errors
     def outer(url: str) -> None:
         raise inner
 
@@ -317,7 +318,7 @@ def test_lines_of_inner_calls_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_an_error_that_is_its_own_cause() -> None:
     error = ValueError("x")
-    assert stores.as_user_error(raised(error, error), "/data/p") is None
+    assert as_user_error(raised(error, error), "/data/p") is None
 
 
 # -- disks --------------------------------------------------------------------------------------------------------
@@ -333,12 +334,12 @@ def test_an_error_that_is_its_own_cause() -> None:
 )
 def test_disks_that_refuse(number: int, line: str) -> None:
     error = OSError(number, "Forbidden", "/data/p/HTTP error")
-    assert str(stores.as_user_error(error, "/data/p")) == line
-    assert str(stores.as_user_error(raised(RuntimeError("x"), error), "/data/p")) == line
+    assert str(as_user_error(error, "/data/p")) == line
+    assert str(as_user_error(raised(RuntimeError("x"), error), "/data/p")) == line
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(b"")
     with pytest.raises(UserError) as failure:
-        stores.write_bytes(str(tmp_path / "p" / "x"), b"data")
+        objects.write_bytes(str(tmp_path / "p" / "x"), b"data")
     assert str(failure.value) == f"{tmp_path}/p/x: {tmp_path}/p is a file; choose another folder"

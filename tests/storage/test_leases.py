@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zoosplat.errors import LockLost, Unreachable
-from zoosplat.storage import leases, stores
+from zoosplat.storage import conditional, leases, objects
 from zoosplat.storage.leases import is_held, locked, try_locked
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def until(happened: Callable[[], bool]) -> None:
 
 def content(url: str) -> bytes | None:
     try:
-        return stores.read_bytes(url)
+        return objects.read_bytes(url)
     except FileNotFoundError:
         return None
 
@@ -196,7 +196,7 @@ def test_the_lock_of_a_process_elsewhere(on_s3: str, monkeypatch: pytest.MonkeyP
     """Held while it is young, by the server's clock; taken over after LEASE_S of waiting and not before."""
     for name, value in (("LEASE_S", 2), ("MARGIN_S", 1), ("POLL_S", 0.05)):
         monkeypatch.setattr(leases, name, value)
-    stores.write_bytes(on_s3, OTHER)
+    objects.write_bytes(on_s3, OTHER)
     assert is_held(on_s3)
     with try_locked(on_s3) as held:
         assert held is None
@@ -204,7 +204,7 @@ def test_the_lock_of_a_process_elsewhere(on_s3: str, monkeypatch: pytest.MonkeyP
     with locked(on_s3, lambda: None) as held:
         assert time.monotonic() - began > 2
         held.check()
-    stores.write_bytes(on_s3, OTHER)
+    objects.write_bytes(on_s3, OTHER)
     until(lambda: not is_held(on_s3))
     assert content(on_s3) == OTHER
 
@@ -236,9 +236,9 @@ class AnswersLost:
         self.put: list[str] = []
         self.removal: list[str] = []
         self.puts = 0
-        self._put_if, self._delete_if = stores.put_if, stores.delete_if
-        monkeypatch.setattr(stores, "put_if", self.put_if)
-        monkeypatch.setattr(stores, "delete_if", self.delete_if)
+        self._put_if, self._delete_if = conditional.put_if, conditional.delete_if
+        monkeypatch.setattr(conditional, "put_if", self.put_if)
+        monkeypatch.setattr(conditional, "delete_if", self.delete_if)
 
     def put_if(self, url: str, data: bytes, etag: str | None) -> str | None:
         assert etag != "", "an empty ETag is none"
@@ -305,7 +305,7 @@ def test_a_renewal(fates: list[str], on_s3: str, network: AnswersLost) -> None:
 def test_a_take_over(on_s3: str, network: AnswersLost, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("LEASE_S", 1), ("POLL_S", 0.05)):
         monkeypatch.setattr(leases, name, value)
-    stores.write_bytes(on_s3, OTHER)
+    objects.write_bytes(on_s3, OTHER)
     network.put = ["answer lost"]
     with locked(on_s3, lambda: None) as held:
         held.check()
@@ -333,7 +333,7 @@ def test_a_removal(on_s3: str, network: AnswersLost, monkeypatch: pytest.MonkeyP
 # -- locks that are lost ------------------------------------------------------------------------------------------
 def test_a_lock_that_another_has_taken_is_noticed(on_s3: str) -> None:
     with locked(on_s3, never) as held:
-        stores.write_bytes(on_s3, OTHER)
+        objects.write_bytes(on_s3, OTHER)
         until(lambda: held.lost)
         with pytest.raises(LockLost, match=r"results/pack/1f/lease: another run has taken this work over; run again"):
             held.check()
@@ -344,7 +344,7 @@ def test_a_lock_that_was_removed_is_noticed(url: str, monkeypatch: pytest.Monkey
     """Somebody else may have had it since."""
     monkeypatch.setattr(leases, "RENEW_S", 0.05)
     with locked(url, never) as first:
-        stores.delete(url)
+        objects.delete(url)
         until(lambda: first.lost)
         with pytest.raises(LockLost, match="lease"):
             first.check()
@@ -357,7 +357,7 @@ def test_the_lock_of_the_next_is_not_released_by_the_one_before(url: str, monkey
     monkeypatch.setattr(leases, "RENEW_S", 0.05)
     first, second = locked(url, never), locked(url, never)
     with first:
-        stores.delete(url)
+        objects.delete(url)
         held = second.__enter__()
     held.check()
     assert is_held(url)
@@ -371,7 +371,7 @@ def test_who_was_cut_off_asks_before_going_on(
     """Such as a laptop that was asleep: another had all the time to take the lock over, unseen by the keeper."""
     monkeypatch.setattr(leases, "RENEW_S", 3600)
     with locked(on_s3, never) as held:
-        stores.write_bytes(on_s3, OTHER)
+        objects.write_bytes(on_s3, OTHER)
         held.check()  # as yet there is no reason to doubt
         monkeypatch.setattr(leases, "LEASE_S", 0)
         assert not held.lost
@@ -384,7 +384,7 @@ def test_who_is_cut_off_is_told(on_s3: str, network: AnswersLost, monkeypatch: p
     monkeypatch.setattr(leases, "RENEW_S", 3600)
     with locked(on_s3, never) as held:
         network.put = ["request lost"]
-        monkeypatch.setattr(stores, "etag", lambda url: (_ for _ in ()).throw(Unreachable("no answer")))
+        monkeypatch.setattr(conditional, "etag", lambda url: (_ for _ in ()).throw(Unreachable("no answer")))
         held.check()
         monkeypatch.setattr(leases, "LEASE_S", 0)
         with pytest.raises(Unreachable):

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from zoosplat.errors import UserError
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, listing, objects, schema, urls
 
 T, BLOCK = 11, 4
 SHARED = {
@@ -39,26 +39,26 @@ def is_mark(path: str) -> bool:
 
 def write_result(url: str) -> None:
     """As a stage does: an empty group, a plan, blocks and a mark for each shard, what needs them all, the last mark."""
-    where = stores.join(url, "images.zarr")
+    where = urls.join(url, "images.zarr")
     schema.create(where, "images.zarr", {"T": T, "C": 2, "h": 6, "w": 5}, BLOCK, {})
-    stores.write_json(stores.join(url, "plan.json"), {})
-    group = stores.open_group(where, write=True)
+    objects.write_json(urls.join(url, "plan.json"), {})
+    group = groups.open_group(where, write=True)
     for i, (start, stop) in enumerate(SHARDS):
         for key, values in SHARED.items():
             schema.write_block(group, key, start, values[start:stop])
-        stores.write_json(stores.join(url, "shards", f"{i}.json"), {})
+        objects.write_json(urls.join(url, "shards", f"{i}.json"), {})
     for key, values in WHOLE.items():
         schema.array(group, key)[...] = values
-    stores.write_json(stores.join(url, "done.json"), stores.manifest(where))
+    objects.write_json(urls.join(url, "done.json"), listing.manifest(where))
 
 
 def check_result(url: str) -> list[str]:
     """Read what the marks say is there. Returns the marks."""
-    marks = [name for name in stores.list_files(url) if is_mark(name)]
+    marks = [name for name in listing.list_files(url) if is_mark(name)]
     if not marks:
         return []
     done = "done.json" in marks
-    group = stores.open_group(stores.join(url, "images.zarr"), complete=True)
+    group = groups.open_group(urls.join(url, "images.zarr"), complete=True)
     schema.validate(group, "images.zarr", url)
     for i, (start, stop) in enumerate(SHARDS):
         if done or f"shards/{i}.json" in marks:
@@ -67,9 +67,9 @@ def check_result(url: str) -> list[str]:
     if done:
         for key, values in WHOLE.items():
             np.testing.assert_array_equal(schema.read(group, key), values)
-        expected: dict[str, Any] = stores.read_json(stores.join(url, "done.json")) or {}
+        expected: dict[str, Any] = objects.read_json(urls.join(url, "done.json")) or {}
         assert set(expected) == schema.expected_files(group)
-        stores.check_manifest(stores.join(url, "images.zarr"), expected)
+        listing.check_manifest(urls.join(url, "images.zarr"), expected)
     return marks
 
 
@@ -170,7 +170,7 @@ def disk_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_logged(library: Path, folder: Path, before: str = "") -> Written:
     """Write a result in another process. `before`: Python to be run first."""
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_power_cut, zoosplat.storage.stores as stores\n"
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_power_cut\n"
     program += f"{before}\ntest_power_cut.write_result(sys.argv[2])"
     data, log = folder / "data", folder / "log"
     data.mkdir()
@@ -203,7 +203,10 @@ def test_marks_speak_of_what_is_on_disk(disk_log: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "before",
-    ["stores.sync_written = lambda: None", "import os; os.fsync = lambda opened: None"],
+    [
+        "import zoosplat.storage.objects as objects; objects.sync_written = lambda: None",
+        "import os; os.fsync = lambda opened: None",
+    ],
     ids=["blocks are not synced", "nothing is synced"],
 )
 def test_it_would_be_noticed(before: str, disk_log: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import zarr
 
 from zoosplat.errors import UserError
-from zoosplat.storage import schema, stores
-from zoosplat.storage.group_store import lost
+from zoosplat.storage import groups, listing, objects, schema, urls
+from zoosplat.storage.errors import damaged_result_error
 
 if TYPE_CHECKING:
     from tests.conftest import S3
@@ -47,7 +47,7 @@ def pictures() -> dict[str, Any]:
 def write(url: str) -> dict[str, Any]:
     values = pictures()
     schema.create(url, "images.zarr", SIZES, BLOCK, {})
-    group = stores.open_group(url, write=True)
+    group = groups.open_group(url, write=True)
     for key in ("rgb", "mask", "origin"):
         for start in (8, 0, 4):
             schema.write_block(group, key, start, values[key][start : start + BLOCK])
@@ -59,7 +59,7 @@ def write(url: str) -> dict[str, Any]:
 def test_what_is_written_is_read(url: str) -> None:
     values = write(url)
     for complete in (True, False):
-        group = stores.open_group(url, complete=complete)
+        group = groups.open_group(url, complete=complete)
         schema.validate(group, "images.zarr", url)
         for key, expected in values.items():
             np.testing.assert_array_equal(schema.read(group, key), expected)
@@ -76,8 +76,8 @@ def test_what_is_written_is_read(url: str) -> None:
 def test_arrays_of_cameras_that_move_are_checked_too(url: str) -> None:
     write(url)
     moving = {"time": np.linspace(0, 1, 11), "pose": np.zeros((11, 2, 4, 4)), "pictured": np.ones((11, 2), bool)}
-    schema.add_moving(stores.open_group(url, write=True), moving)
-    group = stores.open_group(url, complete=True)
+    schema.add_moving(groups.open_group(url, write=True), moving)
+    group = groups.open_group(url, complete=True)
     assert not schema.read(group, "pose").any()
     damage(url, "pose/c/0/0/0/0", lambda data: data[:-1])
     with pytest.raises(UserError, match=r"images.zarr/pose/c/0/0/0/0 is damaged; run stage pack with --force"):
@@ -86,16 +86,16 @@ def test_arrays_of_cameras_that_move_are_checked_too(url: str) -> None:
 
 def test_every_block_is_written_also_where_all_is_empty(url: str) -> None:
     write(url)
-    expected = schema.expected_files(stores.open_group(url))
-    assert set(stores.list_files(url)) == expected
+    expected = schema.expected_files(groups.open_group(url))
+    assert set(listing.list_files(url)) == expected
     assert {"zarr.json", "mask/zarr.json", SHARD, "mask/c/2/0/0/0", "origin/c/2/0/0", "intrinsics/c/0/0/0"} < expected
     assert len(expected) == 1 + 5 + 3 * 3 + 2
 
 
 # -- what is lost -------------------------------------------------------------------------------------------------
 def damage(url: str, name: str, change: Callable[[bytes], bytes]) -> None:
-    path = stores.join(url, name)
-    stores.write_bytes(path, change(stores.read_bytes(path)))
+    path = urls.join(url, name)
+    objects.write_bytes(path, change(objects.read_bytes(path)))
 
 
 def flip(at: int) -> Callable[[bytes], bytes]:
@@ -114,12 +114,12 @@ READERS: dict[str, Callable[[zarr.Group], Any]] = {
 
 def test_a_missing_object_is_named(url: str) -> None:
     write(url)
-    stores.delete(stores.join(url, SHARD))
+    objects.delete(urls.join(url, SHARD))
     for reader in READERS.values():
         with pytest.raises(UserError, match=rf"{url}/{SHARD} is missing; run stage pack with --force"):
-            reader(stores.open_group(url, complete=True))
+            reader(groups.open_group(url, complete=True))
         # Of a group of which nobody knows whether it was written whole it means nothing.
-        reader(stores.open_group(url))
+        reader(groups.open_group(url))
 
 
 CHANGES: dict[str, Callable[[bytes], bytes]] = {
@@ -136,31 +136,31 @@ OF_FRAME_4 = ("read", "read a range", "frames")  # the readers that come across 
 def test_a_damaged_object_is_named(url: str) -> None:
     """Whichever frames are read: all of a shard, or some."""
     write(url)
-    whole = stores.read_bytes(stores.join(url, SHARD))
+    whole = objects.read_bytes(urls.join(url, SHARD))
     for change in CHANGES:
-        stores.write_bytes(stores.join(url, SHARD), CHANGES[change](whole))
+        objects.write_bytes(urls.join(url, SHARD), CHANGES[change](whole))
         for how, reader in READERS.items():
             if change == "chunk" and how not in OF_FRAME_4:
-                reader(stores.open_group(url))
+                reader(groups.open_group(url))
                 continue
             with pytest.raises(UserError, match=rf"{url}/{SHARD} is (damaged|cut short); run stage pack with --force"):
-                reader(stores.open_group(url))
+                reader(groups.open_group(url))
         # The rest can be read.
-        assert schema.read(stores.open_group(url), "rgb", 0, 4).any()
+        assert schema.read(groups.open_group(url), "rgb", 0, 4).any()
 
 
 def test_small_arrays_are_checked_too(url: str) -> None:
     write(url)
     for name in ("intrinsics/c/0/0/0", "origin/c/2/0/0"):
-        key, path = name.partition("/")[0], stores.join(url, name)
-        whole = stores.read_bytes(path)
+        key, path = name.partition("/")[0], urls.join(url, name)
+        whole = objects.read_bytes(path)
         for change in (flip(0), lambda data: data[:-5], lambda data: b""):
-            stores.write_bytes(path, change(whole))
+            objects.write_bytes(path, change(whole))
             with pytest.raises(UserError, match=rf"{url}/{name} is damaged; run stage pack with --force"):
-                schema.read(stores.open_group(url), key)
-        stores.delete(path)
+                schema.read(groups.open_group(url), key)
+        objects.delete(path)
         with pytest.raises(UserError, match=rf"{url}/{name} is missing; run stage pack with --force"):
-            schema.read(stores.open_group(url, complete=True), key)
+            schema.read(groups.open_group(url, complete=True), key)
 
 
 @pytest.mark.parametrize("name", ["zarr.json", "rgb/zarr.json"])
@@ -168,28 +168,28 @@ def test_descriptions_are_checked_too(name: str, url: str) -> None:
     write(url)
     damage(url, name, lambda data: data[:-20])
     with pytest.raises(UserError, match=rf"{url}/{name} is damaged; run stage pack with --force"):
-        schema.read(stores.open_group(url), "rgb")
-    stores.delete(stores.join(url, name))
+        schema.read(groups.open_group(url), "rgb")
+    objects.delete(urls.join(url, name))
     expected: type[Exception] = FileNotFoundError if name == "zarr.json" else UserError
     with pytest.raises(expected, match=rf"{name} is missing; run stage pack with --force" if "/" in name else None):
-        schema.read(stores.open_group(url), "rgb")
+        schema.read(groups.open_group(url), "rgb")
 
 
 def test_a_frame_that_was_never_written_is_named(url: str) -> None:
     schema.create(url, "images.zarr", SIZES, BLOCK, {})
-    schema.array(stores.open_group(url, write=True), "rgb")[4:6] = 1
-    assert schema.FrameArray(stores.open_group(url, complete=True), "rgb")[5].all()
-    assert not schema.FrameArray(stores.open_group(url), "rgb")[6].any()
+    schema.array(groups.open_group(url, write=True), "rgb")[4:6] = 1
+    assert schema.FrameArray(groups.open_group(url, complete=True), "rgb")[5].all()
+    assert not schema.FrameArray(groups.open_group(url), "rgb")[6].any()
     with pytest.raises(UserError, match=rf"{url}/{SHARD} has no frame 6; run stage pack with --force"):
-        schema.FrameArray(stores.open_group(url, complete=True), "rgb")[6]
+        schema.FrameArray(groups.open_group(url, complete=True), "rgb")[6]
 
 
 def test_a_group_without_its_empty_blocks(url: str) -> None:
     """As versions before this one wrote them: read as they did."""
     with zarr.config.set({"array.write_empty_chunks": False}):
         values = write(url)
-    assert len(set(stores.list_files(url))) == len(schema.expected_files(stores.open_group(url))) - 3
-    group = stores.open_group(url)
+    assert len(set(listing.list_files(url))) == len(schema.expected_files(groups.open_group(url))) - 3
+    group = groups.open_group(url)
     for key, expected in values.items():
         np.testing.assert_array_equal(schema.read(group, key), expected)
     np.testing.assert_array_equal(schema.FrameArray(group, "mask")[5], values["mask"][5])
@@ -199,22 +199,22 @@ def test_a_group_without_its_empty_blocks(url: str) -> None:
 # -- manifests ----------------------------------------------------------------------------------------------------
 def test_manifests(url: str) -> None:
     write(url)
-    whole = stores.manifest(url)
-    assert set(whole) == schema.expected_files(stores.open_group(url))
-    stores.write_bytes(stores.join(url, "notes.txt"), b"files besides are of no concern")
-    stores.check_manifest(url, whole)
+    whole = listing.manifest(url)
+    assert set(whole) == schema.expected_files(groups.open_group(url))
+    objects.write_bytes(urls.join(url, "notes.txt"), b"files besides are of no concern")
+    listing.check_manifest(url, whole)
     n = whole[SHARD]
     for size in (n - 1, 0, n + 1):
-        stores.write_bytes(stores.join(url, SHARD), bytes(size))
+        objects.write_bytes(urls.join(url, SHARD), bytes(size))
         with pytest.raises(UserError, match=rf"{url}/{SHARD} is damaged: {size} bytes instead of {n}; run stage pack"):
-            stores.check_manifest(url, whole)
-    stores.delete(stores.join(url, SHARD))
+            listing.check_manifest(url, whole)
+    objects.delete(urls.join(url, SHARD))
     with pytest.raises(UserError, match=rf"{url}/{SHARD} is missing; run stage pack with --force"):
-        stores.check_manifest(url, whole)
-    stores.delete(url)
+        listing.check_manifest(url, whole)
+    objects.delete(url)
     with pytest.raises(UserError, match=rf"{url}/intrinsics/c/0/0/0 is missing; run stage pack with --force"):
-        stores.check_manifest(url, whole)
-    stores.check_manifest(url, {})
+        listing.check_manifest(url, whole)
+    listing.check_manifest(url, {})
 
 
 def test_the_stage_that_is_named() -> None:
@@ -223,7 +223,7 @@ def test_the_stage_that_is_named() -> None:
         ("s3://lab/p/results/train/1f/model/history.csv", "stage train"),
         ("/data/mouse/images.zarr/rgb/c/0", "the stage that wrote it"),
     ):
-        assert str(lost(url, "is missing")) == f"{url} is missing; run {stage} with --force"
+        assert str(damaged_result_error(url, "is missing")) == f"{url} is missing; run {stage} with --force"
 
 
 def test_blocks_are_written_whole(tmp_path: Path) -> None:

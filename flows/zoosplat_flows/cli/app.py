@@ -58,9 +58,9 @@ def storage_errors(url: str) -> Iterator[None]:
     except (UserError, typer.Exit):
         raise
     except Exception as error:
-        from zoosplat.storage import stores
+        from zoosplat.storage.errors import as_user_error
 
-        known = stores.as_user_error(error, url)
+        known = as_user_error(error, url)
         if known is None:
             raise
         raise known from error
@@ -154,7 +154,7 @@ def run(
 
 
 def _load(config: str, overrides: list[str] | None, profile: str | None) -> Any:
-    from zoosplat.config.schema import load_config
+    from zoosplat.config.load import load_config
     from zoosplat_flows.commands.plan import profile_overrides
 
     with storage_errors(config):
@@ -306,17 +306,17 @@ def embed(
 
     zoosplat embed s3://lab/mouse1 s3://lab/mouse2@20250317-0912 --output s3://lab/mice
     """
-    from zoosplat.storage import stores
+    from zoosplat.storage import urls
 
     try:
         from zoosplat_embedding.stage import CSV, embed_together
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing; pip install 'zoosplat[embedding]'") from None
     with storage_errors(output):
-        where = stores.normalize(output)
+        where = urls.normalize(output)
         for warning in embed_together([_run_of(text) for text in projects], where):
             typer.echo(f"note: {warning}", err=True)
-    typer.echo(stores.join(where, CSV))
+    typer.echo(urls.join(where, CSV))
 
 
 def _run_of(text: str) -> Any:
@@ -395,7 +395,7 @@ def plan(
 @config_app.command("show")
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print a configuration with every key, its meaning and unit."""
-    from zoosplat.config.schema import load_config
+    from zoosplat.config.load import load_config
 
     with storage_errors(config):
         loaded = load_config(config, overrides or [])
@@ -411,13 +411,13 @@ def config_convert(
     overrides: Overrides = None,
 ) -> None:
     """Write a JSON file of the published tool, or any configuration, as documented YAML."""
-    from zoosplat.config.schema import load_config
-    from zoosplat.storage import stores
+    from zoosplat.config.load import load_config
+    from zoosplat.storage import objects
 
     with storage_errors(config):
         loaded = load_config(config, overrides or [])
     with storage_errors(str(out)):
-        stores.write_bytes(str(out.absolute()), loaded.experiment.describe().encode())
+        objects.write_bytes(str(out.absolute()), loaded.experiment.describe().encode())
     for note in loaded.notes:
         typer.echo(f"note: {note}", err=True)
     typer.echo(str(out))
@@ -426,7 +426,7 @@ def config_convert(
 @config_app.command("check")
 def config_check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a configuration against the recording: videos, masks, calibration, sizes. Decodes nothing."""
-    from zoosplat.config.schema import load_config
+    from zoosplat.config.load import load_config
     from zoosplat_flows.commands import recording
 
     with storage_errors(config):

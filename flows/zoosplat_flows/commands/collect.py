@@ -20,9 +20,9 @@ import typer
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.results import DONE, FOLDER, MANIFEST, PLAN, REQUEST, SHARDS, Mark
+from zoosplat.stages.run_state import is_alive
 from zoosplat.stages.runs import CONFIG, RECORD, RUNS, SOURCES, Project, is_legacy
-from zoosplat.storage import leases, stores
-from zoosplat_flows.execution.status import is_alive
+from zoosplat.storage import leases, listing, objects, urls
 
 LEASE = "lease"
 WAIT_S = 2 * leases.LEASE_S  # for the lease of a process on another machine that was killed
@@ -77,11 +77,11 @@ def look(project: Project, keep_last: int | None) -> Found:
             found.runs[run_id] = _bytes(project.path(RUNS, run_id), foreign)
     found.records = {run_id: record for run_id, record in records.items() if run_id not in found.runs}
     wanted = _referred(found.records, project)
-    for stage in stores.list_names(project.path(FOLDER)):
+    for stage in listing.list_names(project.path(FOLDER)):
         if stage not in STAGES:
             found.left[_name(FOLDER, stage)] = "is not a file of zoosplat"
             continue
-        for name in stores.list_names(project.path(FOLDER, stage)):
+        for name in listing.list_names(project.path(FOLDER, stage)):
             if (stage, name) in wanted:
                 continue
             why = _why_left(project, stage, name)
@@ -102,7 +102,7 @@ def collect(project: Project, found: Found) -> Iterator[str]:
             yield f"{_name(RUNS, run_id)}: left, a process works on it"
             continue
         folder = project.path(RUNS, run_id)
-        stores.delete(stores.join(folder, RECORD))  # from now on it is no run
+        objects.delete(urls.join(folder, RECORD))  # from now on it is no run
         _remove(folder, RUN_FILES)
         _remove_empty(folder)
         yield f"{_name(RUNS, run_id)}: {in_bytes(size)}"
@@ -114,14 +114,14 @@ def collect(project: Project, found: Found) -> Iterator[str]:
 def _remove_result(project: Project, stage: str, name: str, found: Found) -> bool:
     """Remove a result unless somebody works on it, or a run has come to refer to it; whether it was removed."""
     folder = project.path(FOLDER, stage, name)
-    with contextlib.suppress(_Busy), _leased(stores.join(folder, LEASE)):
-        done = stores.join(folder, DONE)
-        mark = stores.read_bytes(done) if stores.exists(done) else None
-        stores.delete(done)
+    with contextlib.suppress(_Busy), _leased(urls.join(folder, LEASE)):
+        done = urls.join(folder, DONE)
+        mark = objects.read_bytes(done) if objects.exists(done) else None
+        objects.delete(done)
         found.records |= _new_records(project, found)
         if (stage, name) in _referred(found.records, project):
             if mark is not None:
-                stores.write_bytes(done, mark)
+                objects.write_bytes(done, mark)
             return False
         # The request last: what is left by a crash is known by it the next time.
         for part in ((*_data_of(stage), MANIFEST, PLAN, SHARDS, "*.partial"), (REQUEST, LEASE)):
@@ -141,7 +141,7 @@ def _leased(url: str) -> Iterator[None]:
     until = time.monotonic() + WAIT_S
 
     def waiting() -> None:
-        if not stores.is_s3(url) or time.monotonic() > until:
+        if not urls.is_s3(url) or time.monotonic() > until:
             raise _Busy
 
     with leases.locked(url, waiting):
@@ -156,11 +156,11 @@ def _new_records(project: Project, found: Found) -> dict[str, Mark]:
         UserError: one cannot be read.
     """
     records: dict[str, Mark] = {}
-    for name in stores.list_names(project.path(RUNS)):
+    for name in listing.list_names(project.path(RUNS)):
         if name == SOURCES or name in found.records or fnmatch.fnmatch(name, "*.partial"):
             continue
         url = project.path(RUNS, name, RECORD)
-        record = stores.read_json(url)
+        record = objects.read_json(url)
         if record is None:
             found.left[_name(RUNS, name)] = "is not a run of zoosplat"
         elif record.get("id") != name or "results" not in record:
@@ -190,21 +190,21 @@ def _why_left(project: Project, stage: str, name: str) -> str:
     folder = project.path(FOLDER, stage, name)
     if _is_link(folder):
         return "is a symbolic link"
-    request = stores.read_json(stores.join(folder, REQUEST))
+    request = objects.read_json(urls.join(folder, REQUEST))
     if request is None or (request.get("stage"), request.get("id")) != (stage, name):
         return "is not a result of zoosplat"
-    mark = stores.read_json(stores.join(folder, DONE))
+    mark = objects.read_json(urls.join(folder, DONE))
     if mark is not None and "data" in mark:
         return "was adopted from an earlier layout, where its data lies; remove it by hand"
     foreign = _foreign(folder, (*_data_of(stage), DONE, MANIFEST, PLAN, SHARDS, REQUEST, LEASE, "*.partial"))
     if foreign:
         return f"holds {foreign[0]}, which is not a file of zoosplat"
-    linked = [each for each in stores.list_names(folder) if _is_link(stores.join(folder, each))]
+    linked = [each for each in listing.list_names(folder) if _is_link(urls.join(folder, each))]
     if linked:
         return f"holds {linked[0]}, a symbolic link"
-    shards = stores.join(folder, SHARDS)
-    held = [stores.join(shards, each) for each in stores.list_names(shards) if each.endswith(".lease")]
-    if any(leases.is_held(each) for each in (stores.join(folder, LEASE), *held)):
+    shards = urls.join(folder, SHARDS)
+    held = [urls.join(shards, each) for each in listing.list_names(shards) if each.endswith(".lease")]
+    if any(leases.is_held(each) for each in (urls.join(folder, LEASE), *held)):
         return "a process works on it"
     return ""
 
@@ -214,28 +214,28 @@ def _data_of(stage: str) -> tuple[str, ...]:
 
 
 def _is_link(url: str) -> bool:
-    return not stores.is_s3(url) and os.path.islink(url)
+    return not urls.is_s3(url) and os.path.islink(url)
 
 
 def _foreign(folder: str, ours: tuple[str, ...]) -> list[str]:
     """Names directly below a folder that match none of these patterns."""
-    return [name for name in stores.list_names(folder) if not any(fnmatch.fnmatch(name, each) for each in ours)]
+    return [name for name in listing.list_names(folder) if not any(fnmatch.fnmatch(name, each) for each in ours)]
 
 
 def _bytes(folder: str, but: list[str] | tuple[str, ...] = ()) -> int:
     """Size of all files below a folder, without those of these names directly below it."""
-    return sum(size for name, size in stores.manifest(folder).items() if name.partition("/")[0] not in but)
+    return sum(size for name, size in listing.manifest(folder).items() if name.partition("/")[0] not in but)
 
 
 def _remove(folder: str, names: tuple[str, ...]) -> None:
     """Remove what matches these patterns directly below a folder."""
-    for name in stores.list_names(folder):
+    for name in listing.list_names(folder):
         if any(fnmatch.fnmatch(name, each) for each in names):
-            stores.delete(stores.join(folder, name))
+            objects.delete(urls.join(folder, name))
 
 
 def _remove_empty(folder: str) -> None:
-    if not stores.is_s3(folder):
+    if not urls.is_s3(folder):
         with contextlib.suppress(OSError):  # it holds what is not ours
             os.rmdir(folder)
 

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.stages.history import GROUPS, Change, differences, flat, means_of, other_causes
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
-from zoosplat_flows.execution.history import GROUPS, Change, differences, flat, means_of, other_causes
+from zoosplat.storage import objects, urls
 from zoosplat_flows.report.page import as_jpeg, label, render_page
 
 GAP = 4  # grey columns between the pictures of a gallery, see `media.side_by_side`
@@ -119,7 +119,7 @@ def compare(first: Run, second: Run) -> str:
         built=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     )
     url = second.path(f"compare-{first.id}.html")
-    stores.write_bytes(url, page.encode())
+    objects.write_bytes(url, page.encode())
     return url
 
 
@@ -164,17 +164,17 @@ def _gallery(run: Run) -> dict[tuple[int, str], dict[str, Any]]:
         return {}
     url = run.input_url("evaluate")
     try:
-        pictures = json.loads(stores.read_bytes(stores.join(url, "gallery.json")))["pictures"]
+        pictures = json.loads(objects.read_bytes(urls.join(url, "gallery.json")))["pictures"]
     except FileNotFoundError:
         raise UserError(f"{url}/gallery.json: is missing; run stage evaluate with --force") from None
     jump = run.experiment.ingest.frame_jump
-    return {(jump * p["t"], p["camera"]): {**p, "url": stores.join(url, p["file"])} for p in pictures}
+    return {(jump * p["t"], p["camera"]): {**p, "url": urls.join(url, p["file"])} for p in pictures}
 
 
 def _panels(url: str) -> tuple[media.Picture, media.Picture]:
     """Truth and render of a gallery's picture, which shows truth, render and error, each square."""
     try:
-        data = stores.read_bytes(url)
+        data = objects.read_bytes(url)
     except FileNotFoundError:
         raise UserError(f"{url}: is missing; run stage evaluate with --force") from None
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None

@@ -163,12 +163,12 @@ def _video() -> Finding:
 
 
 def _place(url: str) -> Finding:
-    from zoosplat.storage import stores
+    from zoosplat.storage import urls
     from zoosplat_flows.commands.run import check_place
 
-    what = "S3" if stores.is_s3(url) else "project"
+    what = "S3" if urls.is_s3(url) else "project"
     try:
-        check_place(stores.normalize(url))
+        check_place(urls.normalize(url))
     except UserError as error:
         return Finding(what, "broken", str(error))
     return Finding(what, "ok", f"{url} can be read and written")

@@ -9,9 +9,9 @@ import typer
 
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat.stages.run_state import run_state
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
-from zoosplat_flows.execution.status import run_state
+from zoosplat.storage import objects
 
 LOOK_S = 1.0  # between looks for more, with --follow
 
@@ -26,7 +26,7 @@ class _Log:
     def more(self) -> list[str]:
         """Whole lines; none before the stage has printed anything."""
         try:
-            with stores.open_read(self._url) as file:
+            with objects.open_read(self._url) as file:
                 file.seek(self._read)
                 new = file.read()
         except FileNotFoundError:

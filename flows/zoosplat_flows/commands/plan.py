@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zoosplat.config.schema import Experiment
-from zoosplat.config.text import parse_yaml
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.serialization import parse_yaml
 from zoosplat.errors import UserError
 from zoosplat.stages import memory
 from zoosplat.stages.runs import Project, Run, resolve

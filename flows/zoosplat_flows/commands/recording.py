@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.calibration import Format, Unit, read_cameras
@@ -16,7 +16,7 @@ from zoosplat.recording.checks import check_recording, kept_frames
 from zoosplat.stages.outside_files import check_outside_files
 from zoosplat.stages.prechecks import check_kept_frames
 from zoosplat.stages.registry import STAGES
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 
 
 def read(files: list[str], format: str = "auto", unit: str = "auto") -> Cameras:
@@ -29,7 +29,7 @@ def read(files: list[str], format: str = "auto", unit: str = "auto") -> Cameras:
 
 def _read(url: str) -> bytes:
     try:
-        return stores.read_bytes(stores.normalize(url))
+        return objects.read_bytes(urls.normalize(url))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{url}: no such file") from None
 

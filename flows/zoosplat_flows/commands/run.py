@@ -17,11 +17,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from zoosplat.config.schema import Experiment, read_config
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import read_config
 from zoosplat.errors import UserError
 from zoosplat.stages.begin import begun, check_forced
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
+from zoosplat.storage.errors import as_user_error
 from zoosplat_flows.execution.executor import Failed, execute, make_report, select, warnings_of
 from zoosplat_flows.execution.recorder import ENDED, Event, recording
 from zoosplat_flows.runners.local import Processes
@@ -53,14 +55,14 @@ WORDS = {
 def check_place(url: str) -> None:
     """Raise UserError, within half a minute, unless files can be written at a URL and read back."""
     found: list[BaseException] = []
-    probe = stores.join(url, f".probe-{os.getpid()}-{time.time_ns()}")
+    probe = urls.join(url, f".probe-{os.getpid()}-{time.time_ns()}")
 
     def attempt() -> None:
         try:
-            stores.write_bytes(probe, b"zoosplat")
-            if stores.read_bytes(probe) != b"zoosplat":
+            objects.write_bytes(probe, b"zoosplat")
+            if objects.read_bytes(probe) != b"zoosplat":
                 raise UserError(f"{url}: what is written there reads back differently; use another place")
-            stores.delete(probe)
+            objects.delete(probe)
         except BaseException as error:
             found.append(error)
 
@@ -69,10 +71,10 @@ def check_place(url: str) -> None:
     thread.start()
     thread.join(ANSWER_WITHIN_S)
     if thread.is_alive():
-        where = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint") if stores.is_s3(url) else "the file system"
+        where = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint") if urls.is_s3(url) else "the file system"
         raise UserError(f"{url}: {where} does not answer; start the server or correct AWS_ENDPOINT_URL")
     if found:
-        known = found[0] if isinstance(found[0], UserError) else stores.as_user_error(found[0], url)
+        known = found[0] if isinstance(found[0], UserError) else as_user_error(found[0], url)
         if known is None and isinstance(found[0], OSError):
             known = UserError(f"{url}: cannot be written ({found[0]}); use another place")
         raise known or found[0]
@@ -265,8 +267,8 @@ def run(
 
 def demo(url: str, frames: int, overrides: list[str], workers: int | None) -> None:
     """Make the synthetic recording, in the project or in ./demo for one on S3, and run demo.yaml on it."""
-    check_place(stores.normalize(url))
-    folder = (Path("demo") if stores.is_s3(url) else Path(stores.normalize(url))) / "recording"
+    check_place(urls.normalize(url))
+    folder = (Path("demo") if urls.is_s3(url) else Path(urls.normalize(url))) / "recording"
     marker = folder / "frames.txt"  # written last: a recording that was cut short has none
     if not marker.exists() or marker.read_text() != str(frames):
         from zoosplat.synthetic.mouse import make_recording

@@ -13,7 +13,7 @@ from zoosplat.errors import Passing, UserError
 from zoosplat.stages import runs
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 from zoosplat_flows.execution.recorder import Event, Listener, Recorder
 
 RETRIES = 2
@@ -202,7 +202,7 @@ def make_report(run: Run, recorder: Recorder, tell: Listener) -> str:
     """The report page of what is done, unless it is there already. Returns its URL."""
     key, url = report_key(run), run.path("report", "index.html")
     tell(Event("report", "started"))
-    if recorder.get("report") == key and stores.exists(url):
+    if recorder.get("report") == key and objects.exists(url):
         tell(Event("report", "skipped"))
         return url
     from zoosplat_flows.report.page import build_report

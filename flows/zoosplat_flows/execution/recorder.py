@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from zoosplat.stages.runs import RECORD, Run
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 
 FLUSH_S = 5.0  # between writes to S3, where an object cannot be appended to
 PROGRESS_S = 10.0  # between lines of progress of a stage in its log
@@ -59,9 +59,9 @@ class _Text:
         self._url, self._lock = url, threading.Lock()
         self._file: IO[str] | None = None
         self._kept, self._put = "", 0.0
-        if stores.is_s3(url):
+        if urls.is_s3(url):
             with contextlib.suppress(FileNotFoundError):
-                self._kept = stores.read_bytes(url).decode(errors="replace")
+                self._kept = objects.read_bytes(url).decode(errors="replace")
         else:
             Path(url).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(url, "a", errors="replace")  # noqa: SIM115 (closed by `close`)
@@ -79,7 +79,7 @@ class _Text:
     def _send(self) -> None:
         # A log is not worth a stage: where the server is away for a moment, the next line brings it all.
         with contextlib.suppress(Exception):
-            stores.write_bytes(self._url, self._kept.encode())
+            objects.write_bytes(self._url, self._kept.encode())
         self._put = time.monotonic()
 
     def close(self) -> None:
@@ -169,7 +169,7 @@ class Recorder:
         return self._texts[name]
 
     def _write(self) -> None:
-        stores.write_json(self.run.path(RECORD), self._record)
+        objects.write_json(self.run.path(RECORD), self._record)
 
 
 @contextmanager

@@ -19,20 +19,19 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages import runs
+from zoosplat.stages.run_state import in_words, run_state
 from zoosplat.stages.runs import Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import listing, objects, schema, urls
 from zoosplat_flows.execution.status import (
     StageState,
     duration,
     failures,
-    in_words,
     memory,
     peak_memory,
-    run_state,
     seconds,
     states,
 )
@@ -98,14 +97,14 @@ def build_report(run: Run, state: str = "") -> str:
         built=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     )
     url = report_url(run)
-    stores.write_bytes(url, page.encode())
+    objects.write_bytes(url, page.encode())
     return url
 
 
 def report_url(run: Run) -> str:
     """Where the page of a run lies: in the run's folder; in a project of the layout before runs, where it did then."""
     home = run.project.path("report") if runs.is_legacy(run.project) else run.path("report")
-    return stores.join(home, "index.html")
+    return urls.join(home, "index.html")
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -121,7 +120,7 @@ def _check_files(run: Run, stage: str) -> None:
     result = run.result(stage)
     files = result.manifest()
     if files is not None:
-        stores.check_manifest(result.data_folder, files)
+        listing.check_manifest(result.data_folder, files)
 
 
 # -- parts --------------------------------------------------------------------------------------------------------
@@ -226,10 +225,10 @@ def _training(run: Run, experiment: Experiment, stages: dict[str, StageState]) -
         if isinstance(value, str | int | float)
     }
     part: Part = {"facts": facts, "plot": "", "preview": ""}
-    if stores.exists(stores.join(url, "history.csv")):
-        part["plot"] = _history_plot(_read_csv(stores.join(url, "history.csv")))
-    if stores.exists(stores.join(url, "preview.png")):
-        part["preview"] = _picture_of(stores.join(url, "preview.png"))
+    if objects.exists(urls.join(url, "history.csv")):
+        part["plot"] = _history_plot(_read_csv(urls.join(url, "history.csv")))
+    if objects.exists(urls.join(url, "preview.png")):
+        part["preview"] = _picture_of(urls.join(url, "preview.png"))
     return part
 
 
@@ -254,14 +253,14 @@ def _history_plot(rows: list[dict[str, str]]) -> str:
 
 def _evaluation(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
     url = run.input_url("evaluate")
-    files = list(stores.list_files(url))
+    files = list(listing.list_files(url))
     tables = []
     for name in files:
         split = re.fullmatch(r"metrics_(\w+)\.csv", name)
         if split:
-            rows = _read_csv(stores.join(url, name))
+            rows = _read_csv(urls.join(url, name))
             tables.append({"split": split[1], **_metrics(rows)})
-    over_time = [_over_time(_read_csv(stores.join(url, n))) for n in files if re.fullmatch(r"frames_\w+\.csv", n)]
+    over_time = [_over_time(_read_csv(urls.join(url, n))) for n in files if re.fullmatch(r"frames_\w+\.csv", n)]
     fitted = ""
     if experiment.train.method == "dynamic" or experiment.train.fit_to == "all":
         fitted = "Trained on all frames: observed views are training data, only held-out ones are new to the model."
@@ -307,21 +306,21 @@ def _gallery(url: str, files: list[str]) -> list[Part]:
     """The comparisons that the stage chose, held-out views first."""
     if "gallery.json" not in files:
         return []
-    pictures = json.loads(stores.read_bytes(stores.join(url, "gallery.json")))["pictures"]
+    pictures = json.loads(objects.read_bytes(urls.join(url, "gallery.json")))["pictures"]
     chosen = sorted(pictures, key=lambda p: (not p["held_out"], p["t"], p["camera"]))[:GALLERY_PICTURES]
-    return [{**p, "data": _picture_of(stores.join(url, p["file"]))} for p in chosen]
+    return [{**p, "data": _picture_of(urls.join(url, p["file"]))} for p in chosen]
 
 
 def _renders(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Part:
     url = run.input_url("render")
-    names = list(stores.list_files(url))
-    stills = [{"name": _title(n), "data": _picture_of(stores.join(url, n))} for n in names if n.endswith(".png")]
+    names = list(listing.list_files(url))
+    stills = [{"name": _title(n), "data": _picture_of(urls.join(url, n))} for n in names if n.endswith(".png")]
     films, left = [], FILM_BYTES
     for name in sorted((n for n in names if n.endswith(".mp4")), key=lambda n: (n != "orbit.mp4", n)):
-        left -= stores.size(stores.join(url, name))
+        left -= objects.size(urls.join(url, name))
         # A browser does not open a page of hundreds of megabytes: later films are named instead.
-        data = _data_uri(stores.join(url, name)) if left >= 0 else ""
-        films.append({"name": _title(name), "file": stores.join(url, name), "data": data})
+        data = _data_uri(urls.join(url, name)) if left >= 0 else ""
+        films.append({"name": _title(name), "file": urls.join(url, name), "data": data})
     return {"films": films, "stills": stills}
 
 
@@ -483,7 +482,7 @@ def as_jpeg(picture: npt.NDArray[np.uint8]) -> str:
 
 def _picture_of(url: str) -> str:
     """A PNG of a result, small enough to be one of dozens on a page."""
-    picture = cv2.imdecode(np.frombuffer(stores.read_bytes(url), np.uint8), cv2.IMREAD_COLOR_RGB)
+    picture = cv2.imdecode(np.frombuffer(objects.read_bytes(url), np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
         raise ValueError(f"{url} is not a picture")
     return as_jpeg(np.asarray(picture, dtype=np.uint8))
@@ -491,11 +490,11 @@ def _picture_of(url: str) -> str:
 
 def _data_uri(url: str) -> str:
     kind = TYPES[PurePosixPath(url).suffix.lower()]
-    return f"data:{kind};base64," + base64.b64encode(stores.read_bytes(url)).decode()
+    return f"data:{kind};base64," + base64.b64encode(objects.read_bytes(url)).decode()
 
 
 def _read_csv(url: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(stores.read_bytes(url).decode())))
+    return list(csv.DictReader(io.StringIO(objects.read_bytes(url).decode())))
 
 
 def label(name: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 from zoosplat_flows.execution.executor import Log, Progress
 from zoosplat_flows.runners.local import Processes, out_of_memory
 
@@ -89,7 +89,7 @@ def container_command(command: list[str], name: str, stage: str, arguments: list
         "--ulimit=nofile=20000:20000",
         "--ulimit=nproc=20000:20000",
         *([f"--gpus={gpus}", "--shm-size=1g"] if gpus else []),  # GPUs may talk by way of shared memory
-        f"--env={stores.S3_ONLY}=1",
+        f"--env={urls.S3_ONLY}=1",
         *(f"--env={name}" for name in PASSED_ON if name in os.environ),
         image_of(stage),
         *arguments,
@@ -111,7 +111,7 @@ class Containers(Processes):
             UserError: also when the image is missing, or the project or the recording is not on S3.
         """
         for url in (run.project.url, run.experiment.data.directory):
-            if not stores.is_s3(url):
+            if not urls.is_s3(url):
                 raise UserError(f"{url}: containers see no folders of this machine; use s3://bucket/prefix")
         found = subprocess.run([*self._engine, "image", "inspect", image_of(stage)], capture_output=True)
         if found.returncode != 0:

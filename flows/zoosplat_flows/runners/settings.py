@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from zoosplat.config.schema import Experiment
-from zoosplat.config.text import dump, parse_yaml
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.serialization import dump, parse_yaml
 from zoosplat.errors import UserError
 from zoosplat.stages.memory import gpu_gib
 

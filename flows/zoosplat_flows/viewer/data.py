@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.geometry import visual_hull
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import schema, stores
-from zoosplat_model.registry import open_predictor
+from zoosplat.storage import listing, objects, schema, urls
 
 if TYPE_CHECKING:
     from zoosplat_model.gaussians import Gaussians
@@ -157,8 +156,8 @@ def _checkpoints(run: Run) -> tuple[object, object]:
     if "train" not in run.results:
         return None, None
     url = run.output_url("train")
-    best = stores.read_json(stores.join(url, "best.json"))
-    dynamic = sorted(name for name in stores.list_files(url) if name.startswith("chkpnt_"))
+    best = objects.read_json(urls.join(url, "best.json"))
+    dynamic = sorted(name for name in listing.list_files(url) if name.startswith("chkpnt_"))
     shown = (best.get("checkpoint"), best.get("valid_loss")) if best else None
     return shown, tuple(dynamic) or None
 
@@ -263,6 +262,7 @@ class Scene:
         if not self.has_model:
             return
         from zoosplat_model.devices import pick_device
+        from zoosplat_model.registry import open_predictor
 
         pick_device(device)
         try:

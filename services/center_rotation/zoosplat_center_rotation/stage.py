@@ -8,7 +8,7 @@ import zarr
 from zoosplat.errors import UserError
 from zoosplat.geometry import visual_hull
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema
 from zoosplat_center_rotation import ops
 
 SMALL_HULL = 0.2  # of the median number of voxels: below, the views do not agree on where the animal is
@@ -30,7 +30,7 @@ class CenterRotation(Stage):
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         masks = ctx.open_input("ingest")
-        group = stores.open_group(ctx.run.output_url(self.name), write=True)
+        group = groups.open_group(ctx.run.output_url(self.name), write=True)
         intrinsics, world_to_camera = (schema.read(masks, key) for key in ("intrinsics", "world_to_camera"))
         if "pose" in masks:
             return self._in_place(group, shard, plan)
@@ -66,7 +66,7 @@ class CenterRotation(Stage):
         return Outcome(n)
 
     def finish(self, ctx: Context, plan: Plan) -> Outcome:
-        group = stores.open_group(ctx.run.output_url(self.name), write=True)
+        group = groups.open_group(ctx.run.output_url(self.name), write=True)
         means, covs, counts = (schema.read(group, key) for key in ("hull_mean", "hull_cov", "n_voxels"))
         valid = np.isfinite(means).all(axis=1)
         if valid.any():

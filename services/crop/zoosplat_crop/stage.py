@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from zoosplat.config.schema import CROP_MULTIPLE
+from zoosplat.config.sections import CROP_MULTIPLE
 from zoosplat.errors import UserError
 from zoosplat.geometry import visual_hull
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema
 from zoosplat_crop import ops
 
 MAX_FRAMES = 5000
@@ -62,12 +62,12 @@ class Crop(Stage):
             )
             counts += ops.index_counts(cells, values["grid_size"])
             ctx.progress(done + 1, len(frames), "")
-        group = stores.open_group(ctx.run.output_url(self.name), write=True)
+        group = groups.open_group(ctx.run.output_url(self.name), write=True)
         schema.write_block(group, "counts", shard.index, counts[None])
         return Outcome(len(frames))
 
     def finish(self, ctx: Context, plan: Plan) -> Outcome:
-        group = stores.open_group(ctx.run.output_url(self.name), write=True)
+        group = groups.open_group(ctx.run.output_url(self.name), write=True)
         marginals = schema.read(group, "counts").sum(axis=0)
         crop = ctx.experiment.crop
         if crop.volume_idx is not None:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from zoosplat.config.schema import Embedding, is_weights_file
+from zoosplat.config.sections import Embedding, is_weights_file
 from zoosplat.errors import UserError
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.runs import Run
-from zoosplat.storage import schema, stores
+from zoosplat.storage import fingerprints, listing, objects, schema, urls
 from zoosplat_embedding import ops
 
 FEWEST = 2  # training frames with a hull: an embedding of one says nothing
@@ -83,7 +83,7 @@ def _kind(attributes: dict[str, Any]) -> dict[str, Any]:
     if is_weights_file(str(kind.get("weights"))):
         # Groups of earlier versions name the file and not its content. One that is gone is known by its name alone.
         with suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            kind["weights"] = stores.content_fingerprint(stores.normalize(str(kind["weights"])))
+            kind["weights"] = fingerprints.content_fingerprint(urls.normalize(str(kind["weights"])))
     return kind
 
 
@@ -165,7 +165,7 @@ def write(folder: str, arrays: dict[str, Any], attributes: dict[str, Any]) -> No
     """embedding.zarr and embedding.csv into a folder or S3 prefix, the latter last."""
     n, dimensions = arrays["embedding"].shape
     sizes = {"T": n, "E": dimensions, "k": arrays["neighbours"].shape[1]}
-    group = schema.create(stores.join(folder, GROUP), GROUP, sizes, n, attributes)
+    group = schema.create(urls.join(folder, GROUP), GROUP, sizes, n, attributes)
     for key, values in arrays.items():
         schema.array(group, key)[...] = values
     joint = {"recording": arrays["recording"]} if "recordings" in attributes else {}
@@ -178,7 +178,7 @@ def write(folder: str, arrays: dict[str, Any], attributes: dict[str, Any]) -> No
         **{f"map_{axis}": arrays["map"][:, i] for i, axis in enumerate("xy")},
         **{f"e{i:02d}": arrays["embedding"][:, i] for i in range(dimensions)},
     }
-    stores.write_bytes(stores.join(folder, CSV), ops.table(columns))
+    objects.write_bytes(urls.join(folder, CSV), ops.table(columns))
 
 
 def _warnings(arrays: dict[str, Any], attributes: dict[str, Any]) -> tuple[str, ...]:
@@ -233,9 +233,9 @@ def embed_together(runs: Sequence[Run], output: str) -> list[str]:
     Raises:
         UserError: a run lacks its features, or their kinds differ; or there are files in `output`.
     """
-    held = next(stores.list_files(output), None)
+    held = next(listing.list_files(output), None)
     if held is not None:
-        raise UserError(f"{stores.join(output, held)}: is there already; choose an --output that holds no files")
+        raise UserError(f"{urls.join(output, held)}: is there already; choose an --output that holds no files")
     recordings, settings = [], runs[0].experiment.embedding
     for run in runs:
         recordings.append(Recording.read(run, settings.fit_to))

@@ -13,7 +13,7 @@ from torch import Tensor
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 from zoosplat_evaluate import ops
 from zoosplat_model.frames import Frame, FrameReader, open_reader
 from zoosplat_model.gpu_memory import out_of_memory
@@ -55,7 +55,7 @@ def _measured_before(ctx: Context) -> ops.Values | None:
     if earlier is None:
         return None
     try:
-        data = stores.read_bytes(stores.join(earlier.data_url, VALUES))
+        data = objects.read_bytes(urls.join(earlier.data_url, VALUES))
     except FileNotFoundError:  # of a version that did not keep them
         return None
     return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
@@ -130,7 +130,7 @@ class Evaluate(Stage):
         return fit.solve(), kept
 
     def _write(self, ctx: Context, name: str, data: bytes) -> None:
-        stores.write_bytes(stores.join(ctx.run.output_url(self.name), name), data)
+        objects.write_bytes(urls.join(ctx.run.output_url(self.name), name), data)
 
     def _write_tables(self, ctx: Context, reader: FrameReader, frames: list[int], values: ops.Values) -> None:
         split, jump = ctx.experiment.evaluate.split, ctx.experiment.ingest.frame_jump
@@ -181,8 +181,8 @@ class Evaluate(Stage):
                     }
                 )
         entries.sort(key=lambda entry: not entry["held_out"])
-        url = stores.join(ctx.run.output_url(self.name), "gallery.json")
-        stores.write_json(url, {"split": ctx.experiment.evaluate.split, "pictures": entries})
+        url = urls.join(ctx.run.output_url(self.name), "gallery.json")
+        objects.write_json(url, {"split": ctx.experiment.evaluate.split, "pictures": entries})
 
 
 def _named(values: ops.Values) -> dict[str, float | None]:

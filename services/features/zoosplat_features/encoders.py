@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import WEIGHTS_FILES, Experiment, is_weights_file
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.sections import WEIGHTS_FILES, is_weights_file
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 from zoosplat_features import ops
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.rasterize import Rendering
@@ -89,7 +90,7 @@ def weights_file(experiment: Experiment) -> str | None:
     settings = experiment.features
     if settings.encoder != "images" or not is_weights_file(settings.weights):
         return None
-    return stores.normalize(settings.weights)
+    return urls.normalize(settings.weights)
 
 
 def resnet18(weights: str) -> torch.nn.Module:
@@ -117,7 +118,7 @@ def resnet18(weights: str) -> torch.nn.Module:
 
 
 def _read(url: str) -> dict[str, Any]:
-    data = stores.read_bytes(url)
+    data = objects.read_bytes(url)
     try:
         if url.endswith(".safetensors"):
             return safetensors.torch.load(data)

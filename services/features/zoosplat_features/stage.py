@@ -7,7 +7,7 @@ import torch
 
 from zoosplat.errors import UserError
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema
 from zoosplat_features import encoders, ops
 from zoosplat_model.frames import open_reader
 from zoosplat_model.gpu_memory import out_of_memory
@@ -50,7 +50,7 @@ class Features(Stage):
         reader, block = predictor.reader, plan.values["block"]
         encode = encoders.open_encoder(ctx.experiment, plan.values["radius_m"], predictor.render, reader.device)
         function = encoders.flattened(encode) if ctx.experiment.flat_gaussians else encode
-        group = stores.open_group(ctx.run.output_url(self.name), write=True)
+        group = groups.open_group(ctx.run.output_url(self.name), write=True)
         frames = [t for t in range(shard.start, shard.stop) if reader.valid[t]]
         found = predictor.map_frames(frames, function, capture=encode.capturable)
         done = 0

@@ -7,12 +7,13 @@ import dataclasses
 import numpy as np
 import zarr
 
+from zoosplat.config.dnerf_defaults import SPLITS
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras, WorldTransform
 from zoosplat.recording import dnerf, video
 from zoosplat.recording.checks import check_recording, kept_frames
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema, urls
 from zoosplat_ingest import ops
 
 
@@ -28,7 +29,7 @@ def _prepare_scene(ctx: Context, url: str) -> Plan:
     h, w = scene.height // d, scene.width // d
     block = schema.block_frames(2 * h * w)
     attributes = {
-        "camera_names": list(data.camera_names or dnerf.SPLITS),
+        "camera_names": list(data.camera_names or SPLITS),
         "fps": facts.fps,
         "frame_jump": jump,
         "n_video_frames": len(scene.times),
@@ -50,7 +51,7 @@ def _prepare_scene(ctx: Context, url: str) -> Plan:
 
 def _read_scene(ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Outcome:
     """The masks of a D-NeRF scene: where a picture is not transparent."""
-    scene = dnerf.read_scene(stores.normalize(ctx.experiment.data.directory))
+    scene = dnerf.read_scene(urls.normalize(ctx.experiment.data.directory))
     frames = schema.read(group, "frame")
     shape = schema.array(group, "mask").shape[1:]
     for start in range(shard.start, shard.stop, plan.values["block"]):
@@ -105,7 +106,7 @@ class Ingest(Stage):
         return Plan(split(n_frames, per_shard, block), values, facts.warnings)
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
-        group = stores.open_group(ctx.run.output_url(self.name), write=True)
+        group = groups.open_group(ctx.run.output_url(self.name), write=True)
         if ctx.experiment.ingest.source == "dnerf":
             return _read_scene(ctx, group, shard, plan)
         infos = [video.VideoInfo(**i) for i in plan.values["infos"]]
@@ -128,7 +129,7 @@ class Ingest(Stage):
         return Outcome(shard.stop - shard.start, figures={f"empty_{shard.index}": empty.tolist()})
 
     def finish(self, ctx: Context, plan: Plan) -> Outcome:
-        group = stores.open_group(ctx.run.output_url(self.name))
+        group = groups.open_group(ctx.run.output_url(self.name))
         box = schema.read(group, "box")
         empty = (box[..., 2] == 0).sum(axis=0)
         warnings = []

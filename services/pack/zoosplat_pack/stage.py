@@ -16,7 +16,7 @@ from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording import dnerf, video
 from zoosplat.recording.checks import check_videos
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
-from zoosplat.storage import schema, stores
+from zoosplat.storage import groups, schema, urls
 from zoosplat_pack import ops
 
 
@@ -54,7 +54,7 @@ class Pack(Stage):
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         masks = ctx.open_input("ingest")
-        group = stores.open_group(ctx.run.output_url(self.name), write=True)
+        group = groups.open_group(ctx.run.output_url(self.name), write=True)
         if ctx.experiment.ingest.source == "dnerf":
             return self._pack_scene(ctx, group, shard, plan)
         infos = [video.VideoInfo(**i) for i in plan.values["infos"]]
@@ -96,7 +96,7 @@ class Pack(Stage):
     def _pack_scene(self, ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Outcome:
         """Windows of the pictures of a D-NeRF scene, on white."""
         masks = ctx.open_input("ingest")
-        scene = dnerf.read_scene(stores.normalize(ctx.experiment.data.directory))
+        scene = dnerf.read_scene(urls.normalize(ctx.experiment.data.directory))
         frames, full = schema.read(masks, "frame"), (int(masks.attrs["full_width"]), int(masks.attrs["full_height"]))
         width, height = plan.values["size"]
         for start in range(shard.start, shard.stop, plan.values["block"]):

@@ -12,7 +12,7 @@ from torch import Tensor
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 from zoosplat_model.carving import project
 from zoosplat_model.frames import Frame, FrameReader, open_reader
 from zoosplat_model.gaussians import Gaussians
@@ -95,14 +95,14 @@ class Render(Stage):
             about = {"kind": "paths", "t": [sequence[0], sequence[-1]]}
             outputs.append(("trajectories.png", media.encode_png(tracks), about))
         for name, data, _ in outputs:
-            stores.write_bytes(stores.join(ctx.run.output_url(self.name), name), data)
+            objects.write_bytes(urls.join(ctx.run.output_url(self.name), name), data)
         index = {
             "view": {"world_to_camera": _numpy(view[0]).tolist(), "intrinsics": _numpy(view[1]).tolist()},
             "width": artist.width,
             "height": artist.height,
             "files": [{"file": name, **about} for name, _, about in outputs],
         }
-        stores.write_json(stores.join(ctx.run.output_url(self.name), "index.json"), index)
+        objects.write_json(urls.join(ctx.run.output_url(self.name), "index.json"), index)
         return Outcome(len(sequence), figures={"frame": t, "gaussians": len(gaussians.means)})
 
 

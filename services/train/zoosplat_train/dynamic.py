@@ -14,7 +14,7 @@ import torch
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.contract import Context, Outcome, Plan
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 from zoosplat_model.devices import device_figures
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.hexplane import build_field
@@ -52,7 +52,7 @@ class _Training:
         torch.manual_seed(seed)
         field = build_field(ctx.experiment.dynamic)
         if self.config.initial_ply is not None:
-            points, colors = (v.to(device) for v in files.read_points(stores.normalize(self.config.initial_ply)))
+            points, colors = (v.to(device) for v in files.read_points(urls.normalize(self.config.initial_ply)))
         else:
             points, colors = initial_points(reader, self.config.initial_points, seed)
         self.trainer = DynamicTrainer(scene, points, colors, field, self.config, seed)
@@ -78,10 +78,10 @@ class _Training:
         own = files.checkpoints_in(self.url)
         where = self.config.start_checkpoint
         if own:
-            where = stores.join(self.url, files.checkpoint_name(*own[-1]))
+            where = urls.join(self.url, files.checkpoint_name(*own[-1]))
         if where is None:
             return
-        where = stores.normalize(where)
+        where = urls.normalize(where)
         checkpoint, phase, iteration = files.read_checkpoint(where)
         if iteration > self._length(phase):
             raise UserError(f"{where}: beyond the {self._length(phase)} iterations of stage {phase}")
@@ -90,9 +90,9 @@ class _Training:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             first = str(error).splitlines()[-1].strip()
             raise UserError(f"{where}: of another configuration ({first}); use its own, or another one") from None
-        url = stores.join(self.url, "history.csv")
-        if own and stores.exists(url):
-            rows = csv.DictReader(io.StringIO(stores.read_bytes(url).decode()))
+        url = urls.join(self.url, "history.csv")
+        if own and objects.exists(url):
+            rows = csv.DictReader(io.StringIO(objects.read_bytes(url).decode()))
             numbers = [{key: float(value) for key, value in row.items()} for row in rows]
             self.history = [row for row in numbers if row["step"] <= self._step()]
 
@@ -100,7 +100,7 @@ class _Training:
         trainer = self.trainer
         files.write_settings(self.url, self.ctx.experiment)
         begun, begun_seconds = self._step(), self.seconds
-        with plots.tensorboard(stores.join(self.url, "tensorboard"), begun) as self.board:
+        with plots.tensorboard(urls.join(self.url, "tensorboard"), begun) as self.board:
             if trainer.phase == "coarse":
                 self._run_phase()
                 self._pause()
@@ -198,10 +198,10 @@ class _Training:
         """Remove those that were only written so that a killed training goes on."""
         for phase, iteration in files.checkpoints_in(self.url):
             if (phase, iteration) != but and iteration not in self.config.checkpoint_iterations:
-                stores.delete(stores.join(self.url, files.checkpoint_name(phase, iteration)))
+                objects.delete(urls.join(self.url, files.checkpoint_name(phase, iteration)))
 
     def _write_history(self) -> None:
-        stores.write_bytes(stores.join(self.url, "history.csv"), plots.history_csv(self.history))
+        objects.write_bytes(urls.join(self.url, "history.csv"), plots.history_csv(self.history))
         self.board.upload()
 
     def _write_preview(self) -> None:
@@ -209,7 +209,7 @@ class _Training:
         truth, rendered = (v.cpu().numpy() for v in self.trainer.compare(middle))
         names = [self.reader.camera_names[c] for c in self.reader.observed]
         t = int(np.flatnonzero(self.reader.valid)[middle])
-        stores.write_bytes(stores.join(self.url, "preview.png"), plots.preview(truth, rendered, names, t))
+        objects.write_bytes(urls.join(self.url, "preview.png"), plots.preview(truth, rendered, names, t))
 
     def _show(self) -> None:
         """Truth above rendering, all views side by side."""
@@ -217,6 +217,6 @@ class _Training:
         self._tell()
         t = self.trainer
         rows = [media.side_by_side(list(media.to_uint8(v.cpu().numpy()))) for v in t.compare(len(t.scene.shown) // 2)]
-        url = stores.join(self.url, "render_process", t.phase, f"{t.iteration:05d}.png")
-        stores.write_bytes(url, media.encode_png(np.concatenate(rows)))
+        url = urls.join(self.url, "render_process", t.phase, f"{t.iteration:05d}.png")
+        objects.write_bytes(url, media.encode_png(np.concatenate(rows)))
         self._go_on()

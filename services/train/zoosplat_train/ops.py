@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoosplat.config.schema import Experiment, Train
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.training import Train
 from zoosplat_model import checkpoints
 from zoosplat_model.frames import Frame, FrameReader, copy_to_device
 from zoosplat_model.gaussians import Gaussians

@@ -23,14 +23,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Passing, UserError
 from zoosplat.machine import loopback
 from zoosplat.stages.command import arguments_of, failed, main
 from zoosplat.stages.contract import Context, Outcome, Stage
 from zoosplat.stages.process import prepared, run_spawned, spawning
 from zoosplat.stages.runs import Project
-from zoosplat.storage import stores
+from zoosplat.storage import s3_client
+from zoosplat.storage.errors import as_user_error
 from zoosplat_model.devices import pick_device
 
 T = TypeVar("T")
@@ -198,7 +199,7 @@ def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess])
 
 
 def _run_rank(train: Train, url: str, run_id: str, rank: int, size: int, meeting: str, report: Connection) -> None:
-    stores.expect_answers()
+    s3_client.expect_answers()
     # One machine: no other network is needed, nor a name for this one.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback())
@@ -217,7 +218,7 @@ def _run_rank(train: Train, url: str, run_id: str, rank: int, size: int, meeting
             report.send(result)
     except Exception as error:
         # Exceptions of other libraries do not always survive the way between processes.
-        known = error if isinstance(error, UserError) else stores.as_user_error(error, url)
+        known = error if isinstance(error, UserError) else as_user_error(error, url)
         news = known or RuntimeError("".join(traceback.format_exception(error)))
         if rank > 0:
             news.add_note(f"in rank {rank} of {size}")

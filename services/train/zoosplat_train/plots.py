@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 
 Row = dict[str, float]
 
@@ -89,7 +89,7 @@ class Board:
     def upload(self) -> None:
         self.writer.flush()
         for path in self.folder.iterdir():
-            stores.write_bytes(stores.join(self.url, path.name), path.read_bytes())
+            objects.write_bytes(urls.join(self.url, path.name), path.read_bytes())
 
 
 @contextmanager

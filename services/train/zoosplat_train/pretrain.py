@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from zoosplat.config.schema import RANDOM, Experiment
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.training import RANDOM
 from zoosplat.synthetic.random_animals import HEIGHT, WIDTH
 from zoosplat_model.animals import (
     RIGS,

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from zoosplat.config.schema import Train as Settings
+from zoosplat.config.training import Train as Settings
 from zoosplat.errors import UserError
 from zoosplat.machine import usable_cores
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.memory import VALID_FRAMES
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import TrainingProgress
 from zoosplat_model.devices import device_figures, pick_device
@@ -192,7 +192,7 @@ class _Training:
 
     def run(self) -> Outcome:
         p = self.progress
-        url = stores.join(self.ctx.run.output_url("train"), "tensorboard")
+        url = urls.join(self.ctx.run.output_url("train"), "tensorboard")
         board = plots.tensorboard(url, p.step) if self.ranks.first else nullcontext()
         # Frames are read ahead of the steps, from one epoch into the next.
         with board as self.board, closing(self.reader.prefetch(self._order())) as self.ahead:
@@ -396,7 +396,7 @@ class _Training:
             best = None if self.best_is_saved else self.best
             url = self.ctx.run.output_url("train")
             checkpoints.save(url, trainer.model, trainer.optimizer, average, p, keep_last=keep, best=best)
-            stores.write_bytes(stores.join(url, "history.csv"), plots.history_csv(p.history))
+            objects.write_bytes(urls.join(url, "history.csv"), plots.history_csv(p.history))
             if self.board is not None:
                 self.board.upload()
         self.best_is_saved, self.saved = True, time.monotonic()
@@ -404,11 +404,11 @@ class _Training:
     def _plot(self) -> None:
         with self._counted("plot"):
             url = self.ctx.run.output_url("train")
-            stores.write_bytes(stores.join(url, "loss.png"), plots.loss_curves(self.progress.history))
+            objects.write_bytes(urls.join(url, "loss.png"), plots.loss_curves(self.progress.history))
             t = (self.valid_frames or self.frames)[len(self.valid_frames or self.frames) // 2]
             truth, rendered = self.trainer.compare(self.reader.frame(t))
             names = [self.reader.camera_names[c] for c in self.reader.observed]
-            stores.write_bytes(stores.join(url, "preview.png"), plots.preview(truth, rendered, names, t))
+            objects.write_bytes(urls.join(url, "preview.png"), plots.preview(truth, rendered, names, t))
 
 
 STAGE = Train("train")

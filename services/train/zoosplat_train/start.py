@@ -8,10 +8,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from zoosplat.config.schema import ANIMALS, RANDOM
+from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import UserError
 from zoosplat.stages.runs import trained_result
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 from zoosplat_model import checkpoints
 from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.network.unet import UNetStack
@@ -54,17 +54,17 @@ def begin(model: PoseSplatter, start_from: str) -> None:
 def write(url: str, model: PoseSplatter) -> None:
     """Write a network's weights for other trainings to begin with: half precision, without the cameras' colours."""
     kept = {name: value for name, value in model.state_dict().items() if name != OF_THE_RIG}
-    stores.write_bytes(url, safetensors.torch.save({k: v.half().cpu().contiguous() for k, v in kept.items()}))
+    objects.write_bytes(url, safetensors.torch.save({k: v.half().cpu().contiguous() for k, v in kept.items()}))
 
 
 def _read(start_from: str) -> dict[str, Tensor]:
     if start_from == ANIMALS:
         data = (importlib.resources.files("zoosplat_train") / "animals.safetensors").read_bytes()
         return safetensors.torch.load(data)
-    url = stores.normalize(start_from)
+    url = urls.normalize(start_from)
     if url.endswith(".safetensors"):
         try:
-            return safetensors.torch.load(stores.read_bytes(url))
+            return safetensors.torch.load(objects.read_bytes(url))
         except FileNotFoundError:
             raise UserError(f"{url}: no such file; check train.start_from") from None
         except safetensors.SafetensorError as error:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import posixpath
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.messages import describe_errors
+from zoosplat.config.paths import resolve_path
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 class GaussianConfig(BaseModel):
@@ -69,24 +70,24 @@ class Classic(BaseModel):
     valid_time: Any = None
 
 
-DEFAULT_ELL = 0.22  # of the published mouse and rat experiments
-_OWN_LAYOUT = "the project folder has a layout of its own"
+DEFAULT_ELL = 0.22  # Metres; the edge of the model's cube in the published mouse and rat experiments.
+_LAYOUT_IS_FIXED = "the project folder has a layout of its own"
 _NO_EFFECT = {
-    "volume_directory": _OWN_LAYOUT,
-    "render_directory": _OWN_LAYOUT,
-    "center_rotation_fn": _OWN_LAYOUT,
-    "volume_sum_fn": _OWN_LAYOUT,
-    "model_fn": _OWN_LAYOUT,
-    "feature_fn": _OWN_LAYOUT,
-    "embedding_fn": _OWN_LAYOUT,
+    "volume_directory": _LAYOUT_IS_FIXED,
+    "render_directory": _LAYOUT_IS_FIXED,
+    "center_rotation_fn": _LAYOUT_IS_FIXED,
+    "volume_sum_fn": _LAYOUT_IS_FIXED,
+    "model_fn": _LAYOUT_IS_FIXED,
+    "feature_fn": _LAYOUT_IS_FIXED,
+    "embedding_fn": _LAYOUT_IS_FIXED,
     "image_compression_level": "zarr groups are compressed with zstd",
     "volume_compression_level": "volumes are carved when they are needed and not stored",
     "gaussian_config": "a tile-based rasteriser needs no cutoff, kernel size or batch size",
     "train_time": "the published tool ignores it too; limit training with train.epochs or train.max_minutes",
     "valid_time": "the published tool ignores it too",
 }
-# Where each classic key goes; also turns the names in messages back into those that the user wrote.
-_PLACES = {
+# The native keys that each classic key sets. Messages are translated back with it, into the keys that the user wrote.
+_NATIVE_KEYS = {
     "video_fns": ("data.videos",),
     "mask_video_fns": ("data.masks",),
     "camera_fn": ("data.calibration",),
@@ -121,24 +122,7 @@ def is_classic(raw: dict[str, Any]) -> bool:
     return bool(marks & raw.keys()) and not {"data", "crop", "center_rotation"} & raw.keys()
 
 
-def resolve(folder: str, name: str) -> str:
-    """Where a path that was written in `folder` leads: an absolute local path or an s3:// URL.
-
-    Raises:
-        UserError: an unknown kind of URL, or a relative path that leaves its bucket.
-    """
-    if "://" in name or name.startswith(("/", "~")):
-        return stores.normalize(name)
-    if not stores.is_s3(folder):
-        return os.path.normpath(os.path.join(folder, name))
-    bucket, _, prefix = folder[5:].partition("/")
-    path = posixpath.normpath(posixpath.join(prefix, name))
-    if path.split("/")[0] == "..":
-        raise UserError(f"{name}: leads out of the bucket {bucket}; name a folder inside it or a whole URL")
-    return stores.normalize(f"s3://{bucket}/{'' if path == '.' else path}")
-
-
-def to_native(classic: Classic, folder: str) -> tuple[dict[str, Any], list[str]]:
+def _to_native(classic: Classic, folder: str) -> tuple[dict[str, Any], list[str]]:
     """The native configuration that means the same, and one line for each key that has no effect or a default.
 
     Args:
@@ -147,42 +131,83 @@ def to_native(classic: Classic, folder: str) -> tuple[dict[str, Any], list[str]]
             videos to `data_directory`, and all other files and folders to `project_directory`.
     """
     given = classic.model_dump(exclude_none=True, exclude_unset=True)
-    project = resolve(folder, classic.project_directory)
+    project = resolve_path(folder, classic.project_directory)
     notes = [f"{key} has no effect: {reason}" for key, reason in _NO_EFFECT.items() if key in given]
     notes.append("train.epochs has its default, that of the published tool's command line: set it with --set")
     if classic.ell is None:
         given["ell"] = DEFAULT_ELL
         notes.append(f"ell is absent: {DEFAULT_ELL}, as in the published mouse experiments")
     given.setdefault("ell_tracking", given["ell"])
-    given["data_directory"] = resolve(folder, classic.data_directory)
-    given["camera_fn"] = resolve(project, classic.camera_fn)
+    given["data_directory"] = resolve_path(folder, classic.data_directory)
+    given["camera_fn"] = resolve_path(project, classic.camera_fn)
     if classic.vertical_lines_fn is not None:
-        given["vertical_lines_fn"] = resolve(project, classic.vertical_lines_fn)
+        given["vertical_lines_fn"] = resolve_path(project, classic.vertical_lines_fn)
 
     native: dict[str, Any] = {
         "name": re.sub(r"[^\w.-]+", "_", project.rsplit("/", 1)[-1]).strip("_.-") or "experiment",
         "unit": "normalized",
         "pack": {"window": "full"},
     }
-    for key, places in _PLACES.items():
+    for key, places in _NATIVE_KEYS.items():
         for place in places:
             if key in given:
                 section, _, leaf = place.rpartition(".")
                 (native.setdefault(section, {}) if section else native)[leaf] = given[key]
     if classic.image_directory is not None:
-        images = resolve(project, classic.image_directory)
+        images = resolve_path(project, classic.image_directory)
         if f"{images}/".startswith(f"{project}/"):
-            notes.append(f"image_directory has no effect: {_OWN_LAYOUT}")
+            notes.append(f"image_directory has no effect: {_LAYOUT_IS_FIXED}")
         else:
             native["reuse"] = images.rpartition("/")[0]
             notes.append(f"image_directory lies in another project: images are read from {native['reuse']} if they fit")
     return native, notes
 
 
-def in_classic_words(problem: str) -> str:
+def _in_classic_words(problem: str) -> str:
     """A problem with the native configuration, with the keys that the classic file has instead."""
-    for key, places in _PLACES.items():
+    for key, places in _NATIVE_KEYS.items():
         for place in places:
             if "." in place:
                 problem = re.sub(rf"(?<![\w.]){re.escape(place)}(?![\w])", key, problem)
     return problem
+
+
+def parse_classic(raw: dict[str, Any], config_folder: str) -> tuple[Experiment, list[str]]:
+    """Map a configuration of the published tool.
+
+    Args:
+        raw: the JSON object; absent and null keys have the published defaults.
+        config_folder: folder of the file, against which its two directories are resolved.
+
+    Returns:
+        The experiment, and a line for each key that has no effect or that got a notable default.
+
+    Raises:
+        UserError: a line for each problem, with the classic names of the keys.
+    """
+    native, notes = native_from_classic(raw, urls.normalize(config_folder))
+    try:
+        return Experiment.from_raw(native), notes
+    except UserError as error:
+        raise UserError("\n".join(_in_classic_words(line) for line in str(error).splitlines())) from None
+
+
+def classic_project_directory(raw: dict[str, Any], config_folder: str = ".") -> str:
+    """The project URL that a classic configuration names. Raises UserError where it names none."""
+    value = raw.get("project_directory")
+    if not isinstance(value, str) or not value:
+        raise UserError("project_directory is missing: give the folder of the project")
+    return resolve_path(urls.normalize(config_folder), value)
+
+
+def native_from_classic(raw: dict[str, Any], folder: str) -> tuple[dict[str, Any], list[str]]:
+    """The native configuration that a classic one means, not yet checked, and notes on it.
+
+    Raises:
+        UserError: a key is unknown, missing or of another type, a line each.
+    """
+    given = {key: value for key, value in raw.items() if value is not None}
+    try:
+        return _to_native(Classic.model_validate(given), folder)
+    except ValidationError as error:
+        raise UserError("\n".join(describe_errors(error, Classic))) from None

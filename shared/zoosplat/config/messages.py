@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in one line a problem: the key, the value, what is valid and the nearest valid value."""
+"""The errors that pydantic finds, a line each: the key, the value, what is valid and the nearest valid value."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from zoosplat.config.text import meant_number
+from zoosplat.config.serialization import suggest_number
 
-MAX_LINES = 30
-SPOKEN = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
+MAX_LINES = 30  # A screenful; a file of another kind would give a line for every key.
+# What people write for true and false, in lower case.
+BOOLEAN_WORDS = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -50,12 +51,12 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
     return f"unknown key {key}; valid: {', '.join(siblings)}"
 
 
-def lines_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """A line for each problem that pydantic found: key, value, what is valid, the nearest valid value."""
+def describe_errors(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """A line for each error of a validation: the key, the value, what is valid, the nearest valid value."""
     lines: list[str] = []
     more = 0
     for detail in error.errors(include_url=False):
-        if len(lines) >= MAX_LINES:  # looking for close keys takes its time
+        if len(lines) >= MAX_LINES:  # The search for close keys would take long.
             more += 1
             continue
         loc, kind, value, context = detail["loc"], detail["type"], detail["input"], detail.get("ctx", {})
@@ -68,7 +69,7 @@ def lines_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
         elif kind == "value_error" and not loc:
             lines += str(context["error"]).splitlines()
         elif kind == "value_error":
-            near = _meant(value)
+            near = _suggestion(value)
             lines.append(f"{key} = {_short(value)}: {context['error']}" + (f"; nearest: {near}" if near else ""))
         else:
             rule = _rule(kind, value, context, detail["msg"])
@@ -79,12 +80,12 @@ def lines_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
     return lines[:MAX_LINES] + ([f"and {more} more problems"] if more else [])
 
 
-def _meant(value: Any) -> str | None:
+def _suggestion(value: Any) -> str | None:
     """What to write instead of text that looks like a number: a value, or the first such of a list."""
     if isinstance(value, str):
-        return meant_number(value)
+        return suggest_number(value)
     texts = [text for text in value if isinstance(text, str)] if isinstance(value, list | tuple) else []
-    return next((f"{near} for {text}" for text in texts if (near := meant_number(text))), None)
+    return next((f"{near} for {text}" for text in texts if (near := suggest_number(text))), None)
 
 
 def _short(value: Any) -> str:
@@ -95,7 +96,7 @@ def _short(value: Any) -> str:
     short.maxlevel = 2
     try:
         return short.repr(value)
-    except ValueError:  # Python refuses to write integers of thousands of digits
+    except ValueError:  # Python refuses to print integers of thousands of digits.
         return "a huge number"
 
 
@@ -107,7 +108,7 @@ def _rule(kind: str, value: Any, context: dict[str, Any], message: str) -> str:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if isinstance(value, str) and (meant := meant_number(value)):
+        if isinstance(value, str) and (meant := suggest_number(value)):
             near = meant
         elif math.isfinite(number):
             near = round(number) if kind.startswith("int") else number
@@ -124,7 +125,7 @@ def _rule(kind: str, value: Any, context: dict[str, Any], message: str) -> str:
         choices = re.findall(r"'([^']*)'", context["expected"])
         near = next(iter(difflib.get_close_matches(_short(value).strip("'").lower(), choices, 1)), None)
     elif kind == "bool_type":
-        text, near = "must be true or false", SPOKEN.get(value.lower()) if isinstance(value, str) else None
+        text, near = "must be true or false", BOOLEAN_WORDS.get(value.lower()) if isinstance(value, str) else None
     else:
         text = {
             "string_type": "must be text (in quotes, if it looks like a number, true, false or null)",

@@ -16,13 +16,14 @@ from typing import Literal
 
 import numpy as np
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.dnerf_defaults import SPLITS
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.geometry.transforms import FloatArray
 from zoosplat.recording import calibration, dnerf
 from zoosplat.recording.video import VideoInfo, probe
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 
 Kind = Literal["mask", "video"]
 SAME_RATE = 0.01  # frame rates that differ by less, relatively, are written differently and mean the same
@@ -162,7 +163,7 @@ def up_url(experiment: Experiment) -> str | None:
 
 def _read_bytes(url: str, key: str) -> bytes:
     try:
-        return stores.read_bytes(url)
+        return objects.read_bytes(url)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{url}: no such file; check {key} and data.directory") from None
     except IsADirectoryError:
@@ -171,8 +172,8 @@ def _read_bytes(url: str, key: str) -> bytes:
 
 def _check_folder(experiment: Experiment) -> None:
     """One line instead of one for each file in it. On S3 there are no folders."""
-    folder = stores.normalize(experiment.data.directory)
-    if not stores.is_s3(folder) and not os.path.isdir(folder):
+    folder = urls.normalize(experiment.data.directory)
+    if not urls.is_s3(folder) and not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; check data.directory")
 
 
@@ -249,9 +250,9 @@ def _rate_warnings(infos: Sequence[VideoInfo]) -> Iterator[str]:
 def _check_scene(experiment: Experiment) -> RecordingFacts:
     """Check a D-NeRF scene: its files, and the size of each of its pictures that are kept."""
     problems = Problems()
-    scene = dnerf.read_scene(stores.normalize(experiment.data.directory))
+    scene = dnerf.read_scene(urls.normalize(experiment.data.directory))
     kept = scene.pictures[:: experiment.ingest.frame_jump][: experiment.ingest.max_frames]
-    urls = [url for row in kept for url in row if url is not None]
+    pictures = [url for row in kept for url in row if url is not None]
 
     def fault(url: str) -> UserError | None:
         try:
@@ -266,15 +267,15 @@ def _check_scene(experiment: Experiment) -> RecordingFacts:
         )
 
     with ThreadPoolExecutor(REQUESTS) as pool:
-        for error in pool.map(fault, urls):
+        for error in pool.map(fault, pictures):
             with problems.noted():
                 if error is not None:
                     raise error
     with problems.noted():
-        experiment.check(len(dnerf.SPLITS), scene.width, scene.height)
+        experiment.check(len(SPLITS), scene.width, scene.height)
     problems.report()
     k, poses = np.tile(scene.intrinsics(1), (2, 1, 1)), scene.world_to_camera[0]
-    cameras = Cameras(dnerf.SPLITS, k, poses[:, :3, :3], poses[:, :3, 3], np.zeros((2, 5)))
+    cameras = Cameras(SPLITS, k, poses[:, :3, :3], poses[:, :3, 3], np.zeros((2, 5)))
     return RecordingFacts(
         masks=(),
         videos=(),

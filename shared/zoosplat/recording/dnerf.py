@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from zoosplat.config.dnerf_defaults import TRANSFORMS_FILES
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 
-SPLITS = ("train", "test")
-FILES = tuple(f"transforms_{split}.json" for split in SPLITS)
 SAME_TIME = 1e-6
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HAS_ALPHA = 4  # a bit of a PNG's kind of colours
@@ -69,10 +68,10 @@ def read_scene(folder: str) -> DnerfScene:
     """
     rows: list[tuple[float, int, str, F64]] = []  # time, camera, picture, pose
     angle = math.nan
-    for camera, name in enumerate(FILES):
-        url = stores.join(folder, name)
+    for camera, name in enumerate(TRANSFORMS_FILES):
+        url = urls.join(folder, name)
         try:
-            found = json.loads(stores.read_bytes(url))
+            found = json.loads(objects.read_bytes(url))
             if camera == 0:
                 angle = float(found["camera_angle_x"])
             for i, entry in enumerate(found["frames"]):
@@ -80,19 +79,19 @@ def read_scene(folder: str) -> DnerfScene:
                 path = str(entry["file_path"])
                 if ".." in path.replace("\\", "/").split("/") or "://" in path:
                     raise UserError(f"{where}: file_path {path!r} leads out of the scene")
-                picture = stores.join(folder, path.removeprefix("./"))
+                picture = urls.join(folder, path.removeprefix("./"))
                 picture = picture if picture.endswith(".png") else picture + ".png"
                 rows.append((float(entry["time"]), camera, picture, _pose(entry["transform_matrix"], where)))
         except FileNotFoundError:
-            raise UserError(f"{url}: no such file; a D-NeRF scene has {' and '.join(FILES)}") from None
+            raise UserError(f"{url}: no such file; a D-NeRF scene has {' and '.join(TRANSFORMS_FILES)}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{url}: not transforms of a D-NeRF scene ({what})") from None
     if not 0 < angle < math.pi:
-        raise UserError(f"{stores.join(folder, FILES[0])}: camera_angle_x = {angle}: must be between 0 and pi")
-    for camera, name in enumerate(FILES):
+        raise UserError(f"{urls.join(folder, TRANSFORMS_FILES[0])}: camera_angle_x = {angle}: must be between 0 and pi")
+    for camera, name in enumerate(TRANSFORMS_FILES):
         if not any(row[1] == camera for row in rows):
-            raise UserError(f"{stores.join(folder, name)}: holds no frames")
+            raise UserError(f"{urls.join(folder, name)}: holds no frames")
     height, width = read_picture(rows[0][2], 1).shape[:2]
 
     times: list[float] = []
@@ -137,7 +136,7 @@ def picture_size(url: str) -> tuple[int, int]:
         UserError: it is not there, or not a PNG of 8 bits with transparency.
     """
     try:
-        with stores.open_read(url) as file:
+        with objects.open_read(url) as file:
             head = file.read(HEADER_BYTES)
     except (FileNotFoundError, IsADirectoryError):
         head = b""
@@ -158,7 +157,7 @@ def read_picture(url: str, downsample: int) -> npt.NDArray[np.float32]:
     import cv2
 
     try:
-        found = cv2.imdecode(np.frombuffer(stores.read_bytes(url), np.uint8), cv2.IMREAD_UNCHANGED)
+        found = cv2.imdecode(np.frombuffer(objects.read_bytes(url), np.uint8), cv2.IMREAD_UNCHANGED)
     except (FileNotFoundError, cv2.error):
         found = None
     if found is None or found.ndim != 3 or found.shape[2] != 4 or found.dtype != np.uint8:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from av.container import InputContainer
 
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
+from zoosplat.storage import objects
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -67,13 +67,13 @@ def probe(url: str, label: str) -> VideoInfo:
         UserError: missing, empty or unreadable file, a folder, no video stream, or no frames.
     """
     try:
-        n_bytes = stores.size(url)
+        n_bytes = objects.size(url)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{label}: no such file: {url}; check data.directory and the names in data") from None
     if n_bytes == 0:
         raise UserError(f"{label}: the file is empty: {url}; copy or export it again")
     try:
-        with stores.open_read(url) as file, _open(file) as container:
+        with objects.open_read(url) as file, _open(file) as container:
             if not container.streams.video:
                 raise UserError(f"{label}: no video stream in {url}")
             stream = container.streams.video[0]
@@ -149,7 +149,7 @@ def _numbered(info: VideoInfo, start: int) -> Iterator[tuple[int, av.VideoFrame]
     at, before = -1, None
     seeking = start > 0 and info.step is not None
     try:
-        with stores.open_read(info.url) as file, _open(file) as container:
+        with objects.open_read(info.url) as file, _open(file) as container:
             stream = container.streams.video[0]
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1  # cameras are decoded in parallel instead

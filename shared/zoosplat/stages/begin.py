@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages import runs
 from zoosplat.stages.ownership import foreign_names
 from zoosplat.stages.prechecks import check_before_run, check_project_place
 from zoosplat.stages.registry import STAGES, upstream
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def check_forced(force: list[str], stages: list[str]) -> None:
 
 
 def _check_folder(project: Project) -> None:
-    if not stores.is_s3(project.url):
+    if not urls.is_s3(project.url):
         place = next(each for each in (Path(project.url), *Path(project.url).parents) if each.exists())
         if not place.is_dir():
             raise UserError(f"{project.url}: {place} is a file; choose another folder")

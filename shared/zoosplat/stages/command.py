@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from zoosplat.config.schema import load_config
+from zoosplat.config.load import load_config
 from zoosplat.errors import Passing, UserError
 from zoosplat.machine import usable_cores
 from zoosplat.stages import runner
 from zoosplat.stages.begin import begun, check_layout
 from zoosplat.stages.contract import Context, Progress, Stage
 from zoosplat.stages.runs import Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage.errors import as_user_error
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -133,7 +133,7 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
 
 def failed(stage: str, error: Exception, url: str) -> int:
     """Say in one line what went wrong; the exit status. Other errors than the user's are raised again."""
-    known = error if isinstance(error, UserError) else stores.as_user_error(error, url)
+    known = error if isinstance(error, UserError) else as_user_error(error, url)
     if known is None:
         raise error
     lines = [*str(known).splitlines(), *getattr(known, "__notes__", ())]

@@ -10,14 +10,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from zoosplat.config import effects
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
+from zoosplat.stages import dependencies, runs
 from zoosplat.stages.registry import PIPELINE, STAGES, StageSpec
 from zoosplat.stages.results import DONE, REQUEST, Mark, Result, digest_of
 from zoosplat.stages.runs import LEGACY_RUN, Draft, Project, Run
-from zoosplat.storage import stores
+from zoosplat.storage import fingerprints, objects
 
 MARKS = "_marks"
 # Which part of the configuration a stage's digest was made from: sections and keys, those with a `-` taken out again.
@@ -66,7 +65,7 @@ def legacy_run(project: Project) -> Run:
     experiment = _read_experiment(project)
     results: dict[str, Result] = {}
     for spec in PIPELINE:
-        mark = stores.read_json(project.path(MARKS, f"{spec.name}.json"))
+        mark = objects.read_json(project.path(MARKS, f"{spec.name}.json"))
         folder = project.url
         location = None if mark is None else mark.get("location")
         if location is not None:
@@ -80,7 +79,7 @@ def legacy_run(project: Project) -> Run:
 def _read_experiment(project: Project) -> Experiment:
     where = project.path(runs.LEGACY_CONFIG)
     try:
-        return Experiment.from_yaml(stores.read_bytes(where).decode())
+        return Experiment.from_yaml(objects.read_bytes(where).decode())
     except FileNotFoundError:
         raise UserError(f"{project.url}: holds neither a run nor {runs.LEGACY_CONFIG}") from None
     except UnicodeDecodeError:
@@ -137,7 +136,7 @@ def _why_not_current(spec: StageSpec, mark: Mark, old: Run, draft: Draft, kept: 
     if mark["version"] != spec.version:
         return f"is of version {mark['version']} of the stage; this is version {spec.version}"
     inputs = {name: (old.read_mark(name) or {}).get("digest") for name in spec.reads}
-    sources = [stores.legacy_fingerprint(url) for url in _legacy_sources(spec.name, old.experiment)]
+    sources = [fingerprints.legacy_fingerprint(url) for url in _legacy_sources(spec.name, old.experiment)]
     settings = _legacy_settings(spec.name, old.experiment)
     if digest_of([spec.name, spec.version, settings, inputs, sources]) != mark["digest"]:
         return "was made from other files or settings than those of today"
@@ -162,7 +161,7 @@ def _legacy_settings(stage: str, experiment: Experiment) -> dict[str, Any]:
 
 def _legacy_sources(stage: str, experiment: Experiment) -> list[str]:
     """Files whose fingerprints a digest was made from, in their order then."""
-    files = effects.outside_files(stage, experiment)
+    files = dependencies.outside_files(stage, experiment)
     if stage == "ingest" and experiment.ingest.source == "dnerf":
         return [url for key, url in files.items() if key.endswith(".json")]
     order = {
@@ -193,8 +192,8 @@ def _adopt(project: Project, mark: Mark, request: Mark, found: Result) -> Result
     new = {**mark, **request, "run": LEGACY_RUN, "data": place}
     for key in ("digest", "location"):
         new.pop(key, None)
-    stores.write_json(result.file(REQUEST), request)
-    stores.write_json(result.file(DONE), new)
+    objects.write_json(result.file(REQUEST), request)
+    objects.write_json(result.file(DONE), new)
     return Result.at(project.url, request["stage"], request["id"])
 
 

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from zoosplat.config.schema import CROP_MULTIPLE, RANDOM, Experiment
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.sections import CROP_MULTIPLE
+from zoosplat.config.training import RANDOM
 from zoosplat.stages.runs import Run
 from zoosplat.storage.schema import read
 

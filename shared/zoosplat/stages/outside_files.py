@@ -13,11 +13,13 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from zoosplat.config.schema import ANIMALS, RANDOM, Experiment, is_weights_file
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.sections import is_weights_file
+from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import Problems, UserError
 from zoosplat.formats import ply
 from zoosplat.stages.runs import trained_result
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 
 CHECKPOINT = re.compile(r"chkpnt_(coarse|fine)_\d+\.pth")
 MAX_HEADER = 100 << 20  # of a .safetensors file, as its own readers have it
@@ -57,11 +59,11 @@ def check_outside_files(experiment: Experiment, stages: Iterable[str]) -> None:
 
 def _size(key: str, value: str) -> int:
     """Bytes of a file. Raises UserError unless it is there and holds something."""
-    url = stores.normalize(value)
+    url = urls.normalize(value)
     try:
-        if not (n_bytes := stores.size(url)):
+        if not (n_bytes := objects.size(url)):
             raise UserError(f"{key} = {value}: the file is empty; copy it again")
-        with stores.open_read(url):
+        with objects.open_read(url):
             return n_bytes
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{key} = {value}: no such file; check {key}") from None
@@ -70,7 +72,7 @@ def _size(key: str, value: str) -> int:
 
 
 def _read(value: str, start: int, count: int) -> bytes:
-    with stores.open_read(stores.normalize(value)) as file:
+    with objects.open_read(urls.normalize(value)) as file:
         file.seek(start)
         return file.read(count)
 
@@ -79,7 +81,7 @@ def _read(value: str, start: int, count: int) -> bytes:
 def _check_start(experiment: Experiment) -> None:
     value = experiment.train.start_from
     if not value.endswith(".safetensors"):
-        if trained_result(stores.normalize(value)) is None:
+        if trained_result(urls.normalize(value)) is None:
             raise UserError(
                 f"train.start_from = {value}: no project with a finished training; name one, a .safetensors file, "
                 f"{ANIMALS} or {RANDOM}"
@@ -173,7 +175,7 @@ def _check_weights(key: str, value: str) -> None:
 def _check_torch_file(key: str, value: str) -> None:
     """What torch.save writes: a ZIP file, whose end lists its parts, or before version 1.6 a pickle."""
     _size(key, value)
-    with stores.open_read(stores.normalize(value)) as file:
+    with objects.open_read(urls.normalize(value)) as file:
         begins = file.read(1)
         if not (zipfile.is_zipfile(file) if begins == b"P" else begins == b"\x80"):
             raise UserError(f"{key} = {value}: cut off, or not a file that torch.save wrote; copy it again")

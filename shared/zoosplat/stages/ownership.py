@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from zoosplat.storage import stores
+from zoosplat.storage import listing, urls
 
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")  # as `runs.record` makes them
 # Names below a project that are zoosplat's: those of the results of today's layout, and of the one before.
@@ -25,12 +25,12 @@ def foreign_names(project_url: str) -> list[str]:
         For each such name one file: the name itself, or the first file inside, such as `model/weights.pt`. Empty
         folders hold nothing that could be lost. Nothing where the folder is a project, or holds no such names.
     """
-    project = stores.normalize(project_url)
-    names = stores.list_names(project)
+    project = urls.normalize(project_url)
+    names = listing.list_names(project)
     taken = [name for name in RESERVED if name in names]
     if not taken or _is_project(project, names):
         return []
-    files = [stores.first_file(stores.join(project, name)) for name in taken]
+    files = [listing.first_file(urls.join(project, name)) for name in taken]
     return [f"{name}/{file}".rstrip("/") for name, file in zip(taken, files, strict=True) if file is not None]
 
 
@@ -38,9 +38,9 @@ def _is_project(project: str, names: list[str]) -> bool:
     """Whether zoosplat has begun a run here, with this version or one that kept its marks in `_marks`."""
     if "experiment.yaml" in names and "_marks" in names:
         return True
-    runs = stores.join(project, "runs")
+    runs = urls.join(project, "runs")
     return "runs" in names and any(
         # Its name alone tells a run whose begin was killed while its record was written.
-        RUN_ID.fullmatch(run) or {"run.json", "config.yaml"} <= set(stores.list_names(stores.join(runs, run)))
-        for run in stores.list_names(runs)
+        RUN_ID.fullmatch(run) or {"run.json", "config.yaml"} <= set(listing.list_names(urls.join(runs, run)))
+        for run in listing.list_names(runs)
     )

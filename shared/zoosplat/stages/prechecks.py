@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.stages.outside_files import check_outside_files
 from zoosplat.stages.ownership import RESERVED
-from zoosplat.storage import stores
-from zoosplat.storage.group_store import lost
+from zoosplat.storage import groups, urls
+from zoosplat.storage.errors import damaged_result_error
 
 FEWEST_TRACKED = 2  # frames that a path and a heading can be interpolated between
 FEWEST_EMBEDDED = 2  # frames that an embedding is fitted to
@@ -56,9 +56,9 @@ def check_before_run(
 def _check_finished_masks(experiment: Experiment, url: str, also_videos: bool) -> int:
     """Check a configuration, and the videos, against masks that are finished. The number of kept frames."""
     try:
-        group = stores.open_group(url)
+        group = groups.open_group(url)
     except FileNotFoundError:
-        raise lost(url, "is missing") from None
+        raise damaged_result_error(url, "is missing") from None
     attributes = {key: group.attrs[key] for key in ("full_width", "full_height", "image_downsample", "frame_jump")}
     width, height, d, jump = (int(str(value)) for value in attributes.values())
     kept, n_cameras, *_ = (int(n) for n in group["mask"].shape)  # type: ignore[union-attr]
@@ -178,8 +178,8 @@ def _inputs(experiment: Experiment) -> list[tuple[str, str]]:
 
 def _resolved(url: str) -> str:
     """A URL in the one form that can be compared: of a local path the one without symbolic links."""
-    normal = stores.normalize(url)
-    return normal if stores.is_s3(normal) else os.path.realpath(normal)
+    normal = urls.normalize(url)
+    return normal if urls.is_s3(normal) else os.path.realpath(normal)
 
 
 def _below(url: str, folder: str) -> str | None:

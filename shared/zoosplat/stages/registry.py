@@ -1,7 +1,7 @@
 """The chain of stages as data: what each stage reads and writes.
 
 The services implement the stages, the flows chain them; both, and every reader of a result, look here. Which keys of
-the configuration determine a stage's result is declared with the keys: see `zoosplat.config.effects`.
+the configuration determine a stage's result is declared with the keys: see `zoosplat.stages.dependencies`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any
 
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import STAGES
-from zoosplat.storage import stores
+from zoosplat.storage import objects, urls
 
 Mark = dict[str, Any]
 FOLDER = "results"
@@ -40,8 +40,8 @@ class Source:
 
     Attributes:
         url: where it lies.
-        fingerprint: names its content, see `stores.content_fingerprint`.
-        state: what changes when the file is written, see `stores.stat`; empty where it is not known.
+        fingerprint: names its content, see `fingerprints.content_fingerprint`.
+        state: what changes when the file is written, see `fingerprints.stat`; empty where it is not known.
     """
 
     url: str
@@ -132,7 +132,7 @@ class Result:
         Raises:
             UserError: its mark is of another result, or names a place that may not be read here.
         """
-        folder = stores.join(project_url, FOLDER, stage, result_id)
+        folder = urls.join(project_url, FOLDER, stage, result_id)
         found = cls(stage, result_id, folder, folder, reused)
         try:
             mark = found.mark()
@@ -141,18 +141,18 @@ class Result:
         if mark is None or "data" not in mark:
             return found
         data = str(mark["data"])
-        whole = data if data.startswith(("/", "s3://")) else stores.join(project_url, data)
+        whole = data if data.startswith(("/", "s3://")) else urls.join(project_url, data)
         # What is read from a mark is checked as what a user writes is: a container must not be sent to its own files.
-        return cls(stage, result_id, folder, stores.normalize(whole), reused)
+        return cls(stage, result_id, folder, urls.normalize(whole), reused)
 
     @property
     def data_url(self) -> str:
         """URL of the group or folder that the stage writes."""
-        return stores.join(self.data_folder, STAGES[self.stage].writes)
+        return urls.join(self.data_folder, STAGES[self.stage].writes)
 
     def file(self, *parts: str) -> str:
         """URL of a file in its own folder, such as `plan.json`."""
-        return stores.join(self.folder, *parts)
+        return urls.join(self.folder, *parts)
 
     def shard_mark_url(self, index: int, count: int) -> str:
         return self.file(SHARDS, f"{index:05d}-of-{count:05d}.json")
@@ -166,7 +166,7 @@ class Result:
     def mark(self) -> Mark | None:
         """Its success mark, None before it is finished. Raises UserError where the mark is of another result."""
         if "done" not in self._mark:
-            mark = stores.read_json(self.file(DONE))
+            mark = objects.read_json(self.file(DONE))
             if mark is None:
                 return None
             if mark.get("id") != self.id:
@@ -181,7 +181,7 @@ class Result:
 
     def plan(self) -> Mark | None:
         """What `prepare` wrote; None before that."""
-        return stores.read_json(self.file(PLAN))
+        return objects.read_json(self.file(PLAN))
 
     def shards_done(self) -> tuple[int, int]:
         """How many shards are done, of how many; (0, 0) before the result is prepared."""
@@ -193,7 +193,7 @@ class Result:
         if plan is None:
             return 0, 0
         count = len(plan["bounds"]) - 1
-        return sum(stores.exists(self.shard_mark_url(i, count)) for i in range(count)), count
+        return sum(objects.exists(self.shard_mark_url(i, count)) for i in range(count)), count
 
     def require(self) -> Mark:
         """Its success mark. Raises UserError where the result is not finished, or no longer there."""
@@ -209,4 +209,4 @@ class Result:
 
     def manifest(self) -> dict[str, int] | None:
         """Path below `data_folder` -> bytes of every file of the complete result; None for one that was adopted."""
-        return stores.read_json(self.file(MANIFEST))
+        return objects.read_json(self.file(MANIFEST))

@@ -24,7 +24,19 @@ from zoosplat.stages.contract import Context, Plan, Progress, Shard, Stage
 from zoosplat.stages.process import prepared, run_spawned, spawning
 from zoosplat.stages.results import DONE, MANIFEST, PLAN, Mark, Result
 from zoosplat.stages.runs import Project, Run, claim, link_latest
-from zoosplat.storage import leases, schema, stores, writing
+from zoosplat.storage import (
+    conditional,
+    fingerprints,
+    groups,
+    leases,
+    listing,
+    objects,
+    s3_client,
+    schema,
+    urls,
+    writing,
+)
+from zoosplat.storage.errors import as_user_error
 
 PACKAGES = ("zoosplat", "numpy", "zarr", "av", "opencv-python-headless", "scipy", "torch", "gsplat")
 
@@ -74,7 +86,7 @@ def _alone(url: str, ctx: Context) -> Iterator[leases.Held]:
 
 def _write_once(url: str, value: Mark) -> None:
     """Write what says that a step is done. Raises LockLost where another process has done so meanwhile."""
-    if not stores.create_json(url, value):
+    if not conditional.create_json(url, value):
         raise LockLost(f"{url}: another run has taken this work over; run again, finished work is kept")
 
 
@@ -131,7 +143,7 @@ def read_plan(stage: Stage, ctx: Context) -> Plan:
 
 def shard_is_done(result: Result, shard: Shard) -> bool:
     """Whether the mark of a shard is there."""
-    return stores.exists(result.shard_mark_url(shard.index, shard.count))
+    return objects.exists(result.shard_mark_url(shard.index, shard.count))
 
 
 def run_shard(stage: Stage, ctx: Context, index: int, plan: Plan) -> None:
@@ -185,16 +197,16 @@ def finish(stage: Stage, ctx: Context, plan: Plan) -> None:
 
 def _finish(stage: Stage, ctx: Context, plan: Plan, result: Result) -> None:
     _check_version(stage, ctx)
-    marks = [stores.read_json(result.shard_mark_url(i, plan.n_shards)) for i in range(plan.n_shards)]
+    marks = [objects.read_json(result.shard_mark_url(i, plan.n_shards)) for i in range(plan.n_shards)]
     missing = [i for i, mark in enumerate(marks) if mark is None]
     if missing:
         raise UserError(f"{ctx.run.project.url}: shards {missing} of stage {stage.name} are not done; run them first")
-    stores.remove_partials(result.folder)
+    objects.remove_partials(result.folder)
     with _measured() as measured:
         outcome = stage.finish(ctx, plan)
     _check_sources(stage, ctx)
     files = _complete_files(stage, result)
-    stores.write_json(result.file(MANIFEST), files)
+    objects.write_json(result.file(MANIFEST), files)
     steps = [result.plan() or {}, *(m for m in marks if m is not None), measured.as_mark()]
     warnings = list(dict.fromkeys([w for m in steps for w in m.get("warnings", [])] + list(outcome.warnings)))
     figures: dict[str, Any] = {}
@@ -227,10 +239,10 @@ def _check_sources(stage: Stage, ctx: Context) -> None:
         if not source.state:
             continue
         try:
-            unchanged = str(stores.stat(source.url)) == source.state
+            unchanged = str(fingerprints.stat(source.url)) == source.state
         except FileNotFoundError:
             continue  # what was read of it was read before it went
-        if not unchanged and stores.content_fingerprint(source.url) != source.fingerprint:
+        if not unchanged and fingerprints.content_fingerprint(source.url) != source.fingerprint:
             raise UserError(f"{source.url}: was changed while stage {stage.name} read it; run again")
 
 
@@ -242,20 +254,20 @@ def _complete_files(stage: Stage, result: Result) -> dict[str, int]:
     """
     files: dict[str, int] = {}
     for name in (stage.spec.writes, *stage.spec.also):
-        url = stores.join(result.data_folder, name)
-        below = stores.manifest(url)
-        if not below and stores.exists(url):
-            files[name] = stores.size(url)
+        url = urls.join(result.data_folder, name)
+        below = listing.manifest(url)
+        if not below and objects.exists(url):
+            files[name] = objects.size(url)
             continue
         lost = [""] if not below else []
         if below and name.endswith(".zarr"):
-            lost = sorted(schema.expected_files(stores.open_group(url)) - below.keys())
+            lost = sorted(schema.expected_files(groups.open_group(url)) - below.keys())
         if lost:
             raise UserError(
-                f"{stores.join(url, lost[0]).rstrip('/')}: is missing, one of {len(lost)} of such, though its shard "
+                f"{urls.join(url, lost[0]).rstrip('/')}: is missing, one of {len(lost)} of such, though its shard "
                 f"was done; run stage {stage.name} with --force"
             )
-        files |= {stores.join(name, path): size for path, size in below.items()}
+        files |= {urls.join(name, path): size for path, size in below.items()}
     return files
 
 
@@ -270,7 +282,7 @@ _queue: Any = None  # of a worker process: where its progress goes
 def _start_worker(queue: Any) -> None:
     global _queue
     _queue = queue
-    stores.expect_answers()
+    s3_client.expect_answers()
 
 
 def _shard_in_worker(stage: Stage, url: str, run_id: str, index: int, plan: Plan) -> None:
@@ -279,7 +291,7 @@ def _shard_in_worker(stage: Stage, url: str, run_id: str, index: int, plan: Plan
         run_shard(stage, ctx, index, plan)
     except Exception as error:
         # Here and not in the parent: exceptions of other libraries do not always survive the way between processes.
-        raise stores.as_user_error(error, url) or error from error
+        raise as_user_error(error, url) or error from error
 
 
 def run_stage(stage: Stage, run: Run, *, workers: int = 1, progress: Progress = _no_progress) -> bool:

@@ -24,12 +24,13 @@ from typing import Any
 
 import zarr
 
-from zoosplat.config import effects
-from zoosplat.config.schema import ANIMALS, RANDOM, Experiment
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import UserError
+from zoosplat.stages import dependencies
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.results import FOLDER, REQUEST, Mark, Request, Result, Source, attempt_of, is_id
-from zoosplat.storage import leases, stores
+from zoosplat.storage import fingerprints, groups, leases, listing, objects, urls
 
 RUNS, LATEST, LINKS, SOURCES = "runs", "latest.json", "latest", "sources.json"
 CONFIG, RECORD, REPORT, LOGS = "config.yaml", "run.json", "report", "logs"  # in a run's folder
@@ -47,15 +48,15 @@ class Project:
 
     @classmethod
     def at(cls, url: str) -> Project:
-        """The project at a path or URL, whether or not anything is there. Raises UserError as `stores.normalize`."""
-        return cls(stores.normalize(url))
+        """The project at a path or URL, whether or not anything is there. Raises UserError as `urls.normalize`."""
+        return cls(urls.normalize(url))
 
     def path(self, *parts: str) -> str:
-        return stores.join(self.url, *parts)
+        return urls.join(self.url, *parts)
 
     def run_ids(self) -> list[str]:
         """Ids of all runs, the oldest first: an id begins with the time when the run was begun."""
-        return sorted(name for name in stores.list_dirs(self.path(RUNS)) if not name.startswith("."))
+        return sorted(name for name in listing.list_folders(self.path(RUNS)) if not name.startswith("."))
 
     def exists(self) -> bool:
         """Whether there is a project, of today's layout or of the one before."""
@@ -63,7 +64,7 @@ class Project:
 
     def latest_id(self) -> str | None:
         """Id of the run that was begun last; None where there is none."""
-        latest = stores.read_json(self.path(LATEST))
+        latest = objects.read_json(self.path(LATEST))
         return None if latest is None else str(latest["run"])
 
     def run(self, run_id: str | None = None) -> Run:
@@ -95,7 +96,7 @@ class Project:
 
 def is_legacy(project: Project) -> bool:
     """Whether a project is of the layout before runs: one experiment.yaml, and marks in `_marks`."""
-    return stores.read_json(project.path(LATEST)) is None and stores.exists(project.path(LEGACY_CONFIG))
+    return objects.read_json(project.path(LATEST)) is None and objects.exists(project.path(LEGACY_CONFIG))
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ class Run:
     def load(cls, project: Project, run_id: str) -> Run:
         """A run from its record. Raises UserError where the record is missing or damaged."""
         where = project.path(RUNS, run_id)
-        record = stores.read_json(stores.join(where, RECORD))
+        record = objects.read_json(urls.join(where, RECORD))
         try:
-            text = stores.read_bytes(stores.join(where, CONFIG)).decode()
+            text = objects.read_bytes(urls.join(where, CONFIG)).decode()
         except FileNotFoundError:
             text = None
         if record is None or text is None:
@@ -142,7 +143,7 @@ class Run:
             if entry is None:
                 continue
             home = entry.get("project")
-            where_made = project.url if home is None else stores.normalize(home)
+            where_made = project.url if home is None else urls.normalize(home)
             results[stage] = Result.at(where_made, stage, entry["id"], reused=home is not None)
             sources[stage] = {key: Source(**value) for key, value in entry["sources"].items()}
             versions[stage] = int(entry["version"])
@@ -154,7 +155,7 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """What `run.json` holds: results, and state and times of the stages."""
-        return stores.read_json(self.path(RECORD)) or {}
+        return objects.read_json(self.path(RECORD)) or {}
 
     def result(self, stage: str) -> Result:
         """The result of a stage, finished or not.
@@ -176,7 +177,7 @@ class Run:
         return Request(
             stage,
             self.versions[stage],
-            effects.settings_of(stage, self.experiment),
+            dependencies.settings_of(stage, self.experiment),
             {name: self.result(name).id for name in STAGES[stage].reads},
             dict(self.sources.get(stage, {})),
             attempt_of(result.id, base) or 0,
@@ -208,7 +209,7 @@ class Run:
             return {**{key: request[key] for key in ("version", "inputs")}, "settings": kept, "contents": contents}
 
         wanted = rest(json.loads(json.dumps(self.request(stage).to_json())))
-        for name in filter(is_id, stores.list_dirs(self.project.path(FOLDER, stage))):
+        for name in filter(is_id, listing.list_folders(self.project.path(FOLDER, stage))):
             result = Result.at(self.project.url, stage, name)
             mark = result.mark()
             if mark is not None and rest(mark) == wanted:
@@ -239,7 +240,7 @@ class Run:
             result = self.result(stage)
             complete = result.require().get("files") is not None
             try:
-                self._opened[stage] = stores.open_group(result.data_url, complete=complete)
+                self._opened[stage] = groups.open_group(result.data_url, complete=complete)
             except FileNotFoundError:
                 raise UserError(
                     f"{result.data_url}: gone, though its mark is there; run stage {stage} with --force"
@@ -312,7 +313,7 @@ def resolve(
     for spec in PIPELINE:
         unknown = [name for name in spec.reads if name not in requests]
         sources: dict[str, Source] = {}
-        for key, url in effects.outside_files(spec.name, experiment).items():
+        for key, url in dependencies.outside_files(spec.name, experiment).items():
             if key == "train.start_from" and model is not None:
                 sources[key] = model
                 continue
@@ -331,7 +332,7 @@ def resolve(
             missing[spec.name] = missing[unknown[0]]
         if spec.name in missing:
             continue
-        settings = effects.settings_of(spec.name, experiment)
+        settings = dependencies.settings_of(spec.name, experiment)
         inputs = {name: requests[name].id for name in spec.reads}
         request = Request(spec.name, spec.version, settings, inputs, sources)
         attempts = _attempts(project, request)
@@ -351,7 +352,7 @@ def resolve(
 
 
 def _attempts(project: Project, request: Request) -> list[int]:
-    names = stores.list_dirs(project.path(FOLDER, request.stage))
+    names = listing.list_folders(project.path(FOLDER, request.stage))
     return [n for n in (attempt_of(name, request.base) for name in names) if n is not None]
 
 
@@ -377,16 +378,16 @@ class _Contents:
 
     def __init__(self, project: Project, hashing: Callable[[str], None]) -> None:
         self._hashing = hashing
-        self._known: dict[str, Any] = stores.read_json(project.path(RUNS, SOURCES)) or {}
+        self._known: dict[str, Any] = objects.read_json(project.path(RUNS, SOURCES)) or {}
 
     def of(self, url: str) -> Source | None:
         """A file's fingerprint; that of its last content where it is no longer there; None where it never was."""
         known = self._known.get(url)
         try:
-            state = str(stores.stat(url))
+            state = str(fingerprints.stat(url))
             if known is None or known["state"] != state:
                 self._hashing(url)
-                known = self._known[url] = {"state": state, "fingerprint": stores.content_fingerprint(url)}
+                known = self._known[url] = {"state": state, "fingerprint": fingerprints.content_fingerprint(url)}
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None if known is None else Source(url, known["fingerprint"])
         return Source(url, known["fingerprint"], state)
@@ -397,7 +398,7 @@ def _pinned(project: Project, experiment: Experiment) -> tuple[Experiment, Sourc
 
     It is left as it is, and the identity None, where it names no project, or one without a finished training.
     """
-    files = effects.outside_files("train", experiment)
+    files = dependencies.outside_files("train", experiment)
     url = files.get("train.start_from")
     if url is None or url.endswith(".safetensors"):
         return experiment, None
@@ -428,7 +429,7 @@ def _begun_from(project: Project, experiment: Experiment, url: str) -> Source | 
     if run is None or "train" not in run.results or run.results["train"].is_done():
         return None
     source = run.sources["train"].get("train.start_from")
-    if source is None or not source.url.startswith(stores.join(url, FOLDER, "train") + "/"):
+    if source is None or not source.url.startswith(urls.join(url, FOLDER, "train") + "/"):
         return None
     return source if run.experiment.to_yaml() == _starting_from(experiment, source.url).to_yaml() else None
 
@@ -438,7 +439,7 @@ def trained_result(url: str) -> Result | None:
 
     Of a project it is that of the newest run which has one.
     """
-    url = stores.normalize(url)
+    url = urls.normalize(url)
     parent, _, name = url.rpartition("/")
     home, _, kind = parent.rpartition("/")
     if kind == "train" and home.endswith(f"/{FOLDER}"):
@@ -483,8 +484,8 @@ def record(draft: Draft, stages: Collection[str], state: str = "begun") -> Run:
     for stage in draft.forced & draft.requests.keys():
         # The attempt is taken now: a run that is stopped before this stage begins leaves it to the next one.
         claim(draft.results[stage], draft.requests[stage])
-    stores.write_bytes(project.path(RUNS, run_id, CONFIG), text.encode())
-    stores.write_json(
+    objects.write_bytes(project.path(RUNS, run_id, CONFIG), text.encode())
+    objects.write_json(
         project.path(RUNS, run_id, RECORD),
         {
             "id": run_id,
@@ -497,7 +498,7 @@ def record(draft: Draft, stages: Collection[str], state: str = "begun") -> Run:
             "stages": {},
         },
     )
-    stores.write_json(project.path(LATEST), {"run": run_id})
+    objects.write_json(project.path(LATEST), {"run": run_id})
     _remember(draft)
     return Run.load(project, run_id)
 
@@ -505,21 +506,21 @@ def record(draft: Draft, stages: Collection[str], state: str = "begun") -> Run:
 def _remember(draft: Draft) -> None:
     """Keep the fingerprints of a run's outside files, so that the next run does not hash them again."""
     url = draft.project.path(RUNS, SOURCES)
-    known = stores.read_json(url) or {}
+    known = objects.read_json(url) or {}
     found = {
         source.url: {"state": source.state, "fingerprint": source.fingerprint}
         for request in draft.requests.values()
         for source in request.sources.values()
-        if source.state and stores.is_settled(source.url)
+        if source.state and fingerprints.is_settled(source.url)
     }
     if any(known.get(key) != value for key, value in found.items()):
-        stores.write_json(url, {**known, **found})
+        objects.write_json(url, {**known, **found})
 
 
 def claim(result: Result, request: Request) -> None:
     """Write a result's request, unless it is there: from then on its id is taken."""
-    if not stores.exists(result.file(REQUEST)):
-        stores.write_json(result.file(REQUEST), request.to_json())
+    if not objects.exists(result.file(REQUEST)):
+        objects.write_json(result.file(REQUEST), request.to_json())
 
 
 @contextmanager
@@ -537,8 +538,8 @@ def working(draft: Draft, stages: Collection[str]) -> Iterator[Run]:
             run = record(draft, stages)
             held.enter_context(leases.try_locked(run.path("lease")))
         elif draft.project.latest_id() != run.id:
-            stores.write_json(draft.project.path(LATEST), {"run": run.id})
-        stores.remove_partials(run.path())
+            objects.write_json(draft.project.path(LATEST), {"run": run.id})
+        objects.remove_partials(run.path())
         _remember(draft)
         link_latest(run)
         yield run
@@ -583,14 +584,14 @@ def link_latest(run: Run) -> None:
     Only symbolic links are made, replaced or removed; anything else in that folder is left as it is.
     """
     project = run.project
-    if stores.is_s3(project.url) or project.latest_id() != run.id:
+    if urls.is_s3(project.url) or project.latest_id() != run.id:
         return
     folder = Path(project.path(LINKS))
     targets = {name: run.path(name) for name in (REPORT, LOGS, CONFIG)}
     for stage, result in run.results.items():
         if result.is_done():
             for name in (STAGES[stage].writes, *STAGES[stage].also):
-                targets[name] = stores.join(result.data_folder, name)
+                targets[name] = urls.join(result.data_folder, name)
     # A file system without links costs the plain names, not the run; so does another process that does the same.
     with contextlib.suppress(OSError, NotImplementedError):
         folder.mkdir(exist_ok=True)

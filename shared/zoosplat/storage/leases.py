@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from zoosplat.errors import LockLost
-from zoosplat.storage import stores
+from zoosplat.storage import conditional, objects, urls
 
 # A lock on S3 whose holder has not renewed it for so long is taken over.
 LEASE_S = 10
@@ -85,11 +85,11 @@ def is_held(url: str) -> bool:
     On S3 a lock counts as held for LEASE_S and a little after its last renewal. Nobody can be seen to hold one on a
     file system without locks.
     """
-    return _lease_is_held(url) if stores.is_s3(url) else _file_is_held(url)
+    return _lease_is_held(url) if urls.is_s3(url) else _file_is_held(url)
 
 
 def _lock(url: str) -> _Lease | _FileLock:
-    return _Lease(url) if stores.is_s3(url) else _FileLock(url)
+    return _Lease(url) if urls.is_s3(url) else _FileLock(url)
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -202,8 +202,8 @@ class _Lease(Held):
     def take(self) -> bool:
         try:
             # In this order: what is put in its place is put in place of these bytes or not at all.
-            etag = stores.etag(self._url)
-            body = stores.read_bytes(self._url)
+            etag = conditional.etag(self._url)
+            body = objects.read_bytes(self._url)
         except FileNotFoundError:
             taken = self._put(None)
         else:
@@ -222,7 +222,7 @@ class _Lease(Held):
         with suppress(Exception):  # without us it runs out
             # Renewed first: it lasts until the request that removes it has been answered.
             if not self._lost and self._put(self._etag):
-                stores.delete_if(self._url, self._etag)
+                conditional.delete_if(self._url, self._etag)
 
     @property
     def lost(self) -> bool:
@@ -250,7 +250,7 @@ class _Lease(Held):
         self._renewals += 1
         body = f"{self._token} {self._renewals}".encode()
         try:
-            put = stores.put_if(self._url, body, etag)
+            put = conditional.put_if(self._url, body, etag)
         except Exception:
             there = self._find_ours()
             if there is None:
@@ -265,8 +265,8 @@ class _Lease(Held):
     def _find_ours(self) -> bytes | None:
         """The object if our token is in it; takes its ETag."""
         try:
-            etag = stores.etag(self._url)
-            body = stores.read_bytes(self._url)
+            etag = conditional.etag(self._url)
+            body = objects.read_bytes(self._url)
         except FileNotFoundError:
             return None
         if not body.startswith(self._token.encode()):
@@ -284,7 +284,7 @@ class _Lease(Held):
 
 def _lease_is_held(url: str) -> bool:
     try:
-        return stores.age(url) <= LEASE_S + MARGIN_S and not _has_died(stores.read_bytes(url))
+        return conditional.age(url) <= LEASE_S + MARGIN_S and not _has_died(objects.read_bytes(url))
     except FileNotFoundError:
         return False
 

@@ -18,8 +18,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync
 
 from zoosplat.errors import UserError
-from zoosplat.storage import stores
-from zoosplat.storage.group_store import ABSENT, GroupStore, lost
+from zoosplat.storage import groups
+from zoosplat.storage.errors import damaged_result_error
+from zoosplat.storage.group_store import ABSENT, GroupStore
 
 BLOCK_BYTES = 48 << 20  # upper bound of what a writer holds of one array; also a good object size on S3
 SMALL_BLOCK = 64
@@ -114,7 +115,7 @@ def create(url: str, name: str, sizes: dict[str, int], block: int, attributes: d
         block: frames in a storage block.
         attributes: JSON values, deterministic (no times: groups of equal input are equal byte for byte).
     """
-    group = stores.create_group(url, {**attributes, "block": block})
+    group = groups.create_group(url, {**attributes, "block": block})
     for key, spec in GROUPS[name].items():
         shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.dims)
         chunks = [max(1, n) for n in shape]
@@ -170,7 +171,7 @@ def array(group: zarr.Group, key: str) -> zarr.Array[Any]:
     try:
         found = group[key]
     except KeyError:
-        raise lost(f"{_url(group)}/{key}/zarr.json", "is missing") from None
+        raise damaged_result_error(f"{_url(group)}/{key}/zarr.json", "is missing") from None
     if not isinstance(found, zarr.Array):
         raise UserError(f"{_url(group)}: {key} is not an array")
     return found
@@ -224,17 +225,17 @@ class FrameArray:
         if key not in self._tables:
             size = 16 * self._per_shard + 4
             try:
-                table = np.frombuffer(stores.part_of(self._store, key, -size, size)[:-4], "<u8")
+                table = np.frombuffer(groups.read_part(self._store, key, -size, size)[:-4], "<u8")
             except FileNotFoundError:
                 table = np.full(2 * self._per_shard, ABSENT)
             self._tables[key] = table.reshape(-1, 2)
         offset, length = self._tables[key][within]
         if offset == ABSENT:
             if self._store.complete:
-                raise lost(f"{self._store.url}/{key}", f"has no frame {t}")
+                raise damaged_result_error(f"{self._store.url}/{key}", f"has no frame {t}")
             frame[...] = self._array.fill_value
         else:
-            data = stores.part_of(self._store, key, int(offset), int(length))
+            data = groups.read_part(self._store, key, int(offset), int(length))
             Zstd().decode(data[:-4], frame.reshape(-1).view(np.uint8))
         return frame
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
-from zoosplat.storage import stores
+from zoosplat.storage import listing, objects, urls
 from zoosplat_model.dynamic.gaussian_set import GaussianSet
 from zoosplat_model.dynamic.hexplane import DeformationField
 from zoosplat_model.dynamic.schedule import Phase
@@ -71,7 +71,7 @@ def checkpoint_name(phase: Phase, iteration: int) -> str:
 
 def checkpoints_in(url: str) -> list[tuple[Phase, int]]:
     """Phase and iteration of the checkpoints directly below a URL, oldest first."""
-    found = [CHECKPOINT_NAME.fullmatch(name) for name in stores.list_files(url)]
+    found = [CHECKPOINT_NAME.fullmatch(name) for name in listing.list_files(url)]
     keys: list[tuple[Phase, int]] = [("coarse" if m[1] == "coarse" else "fine", int(m[2])) for m in found if m]
     return sorted(keys)
 
@@ -104,7 +104,7 @@ def write_checkpoint(
         optimizer=_with_plain_rates(optimizer.state_dict()),
         spatial_lr_scale=spatial_lr_scale,
     )
-    _save(stores.join(url, checkpoint_name(phase, iteration)), (tuple(held), iteration))
+    _save(urls.join(url, checkpoint_name(phase, iteration)), (tuple(held), iteration))
 
 
 def _with_plain_rates(state: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def read_newest(url: str, field: DeformationField) -> tuple[dict[str, Tensor], i
     own = checkpoints_in(url)
     if not own:
         raise UserError(f"{url}: no checkpoint yet; training writes one a minute")
-    where = stores.join(url, checkpoint_name(*own[-1]))
+    where = urls.join(url, checkpoint_name(*own[-1]))
     checkpoint, phase, iteration = read_checkpoint(where)
     _fill(field, checkpoint.deformation, where)
     return checkpoint.values(), checkpoint.active_sh_degree, phase, iteration
@@ -159,18 +159,16 @@ def _fill(field: DeformationField, state: Any, where: str) -> None:
 # -- results ------------------------------------------------------------------------------------------------------
 def folder_of(url: str, phase: Phase, iteration: int) -> str:
     """The folder of a result below a model's URL."""
-    return stores.join(
-        url, "point_cloud", ("coarse_iteration_" if phase == "coarse" else "iteration_") + str(iteration)
-    )
+    return urls.join(url, "point_cloud", ("coarse_iteration_" if phase == "coarse" else "iteration_") + str(iteration))
 
 
 def write_result(url: str, phase: Phase, iteration: int, gaussians: GaussianSet, field: DeformationField) -> None:
     """Write Gaussians and deformation. The Gaussians come last, so that where their file is, all files are."""
     folder = folder_of(url, phase, iteration)
-    _save(stores.join(folder, "deformation.pth"), dict(field.state_dict()))
-    _save(stores.join(folder, "deformation_table.pth"), gaussians.deformation_table)
-    _save(stores.join(folder, "deformation_accum.pth"), gaussians.deformation_accum)
-    stores.write_bytes(stores.join(folder, "point_cloud.ply"), to_ply(gaussians.values()))
+    _save(urls.join(folder, "deformation.pth"), dict(field.state_dict()))
+    _save(urls.join(folder, "deformation_table.pth"), gaussians.deformation_table)
+    _save(urls.join(folder, "deformation_accum.pth"), gaussians.deformation_accum)
+    objects.write_bytes(urls.join(folder, "point_cloud.ply"), to_ply(gaussians.values()))
 
 
 def read_result(url: str, phase: Phase, iteration: int, field: DeformationField) -> dict[str, Tensor]:
@@ -180,11 +178,11 @@ def read_result(url: str, phase: Phase, iteration: int, field: DeformationField)
         UserError: files are missing, damaged, or of another configuration.
     """
     folder = folder_of(url, phase, iteration)
-    where = stores.join(folder, "deformation.pth")
+    where = urls.join(folder, "deformation.pth")
     _fill(field, _load(where), where)
-    where = stores.join(folder, "point_cloud.ply")
+    where = urls.join(folder, "point_cloud.ply")
     try:
-        return from_ply(stores.read_bytes(where))
+        return from_ply(objects.read_bytes(where))
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise UserError(f"{where}: damaged or missing ({error}); run stage train again with --force") from None
 
@@ -233,7 +231,7 @@ def read_points(url: str) -> tuple[Tensor, Tensor]:
         UserError: there is none, or it cannot be read.
     """
     try:
-        columns = ply.decode(stores.read_bytes(url))
+        columns = ply.decode(objects.read_bytes(url))
         points = np.stack([columns[name] for name in "xyz"], 1)
     except FileNotFoundError:
         raise UserError(f"{url}: no such file; check dynamic.initial_ply") from None
@@ -282,13 +280,13 @@ def write_settings(url: str, experiment: Experiment) -> None:
         no_dshs=not c.deform_harmonics,
         time_range=c.time_range,
     )
-    stores.write_bytes(stores.join(url, "cfg_args"), str(settings).encode())
+    objects.write_bytes(urls.join(url, "cfg_args"), str(settings).encode())
 
 
 def _save(url: str, value: Any) -> None:
     data = io.BytesIO()
     torch.save(_on_cpu(value), data)
-    stores.write_bytes(url, data.getvalue())
+    objects.write_bytes(url, data.getvalue())
 
 
 def _on_cpu(value: Any) -> Any:
@@ -305,7 +303,7 @@ def _on_cpu(value: Any) -> Any:
 
 def _load(url: str) -> Any:
     try:
-        return torch.load(io.BytesIO(stores.read_bytes(url)), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(objects.read_bytes(url)), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{url}: no such file; run stage train again with --force") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:

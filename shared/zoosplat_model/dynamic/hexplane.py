@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoosplat.config.schema import Dynamic
+from zoosplat.config.training import Dynamic
 
 AXES = tuple(itertools.combinations(range(4), 2))  # the axes of the six planes: xy, xz, xt, yz, yt, zt
 SPACE = tuple(i for i, pair in enumerate(AXES) if 3 not in pair)  # the planes without time

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from zoosplat.config.schema import Dynamic
+from zoosplat.config.training import Dynamic
 
 Phase = Literal["coarse", "fine"]
 PHASES: tuple[Phase, ...] = ("coarse", "fine")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoosplat.config.schema import Dynamic
+from zoosplat.config.training import Dynamic
 from zoosplat_model.dynamic.files import DynamicCheckpoint
 from zoosplat_model.dynamic.gaussian_set import PARAMETER_NAMES, GaussianSet
 from zoosplat_model.dynamic.hexplane import AXES, TIME, DeformationField, Deformed

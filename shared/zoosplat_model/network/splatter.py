@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat_model.carving import ObservedViews, carve, grid_points, prepare_silhouette_evidence, sample_colors
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gaussians import Gaussians

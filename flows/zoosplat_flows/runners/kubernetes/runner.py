@@ -18,13 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from zoosplat.config.schema import Experiment
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.memory import GIB, USABLE, advice, gpu_gib, peak_gpu_bytes, smallest_fitting
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.results import Result, digest_of
 from zoosplat.stages.runs import Run
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 from zoosplat_flows.execution.executor import Exhausted, Interrupted, Log, Progress
 from zoosplat_flows.execution.recorder import PROGRESS_S
 from zoosplat_flows.runners.settings import (
@@ -217,7 +217,7 @@ def job_manifest(
     env: list[Object] = [
         {"name": "HOME", "value": "/tmp"},
         {"name": "OMP_WAIT_POLICY", "value": "passive"},
-        {"name": stores.S3_ONLY, "value": "1"},
+        {"name": urls.S3_ONLY, "value": "1"},
         {"name": "AWS_DEFAULT_REGION", "value": settings.s3.region},
     ]
     if settings.s3.endpoint:
@@ -594,7 +594,7 @@ class Jobs:
             RuntimeError: any other failure, with the last lines of the log.
             Interrupted: the pipeline ended meanwhile.
         """
-        if not stores.is_s3(run.project.url):
+        if not urls.is_s3(run.project.url):
             raise UserError(
                 f"{run.project.url}: the pods of a cluster share no folder; use a project at s3://bucket/prefix"
             )

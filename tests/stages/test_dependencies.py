@@ -12,9 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
-from zoosplat.config.effects import affects, effects, outside_files, settings_of
-from zoosplat.config.schema import Experiment, StageName, load_config
+from zoosplat.config.effect import StageName
+from zoosplat.config.experiment import Experiment
+from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
+from zoosplat.stages.dependencies import declared_effects, outside_files, settings_of
 from zoosplat.stages.registry import PIPELINE
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -53,13 +55,11 @@ def test_stages_are_those_of_the_pipeline() -> None:
 
 
 def test_every_key_declares_what_it_determines() -> None:
-    assert set(effects()) == leaves(experiment().model_dump())
-    assert {key for key in effects() if not affects(key)} == WITHOUT_EFFECT
-    for key in effects():
-        assert set(affects(key)) <= set(STAGES), key
-        assert list(affects(key)) == sorted(affects(key), key=STAGES.index), key
-    with pytest.raises(KeyError):
-        affects("train.lrr")
+    assert set(declared_effects()) == leaves(experiment().model_dump())
+    assert {key for key, effect in declared_effects().items() if not effect.stages} == WITHOUT_EFFECT
+    for key, effect in declared_effects().items():
+        assert set(effect.stages) <= set(STAGES), key
+        assert list(effect.stages) == sorted(effect.stages, key=STAGES.index), key
 
 
 def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
@@ -69,9 +69,9 @@ def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
         for stage in STAGES:
             e = experiment(*overrides)
             keys = {*settings_of(stage, e), *(key.split("[")[0] for key in outside_files(stage, e))}
-            assert all(stage in affects(key) for key in keys)
+            assert all(stage in declared_effects()[key].stages for key in keys)
             seen |= keys
-    assert seen == set(effects()) - WITHOUT_EFFECT - {"data.directory"}
+    assert seen == set(declared_effects()) - WITHOUT_EFFECT - {"data.directory"}
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_a_scene_counts_with_its_transforms_and_all_its_pictures(tmp_path: Path)
 
 def test_neither_torch_nor_a_service_is_imported() -> None:
     code = (
-        "import sys; from zoosplat.config.schema import read_config\n"
-        "from zoosplat.config.effects import settings_of, outside_files\n"
+        "import sys; from zoosplat.config.load import read_config\n"
+        "from zoosplat.stages.dependencies import settings_of, outside_files\n"
         f"e = read_config({DEMO!r}); settings_of('train', e); outside_files('features', e)\n"
         f"heavy = [n for n in sys.modules if n in ('torch', 'zoosplat_model', 'zoosplat_features', 'cv2')]\n"
         "sys.exit(str(heavy) if heavy else 0)"

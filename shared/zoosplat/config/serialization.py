@@ -1,4 +1,4 @@
-"""YAML and JSON of configurations: strict reading, and writing that reads back equal."""
+"""YAML 1.2 and JSON: strict reading, and writing that is read back equal."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from zoosplat.errors import UserError
 
 _TAG = "tag:yaml.org,2002:"
 _DIGIT = list("-+.0123456789")
-# What a plain scalar is by YAML 1.2 (its core schema), but for a whole number that begins with zeros. YAML 1.1 takes
-# that for octal, 1:30 for 90, 1_0 for 10, yes for true and 1e-4 for text; where a person may have meant either, the
-# scalar stays text, as it is written: a key that wants text gets it, and one that wants a number refuses it.
+# These patterns say what a plain scalar is by the core schema of YAML 1.2, with one exception: a whole number that
+# begins with zeros is text here. YAML 1.1 reads 0100 as octal, 1:30 as 90, 1_0 as 10, yes as true and 1e-4 as text.
+# Where a person may have meant either, the scalar stays text as it is written: a key that wants text gets it, and a key
+# that wants a number refuses it.
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z|0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
 _FLOAT = re.compile(
     r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))\Z"
@@ -24,7 +25,7 @@ _FLOAT = re.compile(
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
 _NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
 _MERGE = re.compile(r"<<\Z")
-MAX_DIGITS = 1000  # of a number; Python takes long to read more
+MAX_DIGITS = 1000  # Of a number. Python's conversion takes time that grows with the square of the digits.
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,7 +49,7 @@ class _Loader(yaml.SafeLoader):
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
-        # Merge keys (<<) repeat what they merge: a few levels of aliases would fill the memory.
+        # Merge keys (<<) copy what they merge, so a few levels of aliases would fill the memory; one copy is enough.
         latest = {k.value if isinstance(k, yaml.ScalarNode) else id(k): (k, v) for k, v in node.value}
         node.value = list(latest.values())
 
@@ -60,20 +61,22 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _number(text: str) -> int:
+def _read_int(text: str) -> int:
     return int(text, 16) if "x" in text else int(text.replace("o", ""), 8) if "o" in text else int(text)
 
 
-def _real(text: str) -> float:
+def _read_float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _reader(kind: str, pattern: re.Pattern[str], read: Callable[[str], Any]) -> Callable[[_Loader, yaml.Node], Any]:
+def _constructor(
+    kind: str, pattern: re.Pattern[str], read: Callable[[str], Any]
+) -> Callable[[_Loader, yaml.Node], Any]:
     def construct(loader: _Loader, node: yaml.Node) -> Any:
         text = loader.construct_scalar(node)  # type: ignore[arg-type]
         if len(text) > MAX_DIGITS:
             raise yaml.MarkedYAMLError(problem="a number of too many digits", problem_mark=node.start_mark)
-        if not pattern.match(text):  # with a tag, such as !!int 0100
+        if not pattern.match(text):  # An explicit tag, such as !!int 0100, does not ask the pattern first.
             raise yaml.MarkedYAMLError(problem=f"{text!r} is no {kind} of YAML 1.2", problem_mark=node.start_mark)
         return read(text)
 
@@ -83,22 +86,24 @@ def _reader(kind: str, pattern: re.Pattern[str], read: Callable[[str], Any]) -> 
 _KINDS: tuple[tuple[str, re.Pattern[str], list[str], Callable[[str], Any]], ...] = (
     ("null", _NULL, ["~", "n", "N", ""], lambda text: None),
     ("bool", _BOOL, list("tTfF"), lambda text: text.lower() == "true"),
-    ("int", _INT, _DIGIT, _number),
-    ("float", _FLOAT, _DIGIT, _real),
+    ("int", _INT, _DIGIT, _read_int),
+    ("float", _FLOAT, _DIGIT, _read_float),
 )
 for _kind, _pattern, _first, _read in _KINDS:
     _Loader.add_implicit_resolver(_TAG + _kind, _pattern, _first)
-    _Loader.add_constructor(_TAG + _kind, _reader(_kind, _pattern, _read))
+    _Loader.add_constructor(_TAG + _kind, _constructor(_kind, _pattern, _read))
     _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, _first)
-# As a key of a mapping it merges another one into it; elsewhere it is text.
+# As a key of a mapping, << merges another mapping into that one; anywhere else it is text.
 _Loader.add_implicit_resolver(_TAG + "merge", _MERGE, ["<"])
-_Loader.add_constructor(_TAG + "merge", _reader("merge key", _MERGE, str))
-# YAML 1.2 takes 0100 for a hundred, and some readers of YAML 1.1 take y and n for true and false.
+_Loader.add_constructor(_TAG + "merge", _constructor("merge key", _MERGE, str))
+# Text like this is quoted, because other programs may read it: those of YAML 1.2 read 0100 as a hundred, and some of
+# YAML 1.1 read y and n as true and false.
 _Dumper.add_implicit_resolver(_TAG + "int", re.compile(r"[-+]?[0-9]+\Z"), _DIGIT)
 _Dumper.add_implicit_resolver(_TAG + "bool", re.compile(r"[yYnN]\Z"), list("yYnN"))
 
 
 def dump(value: Any, *, default_flow_style: bool) -> str:
+    """YAML of a plain value, which `parse_yaml` reads back equal; in braces if `default_flow_style`."""
     text: str = yaml.dump(
         value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=default_flow_style
     )
@@ -106,6 +111,7 @@ def dump(value: Any, *, default_flow_style: bool) -> str:
 
 
 def parse_yaml(text: str) -> Any:
+    """The plain value of a YAML 1.2 text. Raises UserError with the line where it is not valid."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -116,6 +122,8 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_json(text: str) -> Any:
+    """The plain value of a JSON text. Raises UserError where it is not valid or a key stands twice."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
@@ -130,7 +138,7 @@ def parse_json(text: str) -> Any:
         raise UserError(f"not valid JSON: {error}") from None
 
 
-def nested(raw: dict[Any, Any]) -> dict[Any, Any]:
+def nest_dotted_keys(raw: dict[Any, Any]) -> dict[Any, Any]:
     """A configuration whose dotted keys, `crop.grid_size: 256`, are read as keys of their sections.
 
     They may stand at the top and in a section. The given mappings, which YAML's aliases may share, are not changed.
@@ -140,21 +148,21 @@ def nested(raw: dict[Any, Any]) -> dict[Any, Any]:
     """
     whole: dict[Any, Any] = {}
     for key, value in raw.items():
-        path = _path(key)
+        path = _split_key(key)
         if not isinstance(value, dict) or not value:
-            _put(whole, path, value)
+            _set_nested(whole, path, value)
         else:
             for inner, inside in value.items():
-                _put(whole, path + _path(inner), inside)
+                _set_nested(whole, path + _split_key(inner), inside)
     return whole
 
 
-def _path(key: Any) -> list[Any]:
+def _split_key(key: Any) -> list[Any]:
     parts = key.split(".") if isinstance(key, str) else [key]
     return parts if all(parts) else [key]
 
 
-def _put(whole: dict[Any, Any], path: list[Any], value: Any) -> None:
+def _set_nested(whole: dict[Any, Any], path: list[Any], value: Any) -> None:
     *sections, leaf = path
     for depth, section in enumerate(sections, 1):
         whole = whole.setdefault(section, {})
@@ -171,32 +179,32 @@ def _dotted(path: list[Any]) -> str:
     return ".".join(str(part) for part in path)
 
 
-# -- numbers that are none by YAML 1.2 ----------------------------------------------------------------------------
-_ZEROS = re.compile(r"([-+]?)0+([0-9]+)\Z")
-_SIXTIES = re.compile(r"([-+]?)([0-9]+(?::[0-5]?[0-9])+(?:\.[0-9]*)?)\Z")
-_BASES = re.compile(r"([-+]?)(0b[01]+|0x[0-9a-fA-F]+|0o[0-7]+)\Z")
-_LONGEST = 40  # characters; nobody means longer ones
+# -- text that looks like a number --------------------------------------------------------------------------------
+_LEADING_ZEROS = re.compile(r"([-+]?)0+([0-9]+)\Z")
+_SEXAGESIMAL = re.compile(r"([-+]?)([0-9]+(?::[0-5]?[0-9])+(?:\.[0-9]*)?)\Z")
+_OTHER_BASES = re.compile(r"([-+]?)(0b[01]+|0x[0-9a-fA-F]+|0o[0-7]+)\Z")
+_MAX_LENGTH = 40  # Characters: longer text is not meant to be a number.
 
 
-def meant_number(text: str) -> str | None:
+def suggest_number(text: str) -> str | None:
     """What to write instead of text that looks like a number and is none by YAML 1.2; None: it looks like none.
 
     `0100` -> `100 (decimal) or 0o100 (octal: 64)`, `1:30` -> `90 (1:30 in sixties)`, `1_000` -> `1000`, `0b11` -> `3`.
     """
     plain = text.replace("_", "")
-    if len(text) > _LONGEST:
+    if len(text) > _MAX_LENGTH:
         return None
-    if found := _ZEROS.match(plain):
+    if found := _LEADING_ZEROS.match(plain):
         sign, digits = found.groups()
         decimal = str(int(sign + digits))
         if sign or len(digits) < 2 or not set(digits) <= set("01234567"):
             return decimal
         return f"{decimal} (decimal) or 0o{digits} (octal: {int(digits, 8)})"
-    if found := _SIXTIES.match(plain):
+    if found := _SEXAGESIMAL.match(plain):
         value: float = 0
         for part in found[2].split(":"):
             value = 60 * value + (float(part) if "." in part else int(part))
         return f"{found[1].strip('+')}{value:.15g} ({text} in sixties)"
-    if found := _BASES.match(plain):
+    if found := _OTHER_BASES.match(plain):
         return str(int(found[1] + found[2], 0))
     return plain if plain != text and (_INT.match(plain) or _FLOAT.match(plain)) else None

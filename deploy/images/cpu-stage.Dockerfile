@@ -1,3 +1,5 @@
+# The image of one stage that uses no GPU: `build-arg STAGE` names it. build.sh adds the ENTRYPOINT, in which no argument
+# can stand.
 ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
 
 FROM ${BASE_IMAGE} AS builder
@@ -6,20 +8,26 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q "$(grep '^uv==' constraints.txt)" \
     && /tmp/tools/bin/uv venv -q --python "$(command -v python3)" /opt/venv
-# Dependencies first: they change less often than the code. What no stage uses goes: tests, symbols for debuggers, other
-# services of AWS.
-RUN /tmp/tools/bin/uv pip install -q --python /opt/venv -c constraints.txt -r pyproject.toml --extra crop \
+ARG STAGE
+# Folders below site-packages that this stage does not use, separated by spaces.
+ARG UNUSED=""
+# Dependencies come first, because they change less often than the code. What no stage uses is removed: tests, symbols for
+# debuggers, other services of AWS.
+RUN /tmp/tools/bin/uv pip install -q --python /opt/venv -c constraints.txt -r pyproject.toml --extra "${STAGE}" \
     && find /opt/venv -type d \( -name tests -o -name test \) -prune -exec rm -rf {} + \
     && find /opt/venv/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
         ! -name s3 ! -name 'sso*' ! -name sts ! -name signin -exec rm -rf {} + \
+    && for part in ${UNUSED}; do rm -rf /opt/venv/lib/python3*/site-packages/$part; done \
     && apt-get update -qq && apt-get install -y -qq --no-install-recommends binutils \
     && find /opt/venv/lib \( -path '*/numcodecs/*' -o -path '*/av/*' \) -name '*.so' -exec strip --strip-debug {} +
 COPY README.md LICENSE ./
 COPY shared/zoosplat shared/zoosplat
-COPY services/crop services/crop
+COPY services/${STAGE} services/${STAGE}
+# Modules that the stage imports only when it needs them, separated by commas.
+ARG LATE_MODULES=""
 RUN /tmp/tools/bin/uv pip install -q --python /opt/venv --no-deps . \
-    # Writes the byte code of what is imported: nothing can be written later.
-    && /opt/venv/bin/python -c 'import boto3, s3fs, zoosplat_crop.stage'
+    # This import writes the byte code, which cannot be written later: the file system of a container is read-only.
+    && /opt/venv/bin/python -c "import boto3, s3fs, ${LATE_MODULES:+${LATE_MODULES}, }zoosplat_${STAGE}.stage"
 
 FROM ${BASE_IMAGE}
 COPY --from=builder /opt/venv /opt/venv
@@ -27,8 +35,6 @@ RUN echo 'zoosplat:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 WORKDIR /app
-ENTRYPOINT ["python", "-m", "zoosplat_crop"]
 ARG REVISION=unknown
-LABEL org.opencontainers.image.title="zoosplat-crop" \
-      org.opencontainers.image.licenses="MIT" \
+LABEL org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="${REVISION}"

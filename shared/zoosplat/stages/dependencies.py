@@ -1,7 +1,7 @@
-"""What a key of the configuration determines: the settings and the outside files that a stage's result depends on.
+"""The settings and the outside files that the result of a stage depends on.
 
-The keys declare it themselves, see `zoosplat.config.schema.Effect`; the identities of results are made from what is
-here.
+The keys of the configuration declare it themselves, see `zoosplat.config.effect.Effect`. The ids of results are made
+from what the functions here return.
 """
 
 from __future__ import annotations
@@ -13,31 +13,28 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from zoosplat.config.schema import Effect, Experiment, StageName
+from zoosplat.config.dnerf_defaults import TRANSFORMS_FILES
+from zoosplat.config.effect import Condition, Effect
+from zoosplat.config.experiment import Experiment
 from zoosplat.recording import dnerf
-from zoosplat.storage import stores
+from zoosplat.storage import urls
 
 
 @cache
-def effects() -> dict[str, Effect]:
-    """What each key declares, by its dotted name. Raises TypeError for a key without a declaration."""
+def declared_effects() -> dict[str, Effect]:
+    """The effect that each key declares, by its dotted name. Raises TypeError for a key without a declaration."""
 
-    def of(section: Any, prefix: str) -> Iterator[tuple[str, Effect]]:
+    def walk(section: Any, prefix: str) -> Iterator[tuple[str, Effect]]:
         for name, field in section.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                yield from of(field.annotation, f"{prefix}{name}.")
+                yield from walk(field.annotation, f"{prefix}{name}.")
                 continue
             own = next((mark for mark in field.metadata if isinstance(mark, Effect)), section.effect)
             if own is None:
-                raise TypeError(f"{prefix}{name} does not declare which results it determines: see config.Effect")
+                raise TypeError(f"{prefix}{name} does not declare which results it determines: see Effect")
             yield prefix + name, own
 
-    return dict(of(Experiment, ""))
-
-
-def affects(key: str) -> tuple[StageName, ...]:
-    """Stages whose own results a key determines, in the order of the pipeline. Raises KeyError for an unknown key."""
-    return effects()[key].stages
+    return dict(walk(Experiment, ""))
 
 
 def settings_of(stage: str, experiment: Experiment) -> dict[str, Any]:
@@ -48,12 +45,12 @@ def settings_of(stage: str, experiment: Experiment) -> dict[str, Any]:
     """
     plain = experiment.model_dump(mode="json")
     chosen: dict[str, Any] = {}
-    for key, effect in _of_stage(stage, experiment):
-        value = _at(plain, key)
+    for key, effect in _effects_on(stage, plain):
+        value = _value_at(plain, key)
         if not _names_files(effect, value):
             chosen[key] = value
-        elif effect.by_name:
-            chosen[key] = [posixpath.basename(name) for _, name in _names(key, value)]
+        elif effect.file_names_matter:
+            chosen[key] = [posixpath.basename(name) for _, name in _named_files(key, value)]
     return chosen
 
 
@@ -68,42 +65,46 @@ def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
     """
     plain = experiment.model_dump(mode="json")
     found: dict[str, str] = {}
-    for key, effect in _of_stage(stage, experiment):
-        value = _at(plain, key)
+    for key, effect in _effects_on(stage, plain):
+        value = _value_at(plain, key)
         if not _names_files(effect, value):
             continue
         if key == "data.directory":
-            folder = stores.normalize(value)
-            found |= {f"{key}/{url.removeprefix(folder + '/')}": url for url in _files_of_scene(folder)}
+            folder = urls.normalize(value)
+            found |= {f"{key}/{url.removeprefix(folder + '/')}": url for url in _dnerf_files(folder)}
         else:
-            url_of = experiment.data.url if key.startswith("data.") else stores.normalize
-            found |= {place: url_of(name) for place, name in _names(key, value)}
+            url_of = experiment.data.url if key.startswith("data.") else urls.normalize
+            found |= {place: url_of(name) for place, name in _named_files(key, value)}
     return found
 
 
-def _of_stage(stage: str, experiment: Experiment) -> Iterator[tuple[str, Effect]]:
-    for key, effect in effects().items():
-        if stage in effect.stages and (effect.applies is None or effect.applies(experiment)):
+def _effects_on(stage: str, plain: dict[str, Any]) -> Iterator[tuple[str, Effect]]:
+    for key, effect in declared_effects().items():
+        if stage in effect.stages and (effect.only_if is None or _holds(effect.only_if, plain)):
             yield key, effect
+
+
+def _holds(condition: Condition, plain: dict[str, Any]) -> bool:
+    return bool(_value_at(plain, condition.key) == condition.value)
 
 
 def _names_files(effect: Effect, value: Any) -> bool:
     return effect.names_files is not None and effect.names_files(value)
 
 
-def _at(plain: dict[str, Any], key: str) -> Any:
+def _value_at(plain: dict[str, Any], key: str) -> Any:
     value: Any = plain
     for part in key.split("."):
         value = value[part]
     return value
 
 
-def _names(key: str, value: str | list[str]) -> list[tuple[str, str]]:
+def _named_files(key: str, value: str | list[str]) -> list[tuple[str, str]]:
     """Keys and names of one file or of a list of them."""
     return [(key, value)] if isinstance(value, str) else [(f"{key}[{i}]", name) for i, name in enumerate(value)]
 
 
-def _files_of_scene(folder: str) -> list[str]:
+def _dnerf_files(folder: str) -> list[str]:
     scene = dnerf.read_scene(folder)
     pictures = {picture for row in scene.pictures for picture in row if picture is not None}
-    return [stores.join(folder, name) for name in dnerf.FILES] + sorted(pictures)
+    return [urls.join(folder, name) for name in TRANSFORMS_FILES] + sorted(pictures)

@@ -1,0 +1,145 @@
+"""The runs of a project: what each changed against the one before, how it stands, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from zoosplat.config.serialization import parse_yaml
+from zoosplat.errors import UserError
+from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.results import Mark, Result
+from zoosplat.stages.run_state import in_words, run_state
+from zoosplat.stages.runs import CONFIG, RECORD, RUNS, Project, is_legacy
+from zoosplat.storage import objects
+
+GROUPS = ("held_out", "observed")
+Change = tuple[str, str, str]  # what changed, from what, to what
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run in the table.
+
+    Attributes:
+        id: of the run.
+        created: when it was begun, in ISO format; empty where it is not known.
+        changes: what differs from the run before; None for the first one, and where one of the two cannot be read.
+        state: in words.
+        means: of the evaluation, held_out and observed: metric -> mean; empty before that is done.
+    """
+
+    id: str
+    created: str
+    changes: list[str] | None
+    state: str
+    means: dict[str, dict[str, float | None]]
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a nested configuration and their values."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """Settings that differ between two configurations with dotted keys; of lists of one length, their items."""
+    changes: list[Change] = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            items = zip(old, new, strict=True)
+            changes += [(f"{key}[{i}]", _text(a), _text(b)) for i, (a, b) in enumerate(items) if a != b]
+        elif old != new:
+            changes.append((key, _text(old), _text(new)))
+    return changes
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def settings(project: Project, run_id: str) -> dict[str, Any]:
+    """A run's configuration with dotted keys, of whatever version. Raises UserError where it is damaged."""
+    url = project.path(RUNS, run_id, CONFIG)
+    try:
+        values = parse_yaml(objects.read_bytes(url).decode(errors="replace"))
+    except FileNotFoundError:
+        raise UserError(f"{url}: is missing") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{url}: is damaged: holds no settings")
+    return flat(values)
+
+
+def other_causes(before: Mark, now: Mark) -> list[str]:
+    """Why results differ between two runs, by their run.json, though no setting does: versions, contents of files."""
+    causes: list[str] = []
+    for spec in PIPELINE:
+        old, new = (record["results"].get(spec.name) for record in (before, now))
+        if old is None or new is None:
+            continue
+        if old["version"] != new["version"]:
+            causes.append(f"stage {spec.name}: version {old['version']} -> {new['version']}")
+        for key, source in new["sources"].items():
+            earlier = old["sources"].get(key)
+            if earlier is None or earlier["url"] != source["url"]:
+                continue  # a setting that is listed
+            if earlier["fingerprint"] != source["fingerprint"]:
+                causes.append(f"{key}: other contents of {source['url']}")
+    return list(dict.fromkeys(causes))
+
+
+def means_of(mark: Mark | None) -> dict[str, dict[str, float | None]]:
+    """Means of the held-out and of the observed views, of an evaluation's mark; empty where there is none."""
+    return {} if mark is None else {group: mark["figures"][group] for group in GROUPS if group in mark["figures"]}
+
+
+def entries(project: Project) -> list[Entry]:
+    """The runs of a project, the oldest first. Raises UserError where there is none."""
+    if is_legacy(project):
+        return [_legacy_entry(project)]
+    found: list[Entry] = []
+    before: tuple[Mark, dict[str, Any]] | None = None
+    for run_id in project.run_ids():
+        url = project.path(RUNS, run_id, RECORD)
+        try:
+            record = objects.read_json(url)
+            if record is None:
+                continue  # not a run's folder, or one that is being written
+            now = record, settings(project, run_id)
+            found.append(_entry(project, *now, before))
+            before = now
+        except (UserError, KeyError) as error:
+            damaged = str(error) if isinstance(error, UserError) else f"{url}: is damaged: lacks {error}"
+            found.append(Entry(run_id, "", None, damaged, {}))
+            before = None
+    if not found:
+        raise UserError(f"{project.url}: holds no run; start with `zoosplat run CONFIG --project URL`")
+    return found
+
+
+def _entry(project: Project, record: Mark, values: dict[str, Any], before: tuple[Mark, dict[str, Any]] | None) -> Entry:
+    changes = [f"{stage}: made again" for stage in record["forced"]]
+    if before is not None:
+        changes += [f"{key} {old} -> {new}" for key, old, new in differences(before[1], values)]
+        changes += other_causes(before[0], record)
+    state = in_words(run_state(project, record), record)
+    evaluated = record["results"].get("evaluate")
+    mark = None
+    if evaluated is not None:
+        mark = Result.at(evaluated.get("project") or project.url, "evaluate", evaluated["id"]).mark()
+    known = before is not None or bool(changes)
+    return Entry(record["id"], record["created"], changes if known else None, state, means_of(mark))
+
+
+def _legacy_entry(project: Project) -> Entry:
+    run = project.run()
+    marks = [mark for stage in run.results if (mark := run.read_mark(stage)) is not None]
+    finished = max((float(mark["finished"]) for mark in marks), default=None)
+    created = "" if finished is None else datetime.fromtimestamp(finished).astimezone().isoformat()
+    state = f"of an earlier layout; `zoosplat upgrade {project.url}` adopts it"
+    return Entry(run.id, created, None, state, means_of(run.read_mark("evaluate")))
