@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gaussians import Gaussians
-from zoosplat_model.network.cuda_graph import CudaGraph
+from zoosplat_model.cuda_graph import CudaGraph
 from zoosplat_model.rasterize import Rendering
 
 CONCURRENT_FRAMES = 4  # frames that a GPU computes at a time where the kernels of one are too small to fill it

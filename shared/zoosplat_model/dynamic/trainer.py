@@ -26,7 +26,7 @@ from zoosplat_model.dynamic.schedule import (
 )
 from zoosplat_model.frames import copy_to_device
 from zoosplat_model.metrics import ssim_map
-from zoosplat_model.network.cuda_graph import CudaGraphPool
+from zoosplat_model.cuda_graph import CudaGraphPool
 from zoosplat_model.rasterize import PairBuffer, Rendering, ScreenStatistics, rasterize
 from zoosplat_model.spherical_harmonics import evaluate_colors
 
