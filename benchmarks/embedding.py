@@ -21,8 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from zoosplat.geometry import visual_hull
-from zoosplat.geometry.transforms import rotation_between
-from zoosplat.stages.runs import Project, Run
+from zoosplat.geometry.rotations import rotation_between
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 from zoosplat.storage import schema
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -86,7 +88,7 @@ def main() -> None:
     parser.add_argument("projects", nargs="+", metavar="PROJECT")
     parser.add_argument("--truth", required=True, metavar="NPZ")
     args = parser.parse_args()
-    runs = [Project.at(url).run() for url in args.projects]
+    runs = [open_run(Project.at(url)) for url in args.projects]
     groups = [run.open_input("embedding") for run in runs]
     frames, valid = schema.read(groups[0], "frame"), schema.read(groups[0], "valid")
     train = (np.arange(len(valid)) < len(valid) // 3)[valid]

@@ -15,7 +15,8 @@ import time
 import torch
 import torchvision.models as models
 
-from zoosplat.stages.runs import Project
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat_features import encoders
 from zoosplat_model.registry import open_predictor
 
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=300)
     parser.add_argument("--encoders", nargs="+", default=["gaussians", "images"])
     args = parser.parse_args()
-    run = Project.at(args.project).run()
+    run = open_run(Project.at(args.project))
     predictor = open_predictor(run)
     reader = predictor.reader
     network: torch.nn.Module = models.resnet18(weights=None)

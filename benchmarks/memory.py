@@ -12,14 +12,13 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from importlib import resources
 
 import torch
-import yaml
 from train_step import OBSERVED, Scene, median_ms, settings
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.stages.memory import GIB, Sizes, training
+from zoosplat_flows.profiles import profile_overrides
 from zoosplat_train.ops import Trainer
 
 CAPS = {"12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB
@@ -79,11 +78,7 @@ def main() -> None:
     device = torch.device("cuda")
     torch.backends.cudnn.benchmark = True
     torch.zeros(1, device=device)
-    folder = resources.files("zoosplat_flows") / "profiles"
-    known = {
-        name: [f"{k}={v}" for k, v in yaml.safe_load((folder / f"{name}.yaml").read_text()).items()] for name in CAPS
-    }
-    known |= OTHERS
+    known = {name: profile_overrides(name) for name in CAPS} | OTHERS
     print("name        cap Mvoxel predicted first    allocated     used  ms/step  predicted/used")
     measure("warm up", settings(OTHERS["step"]), 76, 0, device)  # loads kernels and libraries
     for name in sys.argv[1:] or known:

@@ -21,9 +21,9 @@ from pathlib import Path
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
 from zoosplat.machine import peak_bytes
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PREPROCESSING
-from zoosplat.stages.runs import Project
 
 STAGES = tuple(spec.name for spec in PREPROCESSING)
 SYNTHETIC = """
@@ -71,7 +71,7 @@ def main() -> None:
         peaks: dict[str, float] = {}
         for run in range(args.runs):
             project = Project.at(str(Path(scratch, f"run{run}")))
-            with begun(project, experiment, list(STAGES), []) as begun_run:
+            with begin_run(project, experiment, list(STAGES), []) as begun_run:
                 pass
             seconds = {"ffmpeg": decode_seconds(experiment)}
             for stage in STAGES:

@@ -32,12 +32,14 @@ import zoosplat_train.stage
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
 from zoosplat.machine import usable_cores
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
 from zoosplat.stages.contract import Stage
+from zoosplat.stages.lookup import open_run
 from zoosplat.stages.memory import GIB, measured_sizes, peak_gpu_bytes
+from zoosplat.stages.projects import Project
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project, Run
-from zoosplat_flows.commands.plan import profile_overrides
+from zoosplat.stages.runs import Run
+from zoosplat_flows.profiles import profile_overrides
 from zoosplat_model.registry import open_predictor
 
 CAPS = {"default": 11, "12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB
@@ -122,7 +124,7 @@ def main() -> None:
     parser.add_argument("--measure", metavar="PROFILE", help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure, Project.at(str(args.folder / args.measure)).run())))
+        print(json.dumps(measure(args.measure, open_run(Project.at(str(args.folder / args.measure))))))
         return
 
     names = args.names or list(CAPS)
@@ -134,7 +136,7 @@ def main() -> None:
         before = prepared.setdefault(experiment.ingest.image_downsample, project.url)
         if before != project.url:
             experiment = experiment.model_copy(update={"reuse": before})
-        with begun(project, experiment, [stage.name for stage in (*CPU_STAGES, *GPU_STAGES)], []) as run:
+        with begin_run(project, experiment, [stage.name for stage in (*CPU_STAGES, *GPU_STAGES)], []) as run:
             for stage in CPU_STAGES:
                 run_stage(stage, run, workers=usable_cores())
         print(f"{name} prepared", file=sys.stderr, flush=True)

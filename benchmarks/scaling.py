@@ -37,8 +37,9 @@ from zoosplat.stages.registry import PREPROCESSING  # noqa: E402
 from zoosplat.synthetic.stand_in import begin_with_results, loop_video  # noqa: E402
 
 if TYPE_CHECKING:
+    from zoosplat.stages.contract import StageProgress
     from zoosplat.stages.runs import Run
-    from zoosplat_flows.execution.executor import Log, Progress
+    from zoosplat_flows.runners.protocol import Log
 
 STAGES = tuple(spec.name for spec in PREPROCESSING)
 RENDERED, REPEATED = 128, 8  # frames of the synthetic recording, and how often they are played
@@ -130,8 +131,8 @@ def measure_stages(config: str | None) -> dict[str, Any]:
     import boto3
 
     from zoosplat.config.load import read_config
-    from zoosplat.stages.begin import begun
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.begin import begin_run
+    from zoosplat.stages.projects import Project
     from zoosplat.storage import urls
 
     os.environ["MINIO_PROMETHEUS_AUTH_TYPE"] = "public"
@@ -149,7 +150,7 @@ def measure_stages(config: str | None) -> dict[str, Any]:
         time.sleep(METRICS_S)
         project = Project.at(f"s3://{servers.bucket}/project")
         chosen = experiment.model_copy(update={"data": data.model_copy(update={"directory": recording})})
-        with begun(project, chosen, list(STAGES), []) as run:
+        with begin_run(project, chosen, list(STAGES), []) as run:
             pass
         measured: dict[str, Any] = {"cameras": len(data.videos), "stages": {}}
         for stage in STAGES:
@@ -198,7 +199,7 @@ class Empty:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         return
 
-    def run(self, stage: str, run: Run, *, workers: int | None, progress: Progress, log: Log) -> None:
+    def run(self, stage: str, run: Run, *, workers: int | None, progress: StageProgress, log: Log) -> None:
         from zoosplat.storage import objects
 
         for second in range(self.seconds):
@@ -233,10 +234,10 @@ def measure_prefect() -> list[dict[str, float]]:
 
         import zoosplat_flows.report.page
         from zoosplat.config.experiment import Experiment
-        from zoosplat.stages.runs import Project
+        from zoosplat.stages.projects import Project
         from zoosplat_flows import pipeline as flows
 
-        vars(flows)["Processes"] = Empty
+        vars(flows)["LocalRunner"] = Empty
         vars(zoosplat_flows.report.page)["build_report"] = lambda run, state="": run.path("report")
         names, cube = ["0.mp4", "1.mp4"], {"ell": 0.2}
         recording = {"directory": str(servers.folder / "recording"), "videos": names, "masks": names}
@@ -257,13 +258,13 @@ def measure_prefect() -> list[dict[str, float]]:
                         latencies.append(time.monotonic() - began)
 
             prober = threading.Thread(target=probe)
-            begun = [
+            begun_runs = [
                 begin_with_results(Project.at(str(servers.folder / f"batch{len(measured)}" / f"p{i}")), experiment, {})
                 for i in range(n)
             ]
             pipelines = [
                 threading.Thread(target=flows.pipeline, kwargs={"project": run.project.url, "run": run.id})
-                for run in begun
+                for run in begun_runs
             ]
             before, began = cpu_seconds(("prefect", "postgres")), time.monotonic()
             for thread in (prober, *pipelines):

@@ -28,9 +28,11 @@ from train_step import CAMERAS, Scene, settings
 from zarr.abc.store import Store
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, objects, schema, urls
 from zoosplat.synthetic.stand_in import begin_with_results
 from zoosplat_model import checkpoints, frames
@@ -161,8 +163,8 @@ def main() -> None:
     for n in args.gpus:
         batch = args.each * (max(args.gpus) if args.same else n)
         train = experiment.train.model_copy(update={"gpus": n, "batch_frames": batch})
-        draft = runs.resolve(project, experiment.model_copy(update={"train": train}), ["train"])
-        run = runs.record(draft, ["train"])
+        draft = draft_run(project, experiment.model_copy(update={"train": train}), ["train"])
+        run = record_run(draft, ["train"])
         run_stage(STAGE, run)
         rows, found = history(run), checkpoints.load(run.output_url("train"), "latest")
         assert found is not None

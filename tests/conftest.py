@@ -270,9 +270,12 @@ class ByHand:
     @staticmethod
     def begin(folder: Path, experiment: Any, *force: str, until: str = "embedding", state: str = "begun") -> Any:
         """A recorded run; files outside that its configuration names are made up where there are none."""
-        from zoosplat.stages import dependencies, runs
+        from zoosplat.stages import dependencies
+        from zoosplat.stages.drafts import draft_run
+        from zoosplat.stages.projects import Project
         from zoosplat.stages.registry import PIPELINE
-        from zoosplat_flows.execution.executor import select
+        from zoosplat.stages.run_records import record_run
+        from zoosplat_flows.execution.executor import select_stages
 
         for spec in PIPELINE:
             for url in dependencies.outside_files(spec.name, experiment).values():
@@ -280,17 +283,17 @@ class ByHand:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not path.exists():
                     path.write_text(f"contents of {path.name}")
-        draft = runs.resolve(runs.Project.at(str(folder)), experiment, force)
-        return runs.record(draft, select(until_stage=until), state)
+        draft = draft_run(Project.at(str(folder)), experiment, force)
+        return record_run(draft, select_stages(until_stage=until), state)
 
     @staticmethod
     def mark(run: Any, stage: str, **changes: Any) -> None:
         """The mark by which a result is done: 90 s from begin to end, 300 s of work, 1.5 GiB."""
-        from zoosplat.stages import results, runs
+        from zoosplat.stages import results
         from zoosplat.storage import objects
 
         result, request = run.result(stage), run.request(stage)
-        runs.claim(result, request)
+        result.claim(request)
         mark = {
             **request.to_json(),
             "run": run.id,
@@ -418,11 +421,12 @@ def check_same_rows(ours: Path, theirs: Path) -> None:
 
 def check_same_stage(stage: str, project: Path, reference: Path) -> None:
     """A stage's result in the latest runs of two projects: the same bytes, or, where it was learned, within noise."""
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat.stages.registry import PREPROCESSING, STAGES
-    from zoosplat.stages.runs import Project
 
     spec = STAGES[stage]
-    ours, theirs = (Path(Project.at(str(folder)).run().input_url(stage)) for folder in (project, reference))
+    ours, theirs = (Path(open_run(Project.at(str(folder))).input_url(stage)) for folder in (project, reference))
     if stage == "train":
         same_losses(*((folder / "history.csv").read_bytes() for folder in (ours, theirs)))
         return

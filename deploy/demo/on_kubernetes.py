@@ -17,7 +17,7 @@ from typing import Any
 from servers import BIN, Servers, prefect, show_results
 
 from zoosplat.stages.registry import PIPELINE, PREPROCESSING
-from zoosplat_flows.runners.containers import engine
+from zoosplat_flows.runners.containers import find_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_IMAGES = [*(spec.name.replace("_", "-") for spec in PIPELINE if not spec.gpu), "flows"]
@@ -80,7 +80,7 @@ class Cluster:
         self.servers.run(str(BIN / "helm"), "-n", NAMESPACE, *arguments)
 
     def _nodes(self) -> None:
-        words = engine()
+        words = find_engine()
         # podman puts one image into an archive unless it is told otherwise, docker all.
         save = [*words, "save", *(["-q", "--multi-image-archive"] if Path(words[0]).name == "podman" else [])]
         gpu = ["--gpus", "1", "--taint", "nvidia.com/gpu=present:NoSchedule"]

@@ -224,7 +224,7 @@ class Servers:
         make_recording(folder, n_frames=frames)
         for path in (p for p in folder.rglob("*") if p.is_file()):
             objects.write_bytes(f"s3://{self.bucket}/recording/{path.relative_to(folder)}", path.read_bytes())
-        text = (importlib.resources.files("zoosplat_flows") / "demo.yaml").read_text()
+        text = (importlib.resources.files("zoosplat_flows.commands") / "demo.yaml").read_text()
         url = f"s3://{self.bucket}/demo.yaml"
         objects.write_bytes(url, text.replace("directory: demo", f"directory: s3://{self.bucket}/recording").encode())
         return url
@@ -236,12 +236,13 @@ def prefect() -> str:
 
 def show_results(project: str, folder: Path) -> None:
     """Print the metrics of a project's latest run and put its report page into a folder."""
-    from zoosplat.stages.runs import Project
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
     from zoosplat.storage import objects
-    from zoosplat_flows.commands.run import headline
+    from zoosplat_flows.commands.run import summarize_metrics
 
-    run = Project.at(project).run()
-    for line in headline(run):
+    run = open_run(Project.at(project))
+    for line in summarize_metrics(run):
         print(line)
     objects.write_bytes(str(folder / "index.html"), objects.read_bytes(run.path("report", "index.html")))
     print(f"report: {folder / 'index.html'}")

@@ -24,42 +24,39 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, STAGES
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import urls
 from zoosplat_flows.execution.executor import (
     RETRIES,
     RETRY_DELAY_S,
-    Failed,
-    Interrupted,
-    Runner,
-    attempt,
-    make_report,
-    select,
-    worth_retrying,
+    StagesFailed,
+    attempt_stage,
+    is_worth_retrying,
+    select_stages,
 )
-from zoosplat_flows.execution.recorder import Event, Listener, Recorder, recording
-from zoosplat_flows.runners.containers import Containers
-from zoosplat_flows.runners.kubernetes.runner import (
-    Api,
-    Jobs,
-    choose_profile,
-    end_jobs,
-    with_profile,
-)
-from zoosplat_flows.runners.local import Processes
-from zoosplat_flows.runners.settings import Settings
+from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent, keep_record
+from zoosplat_flows.report.refresh import ensure_report
+from zoosplat_flows.runners.containers import ContainerRunner
+from zoosplat_flows.runners.kubernetes.api import KubernetesApi
+from zoosplat_flows.runners.kubernetes.nodes import apply_profile, choose_profile
+from zoosplat_flows.runners.kubernetes.runner import KubernetesRunner, delete_jobs
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings
+from zoosplat_flows.runners.local import LocalRunner
+from zoosplat_flows.runners.protocol import Interrupted, Runner
 
 ARTIFACT_EVERY_S = 5.0
 PLACEMENT = "placement"  # key of the table of pods, in Prefect's interface
 RunnerName = Literal["local", "containers", "kubernetes"]
 
-_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_listener: ContextVar[EventListener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: EventListener) -> Iterator[None]:
     """Hand the events of pipelines that run in this block, in this process, to `listener` (from their threads)."""
     token = _listener.set(listener)
     try:
@@ -107,11 +104,11 @@ class _Artifact:
 class _Work:
     """What the tasks of a flow have in common. Not a dataclass: Prefect walks through those of a task's parameters."""
 
-    def __init__(self, run: Run, runner: Runner, workers: int | None, recorder: Recorder) -> None:
+    def __init__(self, run: Run, runner: Runner, workers: int | None, recorder: RunRecorder) -> None:
         self.run, self.runner, self.workers, self.recorder = run, runner, workers, recorder
         self._listener = _listener.get()
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: StageEvent) -> None:
         """Record an event, and hand it to who listens."""
         self.recorder(event)
         if self._listener is not None:
@@ -123,7 +120,7 @@ def _may_pass(_task: Any, _run: Any, state: Any) -> bool:
     try:
         state.result()
     except Exception as error:
-        return worth_retrying(error)
+        return is_worth_retrying(error)
     return False
 
 
@@ -143,7 +140,7 @@ def run_stage(stage: str, work: _Work) -> State[str]:
     artifact = _Artifact(stage)
     artifact(0.0)
 
-    def heard(event: Event) -> None:
+    def heard(event: StageEvent) -> None:
         work.tell(event)
         if event.state == "running" and event.total:
             artifact(100.0 * event.done / event.total)
@@ -152,16 +149,16 @@ def run_stage(stage: str, work: _Work) -> State[str]:
         work.recorder.log(stage, line, source, at)
 
     try:
-        state = attempt(stage, work.run, work.runner, work.workers, heard, log)
+        state = attempt_stage(stage, work.run, work.runner, work.workers, heard, log)
     except Interrupted:
-        work.tell(Event(stage, "stopped"))
+        work.tell(StageEvent(stage, "stopped"))
         raise
     except Exception as error:
-        again = worth_retrying(error) and tries <= RETRIES
-        work.tell(Event(stage, "retrying" if again else "failed", message=str(error)))
+        again = is_worth_retrying(error) and tries <= RETRIES
+        work.tell(StageEvent(stage, "retrying" if again else "failed", message=str(error)))
         raise
     artifact(100.0)
-    work.tell(Event(stage, state))
+    work.tell(StageEvent(stage, state))
     # So that Prefect's interface shows what was computed and what was not.
     return Completed(name="Completed" if state == "done" else "Cached", data=state)
 
@@ -177,7 +174,7 @@ def run_stage(stage: str, work: _Work) -> State[str]:
 )
 def report(work: _Work) -> str:
     """The report page of what is done. Returns its URL."""
-    return make_report(work.run, work.recorder, work.tell)
+    return ensure_report(work.run, work.recorder, work.tell)
 
 
 # -- where it runs ------------------------------------------------------------------------------------------------
@@ -193,23 +190,23 @@ def place(project: str | None, config: str | None) -> str:
 
 def _profile_for(
     profile: str | None, project: Project, stages: list[str], experiment: Experiment
-) -> tuple[Settings, Api, str | None, Experiment]:
+) -> tuple[ClusterSettings, KubernetesApi, str | None, Experiment]:
     """Settings and cluster, the profile of the GPU stages, and the experiment as that changes it."""
     if not urls.is_s3(project.url):
         raise UserError(f"{project.url}: the pods of a cluster share no folder; use a project at s3://bucket/prefix")
-    settings = Settings.read()
-    api = Api(settings.namespace)
+    settings = ClusterSettings.read()
+    api = KubernetesApi(settings.namespace)
     chosen: str | None = None
     if profile not in (None, "auto") or any(STAGES[stage].gpu for stage in stages):
-        chosen = choose_profile(settings, api.nodes(), profile, experiment)
+        chosen = choose_profile(settings, api.list_nodes(), profile, experiment)
     if chosen is not None and profile == chosen:
-        experiment = with_profile(settings, chosen, experiment)
+        experiment = apply_profile(settings, chosen, experiment)
     return settings, api, chosen, experiment
 
 
 @contextmanager
-def _in_cluster(settings: Settings, api: Api, profile: str | None) -> Iterator[Jobs]:
-    with Jobs(settings, profile, api, str(runtime.flow_run.get_id())) as jobs:
+def _in_cluster(settings: ClusterSettings, api: KubernetesApi, profile: str | None) -> Iterator[KubernetesRunner]:
+    with KubernetesRunner(settings, profile, api, str(runtime.flow_run.get_id())) as jobs:
         try:
             yield jobs
         finally:
@@ -221,7 +218,7 @@ def _in_cluster(settings: Settings, api: Api, profile: str | None) -> Iterator[J
 def _end_children(flow: Any, flow_run: Any, state: Any) -> None:
     """Hook of a run that was cancelled, crashed or failed: its process may have been killed before it could do this."""
     if flow_run.parameters.get("runner") == "kubernetes":
-        end_jobs(str(flow_run.id))
+        delete_jobs(str(flow_run.id))
 
 
 @flow(
@@ -267,26 +264,26 @@ def pipeline(
         UserError: bad input or configuration, found by this or by a stage.
         Failed: stages failed three times.
     """
-    stages = select(from_stage, until_stage)
+    stages = select_stages(from_stage, until_stage)
     where = Project.at(place(project, config))
     if run is not None:
-        with Processes() as processes:
-            return _run_stages(where.run(run), stages, processes, workers)
-    experiment = load_config(config).experiment if config else where.run().experiment
+        with LocalRunner() as processes:
+            return _run_stages(open_run(where, run), stages, processes, workers)
+    experiment = load_config(config).experiment if config else open_run(where).experiment
     if runner == "kubernetes":
         settings, api, chosen_profile, experiment = _profile_for(profile, where, stages, experiment)
         placed: Any = _in_cluster(settings, api, chosen_profile)
     elif profile is not None:
         raise UserError(f"profile {profile}: profiles are kinds of nodes; use it with the runner kubernetes")
     else:
-        placed = Containers() if runner == "containers" else Processes()
-    with placed as chosen, begun(where, experiment, stages, force or []) as begun_run:
+        placed = ContainerRunner() if runner == "containers" else LocalRunner()
+    with placed as chosen, begin_run(where, experiment, stages, force or []) as begun_run:
         return _run_stages(begun_run, stages, chosen, workers)
 
 
 def _run_stages(run: Run, stages: list[str], runner: Runner, workers: int | None) -> dict[str, str]:
     futures: dict[str, PrefectFuture[Any]] = {}
-    with recording(run, stages) as recorder:
+    with keep_record(run, stages) as recorder:
         work = _Work(run, runner, workers, recorder)
         for stage in stages:
             futures[stage] = run_stage.with_options(name=stage, task_run_name=stage).submit(
@@ -308,7 +305,7 @@ def _raise_failures(futures: dict[str, PrefectFuture[Any]], work: _Work) -> None
     errors = []
     for stage, future in futures.items():
         if future.state.is_pending():
-            work.tell(Event(stage, "blocked"))
+            work.tell(StageEvent(stage, "blocked"))
         elif not future.state.is_completed():
             try:
                 future.result()
@@ -317,5 +314,5 @@ def _raise_failures(futures: dict[str, PrefectFuture[Any]], work: _Work) -> None
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        kind = UserError if all(isinstance(error, UserError) for error in errors) else Failed
+        kind = UserError if all(isinstance(error, UserError) for error in errors) else StagesFailed
         raise kind("\n".join(str(error) for error in errors))

@@ -13,15 +13,15 @@ class UserError(Exception):
     """
 
 
-class Passing(UserError):
+class TransientError(UserError):
     """What may pass: a stage exits with status 1, so that it is tried again."""
 
 
-class Unreachable(Passing):
+class Unreachable(TransientError):
     """A storage server that does not answer."""
 
 
-class LockLost(Passing):
+class LockLost(TransientError):
     """Another process has taken over the work that this one had locked."""
 
 
@@ -37,10 +37,10 @@ class Problems:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note a UserError of this block and go on after it; what may pass (`Passing`) is raised on."""
+        """Note a UserError of this block and go on after it; what may pass (`TransientError`) is raised on."""
         try:
             yield
-        except Passing:
+        except TransientError:
             raise
         except UserError as error:
             self.lines += str(error).splitlines()

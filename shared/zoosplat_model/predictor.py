@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoosplat_model.cuda_graph import CudaGraph
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gaussians import Gaussians
-from zoosplat_model.cuda_graph import CudaGraph
 from zoosplat_model.rasterize import Rendering
 
 CONCURRENT_FRAMES = 4  # frames that a GPU computes at a time where the kernels of one are too small to fill it

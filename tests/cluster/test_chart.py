@@ -14,8 +14,8 @@ import yaml
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
-from zoosplat_flows.runners.kubernetes.runner import job_manifest
-from zoosplat_flows.runners.settings import Settings, overlay
+from zoosplat_flows.runners.kubernetes.manifests import job_manifest
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings, overlay
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "zoosplat"
@@ -44,10 +44,10 @@ def render(*arguments: str) -> dict[tuple[str, str], Object]:
     return by_name
 
 
-def settings(objects: dict[tuple[str, str], Object], folder: Path) -> Settings:
+def settings(objects: dict[tuple[str, str], Object], folder: Path) -> ClusterSettings:
     file = folder / "settings.yaml"
     file.write_text(objects["ConfigMap", "zoosplat-settings"]["data"]["settings.yaml"])
-    return Settings.read(str(file))
+    return ClusterSettings.read(str(file))
 
 
 def flow_manifest(objects: dict[tuple[str, str], Object]) -> Object:

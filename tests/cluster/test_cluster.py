@@ -21,11 +21,13 @@ import pytest
 import yaml
 from servers import Servers, prefect
 
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import STAGES
-from zoosplat.stages.runs import Project
 from zoosplat.storage import objects
-from zoosplat_flows.runners.kubernetes.runner import JOB_LABEL, Api, job_manifest
-from zoosplat_flows.runners.settings import Settings
+from zoosplat_flows.runners.kubernetes.api import KubernetesApi
+from zoosplat_flows.runners.kubernetes.manifests import JOB_LABEL, job_manifest
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings
 
 pytestmark = [
     pytest.mark.cluster,
@@ -117,11 +119,11 @@ def cluster() -> Iterator[None]:
         call(str(SCRIPTS / "down.sh"))
 
 
-def read_settings(folder: Path) -> Settings:
+def read_settings(folder: Path) -> ClusterSettings:
     """The settings that helm has installed, read as the runner reads them."""
     file = folder / "settings.yaml"
     file.write_text(get("configmap", "zoosplat-settings")["data"]["settings.yaml"])
-    return Settings.read(str(file))
+    return ClusterSettings.read(str(file))
 
 
 def fake_node(name: str, labels: dict[str, str], amounts: dict[str, str], taints: list[Object]) -> Object:
@@ -235,15 +237,15 @@ class StandIn(threading.Thread):
 
     def __init__(self, done: str) -> None:
         super().__init__(daemon=True)
-        self.api = Api(NAMESPACE)
-        self.done = Project.at(done).run()
-        self.others = {pod["metadata"]["name"] for pod in self.api.pods()}  # of earlier tests
+        self.api = KubernetesApi(NAMESPACE)
+        self.done = open_run(Project.at(done))
+        self.others = {pod["metadata"]["name"] for pod in self.api.list_pods()}  # of earlier tests
         self.seen: dict[str, Object] = {}
         self.ended = threading.Event()
 
     def run(self) -> None:
         while not self.ended.wait(0.2):
-            for pod in self.api.pods():
+            for pod in self.api.list_pods():
                 name = pod["metadata"]["name"]
                 if name in self.others:
                     continue
@@ -255,7 +257,7 @@ class StandIn(threading.Thread):
     def _do(self, arguments: list[str], labels: dict[str, str]) -> None:
         stage, step = labels["zoosplat.io/stage"], labels["zoosplat.io/step"]
         assert (arguments[0], arguments[2]) == ("--project", "--run")
-        run = Project.at(arguments[1]).run(arguments[3])
+        run = open_run(Project.at(arguments[1]), arguments[3])
         there, here = self.done.result(stage), run.result(stage)
         assert there.id == here.id
         if step == "prepare":

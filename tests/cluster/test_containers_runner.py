@@ -17,10 +17,13 @@ import pytest
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.runs import Project, Run, record, resolve
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import s3_client
-from zoosplat_flows.execution.executor import Interrupted
 from zoosplat_flows.runners import containers
+from zoosplat_flows.runners.protocol import Interrupted
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
@@ -70,7 +73,7 @@ def run(folder: Path, s3: S3, recording: Recording) -> Run:
     name = s3.bucket()
     s3.put_folder(recording.folder, name, "recording")
     experiment = Experiment.model_validate(recording.config(f"s3://{name}/recording"))
-    return record(resolve(Project.at(f"s3://{name}/p"), experiment), ["crop", "pack"])
+    return record_run(draft_run(Project.at(f"s3://{name}/p"), experiment), ["crop", "pack"])
 
 
 def no_progress(done: int, total: int, message: str) -> None:
@@ -110,23 +113,23 @@ def test_registry_and_gpus_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 def test_refuses_folders(run: Run, recording: Recording, tmp_path: Path) -> None:
     experiment = Experiment.model_validate(recording.config())
     project = Project.at(str(tmp_path / "project"))
-    here = [record(resolve(project, each), ["crop"]) for each in (experiment, run.experiment)]
-    elsewhere = record(resolve(run.project, experiment), ["crop"])
+    here = [record_run(draft_run(project, each), ["crop"]) for each in (experiment, run.experiment)]
+    elsewhere = record_run(draft_run(run.project, experiment), ["crop"])
     for local, named in ((here[0], project.url), (here[1], project.url), (elsewhere, str(recording.folder))):
-        with containers.Containers() as runner, pytest.raises(UserError) as caught:
+        with containers.ContainerRunner() as runner, pytest.raises(UserError) as caught:
             runner.run("crop", local, progress=no_progress, log=no_log)
         assert str(caught.value) == f"{named}: containers see no folders of this machine; use s3://bucket/prefix"
 
 
 def test_a_missing_image_is_named(run: Run) -> None:
-    with containers.Containers() as runner, pytest.raises(UserError, match="no image localhost/zoosplat-pack:dev"):
+    with containers.ContainerRunner() as runner, pytest.raises(UserError, match="no image localhost/zoosplat-pack:dev"):
         runner.run("pack", run, progress=no_progress, log=no_log)
 
 
 def test_a_container_is_told_the_project_and_the_run(folder: Path, run: Run) -> None:
     (folder / "fails").write_text("zoosplat crop: some reason\n")
     (folder / "status").write_text("2")
-    with containers.Containers() as runner, pytest.raises(UserError):
+    with containers.ContainerRunner() as runner, pytest.raises(UserError):
         runner.run("crop", run, workers=3, progress=no_progress, log=no_log)
     words = (folder / "words").read_text().splitlines()
     at = words.index("localhost/zoosplat-crop:dev")
@@ -142,7 +145,7 @@ def test_bad_input_and_a_killed_container(folder: Path, run: Run) -> None:
     def log(line: str, source: str = "", at: str = "") -> None:
         logged.append(line)
 
-    with containers.Containers() as runner:
+    with containers.ContainerRunner() as runner:
         with pytest.raises(UserError, match=r"^crop: grid_size: too small$"):
             runner.run("crop", run, progress=no_progress, log=log)
         (folder / "status").write_text("137")
@@ -156,7 +159,7 @@ def test_leaving_removes_the_container(folder: Path, run: Run) -> None:
     """The stage ignores SIGTERM, as process 1 of a container does; the runner is left in the middle."""
     failures: list[BaseException] = []
     heard: list[tuple[int, int]] = []
-    with containers.Containers() as runner:
+    with containers.ContainerRunner() as runner:
 
         def work() -> None:
             try:
@@ -177,10 +180,11 @@ def test_leaving_removes_the_container(folder: Path, run: Run) -> None:
 
 def test_a_killed_pipeline_leaves_no_container(folder: Path, run: Run) -> None:
     program = (
-        "import sys; from zoosplat.stages.runs import Project\n"
-        "from zoosplat_flows.runners.containers import Containers\n"
-        "run = Project.at(sys.argv[1]).run()\n"
-        "with Containers() as runner: runner.run('crop', run, progress=lambda *_: None, log=lambda *_: None)"
+        "import sys; from zoosplat.stages.lookup import open_run\n"
+        "from zoosplat.stages.projects import Project\n"
+        "from zoosplat_flows.runners.containers import ContainerRunner\n"
+        "run = open_run(Project.at(sys.argv[1]))\n"
+        "with ContainerRunner() as runner: runner.run('crop', run, progress=lambda *_: None, log=lambda *_: None)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, run.project.url], env=os.environ.copy())
     until(lambda: bool(list(folder.glob("box-*"))))

@@ -22,10 +22,11 @@ import pytest
 from servers import free_port
 
 from zoosplat.errors import UserError
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import Result
-from zoosplat.stages.runs import Project
-from zoosplat_flows.runners.containers import engine, image_of
+from zoosplat_flows.runners.containers import find_engine, image_of
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
@@ -215,7 +216,7 @@ def download(s3: S3, bucket: str, prefix: str, folder: Path) -> Path:
 def check_result(project: Path, reference: Path, check_same: CheckSame, stages: list[str] = NAMES) -> None:
     """The latest run of a project has the results of the reference, under their ids, and what manifests say of them."""
     assert not list(project.rglob("*.partial"))
-    ours, theirs = (Project.at(str(folder)).run() for folder in (project, reference))
+    ours, theirs = (open_run(Project.at(str(folder))) for folder in (project, reference))
     for stage in stages:
         result = ours.result(stage)
         if not ours.record()["forced"]:
@@ -234,7 +235,7 @@ def marks(project: Path) -> dict[str, bytes]:
 
 def result_of(project: str | Path, stage: str) -> Result:
     """A stage's result of the latest run."""
-    return Project.at(str(project)).run().result(stage)
+    return open_run(Project.at(str(project))).result(stage)
 
 
 # -- a stage's container is killed --------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def result_of(project: str | Path, stage: str) -> Result:
 def podman() -> list[str]:
     """The engine, where the images are built."""
     try:
-        command = engine()
+        command = find_engine()
     except UserError as error:
         pytest.skip(str(error))
     missing = [
@@ -468,7 +469,7 @@ def test_two_pipelines_on_one_project(
         assert len(shards) == 3
         assert min(shard["started"] for shard in shards) >= plan["started"]
     # Of each stage one of them says that it has computed it, the other that it had not to.
-    records = [Project.at(str(result)).run(name).record() for name in Project.at(str(result)).run_ids()]
+    records = [open_run(Project.at(str(result)), name).record() for name in Project.at(str(result)).run_ids()]
     assert len(records) == 2
     for stage in NAMES if on_s3 else NAMES[:3]:
         first, second = sorted(record["stages"][stage]["state"] for record in records)
@@ -497,7 +498,7 @@ def test_a_shard_that_always_crashes(
     assert "finished work is kept" in run.err
     kept = marks(project)
     assert [Path(result.shard_mark_url(i, 3)).exists() for i in range(3)] == [True, False, True]
-    log = Path(Project.at(str(project)).run().path("logs", "center_rotation.log")).read_text()
+    log = Path(open_run(Project.at(str(project))).path("logs", "center_rotation.log")).read_text()
     assert log.count(" exit status 1\n") == 3
     assert log.count("IsADirectoryError: ") >= 3
     block.rmdir()

@@ -39,9 +39,9 @@ FLOWS = (
     + """
 import zoosplat_flows.cli.app, zoosplat_flows.pipeline, zoosplat_flows.report.page
 from zoosplat.config.load import load_config
-from zoosplat.stages.begin import begun
-from zoosplat.stages.runs import Project
-with begun(Project.at(sys.argv[1]), load_config(sys.argv[2]).experiment, ["ingest"], []) as run:
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.projects import Project
+with begin_run(Project.at(sys.argv[1]), load_config(sys.argv[2]).experiment, ["ingest"], []) as run:
     assert not run.result("ingest").is_done()
 """
 )

@@ -17,9 +17,11 @@ import pytest
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PREPROCESSING, STAGES
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import listing, objects, urls
 from zoosplat_flows.runners import containers
 
@@ -57,7 +59,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def engine() -> list[str]:
     try:
-        return containers.engine()
+        return containers.find_engine()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -113,7 +115,7 @@ def no_progress(done: int, total: int, message: str) -> None:
 
 def begin(url: str, raw: dict[str, Any]) -> Run:
     """A run of the whole pipeline that nobody works on yet."""
-    with begun(Project.at(url), Experiment.model_validate(raw), list(STAGES), []) as run:
+    with begin_run(Project.at(url), Experiment.model_validate(raw), list(STAGES), []) as run:
         return run
 
 
@@ -150,7 +152,7 @@ def test_runs_from_s3_to_s3(stage: str, engine: list[str], s3: S3, bucket: str) 
     def log(line: str, source: str = "", at: str = "") -> None:
         printed.append(line)
 
-    with containers.Containers() as runner:
+    with containers.ContainerRunner() as runner:
         runner.run(stage, run, workers=1, progress=lambda done, total, _: heard.append((done, total)), log=log)
         assert heard[-1][0] == heard[-1][1]
         assert run.result(stage).is_done()
@@ -176,7 +178,7 @@ def test_begins_a_run_by_itself(stage: str, engine: list[str], s3: S3, bucket: s
     )
     done = subprocess.run(command, env={**os.environ, **s3.env}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert Project.at(f"s3://{bucket}/alone").run().result(stage).is_done()
+    assert open_run(Project.at(f"s3://{bucket}/alone")).result(stage).is_done()
 
 
 @pytest.mark.usefixtures("s3_here")
@@ -193,7 +195,7 @@ def test_the_same_objects_as_without_a_container(
     for name in CPU[: CPU.index(stage) + 1]:
         command = [sys.executable, "-m", f"zoosplat_{name}", "--project", str(tmp_path / "p"), "--config", str(config)]
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
-    theirs, ours = (Project.at(url).run().result(stage) for url in (f"s3://{bucket}/p", str(tmp_path / "p")))
+    theirs, ours = (open_run(Project.at(url)).result(stage) for url in (f"s3://{bucket}/p", str(tmp_path / "p")))
     assert theirs.id == ours.id
     there, here = (
         {path: objects.read_bytes(urls.join(result.data_url, path)) for path in listing.list_files(result.data_url)}
@@ -211,10 +213,11 @@ def test_a_killed_pipeline_leaves_no_container(engine: list[str], s3: S3, record
     s3.put_folder(recording.folder, name, "recording")
     run = begin(f"s3://{name}/p", recording.config(f"s3://{name}/recording"))
     program = (
-        "import sys; from zoosplat.stages.runs import Project\n"
-        "from zoosplat_flows.runners.containers import Containers\n"
-        "run = Project.at(sys.argv[1]).run()\n"
-        "with Containers() as runner: runner.run('ingest', run, progress=lambda *_: None, log=lambda *_: None)"
+        "import sys; from zoosplat.stages.lookup import open_run\n"
+        "from zoosplat.stages.projects import Project\n"
+        "from zoosplat_flows.runners.containers import ContainerRunner\n"
+        "run = open_run(Project.at(sys.argv[1]))\n"
+        "with ContainerRunner() as runner: runner.run('ingest', run, progress=lambda *_: None, log=lambda *_: None)"
     )
 
     def running() -> bool:
@@ -231,6 +234,6 @@ def test_a_killed_pipeline_leaves_no_container(engine: list[str], s3: S3, record
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert not run.result("ingest").is_done()
-    with containers.Containers() as runner:
+    with containers.ContainerRunner() as runner:
         runner.run("ingest", run, workers=1, progress=no_progress, log=lambda line, source="", at="": None)
     assert run.result("ingest").is_done()

@@ -24,21 +24,26 @@ from kubernetes.client import ApiException
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.begin import begun
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 from zoosplat.storage import listing, objects, urls
-from zoosplat_flows.execution.executor import Exhausted, execute
-from zoosplat_flows.execution.recorder import Event, recording
+from zoosplat_flows.execution.executor import execute_stages
+from zoosplat_flows.execution.recorder import StageEvent, keep_record
 from zoosplat_flows.runners.kubernetes import runner as kubernetes
-from zoosplat_flows.runners.kubernetes.runner import INDEX_LABEL, Jobs
-from zoosplat_flows.runners.settings import Images, Settings
+from zoosplat_flows.runners.kubernetes.manifests import INDEX_LABEL, JOB_LABEL
+from zoosplat_flows.runners.kubernetes.runner import KubernetesRunner
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings, Images
+from zoosplat_flows.runners.protocol import Exhausted
+from zoosplat_flows.runners.stage_output import BAD_INPUT_STATUS
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
 
     from zoosplat_flows.pipeline import RunnerName
 
-Object = dict[str, Any]
+JsonObject = dict[str, Any]
 STAGES = ["ingest", "center_rotation", "crop"]
 
 # Forks a stage for every line on standard input, from a process that has imported all of them. What a stage prints goes
@@ -102,7 +107,7 @@ class Pod:
         with suppress(FileNotFoundError, ValueError, ProcessLookupError):
             os.killpg(int(Path(f"{self.path}.pid").read_text()), signal.SIGKILL)
 
-    def as_object(self) -> Object:
+    def as_object(self) -> JsonObject:
         status = self.status()
         phase = "Running" if status is None else "Failed" if status else "Succeeded"
         end = (
@@ -125,7 +130,7 @@ class Pod:
 
 
 class StandIn:
-    """Stands for a Kubernetes: has the calls of `Api`, and does with processes what a Job says.
+    """Stands for a Kubernetes: has the calls of `KubernetesApi`, and does with processes what a Job says.
 
     Attributes:
         made: names of the Jobs that were created, in this order.
@@ -136,7 +141,7 @@ class StandIn:
     def __init__(self, folder: Path, env: dict[str, str], forks: IO[str]) -> None:
         self._folder, self._env, self._forks = folder, env, forks
         self._lock = threading.RLock()
-        self._jobs: dict[str, tuple[Object, list[Pod]]] = {}
+        self._jobs: dict[str, tuple[JsonObject, list[Pod]]] = {}
         self.made: list[str] = []
         self.pods_made: list[Pod] = []
         self.instead: Callable[[dict[str, str], int], str | None] = lambda labels, tries: None
@@ -146,7 +151,7 @@ class StandIn:
             self.delete_job(name)
 
     # -- the calls of the API
-    def create_job(self, manifest: Object) -> Object:
+    def create_job(self, manifest: JsonObject) -> JsonObject:
         job = json.loads(json.dumps(manifest))
         name = job["metadata"]["name"]
         with self._lock:
@@ -157,21 +162,21 @@ class StandIn:
         threading.Thread(target=self._work, args=(job,), daemon=True).start()
         return dict(job)
 
-    def job(self, name: str) -> Object | None:
+    def read_job(self, name: str) -> JsonObject | None:
         with self._lock:
             found = self._jobs.get(name)
             return None if found is None else dict(json.loads(json.dumps(found[0])))
 
-    def jobs(self, **labels: str) -> list[Object]:
+    def list_jobs(self, **labels: str) -> list[JsonObject]:
         with self._lock:
             return [job for job, _ in self._jobs.values() if labels.items() <= job["metadata"]["labels"].items()]
 
-    def pods(self, **labels: str) -> list[Object]:
+    def list_pods(self, **labels: str) -> list[JsonObject]:
         with self._lock:
             found = [pod for _, pods in self._jobs.values() for pod in pods]
         return [pod.as_object() for pod in found if labels.items() <= pod.labels.items()]
 
-    def log(self, pod: str, since_s: int | None = None) -> str:
+    def read_log(self, pod: str, since_s: int | None = None) -> str:
         found = next(each for each in self.pods_made if each.name == pod)
         return "\n".join(found.read())
 
@@ -182,7 +187,7 @@ class StandIn:
             pod.kill()
 
     # -- what a cluster does with a Job
-    def _work(self, job: Object) -> None:
+    def _work(self, job: JsonObject) -> None:
         spec = job["spec"]
         waiting, tries = list(range(spec["completions"])), Counter[int]()
         running: dict[int, Pod] = {}
@@ -200,7 +205,7 @@ class StandIn:
                 del running[index]
                 if status == 0:
                     job["status"]["succeeded"] += 1
-                elif status != kubernetes.BAD_INPUT and tries[index] <= spec.get("backoffLimitPerIndex", 0):
+                elif status != BAD_INPUT_STATUS and tries[index] <= spec.get("backoffLimitPerIndex", 0):
                     waiting.append(index)
                 else:
                     failed.append(index)
@@ -209,14 +214,14 @@ class StandIn:
         job["status"]["failedIndexes"] = ",".join(map(str, failed))
         job["status"]["conditions"] = [{"type": kind, "status": "True", "reason": "", "message": ""}]
 
-    def _is_there(self, job: Object) -> bool:
+    def _is_there(self, job: JsonObject) -> bool:
         with self._lock:
             job.setdefault("status", {"succeeded": 0})
             return job["metadata"]["name"] in self._jobs and self._jobs[job["metadata"]["name"]][0] is job
 
-    def _start(self, job: Object, index: int, tries: int) -> Pod:
+    def _start(self, job: JsonObject, index: int, tries: int) -> Pod:
         template = job["spec"]["template"]
-        labels = {**template["metadata"]["labels"], kubernetes.JOB_LABEL: job["metadata"]["name"]}
+        labels = {**template["metadata"]["labels"], JOB_LABEL: job["metadata"]["name"]}
         indexed = job["spec"].get("completionMode") == "Indexed"
         labels |= {INDEX_LABEL: str(index)} if indexed else {}
         (container,) = template["spec"]["containers"]
@@ -239,7 +244,7 @@ class StandIn:
         return pod
 
 
-SETTINGS = Settings.model_validate(
+SETTINGS = ClusterSettings.model_validate(
     {"namespace": "n", "profiles": {"12gb": {"nodeSelector": {}, "cpu": "1", "memory": "1Gi"}}}
 )
 
@@ -281,35 +286,39 @@ class Pipelines:
     """Pipelines beside each other, as the flow runs them: each with Jobs of its own, the record of its run, and a
     thread."""
 
-    def __init__(self, cluster: StandIn, url: str, config: Callable[..., Object]) -> None:
+    def __init__(self, cluster: StandIn, url: str, config: Callable[..., JsonObject]) -> None:
         self.cluster, self.project, self._config = cluster, Project.at(url), config
         self.runs: list[Run] = []
         self.errors: list[Exception | None] = []
         self.states: list[dict[str, str]] = []
         self._threads: list[threading.Thread] = []
 
-    def begin(self, stages: list[str] = STAGES, settings: Settings = SETTINGS, **changes: Any) -> None:
+    def begin(self, stages: list[str] = STAGES, settings: ClusterSettings = SETTINGS, **changes: Any) -> None:
         """Begin a run that `work` goes on with."""
         number, held = len(self.runs), ExitStack()
         experiment = Experiment.model_validate(self._config(**changes))
-        run = held.enter_context(begun(self.project, experiment, stages, []))
+        run = held.enter_context(begin_run(self.project, experiment, stages, []))
         self.runs.append(run)
         self.errors.append(None)
         self.states.append({})
 
-        def tell(event: Event) -> None:
+        def tell(event: StageEvent) -> None:
             self.states[number][event.stage] = event.state
 
         def work() -> None:
             api: Any = self.cluster
             try:
-                with held, Jobs(settings, "12gb", api, f"flow-{number}") as jobs, recording(run, stages) as recorder:
+                with (
+                    held,
+                    KubernetesRunner(settings, "12gb", api, f"flow-{number}") as jobs,
+                    keep_record(run, stages) as recorder,
+                ):
 
-                    def record_and_tell(event: Event) -> None:
+                    def record_and_tell(event: StageEvent) -> None:
                         recorder(event)
                         tell(event)
 
-                    execute(run, stages, jobs, None, recorder, record_and_tell)
+                    execute_stages(run, stages, jobs, None, recorder, record_and_tell)
             except Exception as error:
                 self.errors[number] = error
 
@@ -329,13 +338,13 @@ class Pipelines:
 
 @pytest.fixture
 def pipelines(cluster: StandIn, bucket: str, recording_here: Recording) -> Pipelines:
-    def config(**changes: Any) -> Object:
+    def config(**changes: Any) -> JsonObject:
         return recording_here.config(f"s3://{bucket}/recording", **changes)
 
     return Pipelines(cluster, f"s3://{bucket}/p", config)
 
 
-def done_of(pipelines: Pipelines, stage: str) -> dict[str, Object]:
+def done_of(pipelines: Pipelines, stage: str) -> dict[str, JsonObject]:
     """Success marks of all results of a stage, by id."""
     folder = pipelines.project.path("results", stage)
     return {
@@ -369,12 +378,12 @@ def test_runs_with_other_settings_have_their_own_results(pipelines: Pipelines) -
         pipelines.begin(crop__grid_size=size)
     pipelines.work()
     assert pipelines.errors == [None, None]
-    first, second = (Project.at(pipelines.project.url).run(run.id) for run in pipelines.runs)
+    first, second = (open_run(Project.at(pipelines.project.url), run.id) for run in pipelines.runs)
     assert [len(done_of(pipelines, stage)) for stage in STAGES] == [1, 1, 2]
     assert [run.open_input("crop").attrs["grid_size"] for run in (first, second)] == [48, 32]
     assert [run.record()["state"] for run in (first, second)] == ["done", "done"]
     assert [run.record()["stages"]["crop"]["state"] for run in (first, second)] == ["done", "done"]
-    assert not pipelines.cluster.jobs()
+    assert not pipelines.cluster.list_jobs()
 
 
 def test_pods_of_different_jobs_share_shards_by_leases(pipelines: Pipelines) -> None:
@@ -412,7 +421,7 @@ def test_logs_of_pods_are_kept_of_failed_tries_too(pipelines: Pipelines) -> None
     pipelines.begin(["ingest"])
     pipelines.work()
     assert pipelines.errors == [None]
-    assert not pipelines.cluster.jobs()
+    assert not pipelines.cluster.list_jobs()
     lines = pipelines.log(0, "ingest")
     pattern = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00) here/(zoosplat-ingest-\S+)( shard \d)? (.+)")
     found = [pattern.fullmatch(line) for line in lines]
@@ -469,7 +478,7 @@ raise SystemExit(1)
 def test_a_pod_that_is_alone_is_followed(cluster: StandIn, pipelines: Pipelines) -> None:
     """Its lines are there while it runs, each once, and of its progress one in some seconds."""
     cluster.instead = lambda labels, tries: TALKING
-    with begun(pipelines.project, Experiment.model_validate(pipelines._config()), ["ingest"], []) as run:
+    with begin_run(pipelines.project, Experiment.model_validate(pipelines._config()), ["ingest"], []) as run:
         lines: list[str] = []
         reports: list[tuple[int, int]] = []
         seen_while_running: list[bool] = []
@@ -477,10 +486,12 @@ def test_a_pod_that_is_alone_is_followed(cluster: StandIn, pipelines: Pipelines)
         def log(line: str, source: str = "", at: str = "") -> None:
             lines.append(line)
             if line.startswith("a warning"):
-                seen_while_running.append(bool(cluster.jobs()) and cluster.pods()[0]["status"]["phase"] == "Running")
+                seen_while_running.append(
+                    bool(cluster.list_jobs()) and cluster.list_pods()[0]["status"]["phase"] == "Running"
+                )
 
         api: Any = cluster
-        with Jobs(SETTINGS, "12gb", api, "flow") as jobs, pytest.raises(RuntimeError) as caught:
+        with KubernetesRunner(SETTINGS, "12gb", api, "flow") as jobs, pytest.raises(RuntimeError) as caught:
             jobs.run("train", run, progress=lambda done, total, _: reports.append((done, total)), log=log)
     assert not isinstance(caught.value, Exhausted)
     assert seen_while_running == [True]
@@ -514,7 +525,7 @@ def test_the_flow_refuses_the_folder_of_the_recording(
     engine.chmod(0o755)
     monkeypatch.setenv("ZOOSPLAT_SETTINGS", str(settings))
     monkeypatch.setenv("ZOOSPLAT_CONTAINER_ENGINE", str(engine))
-    monkeypatch.setattr(flow, "Api", lambda namespace: None)
+    monkeypatch.setattr(flow, "KubernetesApi", lambda namespace: None)
     before = s3_here.objects(lab)
     url = f"s3://{lab}/mouse_6cam"
     with pytest.raises(UserError) as caught:

@@ -21,26 +21,21 @@ from typer.testing import CliRunner
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.results import FOLDER, Result
-from zoosplat.stages.runs import Project, Run, claim, resolve
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.results import RESULTS, Result
+from zoosplat.stages.runs import Run
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.execution.executor import Exhausted, Interrupted
+from zoosplat_flows.runners.kubernetes import manifests
 from zoosplat_flows.runners.kubernetes import runner as kubernetes
-from zoosplat_flows.runners.kubernetes.runner import (
-    INDEX_LABEL,
-    Api,
-    Jobs,
-    choose_profile,
-    end_jobs,
-    indexes,
-    job_manifest,
-    offers,
-    own_pod,
-    request_digest,
-    why_unschedulable,
-    with_profile,
-)
-from zoosplat_flows.runners.settings import Settings, overlay
+from zoosplat_flows.runners.kubernetes.api import KubernetesApi
+from zoosplat_flows.runners.kubernetes.explanations import explain_unschedulable
+from zoosplat_flows.runners.kubernetes.manifests import INDEX_LABEL, job_manifest, own_pod_reference, request_digest
+from zoosplat_flows.runners.kubernetes.nodes import apply_profile, choose_profile, offers_profile
+from zoosplat_flows.runners.kubernetes.objects import parse_indexes
+from zoosplat_flows.runners.kubernetes.runner import KubernetesRunner, delete_jobs
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings, overlay
+from zoosplat_flows.runners.protocol import Exhausted, Interrupted
 
 TEXT = """
 namespace: zoosplat
@@ -71,10 +66,10 @@ profiles:
 """
 
 
-def _settings(tmp_path: Path, text: str = TEXT) -> Settings:
+def _settings(tmp_path: Path, text: str = TEXT) -> ClusterSettings:
     path = tmp_path / "settings.yaml"
     path.write_text(text)
-    return Settings.read(str(path))
+    return ClusterSettings.read(str(path))
 
 
 def _experiment(**changes: Any) -> Experiment:
@@ -95,13 +90,13 @@ def test_settings_are_read_from_the_file_that_the_environment_names(
 ) -> None:
     expected = _settings(tmp_path)
     monkeypatch.setenv("ZOOSPLAT_SETTINGS", str(tmp_path / "settings.yaml"))
-    assert Settings.read() == expected
+    assert ClusterSettings.read() == expected
     assert expected.cpu.resources.limits.memory == "512Mi"
     assert expected.ordered() == ["12gb", "24gb", "80gb"]
     with pytest.raises(UserError, match=r"profile 48gb: is not in the settings; there are 12gb, 24gb, 80gb, and auto"):
         expected.profile("48gb")
     with pytest.raises(UserError, match=r"missing.yaml: .* cannot be read .* set ZOOSPLAT_SETTINGS"):
-        Settings.read(str(tmp_path / "missing.yaml"))
+        ClusterSettings.read(str(tmp_path / "missing.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -124,10 +119,10 @@ def test_bad_settings_are_named_by_file_and_key(tmp_path: Path, old: str, new: s
 
 
 def test_a_profile_changes_the_experiment_and_bad_keys_name_the_profile(tmp_path: Path) -> None:
-    changed = with_profile(_settings(tmp_path), "24gb", _experiment())
+    changed = apply_profile(_settings(tmp_path), "24gb", _experiment())
     assert (changed.crop.grid_size, changed.model.max_gaussians) == (128, 32000)
     assert changed.train == _experiment().train
-    without = with_profile(
+    without = apply_profile(
         _settings(tmp_path, TEXT.replace("crop.grid_size: 128", "crop.grid_size: null")), "24gb", _experiment()
     )
     assert (without.crop.grid_size, without.model.max_gaussians) == (_experiment().crop.grid_size, 32000)
@@ -286,14 +281,14 @@ def test_names_follow_from_what_is_made_and_from_nothing_else(tmp_path: Path, re
         stage: str = "crop",
         force: str = "",
         where: Project = project,
-        by: Settings = loaded,
+        by: ClusterSettings = loaded,
         **changes: Any,
     ) -> str:
-        draft = resolve(where, Experiment.model_validate(recording.config(**changes)), force.split())
+        draft = draft_run(where, Experiment.model_validate(recording.config(**changes)), force.split())
         return request_digest(draft.results[stage], by)
 
-    first = resolve(project, Experiment.model_validate(recording.config()))
-    claim(first.results["crop"], first.requests["crop"])
+    first = draft_run(project, Experiment.model_validate(recording.config()))
+    first.results["crop"].claim(first.requests["crop"])
     same = [
         digest(),
         digest(),
@@ -320,12 +315,12 @@ def test_names_follow_from_what_is_made_and_from_nothing_else(tmp_path: Path, re
 
 
 def test_jobs_belong_to_the_pod_of_their_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubernetes, "POD_FILES", tmp_path / "podinfo")
-    assert own_pod() is None
+    monkeypatch.setattr(manifests, "POD_INFO_FOLDER", tmp_path / "podinfo")
+    assert own_pod_reference() is None
     (tmp_path / "podinfo").mkdir()
     (tmp_path / "podinfo" / "name").write_text("flow-1")
     (tmp_path / "podinfo" / "uid").write_text("0a-1b")
-    owner = own_pod()
+    owner = own_pod_reference()
     assert owner == {"apiVersion": "v1", "kind": "Pod", "name": "flow-1", "uid": "0a-1b"}
     loaded = _settings(tmp_path)
     jobs = [job_manifest(loaded, "s3://b/p", "crop", "finish", "d", [], run="r", owner=o) for o in (None, owner)]
@@ -375,8 +370,8 @@ def test_a_profile_is_chosen_among_what_nodes_offer(tmp_path: Path) -> None:
         choose_profile(loaded, NODES[:2], "12gb", experiment)
     # Without its GPU, or with a taint that the profile does not tolerate, a node offers nothing.
     profile = loaded.profile("24gb")
-    assert not offers(_node("n", {"zoosplat.io/gpu-memory": "24gb"}), profile)
-    assert not offers(_node("n", {"zoosplat.io/gpu-memory": "24gb"}, 1, [GPU_TAINT]), profile)
+    assert not offers_profile(_node("n", {"zoosplat.io/gpu-memory": "24gb"}), profile)
+    assert not offers_profile(_node("n", {"zoosplat.io/gpu-memory": "24gb"}, 1, [GPU_TAINT]), profile)
 
 
 @pytest.mark.parametrize(
@@ -400,12 +395,12 @@ def test_a_profile_is_chosen_among_what_nodes_offer(tmp_path: Path) -> None:
     ],
 )
 def test_the_scheduler_in_words(message: str, words: str) -> None:
-    assert why_unschedulable(message, {"a": "b"}) == words
+    assert explain_unschedulable(message, {"a": "b"}) == words
 
 
 def test_indexes_of_a_job_status() -> None:
-    assert indexes("1,3-5,9") == [1, 3, 4, 5, 9]
-    assert indexes("") == []
+    assert parse_indexes("1,3-5,9") == [1, 3, 4, 5, 9]
+    assert parse_indexes("") == []
 
 
 # -- a real control plane -----------------------------------------------------------------------------------------
@@ -559,13 +554,13 @@ class Kubelet:
 class Place:
     """A namespace of its own on the control plane, with a kubelet."""
 
-    api: Api
+    api: KubernetesApi
     kubelet: Kubelet
-    settings: Settings
+    settings: ClusterSettings
     settings_path: Path
 
     def names(self) -> list[str]:
-        return sorted(job["metadata"]["name"] for job in self.api.jobs())
+        return sorted(job["metadata"]["name"] for job in self.api.list_jobs())
 
 
 @pytest.fixture
@@ -578,7 +573,7 @@ def place(control_plane: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = TEXT.replace("namespace: zoosplat", f"namespace: {namespace}").replace("stages", "default")
     loaded = _settings(tmp_path, text)
     monkeypatch.setenv("ZOOSPLAT_SETTINGS", str(tmp_path / "settings.yaml"))
-    api = Api(namespace)
+    api = KubernetesApi(namespace)
     api.core.create_namespace(client.V1Namespace(metadata=client.V1ObjectMeta(name=namespace)))
     for node in NODES:
         with suppress(client.ApiException):
@@ -618,17 +613,17 @@ URL, ID = "s3://b/p", "0123456789abcdef"
 
 def _run() -> Run:
     """A run in that project, none of whose results have been looked at."""
-    folders = {stage: f"{URL}/{FOLDER}/{stage}/{ID}" for stage in ("crop", "train")}
+    folders = {stage: f"{URL}/{RESULTS}/{stage}/{ID}" for stage in ("crop", "train")}
     results = {stage: Result(stage, ID, folder, folder) for stage, folder in folders.items()}
     return Run(Project(URL), "r1", _experiment(), results)
 
 
 def _plan(files: dict[str, Any], stage: str, shards: int) -> None:
-    files[f"{URL}/{FOLDER}/{stage}/{ID}/plan.json"] = {"bounds": list(range(shards + 1)), "id": ID}
+    files[f"{URL}/{RESULTS}/{stage}/{ID}/plan.json"] = {"bounds": list(range(shards + 1)), "id": ID}
 
 
 def _done(files: dict[str, Any], stage: str) -> None:
-    files[f"{URL}/{FOLDER}/{stage}/{ID}/done.json"] = {"id": ID, "finished": time.time()}
+    files[f"{URL}/{RESULTS}/{stage}/{ID}/done.json"] = {"id": ID, "finished": time.time()}
 
 
 def _number(pod: Any) -> int:
@@ -657,7 +652,9 @@ def _finishing(
 
 
 @contextmanager
-def _in_thread(jobs: Jobs, stage: str, hear: Callable[[int, int, str], None] = _quiet) -> Iterator[list[Any]]:
+def _in_thread(
+    jobs: KubernetesRunner, stage: str, hear: Callable[[int, int, str], None] = _quiet
+) -> Iterator[list[Any]]:
     """Run a stage beside the test; the list gets `ended` or what it raises."""
     outcome: list[Any] = []
 
@@ -691,11 +688,11 @@ def test_a_cpu_stage_is_prepared_sharded_and_finished(place: Place, marks: dict[
         return End()
 
     place.kubelet.decide = _finishing(marks, "crop", 6, work)
-    with Jobs(place.settings, None, place.api, "run-1") as jobs:
+    with KubernetesRunner(place.settings, None, place.api, "run-1") as jobs:
         run = _run()
         jobs.run("crop", run, progress=lambda *event: reports.append(event), log=_no_log)
         assert run.result("crop").is_done()
-        created = {job["metadata"]["labels"]["zoosplat.io/step"]: job for job in place.api.jobs()}
+        created = {job["metadata"]["labels"]["zoosplat.io/step"]: job for job in place.api.list_jobs()}
         assert sorted(created) == ["finish", "prepare", "shards"]
         spec = created["shards"]["spec"]
         assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (6, 4, "Indexed")
@@ -720,10 +717,10 @@ def test_a_cpu_stage_is_prepared_sharded_and_finished(place: Place, marks: dict[
         secret = [e for e in container["env"] if e["name"].startswith("AWS_") and "KEY" in e["name"]]
         assert [sorted(e) for e in secret] == [["name", "valueFrom"]] * 2
     assert all(total in (0, 1, 6) for _, total, _ in reports)
-    _wait_until(lambda: not place.names() and not place.api.pods(), "Jobs and pods to be gone")
+    _wait_until(lambda: not place.names() and not place.api.list_pods(), "Jobs and pods to be gone")
 
     # Done before: only the preparation runs, and finds it so.
-    with Jobs(place.settings, None, place.api, "run-2") as jobs:
+    with KubernetesRunner(place.settings, None, place.api, "run-2") as jobs:
         place.kubelet.decide = lambda pod: End()
         before = len(place.kubelet.seen)
         jobs.run("crop", _run(), progress=_quiet, log=_no_log)
@@ -736,7 +733,7 @@ def test_a_failed_index_is_tried_again_and_reported_by_number_with_its_log(place
         return End(1, "Traceback ...\nOSError: disk on fire") if _number(pod) == 3 else End()
 
     place.kubelet.decide = _finishing(marks, "crop", 5, work)
-    with Jobs(place.settings, None, place.api, "r") as jobs, pytest.raises(Exhausted) as caught:
+    with KubernetesRunner(place.settings, None, place.api, "r") as jobs, pytest.raises(Exhausted) as caught:
         jobs.run("crop", _run(), progress=_quiet, log=_no_log)
     lines = str(caught.value).splitlines()
     assert lines[0] == "crop: shards failed for good: 3 of 5; the others are kept"
@@ -750,7 +747,7 @@ def test_a_failed_index_is_tried_again_and_reported_by_number_with_its_log(place
 def test_bad_input_is_not_tried_again(place: Place, marks: dict[str, Any]) -> None:
     bad = End(2, "a warning\nzoosplat crop: crop.ell = 0.1: too small")
     place.kubelet.decide = _finishing(marks, "crop", 2, lambda pod: bad if _number(pod) == 1 else End())
-    with Jobs(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError) as caught:
+    with KubernetesRunner(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError) as caught:
         jobs.run("crop", _run(), progress=_quiet, log=_no_log)
     assert str(caught.value) == "crop: crop.ell = 0.1: too small"
     assert sorted(_number(pod) for pod in place.kubelet.seen if _step(pod) == "shards") == [0, 1]
@@ -764,7 +761,7 @@ def test_too_little_memory_is_named_with_the_key_to_change(place: Place, marks: 
         r"^crop: shard 1 of 2 was OOMKilled on cpu-[12]: it needs more than its 512Mi of memory; "
         r"raise runner\.cpu\.resources\.limits\.memory$"
     )
-    with Jobs(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError, match=expected):
+    with KubernetesRunner(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError, match=expected):
         jobs.run("crop", _run(), progress=_quiet, log=_no_log)
 
     place.kubelet.decide = lambda pod: killed
@@ -772,7 +769,7 @@ def test_too_little_memory_is_named_with_the_key_to_change(place: Place, marks: 
         r"^train: run was OOMKilled on gpu-12: it needs more than its 4Gi of memory; "
         r"raise profiles\.12gb\.memory, or choose the profile 24gb$"
     )
-    with Jobs(place.settings, "12gb", place.api, "r") as jobs, pytest.raises(UserError, match=expected):
+    with KubernetesRunner(place.settings, "12gb", place.api, "r") as jobs, pytest.raises(UserError, match=expected):
         jobs.run("train", _run(), progress=_quiet, log=_no_log)
 
 
@@ -784,7 +781,7 @@ def test_gpu_stages_run_on_the_nodes_of_their_profile(place: Place, marks: dict[
 
     place.kubelet.decide = train
     for profile, node in (("12gb", "gpu-12"), ("24gb", "gpu-24")):
-        with Jobs(place.settings, profile, place.api, "r") as jobs:
+        with KubernetesRunner(place.settings, profile, place.api, "r") as jobs:
             jobs.run("train", _run(), progress=_quiet, log=_no_log)
         assert place.kubelet.seen[-1]["spec"]["nodeName"] == node
         _wait_until(lambda: not place.names(), "the Job to be gone")
@@ -793,11 +790,11 @@ def test_gpu_stages_run_on_the_nodes_of_their_profile(place: Place, marks: dict[
 @pytest.mark.cluster
 def test_cancelling_leaves_no_job_and_no_pod(place: Place, marks: dict[str, Any]) -> None:
     place.kubelet.decide = _finishing(marks, "crop", 6, lambda pod: None)
-    with _in_thread(Jobs(place.settings, None, place.api, "r"), "crop") as outcome:
+    with _in_thread(KubernetesRunner(place.settings, None, place.api, "r"), "crop") as outcome:
         _wait_until(lambda: sum(_step(pod) == "shards" for pod in place.kubelet.seen) == 4, "four running shards")
     assert isinstance(outcome[0], Interrupted)
     began = time.monotonic()
-    _wait_until(lambda: not place.names() and not place.api.pods(), "Jobs and pods to be gone", 30)
+    _wait_until(lambda: not place.names() and not place.api.list_pods(), "Jobs and pods to be gone", 30)
     assert time.monotonic() - began < 30
 
 
@@ -809,7 +806,7 @@ def test_two_pipelines_share_jobs_and_the_second_survives_the_first(place: Place
         return End() if free.is_set() else None
 
     place.kubelet.decide = _finishing(marks, "crop", 2, work)
-    first, second = (Jobs(place.settings, None, place.api, name) for name in ("first", "second"))
+    first, second = (KubernetesRunner(place.settings, None, place.api, name) for name in ("first", "second"))
     with _in_thread(second, "crop") as outcome:
         with _in_thread(first, "crop"):
             _wait_until(lambda: sum("shards" in n for n in first._names & second._names) == 1, "both to use one Job")
@@ -823,12 +820,12 @@ def test_two_pipelines_share_jobs_and_the_second_survives_the_first(place: Place
 @pytest.mark.cluster
 def test_what_has_ended_earlier_is_not_adopted(place: Place, marks: dict[str, Any]) -> None:
     place.kubelet.decide = lambda pod: End(1, "lost connection")
-    killed = Jobs(place.settings, None, place.api, "killed")  # it never deletes its Jobs
+    killed = KubernetesRunner(place.settings, None, place.api, "killed")  # it never deletes its Jobs
     with pytest.raises(RuntimeError, match=r"^crop: prepare: exit status 1 on cpu-[12]\nlost connection$"):
         killed.run("crop", _run(), progress=_quiet, log=_no_log)
     assert len(place.names()) == 1
     place.kubelet.decide = _finishing(marks, "crop", 1, lambda pod: End())
-    with Jobs(place.settings, None, place.api, "next") as jobs:
+    with KubernetesRunner(place.settings, None, place.api, "next") as jobs:
         run = _run()
         jobs.run("crop", run, progress=_quiet, log=_no_log)
         assert run.result("crop").is_done()
@@ -840,8 +837,8 @@ def test_hooks_end_the_jobs_of_their_run_alone(place: Place, marks: dict[str, An
 
     for run in ("a", "b"):
         place.api.create_job(job_manifest(place.settings, URL, "crop", "prepare", run, [], run=run))
-    end_jobs("a")
-    assert [job["metadata"]["labels"]["zoosplat.io/run"] for job in place.api.jobs()] == ["b"]
+    delete_jobs("a")
+    assert [job["metadata"]["labels"]["zoosplat.io/run"] for job in place.api.list_jobs()] == ["b"]
 
     @dataclass
     class FlowRun:
@@ -877,14 +874,14 @@ def test_waiting_pods_are_explained_while_they_wait(place: Place, marks: dict[st
         (place.settings, "80gb", "train", "3 nodes have other labels than wanted (zoosplat.io/gpu-memory=80gb)"),
         (absent, None, "crop", "have other labels than wanted (a=b)"),
     ):
-        with _in_thread(Jobs(loaded, profile, place.api, "r"), stage, hear):
+        with _in_thread(KubernetesRunner(loaded, profile, place.api, "r"), stage, hear):
             _wait_until(partial(heard, words), words)
         _wait_until(lambda: not place.names(), "the Job to be gone")
     # The only GPU of the profile is taken.
     place.kubelet.decide = lambda pod: None
     place.api.create_job(job_manifest(place.settings, URL, "render", "run", "d", [], run="r", profile=profiles["12gb"]))
     _wait_until(lambda: place.kubelet.seen, "a pod on the GPU")
-    with _in_thread(Jobs(place.settings, "12gb", place.api, "r"), "train", hear):
+    with _in_thread(KubernetesRunner(place.settings, "12gb", place.api, "r"), "train", hear):
         _wait_until(partial(heard, "1 node has no free GPU"), "no free GPU")
         result = CliRunner().invoke(app, ["cluster", "status"], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
@@ -904,18 +901,21 @@ def test_an_image_that_cannot_be_pulled_ends_the_stage(
     monkeypatch.setattr(kubernetes, "BLOCKED_S", 1.0)
     place.kubelet.blocked = "ImagePullBackOff"
     expected = r"^crop: image:1: its image cannot be pulled; check images.registry and images.tag \(no such image\)$"
-    with Jobs(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError, match=expected):
+    with KubernetesRunner(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError, match=expected):
         jobs.run("crop", _run(), progress=_quiet, log=_no_log)
-    _wait_until(lambda: not place.names() and not place.api.pods(), "Jobs and pods to be gone")
+    _wait_until(lambda: not place.names() and not place.api.list_pods(), "Jobs and pods to be gone")
 
 
 @pytest.mark.cluster
 def test_what_the_cluster_refuses_names_the_settings(place: Place, marks: dict[str, Any], tmp_path: Path) -> None:
     elsewhere = place.settings.model_copy(update={"namespace": "nowhere"})
     with (
-        Jobs(elsewhere, None, Api("nowhere"), "r") as jobs,
+        KubernetesRunner(elsewhere, None, KubernetesApi("nowhere"), "r") as jobs,
         pytest.raises(UserError, match=r"refuses the Job.*nowhere"),
     ):
         jobs.run("crop", _run(), progress=_quiet, log=_no_log)
-    with Jobs(place.settings, None, place.api, "r") as jobs, pytest.raises(UserError, match="use a project at s3://"):
+    with (
+        KubernetesRunner(place.settings, None, place.api, "r") as jobs,
+        pytest.raises(UserError, match="use a project at s3://"),
+    ):
         jobs.run("crop", replace(_run(), project=Project(str(tmp_path))), progress=_quiet, log=_no_log)

@@ -24,13 +24,16 @@ from servers import BIN, Servers, prefect
 
 from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
-from zoosplat.stages.runs import Project
 from zoosplat.storage import listing, objects, urls
-from zoosplat_flows.execution.executor import Exhausted, Log
-from zoosplat_flows.runners.kubernetes.runner import Api, Jobs, job_manifest
-from zoosplat_flows.runners.settings import Settings
+from zoosplat_flows.runners.kubernetes.api import KubernetesApi
+from zoosplat_flows.runners.kubernetes.manifests import job_manifest
+from zoosplat_flows.runners.kubernetes.runner import KubernetesRunner
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings
+from zoosplat_flows.runners.protocol import Exhausted, Log
 
 pytestmark = [
     pytest.mark.cluster,
@@ -95,12 +98,12 @@ class Place:
         pods = self.cluster.get("pods", "-l", f"zoosplat.io/stage={stage}")["items"]
         return [pod for pod in pods if pod["status"]["phase"] == "Running"]
 
-    def settings(self, **changes: Any) -> Settings:
+    def settings(self, **changes: Any) -> ClusterSettings:
         """What the chart has installed, with changes of `cpu`."""
         text = self.cluster.get("configmap", "zoosplat-settings")["data"]["settings.yaml"]
         raw = yaml.safe_load(text)
         raw["cpu"] |= changes
-        return Settings.model_validate(raw)
+        return ClusterSettings.model_validate(raw)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ def test_a_pipeline_runs_on_the_nodes_of_its_stages_and_an_upgrade_does_not_dist
     assert same_objects(bucket, "whole", "local") > 20
     assert not place.stage_jobs()
     # The pods are gone, what they have printed is kept with the run.
-    recorded = Project.at(f"s3://{bucket}/whole").run()
+    recorded = open_run(Project.at(f"s3://{bucket}/whole"))
     assert recorded.record()["state"] == "done"
     for spec in PIPELINE:
         lines = objects.read_bytes(recorded.path("logs", f"{spec.name}.log")).decode().splitlines()
@@ -226,7 +229,7 @@ def test_pipelines_with_other_and_with_the_same_settings_run_at_once(place: Plac
     until(lambda: all(place.state(run) in ("Completed", "Failed", "Crashed") for run in runs), 600)
     for flow_run in runs:
         assert place.state(flow_run) == "Completed", place.servers.run(prefect(), "flow-run", "logs", flow_run)
-    recorded = [Project.at(url).run(name) for name in Project.at(url).run_ids()]
+    recorded = [open_run(Project.at(url), name) for name in Project.at(url).run_ids()]
     assert [run.record()["state"] for run in recorded] == ["done"] * 3
     assert sorted(run.experiment.crop.grid_size for run in recorded) == [32, 48, 48]
     for run in recorded:
@@ -248,13 +251,13 @@ def _no_progress(done: int, total: int, message: str) -> None:
     return None
 
 
-def _ingest(place: Place, project: str, settings: Settings, workers: int | None = None) -> list[str]:
+def _ingest(place: Place, project: str, settings: ClusterSettings, workers: int | None = None) -> list[str]:
     """Run stage ingest in a new project; what its pods have printed, each line after where it comes from."""
     lines: list[str] = []
     experiment = load_config(place.config(project)).experiment
     with (
-        Jobs(settings, None, Api(NAMESPACE), "direct") as jobs,
-        begun(Project.at(f"s3://{place.servers.bucket}/{project}"), experiment, ["ingest"], []) as run,
+        KubernetesRunner(settings, None, KubernetesApi(NAMESPACE), "direct") as jobs,
+        begin_run(Project.at(f"s3://{place.servers.bucket}/{project}"), experiment, ["ingest"], []) as run,
     ):
         keep: Log = lambda line, source="", at="": lines.append(f"{source}: {line}")  # noqa: E731
         jobs.run("ingest", run, workers=workers, progress=_no_progress, log=keep)
@@ -302,7 +305,7 @@ def test_a_failed_index_is_tried_again_then_reported_and_the_others_are_kept(pla
     container["args"] = ["import os; i = os.environ['JOB_COMPLETION_INDEX']; print('shard', i); assert i != '1'"]
     logged: list[str] = []
     keep: Log = lambda line, source="", at="": logged.append(f"{source.partition(' ')[2]}: {line}")  # noqa: E731
-    with Jobs(settings, None, Api(NAMESPACE), "f") as jobs, pytest.raises(Exhausted) as caught:
+    with KubernetesRunner(settings, None, KubernetesApi(NAMESPACE), "f") as jobs, pytest.raises(Exhausted) as caught:
         jobs._finish_job(job, _no_progress, keep, lambda: False)
     lines = str(caught.value).splitlines()
     assert lines[0] == "ingest: shards failed for good: 1 of 3; the others are kept"

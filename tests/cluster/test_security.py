@@ -21,13 +21,16 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.recording import video
 from zoosplat.recording.calibration import read_cameras
+from zoosplat.stages.contract import StageProgress
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PREPROCESSING
-from zoosplat.stages.runs import Project, record, resolve
+from zoosplat.stages.run_records import record_run
 from zoosplat.storage import listing, objects
-from zoosplat_flows.execution.executor import Progress
 from zoosplat_flows.runners import containers
-from zoosplat_flows.runners.kubernetes.runner import job_manifest
-from zoosplat_flows.runners.settings import Settings
+from zoosplat_flows.runners.kubernetes.manifests import job_manifest
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings
 
 if TYPE_CHECKING:
     from tests.conftest import S3, Outcome, Recording, Stages
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = (ROOT / "deploy" / "s3-policy.json").read_text()
 CPU = [spec.name for spec in PREPROCESSING]
-NO_PROGRESS: Progress = lambda done, total, message: None  # noqa: E731
+NO_PROGRESS: StageProgress = lambda done, total, message: None  # noqa: E731
 CONFIG = "tested.yaml"  # in a project, where `Stages` looks for it
 HOSTILE = "s3://{bucket}/a b;touch pwned;`touch pwned`$(touch pwned)'\"&|>pwned"
 
@@ -309,7 +312,7 @@ def test_what_lies_in_a_project_cannot_send_a_container_to_a_local_file(
     config = json.dumps(recording.config(f"s3://{name}/recording")).encode()
     s3.client.put_object(Bucket=name, Key=f"p/{CONFIG}", Body=config)
     assert stages("ingest", f"s3://{name}/p", env=s3.env).status == 0
-    data = Project.at(str(finished)).run().result("ingest").folder
+    data = open_run(Project.at(str(finished))).result("ingest").folder
     run = misdirect(s3, name, "p", kind, str(finished), data)
     inside = {**s3.env, "ZOOSPLAT_S3_ONLY": "1"}
     line = refusal(stages("center_rotation", f"s3://{name}/p", "--run", run, env=inside), "center_rotation")
@@ -321,7 +324,7 @@ def test_what_lies_in_a_project_cannot_send_a_container_to_a_local_file(
 def test_every_container_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     words = containers.container_command(["podman"], "n", "crop", [])
     assert words.index("--env=ZOOSPLAT_S3_ONLY=1") < words.index(containers.image_of("crop"))
-    job = job_manifest(Settings(namespace="n"), "s3://b/p", "crop", "prepare", "d", ["--prepare"], run="r")
+    job = job_manifest(ClusterSettings(namespace="n"), "s3://b/p", "crop", "prepare", "d", ["--prepare"], run="r")
     assert {"name": "ZOOSPLAT_S3_ONLY", "value": "1"} in job["spec"]["template"]["spec"]["containers"][0]["env"]
 
 
@@ -359,7 +362,7 @@ def expanded(argument: str, env: dict[str, str]) -> str:
 def test_kubernetes_replaces_nothing_in_a_url(project: str) -> None:
     arguments = ["--shard", "$(JOB_COMPLETION_INDEX)/6"]
     job = job_manifest(
-        Settings(namespace="n"), f"s3://b/{project}", "crop", "shards", "d", arguments, run="r", shards=6
+        ClusterSettings(namespace="n"), f"s3://b/{project}", "crop", "shards", "d", arguments, run="r", shards=6
     )
     (container,) = job["spec"]["template"]["spec"]["containers"]
     env = {"AWS_SECRET_ACCESS_KEY": "secret", "JOB_COMPLETION_INDEX": "3"}
@@ -377,13 +380,13 @@ def test_no_shell_reads_a_url(
     s3_here.put_folder(recording.folder, bucket, "recording")
     raw = recording.config(f"s3://{bucket}/recording")
     s3_here.client.put_object(Bucket=bucket, Key=f"{url[len(bucket) + 6 :]}/{CONFIG}", Body=json.dumps(raw).encode())
-    run = record(resolve(Project.at(url), Experiment.model_validate(raw)), ["ingest"])
+    run = record_run(draft_run(Project.at(url), Experiment.model_validate(raw)), ["ingest"])
     engine = tmp_path / "engine"
     engine.write_text('#!/bin/sh\n[ "$1" != run ] || for word in "$@"; do echo "$word"; done > "$0.words"\nexit 0\n')
     engine.chmod(engine.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("ZOOSPLAT_CONTAINER_ENGINE", str(engine))
     monkeypatch.chdir(tmp_path)
-    with containers.Containers() as runner:
+    with containers.ContainerRunner() as runner:
         runner.run("ingest", run, progress=NO_PROGRESS, log=lambda line, source="", at="": None)
     assert (tmp_path / "engine.words").read_text().splitlines()[-4:] == ["--project", url, "--run", run.id]
     outcome = stages("ingest", url, "--prepare", env=s3_here.env)

@@ -23,9 +23,10 @@ from zoosplat.stages.run_state import run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, objects
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.commands.run import headline
-from zoosplat_flows.execution.recorder import Event, Recorder
-from zoosplat_flows.execution.status import duration, states
+from zoosplat_flows.commands.run import summarize_metrics
+from zoosplat_flows.execution.recorder import RunRecorder, StageEvent
+from zoosplat_flows.execution.stage_states import stage_states
+from zoosplat_flows.formatting import format_duration
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand, Recording
@@ -111,7 +112,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
 
 
 def test_status_tells_done_partial_and_missing(run: Run) -> None:
-    found = {s.stage: s for s in states(run)}
+    found = {s.stage: s for s in stage_states(run)}
     assert {name: s.state for name, s in found.items()} == {
         "ingest": "done",
         "center_rotation": "missing",
@@ -146,7 +147,7 @@ def test_status_says_what_an_earlier_version_of_a_stage_has_left(run: Run, by_ha
     newer = Result.at(run.project.url, "pack", replace(earlier, version=earlier.version + 1).id)
     versions = {**run.versions, "pack": earlier.version + 1}
     now = replace(run, versions=versions, results={**run.results, "pack": newer})
-    pack = next(s for s in states(now) if s.stage == "pack")
+    pack = next(s for s in stage_states(now) if s.stage == "pack")
     assert pack.state == "missing"
     assert pack.reason.startswith(f"the result of version {earlier.version} of the stage is kept; this is version")
 
@@ -156,14 +157,14 @@ def test_status_says_how_the_run_stands_and_what_failed(run: Run, by_hand: ByHan
         return call("status", run.project.url, columns=60)[1]
 
     assert f"run {run.id}: begun" in shown()
-    recorder = Recorder(run)
+    recorder = RunRecorder(run)
     recorder.start(["ingest", "center_rotation"])
-    recorder(Event("center_rotation", "started"))
+    recorder(StageEvent("center_rotation", "started"))
     with leases.locked(run.path("lease"), lambda: None):
         assert f"run {run.id}: running (ingest to center_rotation)" in shown()
     assert f"run {run.id}: interrupted" in shown()
     message = "masks of [2] of 4 cameras are empty in frame 17, so there is no hull; see ingest.on_empty"
-    recorder(Event("center_rotation", "failed", message=message))
+    recorder(StageEvent("center_rotation", "failed", message=message))
     recorder.end("failed")
     # On one line, also where the table has little room.
     assert f"center_rotation: failed: {message}" in shown().splitlines()
@@ -189,14 +190,14 @@ def test_a_damaged_mark_costs_its_own_stage_only(run: Run) -> None:
 
 
 def test_durations_read_well() -> None:
-    assert [duration(s) for s in (0.04, 59.9, 185, 7620)] == ["0.0 s", "59.9 s", "3 min 05 s", "2 h 07 min"]
+    assert [format_duration(s) for s in (0.04, 59.9, 185, 7620)] == ["0.0 s", "59.9 s", "3 min 05 s", "2 h 07 min"]
 
 
 def test_headline_gives_the_means_of_the_held_out_views_first(run: Run, by_hand: ByHand) -> None:
-    assert headline(run) == []
+    assert summarize_metrics(run) == []
     figures = {"observed": {"iou": 0.91, "psnr": 30.0}, "held_out": {"iou": 0.85, "psnr": None}}
     by_hand.mark(run, "evaluate", figures=figures)
-    assert headline(run) == [
+    assert summarize_metrics(run) == [
         "held-out views, test frames: iou 0.850",
         "observed views, test frames: iou 0.910, psnr 30.000",
     ]
@@ -258,7 +259,7 @@ def test_run_says_so_when_s3_is_down(config: Path, monkeypatch: pytest.MonkeyPat
 
 def test_run_hands_the_configuration_on(classic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("zoosplat_flows.commands.run.run", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("zoosplat_flows.commands.run.run_stages", lambda *arguments: seen.append(arguments))
     status, _, err = call(
         "run", str(classic), "--set", "train.lr=0.5", "--from", "crop", "--until", "pack", "--force", "crop",
         "--force", "pack", "--workers", "3",
@@ -283,7 +284,7 @@ def test_demo_films_once_and_runs_its_own_configuration(tmp_path: Path, monkeypa
         filmed.append(n_frames)
 
     monkeypatch.setattr("zoosplat.synthetic.mouse.make_recording", film)
-    monkeypatch.setattr("zoosplat_flows.commands.run.run", lambda *arguments: ran.append(arguments))
+    monkeypatch.setattr("zoosplat_flows.commands.demo.run_stages", lambda *arguments: ran.append(arguments))
     project = str(tmp_path / "demo")
     for frames in ("24", "24", "30"):
         assert call("demo", "--project", project, "--frames", frames, "--set", "train.epochs=2")[0] == 0

@@ -18,22 +18,18 @@ import pytest
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
 from zoosplat.errors import LockLost, Unreachable, UserError
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, downstream
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.run_records import record_run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
-from zoosplat_flows.execution import executor
-from zoosplat_flows.execution.executor import (
-    Exhausted,
-    Failed,
-    Interrupted,
-    execute,
-    make_report,
-    select,
-    worth_retrying,
-)
-from zoosplat_flows.execution.recorder import Event, recording
-from zoosplat_flows.runners.local import Processes
+from zoosplat_flows.execution import executor, stage_states
+from zoosplat_flows.execution.executor import StagesFailed, execute_stages, is_worth_retrying, select_stages
+from zoosplat_flows.execution.recorder import StageEvent, keep_record
+from zoosplat_flows.report.refresh import ensure_report
+from zoosplat_flows.runners.local import LocalRunner
+from zoosplat_flows.runners.protocol import Exhausted, Interrupted
 
 if TYPE_CHECKING:
     from tests.conftest import Recording
@@ -69,7 +65,7 @@ class Perform(Protocol):
         self,
         run: Run,
         stages: list[str] | None = None,
-        heard: Callable[[Event], None] = ...,
+        heard: Callable[[StageEvent], None] = ...,
         workers: int | None = None,
     ) -> dict[str, str]: ...
 
@@ -77,24 +73,24 @@ class Perform(Protocol):
 def _here(
     run: Run,
     stages: list[str] | None = None,
-    heard: Callable[[Event], None] = lambda event: None,
+    heard: Callable[[StageEvent], None] = lambda event: None,
     workers: int | None = None,
 ) -> dict[str, str]:
-    with recording(run, stages or NAMES) as recorder:
+    with keep_record(run, stages or NAMES) as recorder:
 
-        def tell(event: Event) -> None:
+        def tell(event: StageEvent) -> None:
             recorder(event)
             heard(event)
 
-        with Processes() as processes:
-            states = execute(run, stages or NAMES, processes, workers, recorder, tell)
-        return {**states, "report": make_report(run, recorder, tell)}
+        with LocalRunner() as processes:
+            states = execute_stages(run, stages or NAMES, processes, workers, recorder, tell)
+        return {**states, "report": ensure_report(run, recorder, tell)}
 
 
 def _with_prefect(
     run: Run,
     stages: list[str] | None = None,
-    heard: Callable[[Event], None] = lambda event: None,
+    heard: Callable[[StageEvent], None] = lambda event: None,
     workers: int | None = None,
 ) -> dict[str, str]:
     from zoosplat_flows.pipeline import listening, pipeline
@@ -157,14 +153,14 @@ def run(project: Path, experiment: Experiment) -> Run:
 
 def _begin(project: Path, experiment: Experiment, *force: str) -> Run:
     """A recorded run; what it needs to be a run, not what `begun` would check."""
-    return runs.record(runs.resolve(Project.at(str(project)), experiment, force), NAMES)
+    return record_run(draft_run(Project.at(str(project)), experiment, force), NAMES)
 
 
 def _log(project: Path) -> list[str]:
     return (project / "log").read_text().splitlines()
 
 
-def _states(events: list[Event], stage: str) -> list[str]:
+def _states(events: list[StageEvent], stage: str) -> list[str]:
     return [event.state for event in events if event.stage == stage]
 
 
@@ -181,7 +177,7 @@ def test_order_follows_what_stages_read_and_pack_runs_beside_tracking(
     )
     (project / "pack.py").write_text(meet.replace("OTHER", "center_rotation"))
     (project / "center_rotation.py").write_text(meet.replace("OTHER", "pack"))
-    events: list[Event] = []
+    events: list[StageEvent] = []
     result = perform(run, heard=events.append, workers=3)
     page = run.path("report", "index.html")
     assert result == {**dict.fromkeys(NAMES, "done"), "report": page}
@@ -189,9 +185,9 @@ def test_order_follows_what_stages_read_and_pack_runs_beside_tracking(
     for spec in PIPELINE:
         for name in spec.reads:
             assert log.index(f"end {name}") < log.index(f"start {spec.name}")
-    assert Event("train", "running", 3, 4, "nearly") in events
+    assert StageEvent("train", "running", 3, 4, "nearly") in events
     assert _states(events, "crop") == ["started", "running", "done"]
-    assert executor.warnings_of(run)[0] == "ingest: careful with ingest"
+    assert stage_states.stage_warnings(run)[0] == "ingest: careful with ingest"
 
     # The same run again starts no process, and builds no report.
     (project / "log").unlink()
@@ -222,7 +218,7 @@ def test_a_user_error_is_not_retried_and_stops_what_follows(project: Path, run: 
         "print('zoosplat crop: crop.ell = 0.1: too small\\nsecond line', file=sys.stderr)\n"
         "sys.exit(2)\n"
     )
-    events: list[Event] = []
+    events: list[StageEvent] = []
     with pytest.raises(UserError) as caught:
         perform(run, heard=events.append)
     assert str(caught.value) == "crop: crop.ell = 0.1: too small\nsecond line"
@@ -253,7 +249,7 @@ def test_other_failures_are_tried_again(project: Path, run: Run) -> None:
         "if attempt == 1: sys.exit('lost connection')\n"
         "if attempt == 2: os.kill(os.getpid(), 9)\n"
     )
-    events: list[Event] = []
+    events: list[StageEvent] = []
     assert _here(run, ["ingest"], events.append)["ingest"] == "done"
     assert _log(project).count("start ingest") == 3
     retries = [e.message for e in events if e.state == "retrying"]
@@ -263,14 +259,14 @@ def test_other_failures_are_tried_again(project: Path, run: Run) -> None:
 
 def test_a_failure_that_stays_is_the_runs(project: Path, run: Run) -> None:
     (project / "ingest.py").write_text("sys.exit('still lost')\n")
-    with pytest.raises(Failed, match="still lost"):
+    with pytest.raises(StagesFailed, match="still lost"):
         _here(run, ["ingest"])
     assert len(_log(project)) == 3
 
 
 def test_the_advice_for_a_killed_training_is_one_that_helps(project: Path, run: Run) -> None:
     (project / "train.py").write_text("os.kill(os.getpid(), 9)\n")
-    with pytest.raises(RuntimeError) as caught, Processes() as processes:
+    with pytest.raises(RuntimeError) as caught, LocalRunner() as processes:
         processes.run("train", run, progress=lambda *of: None, log=lambda *of: None)
     assert len(str(caught.value).splitlines()) == 1
     assert "crop.grid_size" in str(caught.value)
@@ -305,12 +301,12 @@ def test_logs_hold_what_stages_print_with_time_and_host(project: Path, run: Run,
 
 
 def test_stages_can_be_chosen_by_range(project: Path) -> None:
-    assert select("crop", "pack") == ["crop", "pack"]
-    assert select(None, "center_rotation") == ["ingest", "center_rotation"]
+    assert select_stages("crop", "pack") == ["crop", "pack"]
+    assert select_stages(None, "center_rotation") == ["ingest", "center_rotation"]
     with pytest.raises(UserError, match="there is no stage trian"):
-        select("trian")
+        select_stages("trian")
     with pytest.raises(UserError, match="comes before train"):
-        select("train", "ingest")
+        select_stages("train", "ingest")
 
 
 @pytest.mark.parametrize(
@@ -326,7 +322,7 @@ def test_stages_can_be_chosen_by_range(project: Path) -> None:
     ],
 )
 def test_what_is_worth_another_try(error: Exception, again: bool) -> None:
-    assert worth_retrying(error) == again
+    assert is_worth_retrying(error) == again
 
 
 @pytest.mark.usefixtures("_prefect")
@@ -357,7 +353,7 @@ def _until(condition: Callable[[], bool]) -> None:
     raise AssertionError("waited 30 s in vain")
 
 
-def _alone(processes: Processes, stage: str, run: Run, workers: int | None = None) -> None:
+def _alone(processes: LocalRunner, stage: str, run: Run, workers: int | None = None) -> None:
     processes.run(stage, run, workers=workers, progress=lambda *of: None, log=lambda *of: None)
 
 
@@ -377,13 +373,13 @@ def test_stopping_ends_a_stage_with_its_workers(project: Path, run: Run) -> None
     )
     raised: list[BaseException] = []
 
-    def work(processes: Processes) -> None:
+    def work(processes: LocalRunner) -> None:
         try:
             _alone(processes, "ingest", run)
         except BaseException as error:
             raised.append(error)
 
-    with Processes() as processes:
+    with LocalRunner() as processes:
         thread = threading.Thread(target=work, args=(processes,))
         thread.start()
         _until((project / "pids").exists)
@@ -401,7 +397,7 @@ def test_a_killed_stage_leaves_no_workers(project: Path, run: Run) -> None:
         "(project / 'pid').write_text(str(worker.pid))\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    with Processes() as processes, pytest.raises(RuntimeError, match="SIGKILL"):
+    with LocalRunner() as processes, pytest.raises(RuntimeError, match="SIGKILL"):
         _alone(processes, "ingest", run)
     pid = int((project / "pid").read_text())
     _until(lambda: not _alive(pid))
@@ -410,13 +406,13 @@ def test_a_killed_stage_leaves_no_workers(project: Path, run: Run) -> None:
 def test_a_missing_package_is_a_user_error(project: Path, run: Run) -> None:
     (project / "train.py").write_text("import no_such_package\n")
     expected = r"no_such_package is missing; pip install 'zoosplat\[train\]'"
-    with Processes() as processes, pytest.raises(UserError, match=expected):
+    with LocalRunner() as processes, pytest.raises(UserError, match=expected):
         _alone(processes, "train", run)
 
 
 def test_a_stage_is_run_by_this_python_with_the_given_workers(project: Path, run: Run) -> None:
     (project / "ingest.py").write_text("(project / 'seen').write_text(json.dumps([sys.executable, sys.argv[1:]]))")
-    with Processes() as processes:
+    with LocalRunner() as processes:
         _alone(processes, "ingest", run, workers=5)
     executable, arguments = json.loads((project / "seen").read_text())
     assert os.path.samefile(executable, sys.executable)
@@ -433,10 +429,11 @@ def test_a_stage_ends_with_its_killed_parent(project: Path, run: Run) -> None:
     )
     code = (
         "import sys\n"
-        "from zoosplat.stages.runs import Project\n"
-        "from zoosplat_flows.runners.local import Processes\n"
-        "with Processes() as processes:\n"
-        "    run = Project.at(sys.argv[1]).run()\n"
+        "from zoosplat.stages.lookup import open_run\n"
+        "from zoosplat.stages.projects import Project\n"
+        "from zoosplat_flows.runners.local import LocalRunner\n"
+        "with LocalRunner() as processes:\n"
+        "    run = open_run(Project.at(sys.argv[1]))\n"
         "    processes.run('ingest', run, progress=lambda *of: None, log=lambda *of: None)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(project)])

@@ -18,10 +18,12 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.history import differences, entries, flat
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, objects, urls
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.commands.comparison import compare, pairs
+from zoosplat_flows.commands.compare import compare_runs
+from zoosplat_flows.report.comparison import picture_pairs
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand
@@ -87,7 +89,7 @@ def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that are begun within a second keep their order: ids have a number where they have a random part."""
     numbers, real = iter(range(1000)), secrets.token_hex
     monkeypatch.setattr(
-        "zoosplat.stages.runs.secrets.token_hex", lambda n: f"{next(numbers):04x}" if n == 2 else real(n)
+        "zoosplat.stages.run_records.secrets.token_hex", lambda n: f"{next(numbers):04x}" if n == 2 else real(n)
     )
 
 
@@ -189,7 +191,7 @@ def test_frames_of_different_jumps_meet_by_the_video_and_other_cuts_are_shown(
     evaluated(first, by_hand, RED, (4, 5), 0.5)
     second = by_hand.begin(folder, changed(experiment, ingest__frame_jump=2))
     evaluated(second, by_hand, BLUE, (2, 4), 0.5, truth=TRUTH + 9)
-    found = pairs(first, second)
+    found = picture_pairs(first, second)
     assert [(pair.camera, pair.frame) for pair in found] == [("b", 4), ("a", 4)]
     names = [name for name, _ in found[0].panels]
     assert names == ["truth", f"run {first.id}", f"truth, as run {second.id} shows it", f"run {second.id}"]
@@ -208,11 +210,11 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, experiment: Experiment,
     assert "note: the first is evaluated on its test frames, the second on its valid frames" in err
     assert "no picture of the same frame and camera" in Path(out.splitlines()[-1]).read_text()
     with pytest.raises(UserError, match="compared with itself"):
-        compare(first, first)
+        compare_runs(first, first)
     assert call("compare", first.project.url, first.id, "1999")[0] == 2
     evaluated(second, by_hand, BLUE, (4,), 0.5)
     Path(second.output_url("evaluate"), "gallery", "t4a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"t4a\.png: is damaged; run stage evaluate with --force"):
-        pairs(first, second)
+        picture_pairs(first, second)
     (Path(second.output_url("evaluate")) / "gallery.json").write_text(json.dumps({"pictures": []}))
-    assert pairs(first, second) == []
+    assert picture_pairs(first, second) == []

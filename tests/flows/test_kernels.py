@@ -44,9 +44,9 @@ def gsplat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "_C = True\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(gsplat_kernels, "_folder_of_gsplat", lambda: folder)
+    monkeypatch.setattr(gsplat_kernels, "_gsplat_folder", lambda: folder)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(gsplat_kernels, "_toolkit", lambda cuda: tmp_path)
+    monkeypatch.setattr(gsplat_kernels, "_find_toolkit", lambda cuda: tmp_path)
     monkeypatch.setattr(gsplat_kernels, "LOG", f"{tmp_path.name}.log")
     return folder
 
@@ -54,7 +54,7 @@ def gsplat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_kernels_are_compiled_put_where_gsplat_looks_and_load(gsplat: Path) -> None:
     told: list[str] = []
     (gsplat / "csrc.py").write_text("archs = 'of another GPU'\n")
-    gsplat_kernels.build(["8.0", "9.0"], told.append)
+    gsplat_kernels.build_kernels(["8.0", "9.0"], told.append)
     assert told[0] == "compiling gsplat's kernels for 8.0, 9.0: 0 of 2 files, 0 s"
     program = "from gsplat import csrc; print(csrc.archs)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -65,7 +65,7 @@ def test_kernels_are_compiled_put_where_gsplat_looks_and_load(gsplat: Path) -> N
 def test_kernels_that_do_not_compile_leave_nothing(gsplat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPOILT", "1")
     with pytest.raises(UserError, match=r"do not compile: a\.cu\(3\): error: no such thing; see .*\.log$"):
-        gsplat_kernels.build(["9.0"], lambda _: None)
+        gsplat_kernels.build_kernels(["9.0"], lambda _: None)
     assert not (gsplat / "csrc.py").exists()
 
 
@@ -73,7 +73,7 @@ def test_kernels_that_do_not_compile_leave_nothing(gsplat: Path, monkeypatch: py
 def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def message() -> str:
         with pytest.raises(UserError) as error:
-            gsplat_kernels.build(["9.0"], lambda _: None)
+            gsplat_kernels.build_kernels(["9.0"], lambda _: None)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -83,7 +83,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with monkeypatch.context() as m:
         m.setattr(torch.version, "cuda", None)
         assert "built without CUDA" in message()
-    monkeypatch.setattr(gsplat_kernels, "_toolkit", lambda cuda: None)
+    monkeypatch.setattr(gsplat_kernels, "_find_toolkit", lambda cuda: None)
     with monkeypatch.context() as m:
         m.setattr(torch.version, "cuda", "12.8")
         assert "not on PyPI: install a torch for CUDA 13 or later, or the CUDA toolkit 12.8" in message()
@@ -111,15 +111,15 @@ def test_doctor_builds_for_the_cards_that_are_here(monkeypatch: pytest.MonkeyPat
     built: list[list[str]] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(12, 0), (9, 0), (9, 0)][i])
-    monkeypatch.setattr(gsplat_kernels, "build", lambda archs, progress: built.append(archs))
-    monkeypatch.setattr(doctor, "_why_not", lambda: "they are not compiled")
-    doctor.build_kernels()
+    monkeypatch.setattr(gsplat_kernels, "build_kernels", lambda archs, report: built.append(archs))
+    monkeypatch.setattr(doctor, "_why_kernels_fail", lambda: "they are not compiled")
+    doctor.compile_kernels()
     assert built == [["9.0", "12.0"]]
     finding = doctor._gsplat()
     assert finding.state == "problem"
     assert finding.text.endswith("no kernels: they are not compiled; run `zoosplat doctor --build-kernels`")
-    monkeypatch.setattr(doctor, "_why_not", lambda: None)
-    doctor.build_kernels()
+    monkeypatch.setattr(doctor, "_why_kernels_fail", lambda: None)
+    doctor.compile_kernels()
     assert len(built) == 1
     assert doctor._gsplat().text.endswith("kernels run")
 

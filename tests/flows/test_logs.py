@@ -15,7 +15,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, objects
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.execution.recorder import recording
+from zoosplat_flows.execution.recorder import keep_record
 
 if TYPE_CHECKING:
     from tests.conftest import S3, ByHand
@@ -77,7 +77,7 @@ def test_logs_of_a_stage_and_of_all_by_time(run: Run, by_hand: ByHand) -> None:
 
 
 def test_a_stage_that_an_earlier_run_made_leads_to_its_log(run: Run, by_hand: ByHand) -> None:
-    with recording(run, ["ingest"]) as recorder:
+    with keep_record(run, ["ingest"]) as recorder:
         recorder.log("ingest", "made here")
     by_hand.mark(run, "ingest")
     train = run.experiment.train.model_copy(update={"epochs": 2})
@@ -91,7 +91,7 @@ def test_a_stage_that_an_earlier_run_made_leads_to_its_log(run: Run, by_hand: By
 def test_followed_until_the_run_ends_or_ctrl_c(run: Run, ends: str) -> None:
     code = "from zoosplat_flows.cli.entry import main; main()"
     command = [sys.executable, "-c", code, "logs", run.project.url, "pack", "--follow"]
-    with leases.locked(run.path("lease"), lambda: None), recording(run, ["pack"]) as recorder:
+    with leases.locked(run.path("lease"), lambda: None), keep_record(run, ["pack"]) as recorder:
         recorder.log("pack", "one")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -109,7 +109,7 @@ def test_followed_until_the_run_ends_or_ctrl_c(run: Run, ends: str) -> None:
 
 def test_logs_on_s3(run: Run, s3_here: S3) -> None:
     bucket = s3_here.bucket()
-    with recording(run, ["pack"]) as recorder:
+    with keep_record(run, ["pack"]) as recorder:
         recorder.log("pack", "one")
     s3_here.put_folder(Path(run.project.url), bucket, "project")
     url = f"s3://{bucket}/project"

@@ -18,14 +18,17 @@ import pytest
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, MANIFEST
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
-from zoosplat_flows.execution.executor import make_report
-from zoosplat_flows.execution.recorder import Event, Recorder, recording
+from zoosplat_flows.execution.recorder import RunRecorder, StageEvent, keep_record
 from zoosplat_flows.report import plots
-from zoosplat_flows.report.page import _outlined, build_report
+from zoosplat_flows.report.page import build_report
+from zoosplat_flows.report.pictures import draw_outline
+from zoosplat_flows.report.refresh import ensure_report
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand
@@ -165,7 +168,7 @@ def run(tmp_path: Path, experiment: Experiment, by_hand: ByHand) -> Run:
 
 
 def _build(run: Run) -> tuple[str, Page]:
-    url = build_report(Project.at(run.project.url).run())
+    url = build_report(open_run(Project.at(run.project.url)))
     assert url == run.path("report", "index.html")
     html = Path(url).read_text()
     return html, Page(html)
@@ -362,10 +365,10 @@ def test_damaged_images_leave_the_silhouettes_and_say_so(run: Run, mark: Mark) -
 def test_the_first_screen_says_how_the_run_ended(run: Run, mark: Mark) -> None:
     _groups(run, mark)
     mark("crop", warnings=["the animal is <large>"])
-    recorder = Recorder(run)
+    recorder = RunRecorder(run)
     recorder.start(["crop", "train"])
-    recorder(Event("crop", "done"))
-    recorder(Event("train", "failed", message="train.lr: <too much>"))
+    recorder(StageEvent("crop", "done"))
+    recorder(StageEvent("train", "failed", message="train.lr: <too much>"))
     recorder.end("failed")
     _, page = _build(run)
     first = page.text[: page.text.index("3, 1 of them held out")]
@@ -381,9 +384,9 @@ def test_a_report_is_built_again_when_there_is_more_to_show_or_it_is_gone(run: R
     page = Path(run.path("report", "index.html"))
 
     def made() -> list[str]:
-        events: list[Event] = []
-        with recording(run, ["crop"]) as recorder:
-            make_report(Project.at(run.project.url).run(), recorder, events.append)
+        events: list[StageEvent] = []
+        with keep_record(run, ["crop"]) as recorder:
+            ensure_report(open_run(Project.at(run.project.url)), recorder, events.append)
         return [event.state for event in events]
 
     assert made() == ["started", "done"]
@@ -399,13 +402,13 @@ def test_a_report_is_built_again_when_there_is_more_to_show_or_it_is_gone(run: R
 
 def test_no_project_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
-        build_report(Project.at(str(tmp_path)).run())
+        build_report(open_run(Project.at(str(tmp_path))))
 
 
 def test_the_outline_surrounds_the_mask() -> None:
     mask = np.zeros((240, 480), bool)
     mask[100:140, 200:300] = True
-    picture = _outlined(np.full((240, 480, 3), 200, np.uint8), mask)
+    picture = draw_outline(np.full((240, 480, 3), 200, np.uint8), mask)
     painted = (picture != 200).any(axis=2)
     edge = mask & (cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) == 0)
     assert painted[edge].all()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat.stages.runs import Project
-from zoosplat_flows.commands.run import prefect_server
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat_flows.commands.run import is_prefect_server_named
 
 if TYPE_CHECKING:
     from tests.conftest import Recording, Stages
@@ -37,16 +38,16 @@ def prefect_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_server_is_used_only_where_one_is_named(prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not prefect_server()
+    assert not is_prefect_server_named()
     (prefect_home / "profiles.toml").write_text(PROFILES)
-    assert prefect_server()
+    assert is_prefect_server_named()
     monkeypatch.setenv("PREFECT_PROFILE", "ephemeral")
-    assert not prefect_server()
+    assert not is_prefect_server_named()
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-    assert prefect_server()
+    assert is_prefect_server_named()
     monkeypatch.delenv("PREFECT_API_URL")
     (prefect_home / "profiles.toml").write_text("not [ TOML")
-    assert not prefect_server()
+    assert not is_prefect_server_named()
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -97,7 +98,7 @@ def test_what_is_done_costs_neither_processes_nor_heavy_imports(
 
 def test_warnings_of_stages_are_printed_at_the_end(preprocessed: tuple[str, str]) -> None:
     config, project = preprocessed
-    mark_url = Project.at(project).run().result("crop").file("done.json")
+    mark_url = open_run(Project.at(project)).result("crop").file("done.json")
     mark = json.loads(Path(mark_url).read_text())
     Path(mark_url).write_text(json.dumps({**mark, "warnings": ["the animal [sic] touches the edge"]}))
     done = _run("run", config, "--project", project, "--until", "pack")

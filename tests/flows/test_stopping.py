@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zoosplat.stages.runs import Project
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 
 if TYPE_CHECKING:
     from tests.conftest import Recording
@@ -77,7 +78,7 @@ def test_a_run_that_is_ended_leaves_no_process(
         assert command.returncode == -number
     else:
         assert (command.returncode, err.strip().splitlines()) == (130, [STOPPED])
-        assert Project.at(str(project)).run().record()["state"] == "stopped"
+        assert open_run(Project.at(str(project))).record()["state"] == "stopped"
 
 
 @pytest.mark.parametrize("after_s", [0.8, 2.0])

@@ -12,14 +12,17 @@ import pytest
 from typer.testing import CliRunner
 
 from zoosplat.errors import UserError
-from zoosplat.stages import legacy, runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, PREPROCESSING
 from zoosplat.stages.results import Result
+from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project
+from zoosplat.stages.upgrade import upgrade
 from zoosplat.storage import groups, objects, schema
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.execution.status import states
+from zoosplat_flows.execution.stage_states import stage_states
 
 MADE = Path(__file__).parents[1] / "data" / "project-0.1.0"
 NAMES = [spec.name for spec in PIPELINE]
@@ -59,7 +62,7 @@ def edit(path: str, **changes: Any) -> None:
 
 def check_shown(project: Project) -> None:
     """Status, report and viewer show all of it."""
-    assert {s.stage: s.state for s in states(project.run())} == dict.fromkeys(NAMES, "done")
+    assert {s.stage: s.state for s in stage_states(open_run(project))} == dict.fromkeys(NAMES, "done")
     status, out, err = call("status", project.url)
     assert (status, err, out.count("│ done")) == (0, "", len(NAMES)), out
     page = Path(call("report", project.url)[1].strip()).read_text()
@@ -106,24 +109,24 @@ def test_upgraded_it_is_done_and_gone_on_with(project: Project) -> None:
     assert status == 0
     assert [line for line in out.splitlines() if line.endswith(": done")] == [f"{name}: done" for name in NAMES]
     assert before.items() <= files(project).items()
-    adopted = project.run()
+    adopted = open_run(project)
     assert call("runs", project.url)[1].count("adopted") == 1
     check_shown(project)
     with pytest.raises(UserError, match="nothing to upgrade"):
-        legacy.upgrade(project)
+        upgrade(project)
 
     config = project.path("experiment.yaml")
     status, out, err = call("run", config, "--project", project.url)
     assert status == 0, err
     skipped = {line.partition(" (")[0] for line in out.splitlines() if "skipped" in line}
     assert skipped == {f"{name}: skipped, was done" for name in NAMES}
-    assert {name: result.id for name, result in project.run().results.items()} == {
+    assert {name: result.id for name, result in open_run(project).results.items()} == {
         name: result.id for name, result in adopted.results.items()
     }
     train = adopted.experiment.train.model_copy(update={"epochs": 2})
-    draft = runs.resolve(project, adopted.experiment.model_copy(update={"train": train}))
+    draft = draft_run(project, adopted.experiment.model_copy(update={"train": train}))
     assert draft.todo(NAMES) == FROM_TRAIN
-    run = runs.record(draft, NAMES)
+    run = record_run(draft, NAMES)
     stage = pytest.importorskip("zoosplat_train.stage").STAGE
     assert run_stage(stage, run)
     assert run.result("train").folder == project.path("results", "train", run.result("train").id)
@@ -142,7 +145,7 @@ def test_without_its_recording_it_can_still_be_looked_at(project: Project, tmp_p
     assert status == 0
     assert out.count("no such file") == 1
     assert out.count("can be looked at, and is made again by the next run") == len(NAMES)
-    assert {result.id.partition("-")[0] for result in project.run().results.values()} == {"adopted"}
+    assert {result.id.partition("-")[0] for result in open_run(project).results.values()} == {"adopted"}
     check_shown(project)
     assert before.items() <= files(project).items()
     status, _, err = call("run", project.path("experiment.yaml"), "--project", project.url)
@@ -156,20 +159,20 @@ def test_what_an_earlier_version_of_a_stage_made_is_kept_and_said(project: Proje
     assert status == 0
     assert "is made again by the next run: it is of version 4 of the stage; this is version 5" in out
     assert "evaluate: can be looked at, and is made again by the next run: it was made from a result of stage" in out
-    run = project.run()
+    run = open_run(project)
     assert [name for name, result in run.results.items() if result.id.startswith("adopted-")] == FROM_TRAIN
-    assert runs.resolve(project, run.experiment).todo(NAMES) == FROM_TRAIN
+    assert draft_run(project, run.experiment).todo(NAMES) == FROM_TRAIN
 
 
 def test_what_is_of_other_settings_keeps_its_own(project: Project) -> None:
     config = Path(project.path("experiment.yaml"))
     config.write_text(config.read_text().replace("  lr: 0.001", "  lr: 0.002"))
     assert call("upgrade", project.url)[0] == 0
-    run = project.run()
+    run = open_run(project)
     mark = run.read_mark("train")
     assert mark is not None
     assert mark["settings"]["train"]["lr"] == 0.001
     assert json.loads(Path(run.result("train").file("request.json")).read_text())["settings"] == mark["settings"]
     # Metrics of another model are not taken for those of the one that is to be trained.
-    again = runs.record(runs.resolve(project, run.experiment), NAMES)
-    assert again.sibling("evaluate", ignoring=["evaluate.gallery_frames"]) is None
+    again = record_run(draft_run(project, run.experiment), NAMES)
+    assert again.find_sibling("evaluate", ignoring=["evaluate.gallery_frames"]) is None

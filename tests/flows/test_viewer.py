@@ -22,10 +22,12 @@ import pytest
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project
 from zoosplat.storage import groups, schema
 from zoosplat_flows.cli.app import app as cli
 from zoosplat_train import dynamic
@@ -55,7 +57,7 @@ SMALL: dict[str, Any] = {
 
 def output(project: Path, stage: str) -> Path:
     """What a stage has written, or is to write, in the project's latest run."""
-    return Path(Project.at(str(project)).run().output_url(stage))
+    return Path(open_run(Project.at(str(project))).output_url(stage))
 
 
 def embed(project: Path, by_hand: ByHand) -> None:
@@ -66,7 +68,7 @@ def embed(project: Path, by_hand: ByHand) -> None:
     group = groups.create_group(str(output(project, "embedding")), {})
     for key, values in {"map": np.where(valid[:, None], place, np.nan), "valid": valid}.items():
         group.create_array(key, shape=values.shape, dtype=values.dtype)[...] = values
-    by_hand.mark(Project.at(str(project)).run(), "embedding")
+    by_hand.mark(open_run(Project.at(str(project))), "embedding")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def begun(trained: Path, folder: Path) -> Path:
 
 def add(trained: Path, folder: Path, *stages: str, done: bool = True) -> None:
     """Results of stages, or what such a stage has written before it has ended."""
-    run = Project.at(str(trained)).run()
+    run = open_run(Project.at(str(trained)))
     for stage in stages:
         source = Path(run.result(stage).folder)
         target = folder / source.relative_to(trained)
@@ -152,9 +154,9 @@ def test_any_run_of_a_project_is_shown(trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "project"
     shutil.copytree(trained, copy, symlinks=True)
     project = Project.at(str(copy))
-    first = project.run()
+    first = open_run(project)
     more = first.experiment.train.model_copy(update={"epochs": 2})
-    runs.record(runs.resolve(project, first.experiment.model_copy(update={"train": more})), ["train"])
+    record_run(draft_run(project, first.experiment.model_copy(update={"train": more})), ["train"])
     assert Scene(str(copy)).has_model is False
     assert Scene(str(copy), first.id).has_model is True
     assert state(str(copy)) != state(str(copy), first.id)
@@ -166,11 +168,11 @@ def test_shows_what_dynamic_gaussians_have_come_to(
     copy = tmp_path / "project"
     shutil.copytree(trained, copy, symlinks=True)
     project = Project.at(str(copy))
-    old = project.run().experiment
+    old = open_run(project).experiment
     few: dict[str, Any] = {"coarse_iterations": 6, "fine_iterations": 6, "initial_points": 200}
     few |= {"multires": (1,), "resolution": 8, "time_resolution": 4}
     train, changed = old.train.model_copy(update={"method": "dynamic"}), old.dynamic.model_copy(update=few)
-    run = runs.record(runs.resolve(project, old.model_copy(update={"train": train, "dynamic": changed})), ["train"])
+    run = record_run(draft_run(project, old.model_copy(update={"train": train, "dynamic": changed})), ["train"])
     before = state(str(copy))
     assert not Scene(str(copy)).has_model
     monkeypatch.setattr(dynamic, "SAVE_SECONDS", 0.0)
@@ -207,7 +209,7 @@ def test_what_cannot_be_shown_is_said(trained: Path, tmp_path: Path) -> None:
     place = next(path for path in (output(copy, "embedding") / "map").rglob("c/*/*") if path.is_file())
     place.write_bytes(place.read_bytes()[:7])
     assert [str(output(copy, "embedding")) in note for note in notes()] == [True]
-    config = copy / "runs" / Project.at(str(copy)).run().id / "config.yaml"
+    config = copy / "runs" / open_run(Project.at(str(copy))).id / "config.yaml"
     config.write_text(config.read_text().replace("base_filters: 2", "base_filters: 4"))
     assert "does not fit the configuration" in notes()[1]
     shutil.rmtree(output(copy, "crop"))
@@ -248,7 +250,7 @@ def test_picture_is_symmetric_about_the_axis() -> None:
 
 def test_hull_is_the_outside_of_all_voxels_in_enough_masks(scene: Scene, trained: Path) -> None:
     t = 30
-    run = Project.at(str(trained)).run()
+    run = open_run(Project.at(str(trained)))
     masks, tracking, crop = (run.open_input(stage) for stage in ("ingest", "center_rotation", "crop"))
     assert scene.centers is not None
     assert scene.angles is not None
@@ -361,7 +363,7 @@ def test_page_follows_a_run(trained: Path, tmp_path: Path, monkeypatch: pytest.M
         wait_for("still training")
         add(trained, copy, "train")
         wait_for("model after", absent="still training")
-        (copy / "runs" / Project.at(str(copy)).run().id / "config.yaml").write_text("nonsense")
+        (copy / "runs" / open_run(Project.at(str(copy))).id / "config.yaml").write_text("nonsense")
         wait_for("config.yaml")
     finally:
         page.stop()

@@ -23,8 +23,9 @@ import zarr
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.recording.checks import check_recording
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.results import Result
-from zoosplat.stages.runs import Project
 from zoosplat.storage import objects, s3_client, schema
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def test_inputs_not_there_yet(stages: Stages, recording: Recording, tmp_path: Pa
 # -- what does not stop a run -------------------------------------------------------------------------------------
 def result_of(project: Path | str, stage: str) -> Result:
     """A stage's result in the project's latest run."""
-    return Project.at(str(project)).run().result(stage)
+    return open_run(Project.at(str(project))).result(stage)
 
 
 def mark_of(project: Path, stage: str) -> dict[str, Any]:
@@ -258,7 +259,7 @@ def mark_of(project: Path, stage: str) -> dict[str, Any]:
 
 
 def open_group(project: Path, stage: str) -> zarr.Group:
-    return Project.at(str(project)).run().open_input(stage)
+    return open_run(Project.at(str(project))).open_input(stage)
 
 
 def test_truncating_to_the_shortest(recording: Recording, stages: Stages, finished: Path, tmp_path: Path) -> None:
@@ -353,7 +354,7 @@ def test_video_changed_after_ingest(
     data = recording.copy(tmp_path / "recording")
     project = copied(finished, tmp_path / "project", "pack", recording, data)
     assert stages("ingest", project).out == ""
-    run = Project.at(project).run().id
+    run = open_run(Project.at(project)).id
     damage(data)
     line = refused(stages, "pack", project, "--run", run)
     assert all(word in line for word in words), line

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PREPROCESSING, STAGES
 from zoosplat.stages.results import Result
-from zoosplat.stages.runs import Project
 
 if TYPE_CHECKING:
     from tests.conftest import Recording, Stages
@@ -33,7 +34,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def result_of(project: Path, stage: str) -> Result:
     """A stage's result in the project's latest run, finished or not."""
-    return Project.at(str(project)).run().result(stage)
+    return open_run(Project.at(str(project))).result(stage)
 
 
 def without(finished: Path, stage: str, project: Path) -> Path:

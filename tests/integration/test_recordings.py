@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.geometry import transforms, visual_hull
+from zoosplat.geometry import projection, rotations, visual_hull
 from zoosplat.geometry.cameras import WorldTransform
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import schema
 
 CPU_STAGES = ("ingest", "center_rotation", "crop", "pack")
 
 
 def preprocess(experiment: Experiment, folder: Path) -> Run:
-    with begun(Project.at(str(folder)), experiment, list(CPU_STAGES), []) as run:
+    with begin_run(Project.at(str(folder)), experiment, list(CPU_STAGES), []) as run:
         for name in CPU_STAGES:
             run_stage(importlib.import_module(f"zoosplat_{name}.stage").STAGE, run, workers=2)
     return run
@@ -131,7 +132,7 @@ def test_mouse6_windows_hold_the_masks(mouse6: Run) -> None:
 def test_cylinder5_center_reprojects_into_the_masks(cylinder5: Run) -> None:
     masks, tracking = group(cylinder5, "ingest"), group(cylinder5, "center_rotation")
     mask = schema.read(masks, "mask")
-    pixels, depth = transforms.project(
+    pixels, depth = projection.project(
         schema.read(tracking, "centers"), schema.read(masks, "intrinsics"), schema.read(masks, "world_to_camera")
     )
     assert (depth > 0).all()
@@ -155,8 +156,8 @@ def test_cylinder5_hull_meets_the_held_out_mask(cylinder5: Run) -> None:
         cells, _ = visual_hull.hull_indices(
             views[:4], intrinsics[:4], world_to_camera[:4], (axis,) * 3, centers[t], float(angles[t]), 4
         )
-        points = axis[cells] @ transforms.rotation_about_z(float(angles[t])).T + centers[t]
-        pixels, _ = transforms.project(points, intrinsics[4:], world_to_camera[4:])
+        points = axis[cells] @ rotations.rotation_about_z(float(angles[t])).T + centers[t]
+        pixels, _ = projection.project(points, intrinsics[4:], world_to_camera[4:])
         seen = np.zeros_like(views[4])
         at = np.rint(pixels[0]).astype(int)
         inside = (at >= 0).all(axis=1) & (at < seen.shape[::-1]).all(axis=1)

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PREPROCESSING, STAGES
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import listing, objects, schema
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def bucket(s3: S3, recording: Recording, stages: Stages) -> str:
 
 def run_of(project: Path | str) -> Run:
     """The latest run of a project."""
-    return Project.at(str(project)).run()
+    return open_run(Project.at(str(project)))
 
 
 def check_same_group(s3: S3, bucket: str, prefix: str, stage: str, finished: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages.runs import Project
+from zoosplat.stages.projects import Project
 from zoosplat.synthetic.mouse import ring_of_cameras
 
 SEMI_AXES_M = np.array([0.045, 0.028, 0.024])

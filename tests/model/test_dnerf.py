@@ -16,9 +16,10 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
 from zoosplat.errors import UserError
 from zoosplat.recording import dnerf
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project
 from zoosplat.storage import schema
 from zoosplat_center_rotation.stage import STAGE as CENTER_ROTATION
 from zoosplat_crop.stage import STAGE as CROP
@@ -120,11 +121,11 @@ def test_all_stages(scene: Path, tmp_path: Path) -> None:
     assert experiment.holdout_views == (1,)
     project = Project.at(str(tmp_path / "project"))
     stages = (INGEST, CENTER_ROTATION, CROP, PACK, TRAIN, EVALUATE, RENDER)
-    with begun(project, experiment, [stage.name for stage in stages], []) as run:
+    with begin_run(project, experiment, [stage.name for stage in stages], []) as run:
         assert run.experiment == experiment
         for stage in stages:
             run_stage(stage, run)
-    reader = open_reader(project.run(), torch.device("cpu"))
+    reader = open_reader(open_run(project), torch.device("cpu"))
     assert reader.moving
     assert reader.split("train") == list(range(7))
     assert reader.split("test") == [0, 2, 4, 6]
@@ -139,10 +140,10 @@ def test_all_stages(scene: Path, tmp_path: Path) -> None:
     # On white, soft edges included.
     whole = dnerf.read_picture(str(scene / "train/r_003.png"), 1)
     shown = training.pictures[3, 0]
-    x, y = schema.read(project.run().open_input("pack"), "origin")[3, 0].tolist()
+    x, y = schema.read(open_run(project).open_input("pack"), "origin")[3, 0].tolist()
     assert np.abs(shown.numpy() / 255 - whole[y : y + len(shown), x : x + shown.shape[1], :3]).max() < 0.005
 
-    mark = project.run().read_mark("evaluate")
+    mark = open_run(project).read_mark("evaluate")
     assert mark is not None
     assert mark["frames"] == 4
     assert mark["figures"]["held_out"]["psnr"] > 15

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import listing, objects, schema, urls
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_features.stage import STAGE as FEATURES
@@ -42,30 +45,30 @@ HELD_OUT = 4
 
 def configure(project: Project, force: bool = False, **changes: Any) -> Run:
     """A run of dynamic Gaussians with these settings; with `force` one that trains again."""
-    old = project.run().experiment
+    old = open_run(project).experiment
     updates = {
         "train": old.train.model_copy(update={"method": "dynamic"}),
         "dynamic": old.dynamic.model_copy(update=SMALL | changes),
         "evaluate": old.evaluate.model_copy(update={"gallery_frames": 0}),
         "render": old.render.model_copy(update={"orbit_frames": 2, "sequence_frames": 2, "device": "cpu"}),
     }
-    return runs.record(runs.resolve(project, old.model_copy(update=updates), ["train"] if force else []), ["train"])
+    return record_run(draft_run(project, old.model_copy(update=updates), ["train"] if force else []), ["train"])
 
 
 def history(project: Project) -> list[dict[str, str]]:
-    data = objects.read_bytes(urls.join(project.run().output_url("train"), "history.csv"))
+    data = objects.read_bytes(urls.join(open_run(project).output_url("train"), "history.csv"))
     return list(csv.DictReader(io.StringIO(data.decode())))
 
 
 def gaussians_of(project: Project, iteration: int = 20) -> Any:
     """The numbers of the result's PLY."""
     name = f"point_cloud/iteration_{iteration}/point_cloud.ply"
-    data = objects.read_bytes(urls.join(project.run().output_url("train"), name))
+    data = objects.read_bytes(urls.join(open_run(project).output_url("train"), name))
     return np.frombuffer(data.partition(b"end_header\n")[2], "<f4")
 
 
 def figures(project: Project, stage: str) -> dict[str, Any]:
-    mark = project.run().read_mark(stage)
+    mark = open_run(project).read_mark(stage)
     assert mark is not None
     found: dict[str, Any] = mark["figures"]
     return found
@@ -76,39 +79,39 @@ def test_the_same_stages_and_report(tiny: Project, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dynamic, "LOOK_ITERATIONS", 10)
     configure(tiny, render_process=True, checkpoint_iterations=(15,))
     for stage in (STAGE, EVALUATE, RENDER, FEATURES):
-        assert run_stage(stage, tiny.run())
-        assert not run_stage(stage, tiny.run())
+        assert run_stage(stage, open_run(tiny))
+        assert not run_stage(stage, open_run(tiny))
     train = figures(tiny, "train")
     assert (train["steps"], train["gaussians"]) == (40, 200)
     held_out = figures(tiny, "evaluate")["held_out"]
     assert held_out["iou"] > 0.7
     assert held_out["psnr"] > 15
     assert [float(row["step"]) for row in history(tiny)] == [10, 20, 30, 40]
-    there = set(listing.list_files(tiny.run().output_url("train")))
+    there = set(listing.list_files(open_run(tiny).output_url("train")))
     results = ("point_cloud/coarse_iteration_20/point_cloud.ply", "point_cloud/iteration_20/deformation.pth")
     shown = [f"render_process/{stage}/{i:05d}.png" for stage in ("coarse", "fine") for i in (10, 20)]
     kept = ("chkpnt_coarse_15.pth", "chkpnt_fine_15.pth", "cfg_args", "preview.png")
     assert there >= {*results, *shown, *kept}
     assert len([name for name in there if name.startswith("chkpnt")]) == 2
 
-    folder = Path(tiny.run().output_url("render"))
+    folder = Path(open_run(tiny).output_url("render"))
     tracks = cv2.imread(str(folder / "trajectories.png"))
     assert tracks is not None
     colourful = np.ptp(tracks.astype(int), axis=2) > 100
     assert 50 < colourful.sum() < 0.3 * colourful.size
-    page = Path(build_report(tiny.run())).read_text()
+    page = Path(build_report(open_run(tiny))).read_text()
     for text in ("trajectories", "orbit", "step"):
         assert text in page
 
     # Another trainer's keys make no other result; its own do.
-    run = tiny.run()
+    run = open_run(tiny)
     for changes in ({"num_unets": 9}, {"gaussian_mode": "2d"}):
         model = run.experiment.model.model_copy(update=changes)
-        other = runs.resolve(tiny, run.experiment.model_copy(update={"model": model}))
+        other = draft_run(tiny, run.experiment.model_copy(update={"model": model}))
         assert other.results["features"] == run.result("features")
     configure(tiny, sh_degree=1)
     with pytest.raises(UserError, match="is not complete; run stage train first"):
-        open_predictor(tiny.run(), "cpu")
+        open_predictor(open_run(tiny), "cpu")
 
 
 def test_dynamic_gaussians_are_described_with_all_three_scales(tiny: Project) -> None:
@@ -116,9 +119,9 @@ def test_dynamic_gaussians_are_described_with_all_three_scales(tiny: Project) ->
     described = []
     for mode in ("3d", "2d"):
         configure(tiny, coarse_iterations=2, fine_iterations=0)
-        old = tiny.run().experiment
+        old = open_run(tiny).experiment
         new = old.model_copy(update={"model": old.model.model_copy(update={"gaussian_mode": mode})})
-        run = runs.record(runs.resolve(tiny, new, ["features"]), ["features"])
+        run = record_run(draft_run(tiny, new, ["features"]), ["features"])
         run_stage(STAGE, run)
         assert run_stage(FEATURES, run)
         described.append(schema.read(run.open_input("features"), "features"))
@@ -129,7 +132,7 @@ def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dynamic, "ROW_ITERATIONS", 5)
     monkeypatch.setattr(dynamic, "LOOK_ITERATIONS", 5)
     configure(tiny)
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
     whole = gaussians_of(tiny)
     monkeypatch.setattr(dynamic, "SAVE_SECONDS", 0.0)  # after each iteration
 
@@ -143,13 +146,13 @@ def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPat
     configure(tiny, force=True)
     for first in (True, False):
         with pytest.raises(KeyboardInterrupt):
-            run_stage(STAGE, tiny.run(), progress=stop)
-        names = [n for n in listing.list_files(tiny.run().output_url("train")) if n.startswith("chkpnt")]
+            run_stage(STAGE, open_run(tiny), progress=stop)
+        names = [n for n in listing.list_files(open_run(tiny).output_url("train")) if n.startswith("chkpnt")]
         assert names == ["chkpnt_coarse_9.pth" if first else "chkpnt_fine_14.pth"]
-        so_far = open_predictor(tiny.run(), "cpu", finished=False)
+        so_far = open_predictor(open_run(tiny), "cpu", finished=False)
         assert so_far.step == (9 if first else 34)
         so_far.gaussians(0)
-    run_stage(STAGE, tiny.run(), progress=stop)
+    run_stage(STAGE, open_run(tiny), progress=stop)
     np.testing.assert_allclose(gaussians_of(tiny), whole, atol=1e-4)
     assert [float(row["step"]) for row in history(tiny)] == [5, 10, 15, 20, 25, 30, 35, 40]
 
@@ -157,10 +160,10 @@ def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPat
 def test_the_last_checkpoint_is_the_result(tiny: Project) -> None:
     configure(tiny)
     with pytest.raises(UserError, match="no checkpoint yet"):
-        open_predictor(tiny.run(), "cpu", finished=False)
+        open_predictor(open_run(tiny), "cpu", finished=False)
     configure(tiny, checkpoint_iterations=(20,))
-    run_stage(STAGE, tiny.run())
-    result, newest = (open_predictor(tiny.run(), "cpu", finished=f) for f in (True, False))
+    run_stage(STAGE, open_run(tiny))
+    result, newest = (open_predictor(open_run(tiny), "cpu", finished=f) for f in (True, False))
     assert result.step == newest.step == 40
     frame = result.reader.frame(3)
     size = result.reader.width, result.reader.height
@@ -170,28 +173,28 @@ def test_the_last_checkpoint_is_the_result(tiny: Project) -> None:
 
 def test_a_given_start(tiny: Project, tmp_path: Path) -> None:
     configure(tiny, checkpoint_iterations=(15,))
-    run_stage(STAGE, tiny.run())
-    model = tiny.run().output_url("train")
+    run_stage(STAGE, open_run(tiny))
+    model = open_run(tiny).output_url("train")
     start, points = tmp_path / "chkpnt_fine_15.pth", tmp_path / "points.ply"
     start.write_bytes(objects.read_bytes(urls.join(model, "chkpnt_fine_15.pth")))
     points.write_bytes(objects.read_bytes(urls.join(model, "point_cloud/iteration_20/point_cloud.ply")))
     expected = gaussians_of(tiny)
     configure(tiny, start_checkpoint=str(start))
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
     np.testing.assert_allclose(gaussians_of(tiny), expected, atol=1e-4)
     configure(tiny, start_checkpoint=str(start), resolution=9)
     with pytest.raises(UserError, match="of another configuration"):
-        run_stage(STAGE, tiny.run())
+        run_stage(STAGE, open_run(tiny))
     configure(tiny, start_checkpoint=None, initial_ply=str(points), coarse_iterations=1, fine_iterations=0)
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
     assert figures(tiny, "train")["gaussians"] == 200
-    predictor = open_predictor(tiny.run(), "cpu")
+    predictor = open_predictor(open_run(tiny), "cpu")
     assert len(predictor.gaussians(3).means) == 200
 
 
 def test_scene_is_the_world_seen_from_the_animal(tiny: Project) -> None:
     configure(tiny)
-    reader = open_reader(tiny.run(), torch.device("cpu"))
+    reader = open_reader(open_run(tiny), torch.device("cpu"))
     scene, scale = DynamicScene.from_reader(reader), SceneUnits.from_reader(reader)
     assert scene.pictures.shape == (8, 4, 32, 32, 3)  # frame 1 is not valid, view 4 held out
     assert scene.times.tolist() == pytest.approx([t / 8 for t in (0, 2, 3, 4, 5, 6, 7, 8)])
@@ -218,8 +221,8 @@ def test_scene_is_the_world_seen_from_the_animal(tiny: Project) -> None:
 def test_turned_gaussians_look_the_same_to_a_turned_camera(tiny: Project) -> None:
     """The harmonics of colour turn with the animal."""
     configure(tiny, fine_iterations=2, coarse_iterations=2)
-    run_stage(STAGE, tiny.run())
-    predictor = open_predictor(tiny.run(), "cpu")
+    run_stage(STAGE, open_run(tiny))
+    predictor = open_predictor(open_run(tiny), "cpu")
     assert isinstance(predictor, DynamicPredictor)
     torch.manual_seed(0)
     here = predictor.gaussians(4)

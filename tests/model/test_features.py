@@ -16,8 +16,9 @@ from torch import Tensor
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.command import main
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project
 from zoosplat.storage import fingerprints, objects, schema
 from zoosplat_embedding.stage import _variation
 from zoosplat_features import animals, encoders, ops
@@ -232,11 +233,11 @@ def trained(tiny: Project, finish: Callable[..., Any]) -> Callable[..., Project]
     """The tiny project with an untrained model as the result of its training, and other settings."""
 
     def made(**sections: Any) -> Project:
-        raw = tiny.run().experiment.model_dump(mode="json")
+        raw = open_run(tiny).experiment.model_dump(mode="json")
         for name, values in sections.items():
             raw[name].update(values)
         chosen = Experiment.model_validate(raw)
-        reader = open_reader(tiny.run(), torch.device("cpu"))
+        reader = open_reader(open_run(tiny), torch.device("cpu"))
 
         def write(url: str) -> None:
             torch.manual_seed(0)
@@ -252,17 +253,17 @@ def trained(tiny: Project, finish: Callable[..., Any]) -> Callable[..., Project]
 
 
 def features(project: Project) -> Any:
-    return schema.read(project.run().open_input("features"), "features")
+    return schema.read(open_run(project).open_input("features"), "features")
 
 
 def test_the_stage_describes_every_frame_with_a_hull(trained: Callable[..., Project]) -> None:
     project = trained()
-    assert run_stage(STAGE, project.run())
+    assert run_stage(STAGE, open_run(project))
     found = features(project)
     assert found.shape == (9, ops.cylinder_size())
     assert np.isnan(found[1]).all()
     assert np.isfinite(np.delete(found, 1, 0)).all()
-    predictor = open_predictor(project.run(), "cpu")
+    predictor = open_predictor(open_run(project), "cpu")
     frame = predictor.reader.frame(5)
     with torch.no_grad():
         expected = ops.cylinder_descriptor(predictor.animal_gaussians(frame), 0.08)
@@ -271,7 +272,7 @@ def test_the_stage_describes_every_frame_with_a_hull(trained: Callable[..., Proj
     world = predictor.gaussians(5)
     back = ops.turned(world._replace(means=world.means - frame.center), -frame.angle)
     assert difference(ops.cylinder_descriptor(back, 0.08), expected) < 1e-4
-    assert not run_stage(STAGE, project.run())
+    assert not run_stage(STAGE, open_run(project))
 
 
 def test_shards_and_what_is_left_of_them_after_a_stop(
@@ -288,7 +289,7 @@ def test_shards_and_what_is_left_of_them_after_a_stop(
         assert "shards [0, 2] of stage features are not done" in capsys.readouterr().err
         assert main(STAGE, arguments) == 0
         assert np.isfinite(np.delete(features(project), 1, 0)).all()
-        assert (project.run().read_mark("features") or {})["frames"] == 8
+        assert (open_run(project).read_mark("features") or {})["frames"] == 8
 
 
 def test_images_from_a_file_and_bad_input(
@@ -303,16 +304,16 @@ def test_images_from_a_file_and_bad_input(
     project = trained(features=images)
     assert main(STAGE, ["--project", project.url]) == 0
     assert features(project).shape == (9, 5120)
-    attributes = dict(project.run().open_input("features").attrs)
+    attributes = dict(open_run(project).open_input("features").attrs)
     assert attributes["encoder"] == "images"
     assert attributes["radius_m"] == 0.05
     assert attributes["weights"] == fingerprints.content_fingerprint(weights)  # and not where it lies
     config = tmp_path / "config.yaml"
-    config.write_text(project.run().experiment.to_yaml().replace(weights, f"{weights}.pth"))
+    config.write_text(open_run(project).experiment.to_yaml().replace(weights, f"{weights}.pth"))
     assert main(STAGE, ["--project", project.url, "--config", str(config)]) == 2
     assert re.search(r"resnet18\.pth\.pth: no such file", capsys.readouterr().err)
     project = trained(features=images | {"radius": 0.06})
-    objects.delete(project.run().result("train").file("done.json"))
+    objects.delete(open_run(project).result("train").file("done.json"))
     assert main(STAGE, ["--project", project.url]) == 2
     assert "run stage train first" in capsys.readouterr().err
 
@@ -334,7 +335,7 @@ def test_variation_among_animals_is_their_covariance_and_what_embeddings_know_fi
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_recorded_frames_in_lanes_are_those_of_one_after_the_other(trained: Callable[..., Project]) -> None:
     project = trained()
-    predictor = open_predictor(project.run(), "cuda")
+    predictor = open_predictor(open_run(project), "cuda")
     frames = [0, *range(2, 9)] * 6 + [5, 3]  # the last group is not full
 
     def describe(gaussians: Gaussians) -> Tensor:

@@ -15,10 +15,14 @@ import pytest
 import torch
 
 from zoosplat.errors import UserError
-from zoosplat.stages import command, runs
+from zoosplat.stages import command
 from zoosplat.stages.command import main
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, schema
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
@@ -30,13 +34,13 @@ EPOCHS = 4
 
 def configure(project: Project, force: bool = False, **train: Any) -> Run:
     """A run with other settings of training; with `force` one that trains again."""
-    old = project.run().experiment
+    old = open_run(project).experiment
     new = old.model_copy(update={"train": old.train.model_copy(update=train)})
-    return runs.record(runs.resolve(project, new, ["train"] if force else []), ["train"])
+    return record_run(draft_run(project, new, ["train"] if force else []), ["train"])
 
 
 def latest(project: Project) -> Checkpoint:
-    found = checkpoints.load(project.run().output_url("train"), "latest")
+    found = checkpoints.load(open_run(project).output_url("train"), "latest")
     assert found is not None
     return found
 
@@ -46,7 +50,7 @@ def three(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     """Three training frames, two a step: every other step leaves a process without a frame."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    group = groups.open_group(tiny.run().output_url("center_rotation"), write=True)
+    group = groups.open_group(open_run(tiny).output_url("center_rotation"), write=True)
     valid = schema.read(group, "valid")
     valid[:] = True
     schema.array(group, "valid")[...] = valid
@@ -57,7 +61,7 @@ def three(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
 @pytest.fixture
 def alone(three: Project) -> Checkpoint:
     """What one process makes of them."""
-    run_stage(STAGE, three.run())
+    run_stage(STAGE, open_run(three))
     return latest(three)
 
 
@@ -82,10 +86,10 @@ def test_frames_are_dealt_out_and_none_is_lost() -> None:
 
 def test_two_processes_end_as_one(three: Project, alone: Checkpoint) -> None:
     configure(three, gpus=2)
-    assert not run_stage(STAGE, three.run())  # how many there are makes no other result
+    assert not run_stage(STAGE, open_run(three))  # how many there are makes no other result
     assert run_stage(STAGE, configure(three, force=True))
     check_same(latest(three), alone)
-    assert (three.run().read_mark("train") or {})["figures"]["processes"] == 2
+    assert (open_run(three).read_mark("train") or {})["figures"]["processes"] == 2
 
 
 class Killer:
@@ -125,7 +129,7 @@ def test_a_killed_process_ends_the_others_and_torchrun_goes_on_from_there(
     assert not multiprocessing.active_children()
     kept = latest(three)
     assert 2 <= kept.step < 2 * EPOCHS
-    assert three.run().read_mark("train") is None
+    assert open_run(three).read_mark("train") is None
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words += ["-m", "zoosplat_train", "--project", three.url]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
@@ -136,5 +140,5 @@ def test_a_killed_process_ends_the_others_and_torchrun_goes_on_from_there(
 def test_an_error_in_a_process_ends_the_training_with_its_line(three: Project) -> None:
     configure(three, gpus=2, lr=1e30)
     with pytest.raises(UserError, match=r"diverged by step .*train\.lr"):
-        run_stage(STAGE, three.run())
+        run_stage(STAGE, open_run(three))
     assert not multiprocessing.active_children()

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project
 from zoosplat_model import checkpoints
 from zoosplat_model.frames import FrameReader, open_reader
 from zoosplat_model.network.predictor import SplatterPredictor
@@ -24,11 +26,11 @@ from zoosplat_train.stage import STAGE
 
 def published(project: Project) -> Experiment:
     """The project's experiment, with the published network from now on."""
-    raw = project.run().experiment.model_dump(mode="json")
+    raw = open_run(project).experiment.model_dump(mode="json")
     raw["model"] |= {"network": "published", "max_gaussians": 2000}
     raw["train"] |= {"epochs": 2, "lr": 1e-3}
     experiment = Experiment.model_validate(raw)
-    runs.record(runs.resolve(project, experiment), ["train"])
+    record_run(draft_run(project, experiment), ["train"])
     return experiment
 
 
@@ -120,7 +122,7 @@ def test_a_volume_of_equal_voxels_gives_no_more_than_allowed() -> None:
 @torch.no_grad()
 def test_gaussians_by_hand(tiny: Project) -> None:
     experiment = published(tiny)
-    reader = open_reader(tiny.run(), torch.device("cpu"))
+    reader = open_reader(open_run(tiny), torch.device("cpu"))
     model = build_splatter(reader, experiment)
     assert isinstance(model, PublishedSplatter)
     frame = reader.frame(0)
@@ -148,13 +150,13 @@ def test_gaussians_by_hand(tiny: Project) -> None:
 
 def test_it_trains_and_is_found_again(tiny: Project) -> None:
     published(tiny)
-    run_stage(STAGE, tiny.run())
-    found = checkpoints.load(tiny.run().output_url("train"), "best")
+    run_stage(STAGE, open_run(tiny))
+    found = checkpoints.load(open_run(tiny).output_url("train"), "best")
     assert found is not None
     assert found.network == "published"
-    history = checkpoints.load(tiny.run().output_url("train"), "latest").progress.history  # type: ignore[union-attr]
+    history = checkpoints.load(open_run(tiny).output_url("train"), "latest").progress.history  # type: ignore[union-attr]
     assert history[-1]["train_loss"] < history[0]["train_loss"]
-    predictor = open_predictor(tiny.run(), "cpu")
+    predictor = open_predictor(open_run(tiny), "cpu")
     assert isinstance(predictor, SplatterPredictor)
     assert isinstance(predictor.model, PublishedSplatter)
     gaussians = predictor.gaussians(0)
@@ -168,6 +170,6 @@ def test_it_trains_and_is_found_again(tiny: Project) -> None:
 
 
 def test_the_two_networks_are_told_apart(tiny: Project) -> None:
-    reader = open_reader(tiny.run(), torch.device("cpu"))
-    assert build_splatter(reader, tiny.run().experiment).network == "zoosplat"
+    reader = open_reader(open_run(tiny), torch.device("cpu"))
+    assert build_splatter(reader, open_run(tiny).experiment).network == "zoosplat"
     assert build_splatter(reader, published(tiny)).network == "published"

@@ -15,10 +15,13 @@ import torch
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.training import ANIMALS_NETWORK
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
 from zoosplat.synthetic import random_animals
 from zoosplat_model import animals as of_animals
@@ -37,20 +40,20 @@ CPU = torch.device("cpu")
 
 def configure(project: Project, model: dict[str, Any] | None = None, force: bool = False, **train: Any) -> Run:
     """A run with other settings of network and training; with `force` one that trains again."""
-    old = project.run().experiment
+    old = open_run(project).experiment
     new = {"train": old.train.model_copy(update=train), "model": old.model.model_copy(update=model or {})}
-    draft = runs.resolve(project, old.model_copy(update=new), ["train"] if force else [])
+    draft = draft_run(project, old.model_copy(update=new), ["train"] if force else [])
     draft.require(["train"])
-    return runs.record(draft, ["train"])
+    return record_run(draft, ["train"])
 
 
 def untrained(project: Project) -> PoseSplatter:
-    experiment = project.run().experiment
-    return build_splatter(open_reader(project.run(), CPU), experiment)
+    experiment = open_run(project).experiment
+    return build_splatter(open_reader(open_run(project), CPU), experiment)
 
 
 def of(project: Project, pointer: checkpoints.Pointer) -> Checkpoint:
-    found = checkpoints.load(project.run().output_url("train"), pointer)
+    found = checkpoints.load(open_run(project).output_url("train"), pointer)
     assert found is not None
     return found
 
@@ -59,7 +62,7 @@ def of(project: Project, pointer: checkpoints.Pointer) -> Checkpoint:
 def trained(tiny: Project) -> Project:
     """Without a perceptron at the bottom, which would tie the weights to the volume."""
     configure(tiny, {"bottleneck": 0}, epochs=6, valid_every=6)
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
     return tiny
 
 
@@ -85,7 +88,7 @@ def test_a_training_goes_on_from_what_another_one_learned(
     other = Project.at(str(shutil.copytree(trained.url, tmp_path / "other")))
     configure(other, epochs=2, lr=1e-9, valid_every=1, start_from=trained.url)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(STAGE, other.run(), progress=stop_in_the_second_epoch)
+        run_stage(STAGE, open_run(other), progress=stop_in_the_second_epoch)
     for name, value in of(other, "best").average.items():
         if name != "camera_color":
             found, expected = (without_lengths(name, v) for v in (value, learned[name]))
@@ -93,8 +96,8 @@ def test_a_training_goes_on_from_what_another_one_learned(
     assert of(other, "best").average["camera_color"].abs().max() < 1e-6  # those of the other rig say nothing
     assert learned["camera_color"].abs().max() > 1e-4
 
-    shutil.rmtree(trained.run().result("train").folder)  # what a training has begun it ends without
-    run_stage(STAGE, other.run())
+    shutil.rmtree(open_run(trained).result("train").folder)  # what a training has begun it ends without
+    run_stage(STAGE, open_run(other))
     assert of(other, "latest").progress.epoch == 2
 
 
@@ -161,7 +164,7 @@ def test_a_file_to_begin_with_counts_by_its_content(trained: Project, tmp_path: 
 
 
 def test_a_project_to_begin_with_is_the_training_that_is_finished_there(trained: Project, tmp_path: Path) -> None:
-    finished = trained.run().result("train")
+    finished = open_run(trained).result("train")
     other = Project.at(str(shutil.copytree(trained.url, tmp_path / "other")))
     shutil.rmtree(other.path("results", "train"))
     with pytest.raises(
@@ -181,18 +184,18 @@ def test_what_is_trained_there_later_does_not_change_what_a_stopped_training_beg
 ) -> None:
     monkeypatch.setattr(stage, "LOOK_STEPS", 1)
     other = Project.at(str(shutil.copytree(trained.url, tmp_path / "other")))
-    old = other.run().experiment
+    old = open_run(other).experiment
     train = old.train.model_copy(update={"epochs": 2, "valid_every": 1, "start_from": trained.url})
     chosen = old.model_copy(update={"train": train})
-    with begun(other, chosen, ["train"], []) as first, pytest.raises(KeyboardInterrupt):
+    with begin_run(other, chosen, ["train"], []) as first, pytest.raises(KeyboardInterrupt):
         run_stage(STAGE, first, progress=stop_in_the_second_epoch)
     assert run_stage(STAGE, configure(trained, seed=7))
-    with begun(other, chosen, ["train"], []) as again:
+    with begin_run(other, chosen, ["train"], []) as again:
         assert (again.id, again.result("train")) == (first.id, first.result("train"))
         assert run_stage(STAGE, again)
     # Once it has ended, the same command means what is there now.
-    with begun(other, chosen, ["train"], []) as later:
-        assert later.experiment.train.start_from == trained.run().result("train").folder
+    with begin_run(other, chosen, ["train"], []) as later:
+        assert later.experiment.train.start_from == open_run(trained).result("train").folder
         assert later.result("train") != first.result("train")
 
 

@@ -18,11 +18,14 @@ import torch
 
 from zoosplat.config.training import Train
 from zoosplat.errors import LockLost, UserError
-from zoosplat.stages import runs
 from zoosplat.stages.command import main
 from zoosplat.stages.contract import Context, Stage
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_model import checkpoints
@@ -46,13 +49,13 @@ def _as_often_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def configure(project: Project, force: bool = False, **train: Any) -> Run:
     """A run with other settings of training; with `force` one that trains again."""
-    old = project.run().experiment
+    old = open_run(project).experiment
     new = old.model_copy(update={"train": old.train.model_copy(update=train)})
-    return runs.record(runs.resolve(project, new, ["train"] if force else []), ["train"])
+    return record_run(draft_run(project, new, ["train"] if force else []), ["train"])
 
 
 def latest(project: Project) -> Checkpoint:
-    found = checkpoints.load(project.run().output_url("train"), "latest")
+    found = checkpoints.load(open_run(project).output_url("train"), "latest")
     assert found is not None
     return found
 
@@ -96,7 +99,7 @@ def test_learning_rate_and_spread() -> None:
 
 
 def test_jitter_keeps_the_picture_and_moves_the_grid(tiny: Project) -> None:
-    frame = open_reader(tiny.run(), torch.device("cpu")).frame(2)
+    frame = open_reader(open_run(tiny), torch.device("cpu")).frame(2)
     moved = [ops.jitter(frame, Train(), epoch, 0.01) for epoch in range(30)]
     shifts = torch.stack([m.center - frame.center for m in moved])
     assert 0.015 < shifts.abs().max() < 0.02 + 1e-6
@@ -119,8 +122,8 @@ def test_jitter_keeps_the_picture_and_moves_the_grid(tiny: Project) -> None:
 @torch.no_grad()
 def test_what_the_network_sees_tilted_stands_where_it_stood(tiny: Project) -> None:
     """The masks are met as well with a tilt that is undone, and not with one that is forgotten."""
-    chosen, cpu = tiny.run().experiment, torch.device("cpu")
-    reader = open_reader(tiny.run(), cpu)
+    chosen, cpu = open_run(tiny).experiment, torch.device("cpu")
+    reader = open_reader(open_run(tiny), cpu)
     trainer = ops.Trainer(reader, chosen, cpu)
     frame = reader.frame(0)
     mask = frame.mask[trainer.model.observed_index]
@@ -189,15 +192,15 @@ def test_as_much_of_the_last_weights_is_used_as_is_not_worse(
         monkeypatch.setattr(stage, "SHARE", 1.0)
         monkeypatch.setattr(stage, "LOOK_STEPS", 1)
         with pytest.raises(KeyboardInterrupt):
-            run_stage(STAGE, tiny.run(), progress=Stopper(5))
+            run_stage(STAGE, open_run(tiny), progress=Stopper(5))
         assert len(validated) == latest(tiny).progress.epoch == 2
-    assert run_stage(STAGE, tiny.run())
+    assert run_stage(STAGE, open_run(tiny))
     assert len(validated) == len(told)
     early, late = validated[1], validated[3]
     for i, weights in enumerate(validated[3:]):
         for name, value in weights.items():
             torch.testing.assert_close(value, i / 8 * early[name] + (1 - i / 8) * late[name])
-    progress, best = latest(tiny).progress, checkpoints.load(tiny.run().output_url("train"), "best")
+    progress, best = latest(tiny).progress, checkpoints.load(open_run(tiny).output_url("train"), "best")
     assert best is not None
     steps = [int(row["step"]) for row in progress.history]
     assert best.step == progress.best_step == steps[3 if share else 1]
@@ -211,9 +214,9 @@ def test_as_much_of_the_last_weights_is_used_as_is_not_worse(
 
 @pytest.mark.parametrize("deep_lambda", [0.0, 0.5])
 def test_earlier_u_nets_learn_what_the_last_one_makes_of_it(tiny: Project, deep_lambda: float) -> None:
-    chosen, cpu = tiny.run().experiment, torch.device("cpu")
+    chosen, cpu = open_run(tiny).experiment, torch.device("cpu")
     chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"deep_lambda": deep_lambda})})
-    reader = open_reader(tiny.run(), cpu)
+    reader = open_reader(open_run(tiny), cpu)
     trainer, frame = ops.Trainer(reader, chosen, cpu), reader.frame(0)
     start.begin(trainer.model, "random")
     used, mirrored = torch.ones(1, len(reader.observed), dtype=torch.bool), torch.tensor([False])
@@ -227,8 +230,8 @@ def test_earlier_u_nets_learn_what_the_last_one_makes_of_it(tiny: Project, deep_
 
 @torch.no_grad()
 def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> None:
-    chosen, cpu = tiny.run().experiment, torch.device("cpu")
-    reader = open_reader(tiny.run(), cpu)
+    chosen, cpu = open_run(tiny).experiment, torch.device("cpu")
+    reader = open_reader(open_run(tiny), cpu)
     t = reader.split("valid")[0]
     left_out = reader.observed[ops.view_to_predict(t, len(reader.observed))]
     trainer = ops.Trainer(reader, chosen, cpu)
@@ -236,7 +239,7 @@ def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> N
     assert losses == [figures["valid_loss"]]
 
     held_out = chosen.model_copy(update={"holdout_views": (left_out, *chosen.holdout_views)})
-    images, tracking, crop = (tiny.run().open_input(name) for name in ("pack", "center_rotation", "crop"))
+    images, tracking, crop = (open_run(tiny).open_input(name) for name in ("pack", "center_rotation", "crop"))
     model = build_splatter(FrameReader(images, tracking, crop, held_out), held_out)
     model.eval().load_state_dict(trainer.averaged.state_dict())
     frame = reader.frame(t)
@@ -257,21 +260,21 @@ def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> N
 
 def test_all_frames_but_those_that_validate_can_be_trained_on(tiny: Project) -> None:
     configure(tiny, fit_to="all", epochs=2)
-    reader = open_reader(tiny.run(), torch.device("cpu"))
+    reader = open_reader(open_run(tiny), torch.device("cpu"))
     validate = reader.split("valid")
     rest = [t for t in range(reader.n_frames) if reader.valid[t] and t not in validate]
-    assert stage._frames(reader, tiny.run().experiment.train) == (rest, validate)
+    assert stage._frames(reader, open_run(tiny).experiment.train) == (rest, validate)
     assert stage._frames(reader, Train()) == (reader.split("train"), validate)
     assert len(rest) > len(reader.split("train"))
-    assert run_stage(STAGE, tiny.run())
+    assert run_stage(STAGE, open_run(tiny))
     assert latest(tiny).progress.step == 2 * len(rest)
 
 
 # -- the stage ----------------------------------------------------------------------------------------------------
 def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(tiny, epochs=14, valid_every=4, plot_every=7, save_every=14)
-    reader = open_reader(tiny.run(), torch.device("cpu"))
-    untrained = ops.Trainer(reader, tiny.run().experiment, torch.device("cpu"))
+    reader = open_reader(open_run(tiny), torch.device("cpu"))
+    untrained = ops.Trainer(reader, open_run(tiny).experiment, torch.device("cpu"))
     frames = reader.split("valid")
     first, _ = untrained.validate(reader.prefetch(frames), len(frames))
     plotted, preview = [], plots.preview
@@ -281,11 +284,11 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
         return preview(*args)
 
     monkeypatch.setattr(plots, "preview", counted)
-    assert run_stage(STAGE, tiny.run())
-    assert not run_stage(STAGE, tiny.run())
+    assert run_stage(STAGE, open_run(tiny))
+    assert not run_stage(STAGE, open_run(tiny))
     rows = list(
         csv.DictReader(
-            io.StringIO(objects.read_bytes(urls.join(tiny.run().output_url("train"), "history.csv")).decode())
+            io.StringIO(objects.read_bytes(urls.join(open_run(tiny).output_url("train"), "history.csv")).decode())
         )
     )
     assert [int(r["epoch"]) for r in rows] == list(range(1, 15))
@@ -296,17 +299,17 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     best = min(valid, key=lambda step: valid[step])
     assert best == 28  # or blends would be tried
     assert valid[best] < 0.9 * first["valid_loss"]
-    assert (objects.read_json(urls.join(tiny.run().output_url("train"), "best.json")) or {})["step"] == best
+    assert (objects.read_json(urls.join(open_run(tiny).output_url("train"), "best.json")) or {})["step"] == best
 
-    figures = (tiny.run().read_mark("train") or {})["figures"]
+    figures = (open_run(tiny).read_mark("train") or {})["figures"]
     assert figures["steps"] == 28
     assert figures["best_valid_loss"] == pytest.approx(valid[best])
-    written = list(listing.list_files(tiny.run().output_url("train")))
+    written = list(listing.list_files(open_run(tiny).output_url("train")))
     assert {"loss.png", "preview.png", "latest.json", "best.json"} <= set(written)
     assert any(name.startswith("tensorboard/events") for name in written)
-    assert objects.read_bytes(urls.join(tiny.run().output_url("train"), "preview.png")).startswith(b"\x89PNG")
+    assert objects.read_bytes(urls.join(open_run(tiny).output_url("train"), "preview.png")).startswith(b"\x89PNG")
 
-    predictor = open_predictor(tiny.run(), "cpu")
+    predictor = open_predictor(open_run(tiny), "cpu")
     frame = predictor.reader.frame(7)
     rendering = predictor.render(
         predictor.gaussians(7), frame.world_to_camera, frame.intrinsics, 32, 32, cameras=range(5)
@@ -318,13 +321,13 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     with monkeypatch.context() as patch:  # as if networks had had other inputs when this one was trained
         patch.setattr(unet, "INPUT_CHANNELS", unet.INPUT_CHANNELS + 1)
         with pytest.raises(UserError, match=r"model: the checkpoint does not fit .*; run stage train again"):
-            open_predictor(tiny.run(), "cpu")
+            open_predictor(open_run(tiny), "cpu")
 
 
 def test_a_rehearsal_changes_nothing(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)  # sums in one order
     configure(tiny, epochs=2, batch_frames=2, deep_lambda=0.1, jitter_tilt=0.3)
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
     alone = latest(tiny)
     begin, rehearse, rehearsals = stage._Training.__post_init__, stage._Training._rehearse, []
 
@@ -397,17 +400,17 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
     torch.set_num_threads(1)  # sums in one order
     monkeypatch.setattr(stage, "LOOK_STEPS", 1)
     configure(tiny, epochs=3, batch_frames=batch_frames, plot_every=3)
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
     undisturbed = latest(tiny)
 
     monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)  # after every step, also within an epoch
     configure(tiny, force=True)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(STAGE, tiny.run(), progress=Stopper(2))
+        run_stage(STAGE, open_run(tiny), progress=Stopper(2))
     with pytest.raises(KeyboardInterrupt):
-        run_stage(STAGE, tiny.run(), progress=Stopper(4 if batch_frames == 1 else 3))
+        run_stage(STAGE, open_run(tiny), progress=Stopper(4 if batch_frames == 1 else 3))
     assert (latest(tiny).step, latest(tiny).progress.position) == ((3, 1) if batch_frames == 1 else (2, 0))
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
     resumed = latest(tiny)
     assert resumed.step == undisturbed.step
     for name, tensor in undisturbed.model.items():
@@ -429,11 +432,11 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(tiny: Project, mo
 
     monkeypatch.setattr(ops.Trainer, "step", step)
     with pytest.raises(UserError, match=r"diverged by step 6.*train\.lr"):
-        run_stage(STAGE, tiny.run())
+        run_stage(STAGE, open_run(tiny))
     kept = latest(tiny)
     assert kept.step == 4
     assert all(torch.isfinite(t).all() for t in kept.model.values())
-    assert tiny.run().read_mark("train") is None
+    assert open_run(tiny).read_mark("train") is None
 
 
 def test_out_of_gpu_memory_is_a_line_and_keeps_the_last_checkpoint(
@@ -462,7 +465,7 @@ def test_out_of_gpu_memory_is_a_line_and_keeps_the_last_checkpoint(
     )
     assert latest(tiny).step == 4
     monkeypatch.setattr(ops.Trainer, "step", original)
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
     assert latest(tiny).progress.epoch == 6
 
 
@@ -471,7 +474,7 @@ def test_out_of_gpu_memory_after_training(
     tiny: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other: Stage, key: str
 ) -> None:
     configure(tiny, epochs=1)
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
 
     def gaussians(self: Predictor, t: int) -> Gaussians:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -488,8 +491,8 @@ def test_time_limit_counts_what_earlier_runs_spent(tiny: Project, monkeypatch: p
     monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(stage, "LOOK_STEPS", 1)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(STAGE, tiny.run(), progress=Stopper(3))
-    url = urls.join(tiny.run().output_url("train"), "checkpoints", f"step-{latest(tiny).step:08d}.safetensors")
+        run_stage(STAGE, open_run(tiny), progress=Stopper(3))
+    url = urls.join(open_run(tiny).output_url("train"), "checkpoints", f"step-{latest(tiny).step:08d}.safetensors")
     before = latest(tiny)
     spent = json.dumps({**vars(before.progress), "seconds": 31.0})
     data = objects.read_bytes(url)
@@ -499,9 +502,9 @@ def test_time_limit_counts_what_earlier_runs_spent(tiny: Project, monkeypatch: p
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     objects.write_bytes(url, len(text).to_bytes(8, "little") + text + data[8 + length :])
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
     assert latest(tiny).step <= before.step + 1  # the limit of 30 s was over; the epoch is ended, and no other begun
-    assert (tiny.run().read_mark("train") or {})["figures"]["best_step"] == latest(tiny).progress.best_step
+    assert (open_run(tiny).read_mark("train") or {})["figures"]["best_step"] == latest(tiny).progress.best_step
 
 
 def test_kernels_are_loaded_before_the_clock_runs_by_one_process_first(
@@ -517,10 +520,10 @@ def test_kernels_are_loaded_before_the_clock_runs_by_one_process_first(
         begin(training)
 
     monkeypatch.setattr(stage._Training, "__post_init__", begun)
-    run_stage(STAGE, tiny.run())
+    run_stage(STAGE, open_run(tiny))
     assert events[:4] == ["load", "agreed", "load", "clock"]
     events.clear()
-    stage._load_kernels(Context(tiny.run(), lambda *of: None), torch.device("cpu"), Ranks(1, 2))
+    stage._load_kernels(Context(open_run(tiny), lambda *of: None), torch.device("cpu"), Ranks(1, 2))
     assert events == ["agreed", "load"]
 
 
@@ -538,18 +541,18 @@ def test_time_that_runs_out_between_epochs_leaves_a_validated_model(
         late.seconds = 3600.0  # of a checkpoint that takes long to write
 
     monkeypatch.setattr(stage._Training, "_save", save)
-    run_stage(STAGE, tiny.run())
-    best = checkpoints.load(tiny.run().output_url("train"), "best")
+    run_stage(STAGE, open_run(tiny))
+    best = checkpoints.load(open_run(tiny).output_url("train"), "best")
     assert best is not None
     assert best.step == latest(tiny).step
     assert "valid_iou" in latest(tiny).progress.history[-1]
 
 
 def test_no_frame_to_train_on_is_said_before_training(tiny: Project) -> None:
-    group = groups.open_group(tiny.run().output_url("center_rotation"), write=True)
+    group = groups.open_group(open_run(tiny).output_url("center_rotation"), write=True)
     valid = schema.read(group, "valid")
     valid[:3] = False
     schema.array(group, "valid")[...] = valid
     with pytest.raises(UserError, match="nothing to train on"):
-        run_stage(STAGE, tiny.run())
-    assert not objects.exists(tiny.run().output_url("train"))
+        run_stage(STAGE, open_run(tiny))
+    assert not objects.exists(open_run(tiny).output_url("train"))

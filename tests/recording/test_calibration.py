@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras, WorldTransform, validate_cameras
-from zoosplat.geometry.transforms import project, triangulate_pairs
+from zoosplat.geometry.projection import project, triangulate_pairs
 from zoosplat.recording.calibration import read_cameras, read_up, write_hdf5
 
 FloatArray = npt.NDArray[np.float64]

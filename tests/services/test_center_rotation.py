@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from zoosplat.geometry import transforms, visual_hull
+from zoosplat.geometry import projection, rotations, visual_hull
 from zoosplat.synthetic.mouse import Scene, render_views
 from zoosplat_center_rotation import ops
 
@@ -24,7 +24,7 @@ def test_rough_center_outvotes_a_wrong_view() -> None:
     m = np.tile(np.eye(4), (5, 1, 1))
     m[:, :3, :3], m[:, :3, 3] = r, t
     point = scene.truth.centroid[0]
-    pixels, _ = transforms.project(point, k, m)
+    pixels, _ = projection.project(point, k, m)
     np.testing.assert_allclose(ops.rough_center(pixels, k, m), point, atol=1e-9)
     pixels[2] += 30
     assert np.linalg.norm(ops.rough_center(pixels, k, m) - point) < 0.002
@@ -36,7 +36,7 @@ def turning_gaussians(n: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """An elongated body on a circle, heading along the tangent, 1.5 turns."""
     heading = np.linspace(0.3, 0.3 + 3 * np.pi, n)
     means = 0.1 * np.stack([np.sin(heading), -np.cos(heading), 0 * heading], 1)
-    r = transforms.rotation_about_z(heading)
+    r = rotations.rotation_about_z(heading)
     covs = r @ np.diag([9e-4, 2e-4, 1e-4]) @ r.transpose(0, 2, 1)
     return means, covs, heading
 

@@ -15,10 +15,12 @@ import pytest
 from typer.testing import CliRunner
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages import runs
 from zoosplat.stages.command import main
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project
 from zoosplat.storage import fingerprints, groups, listing, objects, schema, urls
 from zoosplat_embedding import ops
 from zoosplat_embedding.stage import STAGE, _kind
@@ -241,7 +243,7 @@ def arrays_of(group: Any) -> dict[str, Array]:
 
 def test_the_stage_writes_group_and_table(project_of: Callable[..., Project], tmp_path: Path) -> None:
     project = project_of(tmp_path / "a")
-    run = project.run()
+    run = open_run(project)
     assert run_stage(STAGE, run)
     group = run.open_input("embedding")
     schema.validate(group, "embedding.zarr", "embedding.zarr")
@@ -270,13 +272,13 @@ def test_the_stage_writes_group_and_table(project_of: Callable[..., Project], tm
     assert rows[4]["e00"] == ""
     assert float(rows[7]["e03"]) == pytest.approx(float(found["embedding"][7, 3]), rel=1e-5, abs=1e-6)
     assert float(rows[7]["center_x"]) == pytest.approx(0.007)
-    mark = project.run().read_mark("embedding") or {}
+    mark = open_run(project).read_mark("embedding") or {}
     assert mark["frames"] == 88
     assert mark["warnings"] == ["29 training frames fit 3 of 10 dimensions; the others are 0"]
-    assert not run_stage(STAGE, project.run())
-    again = runs.record(runs.resolve(project, project.run().experiment, ["embedding"]), ["embedding"])
+    assert not run_stage(STAGE, open_run(project))
+    again = record_run(draft_run(project, open_run(project).experiment, ["embedding"]), ["embedding"])
     assert run_stage(STAGE, again)
-    assert again.id == project.run().id != run.id
+    assert again.id == open_run(project).id != run.id
     for name in listing.list_files(run.output_url("embedding")):
         one, other = (objects.read_bytes(urls.join(r.output_url("embedding"), name)) for r in (run, again))
         assert one == other, name
@@ -289,12 +291,12 @@ def test_fitted_to_all_frames_it_tells_what_the_first_third_does_not_show(
     told = {}
     for fit_to in ("third", "all"):
         project = project_of(tmp_path / fit_to, fit_to=fit_to)
-        features = schema.array(groups.open_group(project.run().output_url("features"), write=True), "features")
+        features = schema.array(groups.open_group(open_run(project).output_url("features"), write=True), "features")
         later = np.where(np.arange(90) < 60, 0.0, np.sin(np.arange(90)))  # in the last third, in a direction of its own
         own = np.linalg.qr(np.random.default_rng(9).normal(size=(3, 40)).T, mode="complete")[0][:, 20]
         features[...] = np.asarray(features[...]) + 5 * later[:, None] * own
-        assert run_stage(STAGE, project.run())
-        group = project.run().open_input("embedding")
+        assert run_stage(STAGE, open_run(project))
+        group = open_run(project).open_input("embedding")
         found, valid = schema.read(group, "embedding").astype(float), schema.read(group, "valid").astype(bool)
         x = np.column_stack([found[valid], np.ones(valid.sum())])
         residual = later[valid] - x @ np.linalg.lstsq(x, later[valid], rcond=None)[0]
@@ -313,7 +315,7 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert "1 of the first third of 90 frames have a visual hull, too few to fit an embedding" in error
     assert error.count("\n") == 1
-    objects.delete(project.run().result("features").file("done.json"))
+    objects.delete(open_run(project).result("features").file("done.json"))
     assert main(STAGE, ["--project", project.url]) == 2
     assert "features.zarr is not complete; run stage features first" in capsys.readouterr().err
 
@@ -355,7 +357,7 @@ def test_recordings_embedded_together(project_of: Callable[..., Project], tmp_pa
     header = (output / "embedding.csv").read_text().splitlines()[0]
     assert header.startswith("recording,t,frame,time,valid,center_x")
 
-    groups.open_group(second.run().output_url("features"), write=True).attrs["encoder"] = "images"
+    groups.open_group(open_run(second).output_url("features"), write=True).attrs["encoder"] = "images"
     run = CliRunner().invoke(app, ["embed", first.url, second.url, "--output", str(output)])
     assert run.exit_code == 2
     assert "is there already; choose an --output that holds no files" in run.output
@@ -389,7 +391,7 @@ def test_a_run_that_is_not_the_latest_is_embedded_by_its_id(
     project_of: Callable[..., Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    earlier = project_of(tmp_path / "a@2026").run().id  # a name that looks as if it ended in a run
+    earlier = open_run(project_of(tmp_path / "a@2026")).id  # a name that looks as if it ended in a run
     project_of(tmp_path / "a@2026", dimensions=6)
     named = {"a@2026": 6, f"a@2026@{earlier}": 10, f"a@2026@{earlier[:19]}": 10}
     for number, (which, dimensions) in enumerate(named.items()):

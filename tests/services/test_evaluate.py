@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
 from zoosplat_evaluate import ops, stage
 from zoosplat_evaluate.stage import STAGE
@@ -127,7 +130,7 @@ def with_ball(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of(project: Project, name: str) -> list[dict[str, str]]:
-    text = objects.read_bytes(urls.join(project.run().output_url("evaluate"), name)).decode()
+    text = objects.read_bytes(urls.join(open_run(project).output_url("evaluate"), name)).decode()
     return list(csv.DictReader(io.StringIO(text)))
 
 
@@ -137,10 +140,10 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(
 ) -> None:
     settings = experiment(tmp_path, evaluate={"gallery_frames": 2})
     project = make_project(tmp_path, settings)
-    assert run_stage(STAGE, project.run())
-    assert not run_stage(STAGE, project.run())
+    assert run_stage(STAGE, open_run(project))
+    assert not run_stage(STAGE, open_run(project))
 
-    masks = schema.array(groups.open_group(project.run().output_url("pack")), "mask")
+    masks = schema.array(groups.open_group(open_run(project).output_url("pack")), "mask")
     half = float(np.asarray(masks[SPOILT, HELD_OUT]).sum() / np.asarray(masks[0, HELD_OUT]).sum())
     assert 0.4 < half < 0.6
     # The test third is t = 8 .. 11, of which 11 is not valid.
@@ -161,7 +164,7 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(
         by_hand = np.mean([float(each[t, name][metric]) for t in (8, 9, 10) for name in ("left", "right")])
         assert float(means["mean_observed"][metric]) == pytest.approx(by_hand, rel=1e-4)
 
-    mark = project.run().read_mark("evaluate")
+    mark = open_run(project).read_mark("evaluate")
     assert mark is not None
     assert mark["frames"] == 3
     assert mark["figures"]["held_out"]["iou"] == pytest.approx((2 + half) / 3, abs=1e-5)
@@ -174,7 +177,7 @@ def test_evaluation_of_a_model_that_is_right_but_for_one_photograph(
         float(means["mean_held_out"]["psnr_corrected"]), abs=1e-3
     )
 
-    url = project.run().output_url("evaluate")
+    url = open_run(project).output_url("evaluate")
     gallery = json.loads(objects.read_bytes(urls.join(url, "gallery.json")))["pictures"]
     assert [(p["camera"], p["t"], p["kind"]) for p in gallery[:3]] == [
         ("top", 9, "worst"),
@@ -196,11 +199,11 @@ def test_coarser_metrics_without_held_out_views(
     project = make_project(
         tmp_path, experiment(tmp_path, holdout_views=[], evaluate={"image_downsample": 2, "split": "valid"})
     )
-    run_stage(STAGE, project.run())
+    run_stage(STAGE, open_run(project))
     rows = rows_of(project, "metrics_valid.csv")
     assert [r["camera"] for r in rows] == ["left", "right", "top", "mean_observed"]
     assert all(r["frames"] == "4" and float(r["iou"]) > 0.9 for r in rows)
-    mark = project.run().read_mark("evaluate")
+    mark = open_run(project).read_mark("evaluate")
     assert mark is not None
     assert set(mark["figures"]) == {"observed"}
 
@@ -211,12 +214,12 @@ def test_another_gallery_takes_the_metrics_that_were_measured(
 ) -> None:
     settings = experiment(tmp_path, evaluate={"gallery_frames": 0})
     project = make_project(tmp_path, settings)
-    first = project.run()
+    first = open_run(project)
     run_stage(STAGE, first)
     measured = []
     monkeypatch.setattr(type(STAGE), "_measure", lambda *of: measured.append(of))
     larger = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"gallery_frames": 3})})
-    second = runs.record(runs.resolve(project, larger), ["evaluate"])
+    second = record_run(draft_run(project, larger), ["evaluate"])
     assert run_stage(STAGE, second)
     assert not measured
     one, other = (
@@ -244,12 +247,12 @@ def test_cameras_that_differ_in_colour(
     gaussians = Predictor.gaussians
     monkeypatch.setattr(Predictor, "gaussians", lambda self, t: rendered.append(t) or gaussians(self, t))  # type: ignore[func-returns-value]
     project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0}))
-    images = groups.open_group(project.run().output_url("pack"), write=True)
+    images = groups.open_group(open_run(project).output_url("pack"), write=True)
     rgb = schema.array(images, "rgb")
     values = np.asarray(rgb[...])
     values[:, 0] = np.rint(0.5 * values[:, 0])
     rgb[...] = values
-    run_stage(STAGE, project.run())
+    run_stage(STAGE, open_run(project))
     assert sorted(rendered[:3]) == [8, 9, 10]  # each frame once, then the gallery's
     rows = rows_of(project, "metrics_test.csv")
     means = {r["camera"]: {k: float(v) for k, v in r.items() if k != "camera"} for r in rows}
@@ -274,10 +277,10 @@ def test_what_cannot_be_evaluated(
     message: str,
 ) -> None:
     project = make_project(tmp_path, experiment(tmp_path, evaluate=settings))
-    tracking = groups.open_group(project.run().output_url("center_rotation"), write=True)
+    tracking = groups.open_group(open_run(project).output_url("center_rotation"), write=True)
     schema.array(tracking, "valid")[...] = valid
     with pytest.raises(UserError, match=message):
-        run_stage(STAGE, project.run())
+        run_stage(STAGE, open_run(project))
 
 
 def test_means_leave_out_what_is_not_defined() -> None:

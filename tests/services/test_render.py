@@ -16,14 +16,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
-from zoosplat.geometry import transforms
+from zoosplat.geometry import projection, rotations
 from zoosplat.stages.contract import Context
-from zoosplat.stages.runs import Project
+from zoosplat.stages.projects import Project
 from zoosplat.storage import listing, objects, urls
 from zoosplat_model.frames import Frame
 from zoosplat_model.gaussians import Gaussians
@@ -176,10 +177,10 @@ def test_orbit_sees_the_animal_in_the_middle_upright_and_as_large_as_said() -> N
     np.testing.assert_allclose(rotations @ rotations.transpose(0, 2, 1), np.tile(np.eye(3), (8, 1, 1)), atol=1e-12)
     np.testing.assert_allclose(np.linalg.det(rotations), 1)
     ks = np.tile(k, (8, 1, 1))
-    pixels, depth = transforms.project(center, ks, poses)
+    pixels, depth = projection.project(center, ks, poses)
     np.testing.assert_allclose(pixels, np.tile([(120 - 1) / 2, (80 - 1) / 2], (8, 1)), atol=1e-9)
     np.testing.assert_allclose(depth, 0.6)
-    above, _ = transforms.project(center + np.array([0, 0, 0.02]), ks, poses)
+    above, _ = projection.project(center + np.array([0, 0, 0.02]), ks, poses)
     np.testing.assert_allclose(above[:, 0], 59.5, atol=1e-9)
     assert (above[:, 1] < 39.5 - 1).all()
 
@@ -190,7 +191,7 @@ def test_orbit_sees_the_animal_in_the_middle_upright_and_as_large_as_said() -> N
 
     sphere = np.random.default_rng(0).normal(size=(20000, 3))
     sphere *= radius / np.linalg.norm(sphere, axis=1, keepdims=True)
-    outline, _ = transforms.project(center + sphere, ks, poses)
+    outline, _ = projection.project(center + sphere, ks, poses)
     farthest = np.linalg.norm(outline - [59.5, 39.5], axis=-1).max(axis=1)
     np.testing.assert_allclose(farthest, 0.6 * 80 / 2, rtol=2e-3)
 
@@ -297,7 +298,7 @@ def test_everything_is_rendered(context: Callable[..., Context], reader: Reader)
     # 32 x 24 into 60 x 44: 11/6 times as large. The index says where the animal's centre is: in the middle.
     k, pose = np.array(index["view"]["intrinsics"]), np.array(index["view"]["world_to_camera"])
     assert k[0, 0] == pytest.approx(150 * 44 / 24, rel=1e-6)
-    pixel, _ = transforms.project(np.array(CENTER), k[None], pose[None])
+    pixel, _ = projection.project(np.array(CENTER), k[None], pose[None])
     np.testing.assert_allclose(pixel[0], [(WIDTH - 1) / 2, (HEIGHT - 1) / 2], atol=1e-4)
 
     ply = read_ply(objects.read_bytes(urls.join(ctx.run.output_url("render"), "frame_000010.ply")))
@@ -330,10 +331,10 @@ def test_free_still_turns_and_moves_the_animal(context: Callable[..., Context], 
 
     # The same by other means: built turned and moved in the animal's frame, then placed.
     built = animal()
-    turn = transforms.rotation_about_z(math.pi / 2)
+    turn = rotations.rotation_about_z(math.pi / 2)
     means = torch.tensor(built.means.numpy() @ turn.T + [0, 0, 0.02]).float()
-    quats = transforms.quaternion_multiply(transforms.quaternion_from_z_angle(math.pi / 2), built.quats.numpy())
-    placed = built._replace(means=means, quats=torch.tensor(quats).float())
+    turned = Rotation.from_matrix(turn) * Rotation.from_quat(built.quats.numpy(), scalar_first=True)
+    placed = built._replace(means=means, quats=torch.tensor(turned.as_quat(scalar_first=True)).float())
     placed = placed.to_world(torch.tensor(CENTER), torch.tensor(ANGLE))
     # A training pixel at the animal, f = 150: its width is the mean distance of the two cameras over 150.
     distances = np.linalg.norm(np.array([[0.8, 0.1, 0.3], [-0.7, 0.2, 0.2]]) - CENTER, axis=1)

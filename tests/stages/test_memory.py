@@ -19,7 +19,7 @@ from zoosplat.config.load import read_config
 from zoosplat.config.training import ANIMALS_NETWORK
 from zoosplat.stages.memory import GIB, PROFILES, Sizes, advice, parameters, peak_gpu_bytes, smallest_fitting, training
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.commands.plan import profile_overrides
+from zoosplat_flows.profiles import profile_overrides
 from zoosplat_model.network.unet import UNetStack
 from zoosplat_model.published import PublishedStack
 

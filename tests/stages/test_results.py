@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, STAGES, downstream
-from zoosplat.stages.results import Request, Result, Source, attempt_of
-from zoosplat.stages.runs import Project
+from zoosplat.stages.results import Request, Result, Source, parse_attempt
 from zoosplat.storage import listing, objects
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ ALL = [spec.name for spec in PIPELINE]
 def ids(recording: Recording, directory: Path | None = None, **changes: Any) -> dict[str, str]:
     """Stage -> id of its result under the recording's configuration; no project has to be there for that."""
     experiment = Experiment.model_validate(recording.config(directory, **changes))
-    draft = runs.resolve(Project.at("/nonexistent/project"), experiment)
+    draft = draft_run(Project.at("/nonexistent/project"), experiment)
     assert not draft.missing
     return {stage: result.id for stage, result in draft.results.items()}
 
@@ -97,9 +98,9 @@ def test_ids_of_attempts() -> None:
     assert request.id == request.base
     assert [replace(request, attempt=n).id for n in (1, 9)] == [f"{request.base}-2", f"{request.base}-10"]
     for attempt in (0, 1, 9):
-        assert attempt_of(replace(request, attempt=attempt).id, request.base) == attempt
+        assert parse_attempt(replace(request, attempt=attempt).id, request.base) == attempt
     for name in ("", f"{request.base}-", f"{request.base}-0", f"{request.base}-2x", f"{request.base}2", "other"):
-        assert attempt_of(name, request.base) is None
+        assert parse_attempt(name, request.base) is None
     # Neither the place of a file nor when it was written.
     moved = replace(request, sources={"data.up": Source("s3://lab/up.npz", "f", "")})
     assert moved.id == request.id
@@ -115,7 +116,7 @@ def test_ids_of_attempts() -> None:
 
 
 def test_marks_hold_provenance(finished: Path) -> None:
-    run = Project.at(str(finished)).run()
+    run = open_run(Project.at(str(finished)))
     for name in ("ingest", "center_rotation", "crop", "pack"):
         mark, result = run.read_mark(name), run.result(name)
         assert mark is not None
@@ -143,11 +144,11 @@ def test_marks_hold_provenance(finished: Path) -> None:
 
 def test_the_same_id_is_the_same_result_in_every_project(finished: Path, recording: Recording, tmp_path: Path) -> None:
     """A result that is copied with its folder is taken for what it is."""
-    theirs = Project.at(str(finished)).run().result("ingest")
+    theirs = open_run(Project.at(str(finished))).result("ingest")
     project = Project.at(str(tmp_path))
     ours = Result.at(project.url, "ingest", theirs.id)
     assert not ours.is_done()
     shutil.copytree(theirs.folder, ours.folder)
-    draft = runs.resolve(project, Experiment.model_validate(recording.config()))
+    draft = draft_run(project, Experiment.model_validate(recording.config()))
     assert draft.todo(["ingest", "pack"]) == ["pack"]
     assert draft.results["ingest"] == ours

@@ -12,11 +12,13 @@ import pytest
 
 from zoosplat.errors import LockLost, UserError
 from zoosplat.stages import command, dependencies, runner
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.results import Result
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, listing, objects, schema, urls, writing
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ def test_a_whole_run(url: str) -> None:
     assert run.read_mark("ingest") is None
     assert runner.run_stage(counting, run)
     assert counting.calls == ["prepare", "shard 0", "shard 1", "shard 2", "finish"]
-    mark = Project.at(url).run().read_mark("ingest")
+    mark = open_run(Project.at(url)).read_mark("ingest")
     assert mark is not None
     assert (mark["frames"], mark["shards"], mark["run"]) == (10, 3, run.id)
     assert mark["warnings"] == ["careful", "slow 0", "slow 1", "late"]
@@ -99,7 +101,7 @@ def test_a_failed_shard_is_all_that_runs_again(url: str) -> None:
     with pytest.raises(UserError, match="frame 4 is bad"):
         runner.run_stage(counting, begin(url))
     assert counting.calls == ["prepare", "shard 0", "shard 1"]
-    assert Project.at(url).run().read_mark("ingest") is None
+    assert open_run(Project.at(url)).read_mark("ingest") is None
     counting = Counting()
     assert runner.run_stage(counting, begin(url))
     assert counting.calls == ["shard 1", "shard 2", "finish"]
@@ -153,17 +155,17 @@ def test_split(n: int, per_shard: int, multiple: int, expected: tuple[int, ...])
 # -- versions and sources -----------------------------------------------------------------------------------------
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on this is version 99 of stage ingest, here and in the pipeline."""
-    from zoosplat.stages import legacy, runs
-    from zoosplat_flows.execution import status
+    from zoosplat.stages import drafts, upgrade
+    from zoosplat_flows.execution import stage_states
 
     spec = replace(STAGES["ingest"], version=99)
     monkeypatch.setitem(STAGES, "ingest", spec)
-    for module in (runs, legacy, status):
+    for module in (drafts, upgrade, stage_states):
         monkeypatch.setattr(module, "PIPELINE", (spec, *PIPELINE[1:]))
 
 
 def test_another_version_makes_a_result_beside_the_old_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zoosplat_flows.execution import status
+    from zoosplat_flows.execution import stage_states
 
     old = begin(url)
     assert runner.run_stage(Counting(), old)
@@ -173,14 +175,14 @@ def test_another_version_makes_a_result_beside_the_old_one(url: str, monkeypatch
         run = begin(url)
         assert run.id != old.id
         assert run.result("ingest").id != old.result("ingest").id
-        state = status.states(run)[0]
+        state = stage_states.stage_states(run)[0]
         assert (state.state, state.shards) == ("missing", 0)
         assert state.reason == "the result of version 1 of the stage is kept; this is version 99"
         assert runner.run_stage(Counting(), run)
-        assert status.states(run)[0].reason == ""
+        assert stage_states.stage_states(run)[0].reason == ""
         assert run.result("center_rotation").id != old.result("center_rotation").id
         # The run of the old version still reads what it made, and is not gone on with.
-        assert Project.at(url).run(old.id).input_url("ingest") == old.input_url("ingest")
+        assert open_run(Project.at(url), old.id).input_url("ingest") == old.input_url("ingest")
         assert listing.manifest(old.result("ingest").folder) == before
     assert begin(url).result("ingest").is_done()
 
@@ -257,14 +259,14 @@ def test_a_block_that_is_lost_before_the_end_is_named(url: str) -> None:
 def test_what_is_not_finished_is_not_read(url: str) -> None:
     with pytest.raises(UserError, match="frame 8 is bad"):
         runner.run_stage(Counting(failing={2}), begin(url))
-    run = Project.at(url).run()
+    run = open_run(Project.at(url))
     assert run.result("ingest").shards_done() == (2, 3)
     for read in (run.open_input, run.input_url):
         with pytest.raises(UserError, match=r"masks\.zarr is not complete; run stage ingest first"):
             read("ingest")
     with (
         pytest.raises(UserError, match=r"masks\.zarr is not complete; run stage ingest first, or leave --from out"),
-        begun(Project.at(url), run.experiment, ["center_rotation"], []),
+        begin_run(Project.at(url), run.experiment, ["center_rotation"], []),
     ):
         raise AssertionError
 
@@ -298,7 +300,7 @@ class Asleep(Counting):
                 self.s3.client.delete_object(Bucket=self.bucket, Key=key)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writing, "_conditions", [])  # the other process has none of ours
-            assert runner.run_stage(Counting(), Project.at(f"s3://{self.bucket}/p").run())
+            assert runner.run_stage(Counting(), open_run(Project.at(f"s3://{self.bucket}/p")))
         self.after = dict(self.s3.objects(self.bucket))
 
     def prepare(self, ctx: Context) -> Plan:

@@ -12,12 +12,14 @@ import pytest
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
-from zoosplat.stages.begin import begun
+from zoosplat.stages.begin import begin_run
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
+from zoosplat.stages.latest_links import link_latest
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
 
 if TYPE_CHECKING:
@@ -64,14 +66,14 @@ def ids(run: Run) -> dict[str, str]:
 def begin(recording: Recording, tmp_path: Path) -> Callable[..., Run]:
     """Begin a run in ./project, or go on with it; the stages that it selects are all, unless told otherwise."""
 
-    def begin_run(
+    def begin_or_go_on(
         *force: str, stages: list[str] = ALL, project: Path | None = None, directory: Path | None = None, **changes: Any
     ) -> Run:
         experiment = Experiment.model_validate(recording.config(directory, **changes))
-        with begun(Project.at(str(project or tmp_path / "project")), experiment, stages, list(force)) as run:
+        with begin_run(Project.at(str(project or tmp_path / "project")), experiment, stages, list(force)) as run:
             return run
 
-    return begin_run
+    return begin_or_go_on
 
 
 # -- going on and beginning anew ----------------------------------------------------------------------------------
@@ -87,9 +89,9 @@ def test_the_same_command_goes_on_with_the_same_run(begin: Callable[..., Run], t
     assert make(other) == ["train", "evaluate", "render", "features", "embedding"]
     project = Project.at(str(tmp_path / "project"))
     assert project.run_ids() == sorted([run.id, other.id])
-    assert project.latest_id() == project.run().id == other.id
-    assert project.run(run.id).experiment == run.experiment
-    assert ids(project.run(run.id)) == ids(run)
+    assert project.latest_id() == open_run(project).id == other.id
+    assert open_run(project, run.id).experiment == run.experiment
+    assert ids(open_run(project, run.id)) == ids(run)
     # Back to the first configuration: its run is the latest again, and there is nothing to do.
     back = begin()
     assert back.id == run.id == project.latest_id()
@@ -100,9 +102,9 @@ def test_a_run_that_another_process_works_on_is_not_gone_on_with(begin: Callable
     """Two processes at one record would overwrite each other's; they share the results."""
     run = begin()
     project = Project.at(str(tmp_path / "project"))
-    with begun(project, run.experiment, ALL, []) as held:
+    with begin_run(project, run.experiment, ALL, []) as held:
         assert held.id == run.id
-        with begun(project, run.experiment, ALL, []) as second:
+        with begin_run(project, run.experiment, ALL, []) as second:
             assert second.id != run.id
             assert ids(second) == ids(run)
     assert begin().id in (run.id, second.id)  # begun within one second, either is the newest
@@ -111,30 +113,30 @@ def test_a_run_that_another_process_works_on_is_not_gone_on_with(begin: Callable
 def test_runs_by_the_beginning_of_their_ids(begin: Callable[..., Run], tmp_path: Path) -> None:
     first, second = begin(), begin(train__epochs=7)
     project = Project.at(str(tmp_path / "project"))
-    assert project.run(second.id[:-1]).id in (first.id, second.id)
-    assert project.run(first.id).id == first.id
+    assert open_run(project, second.id[:-1]).id in (first.id, second.id)
+    assert open_run(project, first.id).id == first.id
     with pytest.raises(UserError, match=rf"{project.url}: there is no run 1999; `zoosplat runs {project.url}` lists"):
-        project.run("1999")
+        open_run(project, "1999")
     with pytest.raises(UserError, match="2 runs begin with 20"):
-        project.run("20")
+        open_run(project, "20")
     shutil.copytree(tmp_path / "project/runs" / first.id, tmp_path / "project/runs" / f"{first.id}0")
-    assert project.run(first.id).id == first.id  # a whole id is not the beginning of another
+    assert open_run(project, first.id).id == first.id  # a whole id is not the beginning of another
 
 
 def test_a_record_that_is_damaged_is_named(begin: Callable[..., Run], tmp_path: Path) -> None:
     run = begin()
     Path(run.path("config.yaml")).write_text("{]")
     with pytest.raises(UserError, match=rf"runs/{run.id}/config\.yaml: "):
-        Project.at(str(tmp_path / "project")).run()
+        open_run(Project.at(str(tmp_path / "project")))
     record = Path(run.path("run.json"))
     whole = record.read_bytes()
     record.write_bytes(whole[:-9])
     with pytest.raises(UserError, match=rf"runs/{run.id}/run\.json: is damaged: holds no JSON object"):
-        Project.at(str(tmp_path / "project")).run()
+        open_run(Project.at(str(tmp_path / "project")))
     record.write_bytes(whole)
     Path(run.path("config.yaml")).unlink()
     with pytest.raises(UserError, match=rf"runs/{run.id}: holds no complete record"):
-        Project.at(str(tmp_path / "project")).run(run.id)
+        open_run(Project.at(str(tmp_path / "project")), run.id)
     assert begin().id != run.id
 
 
@@ -149,7 +151,7 @@ def test_a_sibling_differs_in_what_is_ignored_alone(begin: Callable[..., Run], t
         ({"evaluate__gallery_frames": 2, "evaluate__split": "train"}, False),
         ({"evaluate__gallery_frames": 2, "train__epochs": 7}, False),
     ):
-        sibling = begin(**changes).sibling("evaluate", ["evaluate.gallery_frames"])
+        sibling = begin(**changes).find_sibling("evaluate", ["evaluate.gallery_frames"])
         assert sibling == (first.result("evaluate") if found else None)
 
 
@@ -301,7 +303,7 @@ def test_reuse_reads_the_same_result_where_it_lies(
     # The other project goes on with every second frame; ours still reads what it was made from.
     make(begin(project=other, ingest__frame_jump=2))
     assert begin(reuse=str(other), crop__min_voxels=2).id == run.id
-    assert Project.at(str(ours)).run().input_url("ingest") == there.output_url("ingest")
+    assert open_run(Project.at(str(ours))).input_url("ingest") == there.output_url("ingest")
     assert {name: digest for name, digest in files_of(other).items() if name in before and name != "latest.json"} == {
         name: digest for name, digest in before.items() if name != "latest.json"
     }
@@ -322,7 +324,7 @@ def test_a_reused_result_that_is_gone_is_one_line_that_names_it(begin: Callable[
     make(run, "center_rotation")
     gone = run.result("ingest").folder
     shutil.rmtree(other)
-    again = Project.at(str(tmp_path / "project")).run()
+    again = open_run(Project.at(str(tmp_path / "project")))
     with pytest.raises(UserError) as missing:
         again.open_input("ingest")
     (line,) = str(missing.value).splitlines()
@@ -353,7 +355,7 @@ def test_latest_has_the_results_under_their_plain_names(begin: Callable[..., Run
     names = {STAGES[stage].writes: run.output_url(stage) for stage in (*first, "train")}
     assert linked(project) == {**names, "config.yaml": run.path("config.yaml")}
     objects.write_bytes(run.path("report", "index.html"), b"page")
-    runs.link_latest(run)
+    link_latest(run)
     assert (project / "latest/report/index.html").read_bytes() == b"page"
     # What a newer run does not have yet is not shown as if it were its own, and what is no link of ours stays.
     (project / "latest/notes.txt").write_text("mine")
@@ -395,7 +397,7 @@ def test_a_project_below_a_file(begin: Callable[..., Run], tmp_path: Path) -> No
         with pytest.raises(UserError, match=rf"{tmp_path}/notes\.txt is a file; choose another folder"):
             begin(project=tmp_path / place)
         with pytest.raises(UserError, match="holds no run"):
-            Project.at(str(tmp_path / place)).run()
+            open_run(Project.at(str(tmp_path / place)))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

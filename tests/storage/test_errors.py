@@ -16,7 +16,7 @@ import pytest
 from zarr.core.buffer.cpu import Buffer
 from zarr.core.sync import sync
 
-from zoosplat.errors import LockLost, Passing, Unreachable, UserError
+from zoosplat.errors import LockLost, TransientError, Unreachable, UserError
 from zoosplat.storage import conditional, fingerprints, groups, listing, objects, s3_client
 from zoosplat.storage.errors import as_user_error, name_url_in_errors
 from zoosplat.storage.group_store import GroupStore
@@ -298,7 +298,7 @@ def test_what_was_going_on_does_not_matter(s3: S3, env: Callable[..., None]) -> 
 
 
 def test_lines_for_the_user_stay_as_they_are() -> None:
-    for kind in (UserError, Passing, Unreachable, LockLost):
+    for kind in (UserError, TransientError, Unreachable, LockLost):
         error = kind("masks/2.mp4: HTTP error, Forbidden, NoSuchBucket")
         assert as_user_error(error, "s3://bucket/p") is error
 

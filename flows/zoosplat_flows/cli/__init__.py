@@ -1,1 +1,1 @@
-"""cli."""
+"""The command line: arguments, options and help of each `zoosplat` command."""

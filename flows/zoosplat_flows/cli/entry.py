@@ -1,4 +1,4 @@
-"""The entry point of the `zoosplat` command: answers Ctrl-C while everything else is still being imported."""
+"""The entry point of the `zoosplat` command, which answers Ctrl-C also while everything else is being imported."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import os
 import signal
 import sys
 
+from zoosplat_flows.messages import STOPPED
+
 
 def _leave(number: int, frame: object) -> None:
-    """Say one line and end at once, without what libraries print as they are torn down."""
-    sys.stderr.write("\nzoosplat: stopped; finished work is kept, the same command goes on from here\n")
+    """Print a line and end at once, without what libraries print when an interrupt reaches them."""
+    sys.stderr.write(f"\n{STOPPED}\n")
     sys.stderr.flush()
     os._exit(130)
 
 
 def main() -> None:
-    """Run the command line; `zoosplat run` has a way of its own to stop, which ends its stages first."""
+    """Run the command line. `zoosplat run` replaces the handlers by its own, which end its stages first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     from zoosplat_flows.cli.app import app

@@ -1,1 +1,1 @@
-"""commands."""
+"""The work of the `zoosplat` commands: what they do and print."""

@@ -1,4 +1,4 @@
-"""`zoosplat cluster status`: nodes of each profile, Jobs, and why pods wait, in words."""
+"""`zoosplat cluster status`: shows the nodes of each profile, the Jobs, and why pods wait."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from zoosplat.errors import UserError
-from zoosplat_flows.runners.kubernetes.runner import (
-    JOB_LABEL,
-    LABELS,
-    Api,
-    Object,
-    job_condition,
-    offers,
-    status_of,
-    why_pending,
-)
-from zoosplat_flows.runners.settings import Settings
-
-GPU = "nvidia.com/gpu"
+from zoosplat_flows.runners.kubernetes.api import JsonObject, KubernetesApi, http_status
+from zoosplat_flows.runners.kubernetes.explanations import explain_pending
+from zoosplat_flows.runners.kubernetes.manifests import GPU_RESOURCE, JOB_LABEL, LABEL_PREFIX
+from zoosplat_flows.runners.kubernetes.nodes import offers_profile
+from zoosplat_flows.runners.kubernetes.objects import final_condition
+from zoosplat_flows.runners.kubernetes.settings import ClusterSettings
 
 
 @dataclass(frozen=True)
 class ProfileState:
-    """Nodes of a profile: how many offer it, how many of them take pods now, their GPUs and those in use by us."""
+    """The nodes of a profile.
+
+    Attributes:
+        name: name of the profile.
+        nodes: number of nodes that offer it.
+        ready: number of those that take pods now.
+        gpus: GPUs of all nodes that offer it.
+        used: GPUs that pods of zoosplat use.
+    """
 
     name: str
     nodes: int
@@ -38,7 +39,14 @@ class ProfileState:
 
 @dataclass(frozen=True)
 class JobState:
-    """A Job that has not ended: pods by state, and why some wait (most frequent reason first)."""
+    """A Job that has not ended.
+
+    Attributes:
+        name, stage, step, project: as in the Job's name, labels and annotation.
+        done, total: pods that have succeeded, and pods of the whole Job.
+        running, waiting: pods that run, and pods that have not begun.
+        reasons: why pods wait, and how many wait for it; the most frequent reason first.
+    """
 
     name: str
     stage: str
@@ -51,46 +59,47 @@ class JobState:
     reasons: tuple[tuple[str, int], ...]
 
 
-def _ready(node: Object) -> bool:
+def _is_ready(node: JsonObject) -> bool:
+    """Whether a node takes pods now: it is ready and not drained."""
     conditions = {c["type"]: c["status"] for c in node["status"].get("conditions", [])}
     return conditions.get("Ready") == "True" and not node["spec"].get("unschedulable", False)
 
 
-def _gpus(amounts: Object) -> int:
-    return int(amounts.get(GPU, 0))
+def _count_gpus(amounts: JsonObject) -> int:
+    return int(amounts.get(GPU_RESOURCE, 0))
 
 
-def profiles(settings: Settings, nodes: list[Object], pods: list[Object]) -> list[ProfileState]:
-    """The state of every profile of the settings, the smallest GPU first."""
+def profile_states(settings: ClusterSettings, nodes: list[JsonObject], pods: list[JsonObject]) -> list[ProfileState]:
+    """The state of every profile of the settings, the smallest GPU first, from all nodes and the pods of zoosplat."""
     used: Counter[str] = Counter()
     for pod in pods:
         if pod.get("status", {}).get("phase") in ("Pending", "Running"):
             limits = pod["spec"]["containers"][0].get("resources", {}).get("limits", {})
-            used[pod["spec"].get("nodeName", "")] += _gpus(limits)
+            used[pod["spec"].get("nodeName", "")] += _count_gpus(limits)
     states = []
     for name in settings.ordered():
-        offering = [node for node in nodes if offers(node, settings.profiles[name])]
-        gpus = sum(_gpus(node["status"].get("allocatable", {})) for node in offering)
+        offering = [node for node in nodes if offers_profile(node, settings.profiles[name])]
+        gpus = sum(_count_gpus(node["status"].get("allocatable", {})) for node in offering)
         busy = sum(used[node["metadata"]["name"]] for node in offering)
-        states.append(ProfileState(name, len(offering), sum(map(_ready, offering)), gpus, busy))
+        states.append(ProfileState(name, len(offering), sum(map(_is_ready, offering)), gpus, busy))
     return states
 
 
-def jobs(found: list[Object], pods: list[Object]) -> list[JobState]:
-    """The state of every Job that has not ended, the oldest first."""
+def job_states(found: list[JsonObject], pods: list[JsonObject]) -> list[JobState]:
+    """The state of every Job that has not ended, the oldest first, from the Jobs and pods of zoosplat."""
     states = []
     for job in sorted(found, key=lambda job: str(job["metadata"].get("creationTimestamp", ""))):
-        if job_condition(job) is not None:
+        if final_condition(job) is not None:
             continue
         metadata, status = job["metadata"], job.get("status", {})
         own = [pod for pod in pods if pod["metadata"]["labels"].get(JOB_LABEL) == metadata["name"]]
-        reasons = Counter(why for pod in own if (why := why_pending(pod)) is not None)
+        reasons = Counter(why for pod in own if (why := explain_pending(pod)) is not None)
         states.append(
             JobState(
                 metadata["name"],
-                metadata["labels"][f"{LABELS}/stage"],
-                metadata["labels"][f"{LABELS}/step"],
-                metadata.get("annotations", {}).get(f"{LABELS}/project", ""),
+                metadata["labels"][f"{LABEL_PREFIX}/stage"],
+                metadata["labels"][f"{LABEL_PREFIX}/step"],
+                metadata.get("annotations", {}).get(f"{LABEL_PREFIX}/project", ""),
                 status.get("succeeded", 0),
                 job["spec"].get("completions", 1),
                 sum(pod.get("status", {}).get("phase") == "Running" for pod in own),
@@ -101,24 +110,28 @@ def jobs(found: list[Object], pods: list[Object]) -> list[JobState]:
     return states
 
 
-def show(settings: Settings, api: Api) -> None:
-    """Print the tables of `zoosplat cluster status`. Raises UserError where the cluster cannot be asked."""
+def show_cluster(settings: ClusterSettings, api: KubernetesApi) -> None:
+    """Print a table of profiles, a table of Jobs, and why pods wait.
+
+    Raises:
+        UserError: the cluster does not answer, or the account may not list nodes.
+    """
     try:
-        nodes, pods, found = api.nodes(), api.pods(), api.jobs()
+        nodes, pods, found = api.list_nodes(), api.list_pods(), api.list_jobs()
     except Exception as error:
-        if status_of(error) is None:
+        if http_status(error) is None:
             raise
         raise UserError(f"the Kubernetes API server cannot be asked: {error}; check KUBECONFIG") from None
     if nodes is None:
         raise UserError("this account may not list nodes; use one that may (a ClusterRole)")
     console = Console()
-    table = Table(title=f"{len(nodes)} nodes, {sum(map(_ready, nodes))} ready", title_justify="left")
+    table = Table(title=f"{len(nodes)} nodes, {sum(map(_is_ready, nodes))} ready", title_justify="left")
     for column in ("profile", "nodes", "ready", "GPUs", "in use"):
         table.add_column(column, justify="left" if column == "profile" else "right")
-    for state in profiles(settings, nodes, pods):
+    for state in profile_states(settings, nodes, pods):
         table.add_row(state.name, *map(str, (state.nodes, state.ready, state.gpus, state.used)))
     console.print(table)
-    states = jobs(found, pods)
+    states = job_states(found, pods)
     if not states:
         console.print(f"no Jobs in namespace {settings.namespace}")
         return

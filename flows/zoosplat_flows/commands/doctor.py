@@ -1,4 +1,4 @@
-"""`zoosplat doctor`: what this machine has and lacks, a line each."""
+"""`zoosplat doctor`: says what this machine has and lacks, a line each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rich.markup import escape
 from zoosplat.errors import UserError
 from zoosplat.machine import memory_bytes, usable_cores
 from zoosplat_flows.commands import gsplat_kernels
-from zoosplat_flows.execution.status import memory
+from zoosplat_flows.formatting import format_memory
 
-WAIT_S = 60
-# gsplat compiles its kernels when they are first asked for and a toolkit is there: so they are asked for only if they
-# are in its folder or in the cache of torch's extensions.
+PROBE_TIMEOUT_S = 60  # seconds that the probe below may take
+# A program that runs gsplat's kernels. Where a CUDA toolkit exists, gsplat compiles missing kernels as soon as they are
+# used. So the program first makes sure that they lie in gsplat's folder or in the cache of torch's extensions.
 PROBE = """
 import pathlib, torch, gsplat
 from torch.utils.cpp_extension import _get_build_directory
@@ -38,15 +38,25 @@ torch.cuda.synchronize()
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing examined: `state` is ok, problem (something optional lacks) or broken (no run can succeed)."""
+    """What was found of one thing.
+
+    Attributes:
+        what: the thing, in a word.
+        state: ok, problem (something optional is missing) or broken (no run can succeed).
+        text: what was found, and what to do about it.
+    """
 
     what: str
     state: str
     text: str
 
 
-def examine(project: str | None) -> bool:
-    """Print the findings. Returns whether nothing required is broken."""
+def print_findings(project: str | None) -> bool:
+    """Examine this machine and print the findings. Returns whether everything works that every run needs.
+
+    Args:
+        project: path or URL that must be readable and writable; None: none is examined.
+    """
     console = Console()
     fine = True
     colours = {"ok": "green", "problem": "yellow", "broken": "red"}
@@ -58,7 +68,7 @@ def examine(project: str | None) -> bool:
 
 
 def findings(project: str | None) -> Iterator[Finding]:
-    """Examine one thing after the other; a URL also for whether it can be read and written."""
+    """Examine one thing after the other; a project for whether it can be read and written."""
     yield _python()
     yield from _torch()
     yield _video()
@@ -67,12 +77,12 @@ def findings(project: str | None) -> Iterator[Finding]:
     if project is None and os.environ.get("AWS_ENDPOINT_URL"):
         yield _endpoint(os.environ["AWS_ENDPOINT_URL"])
     if project is not None:
-        yield _place(project)
+        yield _project(project)
 
 
 def _python() -> Finding:
     version = platform.python_version()
-    text = f"{version}, {usable_cores()} cores, {memory(memory_bytes())} memory"
+    text = f"{version}, {usable_cores()} cores, {format_memory(memory_bytes())} memory"
     try:
         allowed = importlib.metadata.metadata("zoosplat")["Requires-Python"]
     except importlib.metadata.PackageNotFoundError:
@@ -104,7 +114,9 @@ def _torch() -> Iterator[Finding]:
         return
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        yield Finding("gpu", "ok", f"{torch.cuda.get_device_name(i)}, {memory(free)} of {memory(total)} free")
+        yield Finding(
+            "gpu", "ok", f"{torch.cuda.get_device_name(i)}, {format_memory(free)} of {format_memory(total)} free"
+        )
     yield _gsplat()
 
 
@@ -112,38 +124,41 @@ def _gsplat() -> Finding:
     missing = _package("gsplat", "train", required=False)
     if missing.state != "ok":
         return missing
-    reason = _why_not()
+    reason = _why_kernels_fail()
     if reason is None:
         return Finding("gsplat", "ok", f"{missing.text}, kernels run")
     return Finding("gsplat", "problem", f"{missing.text}, no kernels: {reason}; run `zoosplat doctor --build-kernels`")
 
 
-def _why_not() -> str | None:
-    """Why gsplat's kernels do not run on the GPU; None: they do. In a process of its own, that compiles nothing."""
+def _why_kernels_fail() -> str | None:
+    """Why gsplat's kernels do not run on the GPU; None where they do. Another process tries it and compiles nothing."""
     try:
-        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=WAIT_S)
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return f"no answer in {WAIT_S} s"
+        return f"no answer in {PROBE_TIMEOUT_S} s"
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["they do not load"])[-1]
 
 
-def build_kernels() -> None:
-    """Compile gsplat's kernels for the GPUs that are here, unless they run already.
+def compile_kernels() -> None:
+    """Compile gsplat's kernels for the GPUs of this machine, unless they run already.
 
-    Raises UserError where there is no GPU, or they cannot be compiled.
+    Raises:
+        UserError: there is no GPU, or the kernels cannot be compiled.
     """
     try:
         import torch
     except (ImportError, OSError) as error:
         raise UserError(f"torch: {error}; pip install 'zoosplat[train]'") from None
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    if not found:
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if not capabilities:
         raise UserError("no GPU that torch can use: gsplat's kernels are compiled on the machine that has one")
-    if _why_not() is None:
+    if _why_kernels_fail() is None:
         return
     began = time.monotonic()
-    gsplat_kernels.build([f"{major}.{minor}" for major, minor in sorted(found)], gsplat_kernels.show)
-    gsplat_kernels.show(f"gsplat's kernels compiled in {time.monotonic() - began:.0f} s")
+    gsplat_kernels.build_kernels(
+        [f"{major}.{minor}" for major, minor in sorted(capabilities)], gsplat_kernels.show_progress
+    )
+    gsplat_kernels.show_progress(f"gsplat's kernels compiled in {time.monotonic() - began:.0f} s")
     if sys.stderr.isatty():
         print(file=sys.stderr)
 
@@ -162,13 +177,13 @@ def _video() -> Finding:
     return Finding("video", "problem" if encoder else "ok", f"PyAV {av.__version__}, libavcodec {version}{encoder}")
 
 
-def _place(url: str) -> Finding:
+def _project(url: str) -> Finding:
     from zoosplat.storage import urls
-    from zoosplat_flows.commands.run import check_place
+    from zoosplat_flows.commands.storage_probe import check_writable
 
     what = "S3" if urls.is_s3(url) else "project"
     try:
-        check_place(urls.normalize(url))
+        check_writable(urls.normalize(url))
     except UserError as error:
         return Finding(what, "broken", str(error))
     return Finding(what, "ok", f"{url} can be read and written")
@@ -181,7 +196,7 @@ def _endpoint(endpoint: str) -> Finding:
     try:
         urllib.request.urlopen(endpoint, timeout=10).close()
     except urllib.error.HTTPError:
-        pass  # it answers; anonymous requests are refused
+        pass  # the server answers: it refuses anonymous requests
     except (OSError, ValueError) as error:
         return Finding("S3", "broken", f"{endpoint}: {error}; start the server or correct AWS_ENDPOINT_URL")
     return Finding("S3", "ok", f"{endpoint} answers; `zoosplat doctor s3://bucket/prefix` checks a bucket")

@@ -1,7 +1,7 @@
-"""gsplat's CUDA kernels, compiled once an environment with NVIDIA's compiler from PyPI: no CUDA toolkit is needed.
+"""Compiles gsplat's CUDA kernels, once for each environment, with NVIDIA's compiler from PyPI instead of a toolkit.
 
-They are put where gsplat looks before it looks for a toolkit, `gsplat/csrc.py`. The cache of torch's extensions would
-not do: without nvcc gsplat never looks there.
+The kernels are put into `gsplat/csrc.py`, where gsplat looks for them first. The cache of torch's extensions would not
+do, since gsplat does not look there without nvcc.
 
 The GPU image runs this file as it is (`python kernels.py 8.0 9.0`), beside `zoosplat/errors.py`, `zoosplat/machine.py`
 and nothing else of zoosplat.
@@ -24,45 +24,48 @@ from pathlib import Path
 from zoosplat.errors import UserError
 from zoosplat.machine import memory_bytes, usable_cores
 
-FIRST_CUDA = 13  # PyPI's package of an earlier compiler has no nvcc
-JOB_BYTES = 3 << 30  # of memory, that a compiler process takes
-LOOK_S, TELL_S = 1.0, 15.0
-LOG = "zoosplat-kernels.log"
-NAME = "gsplat_cuda"
-Progress = Callable[[str], None]
+FIRST_CUDA = 13  # the first major version whose compiler packages on PyPI hold nvcc
+JOB_BYTES = 3 << 30  # memory that one compiler process takes
+POLL_S = 1.0  # seconds between looks at the compilation
+REPORT_EVERY_S = 15.0  # seconds between messages while no file is finished
+LOG = "zoosplat-kernels.log"  # what the compiler prints, in the system's folder of temporary files
+NAME = "gsplat_cuda"  # name of the compiled library
+Report = Callable[[str], None]  # takes a message of a line; an empty one ends the messages
 
 
 def compiler_packages(cuda: str) -> list[str]:
-    """What nvcc and its parts are called on PyPI, for torch's CUDA version ("13.0")."""
-    of_release = [f"{name}=={cuda}.*" for name in ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm")]
-    return [*of_release, f"nvidia-cuda-cccl=={cuda.split('.')[0]}.*"]
+    """Names and versions of nvcc and its parts on PyPI, for torch's CUDA version such as "13.0"."""
+    same_release = [f"{name}=={cuda}.*" for name in ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm")]
+    return [*same_release, f"nvidia-cuda-cccl=={cuda.split('.')[0]}.*"]
 
 
-def build(archs: Sequence[str], progress: Progress) -> None:
-    """Compile the kernels for some compute capabilities ("9.0") and put them into the environment's gsplat.
+def build_kernels(archs: Sequence[str], report: Report) -> None:
+    """Compile the kernels and put them into the environment's gsplat, which takes minutes.
 
-    Minutes; `progress` is told what is going on, in a line each time, and in the end an empty one.
+    Args:
+        archs: compute capabilities of the GPUs, such as "9.0".
+        report: called with messages of what is going on.
 
     Raises:
         UserError: torch, gsplat, a compiler or the permission to write is missing, or the sources do not compile.
     """
-    gsplat = _folder_of_gsplat()
-    cuda = _cuda_of_torch()
+    gsplat = _gsplat_folder()
+    cuda = _torch_cuda_version()
     if not os.access(gsplat, os.W_OK):
         raise UserError(f"{gsplat}: gsplat's kernels are put there and it cannot be written; use a virtual environment")
     _check_host_compiler()
-    (gsplat / "csrc.py").unlink(missing_ok=True)  # of another GPU: gsplat would be content with it
+    (gsplat / "csrc.py").unlink(missing_ok=True)  # it may be of another GPU, and gsplat would use it
     with tempfile.TemporaryDirectory(prefix="zoosplat-kernels-") as folder:
-        home = _toolkit(cuda)
+        home = _find_toolkit(cuda)
         if home is None:
-            progress(f"fetching NVIDIA's compiler for CUDA {cuda}")
+            report(f"fetching NVIDIA's compiler for CUDA {cuda}")
         try:
-            home = home or _fetched(cuda, Path(folder) / "compiler")
-            library = _compiled(gsplat, home, archs, Path(folder), progress)
+            home = home or _fetch_compiler(cuda, Path(folder) / "compiler")
+            library = _compile(gsplat, home, archs, Path(folder), report)
         finally:
-            progress("")
+            report("")
         shutil.copy(library, gsplat / f".{NAME}.so")
-    # csrc.py last: gsplat fails on one that has nothing to import, and must not see half a library.
+    # csrc.py comes last: gsplat fails on a csrc.py whose library is missing, and must not see half a library.
     (gsplat / f".{NAME}.so").replace(gsplat / f"{NAME}.so")
     (gsplat / "csrc.py").write_text(f"import torch\nfrom gsplat.{NAME} import *\n")
     done = subprocess.run([sys.executable, "-c", "import gsplat.csrc"], capture_output=True, text=True)
@@ -71,14 +74,14 @@ def build(archs: Sequence[str], progress: Progress) -> None:
         raise UserError(f"gsplat's kernels were compiled and do not load: {_last_line(done.stderr)}")
 
 
-def _folder_of_gsplat() -> Path:
+def _gsplat_folder() -> Path:
     spec = importlib.util.find_spec("gsplat")
     if spec is None or spec.origin is None:
         raise UserError("gsplat is not installed: pip install 'zoosplat[train]'")
     return Path(spec.origin).parent
 
 
-def _cuda_of_torch() -> str:
+def _torch_cuda_version() -> str:
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -89,7 +92,7 @@ def _cuda_of_torch() -> str:
 
 
 def _check_host_compiler() -> None:
-    """nvcc leaves the C++ to the machine's own compiler."""
+    """Raise UserError unless there are a C++ compiler, which nvcc uses, and Python's headers."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("gsplat's kernels need a C++ compiler: apt-get install g++, or what your system calls it")
@@ -97,8 +100,8 @@ def _check_host_compiler() -> None:
         raise UserError(f"gsplat's kernels need Python's headers ({header}): apt-get install python3-dev")
 
 
-def _toolkit(cuda: str) -> Path | None:
-    """CUDA_HOME of a toolkit that is here and that torch builds with: of the same major version."""
+def _find_toolkit(cuda: str) -> Path | None:
+    """CUDA_HOME of an installed toolkit of the same major version, which torch can build with; None: there is none."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     nvcc = Path(CUDA_HOME or "/") / "bin" / "nvcc"
@@ -108,8 +111,8 @@ def _toolkit(cuda: str) -> Path | None:
     return nvcc.parents[1] if found and found[1] == cuda.split(".")[0] else None
 
 
-def _fetched(cuda: str, folder: Path) -> Path:
-    """CUDA_HOME made of NVIDIA's packages and of what is there with torch: headers and the runtime."""
+def _fetch_compiler(cuda: str, folder: Path) -> Path:
+    """Make a CUDA_HOME of NVIDIA's packages and the headers and libraries that came with torch. Returns its path."""
     major = cuda.split(".")[0]
     if int(major) < FIRST_CUDA:
         raise UserError(
@@ -142,8 +145,8 @@ def _fetched(cuda: str, folder: Path) -> Path:
     return home
 
 
-def _compiled(gsplat: Path, home: Path, archs: Sequence[str], folder: Path, progress: Progress) -> Path:
-    """The library, compiled by gsplat's own import."""
+def _compile(gsplat: Path, home: Path, archs: Sequence[str], folder: Path, report: Report) -> Path:
+    """Let gsplat's own import compile the library. Returns its path."""
     jobs = max(1, min(usable_cores(), memory_bytes() // JOB_BYTES))
     kernels = folder / "kernels"
     environment = {
@@ -152,12 +155,12 @@ def _compiled(gsplat: Path, home: Path, archs: Sequence[str], folder: Path, prog
         "CUDA_HOME": str(home),
         "TORCH_CUDA_ARCH_LIST": ";".join(archs),
         "TORCH_EXTENSIONS_DIR": str(kernels),
-        # ninja came with gsplat
+        # ninja, which came with gsplat, lies beside Python.
         "PATH": os.pathsep.join([str(home / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
     sources = 1 + sum(len(list((gsplat / "cuda" / "csrc").glob(pattern))) for pattern in ("*.cu", "*.cpp"))
     log = Path(tempfile.gettempdir()) / LOG
-    began = told = time.monotonic()
+    began = last_report = time.monotonic()
     before = -1
     program = "import gsplat.cuda._backend as b; assert b._C is not None"
     with log.open("w") as out:
@@ -165,11 +168,11 @@ def _compiled(gsplat: Path, home: Path, archs: Sequence[str], folder: Path, prog
         try:
             while running.poll() is None:
                 done = len(list(kernels.rglob("*.o")))
-                if done != before or time.monotonic() - told > TELL_S:
-                    before, told = done, time.monotonic()
-                    files = f"{done} of {sources} files, {told - began:.0f} s"
-                    progress(f"compiling gsplat's kernels for {', '.join(archs)}: {files}")
-                time.sleep(LOOK_S)
+                if done != before or time.monotonic() - last_report > REPORT_EVERY_S:
+                    before, last_report = done, time.monotonic()
+                    files = f"{done} of {sources} files, {last_report - began:.0f} s"
+                    report(f"compiling gsplat's kernels for {', '.join(archs)}: {files}")
+                time.sleep(POLL_S)
         finally:
             running.terminate()
     found = list(kernels.rglob(f"{NAME}.so"))
@@ -186,8 +189,8 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no reason given"])[-1]
 
 
-def show(line: str) -> None:
-    """Print what is going on: on a terminal over the line before, which an empty one wipes out."""
+def show_progress(line: str) -> None:
+    """Print a message to stderr; on a terminal it replaces the message before, and an empty one clears the line."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
     elif line:
@@ -196,6 +199,6 @@ def show(line: str) -> None:
 
 if __name__ == "__main__":
     try:
-        build(sys.argv[1:], show)
+        build_kernels(sys.argv[1:], show_progress)
     except UserError as error:
         raise SystemExit(f"kernels: {error}") from None

@@ -1,4 +1,4 @@
-"""`zoosplat logs`: what the stages of a run have printed."""
+"""`zoosplat logs`: prints what the stages of a run have printed."""
 
 from __future__ import annotations
 
@@ -13,49 +13,50 @@ from zoosplat.stages.run_state import run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
 
-LOOK_S = 1.0  # between looks for more, with --follow
+POLL_S = 1.0  # seconds between looks for new lines, with --follow
 
 
-class _Log:
-    """The log of a stage, of which each call of `more` gives what has been added since."""
+class _LogReader:
+    """Reads the log of a stage, which may still grow."""
 
     def __init__(self, run: Run, stage: str) -> None:
         self.stage, self._url = stage, run.path("logs", f"{stage}.log")
-        self._read, self._rest = 0, b""
+        self._n_read, self._unfinished = 0, b""  # bytes read, and the line at their end that has no end yet
 
-    def more(self) -> list[str]:
-        """Whole lines; none before the stage has printed anything."""
+    def read_new_lines(self) -> list[str]:
+        """The lines that have been completed since the last call; none before the stage has printed anything."""
         try:
             with objects.open_read(self._url) as file:
-                file.seek(self._read)
+                file.seek(self._n_read)
                 new = file.read()
         except FileNotFoundError:
             return []
-        self._read += len(new)
-        *lines, self._rest = (self._rest + new).split(b"\n")
+        self._n_read += len(new)
+        *lines, self._unfinished = (self._unfinished + new).split(b"\n")
         return [line.decode(errors="replace") for line in lines]
 
 
-def show(run: Run, stage: str | None, follow: bool) -> None:
-    """Print the log of a stage, or the logs of all by time, each line with its stage.
+def show_logs(run: Run, stage: str | None, follow: bool) -> None:
+    """Print the log of a stage, or the lines of all stages by time, each with its stage's name.
 
     Args:
-        run: of which.
-        stage: its name; None: all.
-        follow: go on until the run has ended.
+        run: the run whose stages have printed the lines.
+        stage: name of a stage; None: all stages.
+        follow: go on with new lines until the run has ended.
 
     Raises:
-        UserError: there is no such stage, or nothing was printed.
+        UserError: there is no such stage, or it has printed nothing.
     """
     if stage is not None and stage not in STAGES:
         raise UserError(f"there is no stage {stage}; the stages are {', '.join(STAGES)}")
-    logs = [_Log(run, name) for name in ([stage] if stage else [spec.name for spec in PIPELINE])]
+    logs = [_LogReader(run, name) for name in ([stage] if stage else [spec.name for spec in PIPELINE])]
     printed = 0
     while True:
         state = run_state(run.project, run.record()) if run.record() else ""
-        # Lines begin with their time. The sort is stable: those of one time and stage keep their order.
+        # Lines begin with their time. The sort is stable, so lines of one time and stage keep their order.
         lines = sorted(
-            ((line, log.stage) for log in logs for line in log.more()), key=lambda each: each[0].partition(" ")[0]
+            ((line, log.stage) for log in logs for line in log.read_new_lines()),
+            key=lambda each: each[0].partition(" ")[0],
         )
         for line, name in lines:
             typer.echo(line if stage else f"{name:<16} {line}")
@@ -63,12 +64,12 @@ def show(run: Run, stage: str | None, follow: bool) -> None:
         printed += len(lines)
         if not follow or state != "running":
             break
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     if not printed:
-        raise UserError(f"{run.project.url}: {_why_nothing(run, stage)}")
+        raise UserError(f"{run.project.url}: {_explain_no_lines(run, stage)}")
 
 
-def _why_nothing(run: Run, stage: str | None) -> str:
+def _explain_no_lines(run: Run, stage: str | None) -> str:
     if stage is None:
         return f"no stage has printed anything in run {run.id}"
     maker = str((run.read_mark(stage) or {}).get("run", run.id))

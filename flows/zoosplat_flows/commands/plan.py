@@ -1,41 +1,35 @@
-"""`zoosplat plan`: the GPU memory that a training needs, what it is made of, and the smallest GPU that has it."""
+"""`zoosplat plan`: predicts the GPU memory of a training, and names the smallest profile that has it."""
 
 from __future__ import annotations
-
-import json
-from importlib import resources
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.config.serialization import parse_yaml
-from zoosplat.errors import UserError
 from zoosplat.stages import memory
-from zoosplat.stages.runs import Project, Run, resolve
-
-FOLDER = resources.files("zoosplat_flows") / "profiles"
-
-
-def profile_overrides(name: str) -> list[str]:
-    """A profile's keys as `--set` takes them. Raises UserError for a name that is none."""
-    try:
-        text = (FOLDER / f"{name}.yaml").read_text()
-    except OSError:
-        raise UserError(f"profile {name}: choose one of cpu, {', '.join(memory.PROFILES)}") from None
-    return [f"{key}={json.dumps(value)}" for key, value in parse_yaml(text).items()]
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 
 
-def _measured(experiment: Experiment, project: Project) -> Run:
-    """The run that the configuration would be in a project: what is done of it is found by its id."""
-    draft = resolve(project, experiment)
+def _planned_run(experiment: Experiment, project: Project) -> Run:
+    """The run that a project would get for a configuration. Results that are done already are found by their ids."""
+    draft = draft_run(project, experiment)
     return Run(project, "planned", experiment, draft.results)
 
 
-def show(experiment: Experiment, project: Project | None) -> None:
-    """Print the prediction. Raises UserError where a project is given whose stages crop and pack are not done."""
-    measured = None if project is None else memory.measured_sizes(_measured(experiment, project))
+def show_plan(experiment: Experiment, project: Project | None) -> None:
+    """Print the predicted GPU memory of a training, its parts, and the smallest profile that fits.
+
+    Args:
+        experiment: the configuration.
+        project: the crop and the windows of this project count; None: the largest that they may be.
+
+    Raises:
+        UserError: stages crop and pack of the project are not done.
+    """
+    measured = None if project is None else memory.measured_sizes(_planned_run(experiment, project))
     sizes = measured or memory.sizes_of(experiment)
     parts = memory.training(experiment, sizes)
     peak = sum(parts.values())

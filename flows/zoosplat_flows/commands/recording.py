@@ -1,4 +1,4 @@
-"""`zoosplat config check` and `zoosplat cameras`: what a configuration and a calibration say about the recording."""
+"""`zoosplat config check` and `zoosplat cameras`: shows what the files of a recording hold."""
 
 from __future__ import annotations
 
@@ -19,15 +19,24 @@ from zoosplat.stages.registry import STAGES
 from zoosplat.storage import objects, urls
 
 
-def read(files: list[str], format: str = "auto", unit: str = "auto") -> Cameras:
-    """Cameras of calibration files or URLs. Raises UserError also for an unknown format or unit."""
+def load_cameras(files: list[str], format: str = "auto", unit: str = "auto") -> Cameras:
+    """Read the cameras of a calibration.
+
+    Args:
+        files: paths or URLs: one file, or one for each camera.
+        format: one of `zoosplat.recording.calibration.Format`.
+        unit: unit of the translations, one of `zoosplat.recording.calibration.Unit`.
+
+    Raises:
+        UserError: a file, the format or the unit is not valid.
+    """
     for option, value, known in (("--format", format, get_args(Format)), ("--unit", unit, get_args(Unit))):
         if value not in known:
             raise UserError(f"{option} {value}: choose one of {', '.join(known)}")
-    return read_cameras(files, format=cast(Any, format), unit=cast(Any, unit), open_bytes=_read)
+    return read_cameras(files, format=cast(Any, format), unit=cast(Any, unit), open_bytes=_read_bytes)
 
 
-def _read(url: str) -> bytes:
+def _read_bytes(url: str) -> bytes:
     try:
         return objects.read_bytes(urls.normalize(url))
     except (FileNotFoundError, IsADirectoryError):
@@ -35,7 +44,7 @@ def _read(url: str) -> bytes:
 
 
 def show_cameras(cameras: Cameras) -> None:
-    """Print a table of cameras."""
+    """Print cameras as a table: focal lengths, principal points, distortion, and positions in metres."""
     table = Table(caption="pixels; positions in the calibration's world, metres", caption_justify="left")
     for column in ("camera", "fx, fy", "cx, cy", "distortion k1 k2 p1 p2 k3", "position x, y, z"):
         table.add_column(column)
@@ -52,8 +61,12 @@ def show_cameras(cameras: Cameras) -> None:
     Console().print(table)
 
 
-def check(experiment: Experiment) -> None:
-    """Print what each camera's files hold. Raises UserError with a line for each problem found."""
+def check_experiment(experiment: Experiment) -> None:
+    """Check a configuration against its recording, and print what each camera's files hold.
+
+    Raises:
+        UserError: there are problems; a line for each.
+    """
     problems, facts = Problems(), None
     with problems.noted():
         facts = check_recording(experiment)

@@ -1,62 +1,37 @@
-"""Runs the stages of a run where a runner puts them, each as soon as what it reads is done.
+"""Runs the stages of a run with a runner, each stage as soon as the stages that it reads are done.
 
-`zoosplat run` uses it as it is; the Prefect flow gives every stage a task of its own and uses the parts.
+`zoosplat run` calls `execute_stages`. The Prefect flow gives every stage a task of its own and uses the other functions
+of this module.
 """
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Protocol
 
-from zoosplat.errors import Passing, UserError
-from zoosplat.stages import runs
+from zoosplat.errors import TransientError, UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
 from zoosplat.stages.runs import Run
-from zoosplat.storage import objects
-from zoosplat_flows.execution.recorder import Event, Listener, Recorder
+from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent
+from zoosplat_flows.runners.protocol import Exhausted, Interrupted, Log, Runner
 
-RETRIES = 2
-RETRY_DELAY_S = 5.0
-
-
-class Interrupted(Exception):
-    """The stage was stopped because its pipeline ends; trying again would be wrong."""
+RETRIES = 2  # further tries of a stage that failed
+RETRY_DELAY_S = 5.0  # seconds between a failure and the next try
 
 
-class Exhausted(RuntimeError):
-    """Shards failed although they were tried again: another try of the stage would only repeat that."""
+class StagesFailed(RuntimeError):
+    """One or more stages failed for good; the message has a line or more for each."""
 
 
-class Failed(RuntimeError):
-    """One or more stages failed for good; a line or more for each."""
-
-
-class Log(Protocol):
-    """Takes a line that a stage has printed, where it comes from, and when (ISO 8601; default: now)."""
-
-    def __call__(self, line: str, source: str = "", at: str = "", /) -> None: ...
-
-
-class Progress(Protocol):
-    """Takes frames or steps done, their total and a message."""
-
-    def __call__(self, done: int, total: int, message: str, /) -> None: ...
-
-
-class Runner(Protocol):
-    """Where stages run: see `zoosplat_flows.runners`. Leaving its `with` block ends what still runs."""
-
-    def run(self, stage: str, run: Run, *, workers: int | None, progress: Progress, log: Log) -> None: ...
-
-    def stop(self) -> None: ...
-
-
-def select(from_stage: str | None = None, until_stage: str | None = None) -> list[str]:
+def select_stages(from_stage: str | None = None, until_stage: str | None = None) -> list[str]:
     """The stages from one to another, both included, in the order of the pipeline.
 
+    Args:
+        from_stage: the first stage; None: the first of the pipeline.
+        until_stage: the last stage; None: the last of the pipeline.
+
     Raises:
-        UserError: no such stage, or the wrong way round.
+        UserError: there is no such stage, or the last one comes before the first.
     """
     names = [spec.name for spec in PIPELINE]
     for name in (from_stage, until_stage):
@@ -69,62 +44,74 @@ def select(from_stage: str | None = None, until_stage: str | None = None) -> lis
     return names[first : last + 1]
 
 
-def worth_retrying(error: BaseException) -> bool:
-    """Whether another try of a stage may help: not when the input is wrong or the pipeline ends."""
-    if isinstance(error, Passing):
+def is_worth_retrying(error: BaseException) -> bool:
+    """Whether another try of a stage may help. It does not where the input is wrong or the pipeline ends."""
+    if isinstance(error, TransientError):
         return True
     return not isinstance(error, UserError | Interrupted | Exhausted)
 
 
 def state_before(run: Run, stage: str) -> str | None:
-    """`skipped` or `reused` where the result of a stage is there already; None where it has to be made."""
+    """`skipped` or `reused` where the result of a stage exists already; None where it has to be made."""
     result = run.result(stage)
     if not result.is_done():
         return None
     return "reused" if result.reused else "skipped"
 
 
-def attempt(stage: str, run: Run, runner: Runner, workers: int | None, tell: Listener, log: Log) -> str:
-    """One try of a stage: makes its result unless it is there.
+def attempt_stage(stage: str, run: Run, runner: Runner, workers: int | None, tell: EventListener, log: Log) -> str:
+    """Try once to make the result of a stage, unless it exists already.
+
+    Args:
+        stage: name of the stage.
+        run: the recorded run whose result the stage makes.
+        runner: runs the stage.
+        workers: processes for its shards; None: as many as the runner finds right.
+        tell: called with what happens to the stage.
+        log: called with every line that the stage prints.
 
     Returns:
-        `done`, `skipped`, `reused`, or `shared` where another run has computed it meanwhile.
+        `done`, `skipped`, `reused`, or `shared` where another run has computed the result meanwhile.
 
     Raises:
         UserError: bad input or configuration.
         Interrupted: the pipeline ends.
-        RuntimeError: anything else, with the last lines that the stage printed.
+        RuntimeError: any other failure, with the last lines that the stage printed.
     """
-    tell(Event(stage, "started"))
+    tell(StageEvent(stage, "started"))
     state = state_before(run, stage)
-    if state is None:
-        runner.run(stage, run, workers=workers, progress=lambda *of: tell(Event(stage, "running", *of)), log=log)
-        mark = run.result(stage).mark()
-        if mark is None:
-            raise RuntimeError(f"{stage}: ended without its success mark in {run.result(stage).folder}")
-        state = "done" if mark.get("run") == run.id else "shared"
-    return state
+    if state is not None:
+        return state
+
+    def report_progress(done: int, total: int, message: str) -> None:
+        tell(StageEvent(stage, "running", done, total, message))
+
+    runner.run(stage, run, workers=workers, progress=report_progress, log=log)
+    mark = run.result(stage).mark()
+    if mark is None:
+        raise RuntimeError(f"{stage}: ended without its success mark in {run.result(stage).folder}")
+    return "done" if mark.get("run") == run.id else "shared"
 
 
-def execute(
-    run: Run, stages: list[str], runner: Runner, workers: int | None, recorder: Recorder, tell: Listener
+def execute_stages(
+    run: Run, stages: list[str], runner: Runner, workers: int | None, recorder: RunRecorder, tell: EventListener
 ) -> dict[str, str]:
     """Run stages of a run, each in a thread, and wait for all.
 
     Args:
-        run: whose results are made.
-        stages: names, in the order of the pipeline.
-        runner: where they run.
-        workers: processes a stage; None: a core each.
-        recorder: keeps what they print.
-        tell: told what happens to each.
+        run: the run whose results are made.
+        stages: names of stages, in the order of the pipeline.
+        runner: runs the stages.
+        workers: processes for the shards of a stage; None: as many as the runner finds right.
+        recorder: keeps what the stages print.
+        tell: called with what happens to each stage, from any thread.
 
     Returns:
-        What became of each stage: see `attempt`.
+        What became of each stage: see `attempt_stage`.
 
     Raises:
-        Failed: with what each failing stage said.
-        UserError: the same, where all of them were the user's to mend.
+        StagesFailed: stages failed; the messages of all.
+        UserError: stages failed, and the user can mend all of it; the messages of all.
     """
     ending = threading.Event()
     futures: dict[str, Future[str]] = {}
@@ -132,8 +119,8 @@ def execute(
     try:
         for stage in stages:
             reads = [futures[name] for name in STAGES[stage].reads if name in futures]
-            futures[stage] = pool.submit(_stage, stage, run, runner, workers, recorder, tell, reads, ending)
-        _wait(futures)
+            futures[stage] = pool.submit(_run_stage, stage, run, runner, workers, recorder, tell, reads, ending)
+        _wait_for_all(futures)
     finally:
         ending.set()
         runner.stop()
@@ -142,33 +129,34 @@ def execute(
     causes = [error for error in failed.values() if not isinstance(error, _Blocked)]
     if causes:
         text = "\n".join(str(error) for error in causes)
-        raise (UserError if all(isinstance(error, UserError) for error in causes) else Failed)(text)
+        raise (UserError if all(isinstance(error, UserError) for error in causes) else StagesFailed)(text)
     return {stage: future.result() for stage, future in futures.items()}
 
 
-def _wait(futures: dict[str, Future[str]]) -> None:
-    """Until all have ended; in steps, since a wait without an end does not notice Ctrl-C on every system."""
+def _wait_for_all(futures: dict[str, Future[str]]) -> None:
+    # In steps: on some systems Ctrl-C does not interrupt a wait without a timeout.
     while wait(futures.values(), timeout=0.5).not_done:
         pass
 
 
 class _Blocked(Exception):
-    """A stage that was not begun, for one that it reads has failed."""
+    """The stage was not begun, because a stage that it reads has failed."""
 
 
-def _stage(
+def _run_stage(
     stage: str,
     run: Run,
     runner: Runner,
     workers: int | None,
-    recorder: Recorder,
-    tell: Listener,
+    recorder: RunRecorder,
+    tell: EventListener,
     reads: list[Future[str]],
     ending: threading.Event,
 ) -> str:
+    """Wait for the stages that a stage reads, then try it until it is done or another try would not help."""
     for future in reads:
         if future.exception() is not None:
-            tell(Event(stage, "blocked"))
+            tell(StageEvent(stage, "blocked"))
             raise _Blocked(stage)
 
     def log(line: str, source: str = "", at: str = "") -> None:
@@ -176,52 +164,16 @@ def _stage(
 
     for tries in range(RETRIES + 1):
         try:
-            state = attempt(stage, run, runner, workers, tell, log)
+            state = attempt_stage(stage, run, runner, workers, tell, log)
         except Interrupted:
-            tell(Event(stage, "stopped"))
+            tell(StageEvent(stage, "stopped"))
             raise
         except Exception as error:
-            again = tries < RETRIES and worth_retrying(error)
-            tell(Event(stage, "retrying" if again else "failed", message=str(error)))
+            again = tries < RETRIES and is_worth_retrying(error)
+            tell(StageEvent(stage, "retrying" if again else "failed", message=str(error)))
             if not again or ending.wait(RETRY_DELAY_S):
                 raise
         else:
-            tell(Event(stage, state))
+            tell(StageEvent(stage, state))
             return state
     raise AssertionError
-
-
-def report_key(run: Run) -> list[str]:
-    """What a run's report shows: it is built again when this has changed."""
-    from importlib.metadata import version
-
-    return [version("zoosplat"), *(f"{stage}/{result.id}" for stage, result in run.results.items() if result.is_done())]
-
-
-def make_report(run: Run, recorder: Recorder, tell: Listener) -> str:
-    """The report page of what is done, unless it is there already. Returns its URL."""
-    key, url = report_key(run), run.path("report", "index.html")
-    tell(Event("report", "started"))
-    if recorder.get("report") == key and objects.exists(url):
-        tell(Event("report", "skipped"))
-        return url
-    from zoosplat_flows.report.page import build_report
-
-    try:
-        build_report(run, "done")
-    except Exception as error:
-        tell(Event("report", "failed", message=str(error)))
-        raise
-    recorder.set("report", key)
-    runs.link_latest(run)
-    tell(Event("report", "done"))
-    return url
-
-
-def warnings_of(run: Run) -> list[str]:
-    """What the stages warn of, a line each, with the stage's name."""
-    found = []
-    for stage in run.results:
-        for warning in (run.read_mark(stage) or {}).get("warnings", ()):
-            found.append(f"{stage}: {warning}")
-    return found

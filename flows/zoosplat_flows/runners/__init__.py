@@ -1,1 +1,1 @@
-"""Where a stage's container or process runs: the same call, another place."""
+"""Runners: each starts a stage in another place, as a process, a container or a Kubernetes Job."""

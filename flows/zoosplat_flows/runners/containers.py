@@ -1,4 +1,4 @@
-"""Stages as containers of this machine's engine, podman or docker, on projects that are on S3."""
+"""Runs stages as containers of this machine's engine, podman or docker, for projects on S3."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zoosplat.errors import UserError
+from zoosplat.stages.contract import StageProgress
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
 from zoosplat.storage import urls
-from zoosplat_flows.execution.executor import Log, Progress
-from zoosplat_flows.runners.local import Processes, out_of_memory
+from zoosplat_flows.runners.images import IMAGE_USER_ID, image_name
+from zoosplat_flows.runners.local import LocalRunner, out_of_memory_advice
+from zoosplat_flows.runners.protocol import Log
 
-# Handed on by name: values on a command line can be read by everyone on the machine.
-PASSED_ON = (
+# Environment variables that a container gets with the values that they have here. They are handed on by name, since
+# everyone on the machine can read the values on a command line.
+INHERITED_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -28,7 +31,8 @@ PASSED_ON = (
     "AWS_DEFAULT_REGION",
     "OMP_NUM_THREADS",
 )
-# Its standard input ends however the pipeline ends, also by SIGKILL. A container that is being started is waited for.
+# A shell program that removes a container when this process ends: its standard input is a pipe of this process, which
+# the system closes even after SIGKILL. A container that is still being started is waited for.
 WATCHER = """
 name=$1; shift; cat >/dev/null
 for i in $(seq 20); do
@@ -36,14 +40,14 @@ for i in $(seq 20); do
   sleep 0.5
 done
 """
-KILLED = 137
+KILLED_STATUS = 137  # exit status of an engine whose container was ended by SIGKILL: 128 + 9
 
 
-def engine() -> list[str]:
-    """The engine's command: ZOOSPLAT_CONTAINER_ENGINE, a docker whose server answers, or podman.
+def find_engine() -> list[str]:
+    """The command of the container engine: ZOOSPLAT_CONTAINER_ENGINE, a docker whose server answers, or podman.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no engine.
     """
     named = os.environ.get("ZOOSPLAT_CONTAINER_ENGINE")
     if named:
@@ -51,7 +55,7 @@ def engine() -> list[str]:
     if shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True).returncode == 0:
         return ["docker"]
     if shutil.which("podman"):
-        # The same words as in deploy/images/build.sh, which puts the images there.
+        # The same folders and options as in deploy/images/build.sh, which builds the images with them.
         state = Path.home() / ".cache" / "zoosplat" / "containers"
         command = ["podman", "--root", str(state / "root"), "--runroot", str(state / "run")]
         return [*command, "--storage-driver=overlay", "--runtime", "runc", "--cgroup-manager=cgroupfs"]
@@ -61,20 +65,28 @@ def engine() -> list[str]:
 
 
 def image_of(stage: str) -> str:
-    """A stage's image: ZOOSPLAT_IMAGE_REGISTRY (localhost) and ZOOSPLAT_IMAGE_TAG (dev) say where it comes from."""
+    """A stage's image. Its registry is ZOOSPLAT_IMAGE_REGISTRY (localhost), its tag ZOOSPLAT_IMAGE_TAG (dev)."""
     registry = os.environ.get("ZOOSPLAT_IMAGE_REGISTRY", "localhost")
-    return f"{registry}/zoosplat-{stage.replace('_', '-')}:{os.environ.get('ZOOSPLAT_IMAGE_TAG', 'dev')}"
+    return image_name(registry, stage, os.environ.get("ZOOSPLAT_IMAGE_TAG", "dev"))
 
 
-def container_command(command: list[str], name: str, stage: str, arguments: list[str]) -> list[str]:
-    """The engine's words for a stage: nothing of this machine but its network, the S3 variables, and GPUs if asked for.
+def container_command(engine: list[str], name: str, stage: str, arguments: list[str]) -> list[str]:
+    """The command that runs a stage in a container.
 
-    ZOOSPLAT_CONTAINER_GPUS, such as `all`, gives GPUs to the stages that use them. ZOOSPLAT_WORKER is a label, by which
-    a worker in a container, with which its watchers die, finds what an earlier one has left.
+    The container gets nothing of this machine but its network, the variables of S3, and GPUs where they are asked for:
+    ZOOSPLAT_CONTAINER_GPUS, such as `all`, gives GPUs to the stages that use them. The value of ZOOSPLAT_WORKER becomes
+    a label. A worker that itself runs in a container finds by the label what an earlier worker has left behind, whose
+    watchers ended with it.
+
+    Args:
+        engine: the engine's command, see `find_engine`.
+        name: name of the container.
+        stage: the stage.
+        arguments: arguments of the stage's command.
     """
     gpus = os.environ.get("ZOOSPLAT_CONTAINER_GPUS") if STAGES[stage].gpu else None
     return [
-        *command,
+        *engine,
         "run",
         "--rm",
         f"--name={name}",
@@ -82,33 +94,36 @@ def container_command(command: list[str], name: str, stage: str, arguments: list
         "--label=zoosplat.worker=" + os.environ.get("ZOOSPLAT_WORKER", ""),
         "--read-only",
         "--tmpfs=/tmp",
-        "--user=10001:10001",
+        f"--user={IMAGE_USER_ID}:{IMAGE_USER_ID}",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
         "--network=host",
         "--ulimit=nofile=20000:20000",
         "--ulimit=nproc=20000:20000",
-        *([f"--gpus={gpus}", "--shm-size=1g"] if gpus else []),  # GPUs may talk by way of shared memory
+        *([f"--gpus={gpus}", "--shm-size=1g"] if gpus else []),  # GPUs may exchange data through shared memory
         f"--env={urls.S3_ONLY}=1",
-        *(f"--env={name}" for name in PASSED_ON if name in os.environ),
+        *(f"--env={variable}" for variable in INHERITED_VARIABLES if variable in os.environ),
         image_of(stage),
         *arguments,
     ]
 
 
-class Containers(Processes):
-    """`Processes`, each in a container of its own; leaving the `with` block, or being killed, removes them all."""
+class ContainerRunner(LocalRunner):
+    """Runs each stage in a container of its own.
+
+    All containers are removed when the `with` block is left, and also when this process is killed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._engine = engine()
+        self._engine = find_engine()
         self._watchers: set[subprocess.Popen[bytes]] = set()
 
-    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: Progress, log: Log) -> None:
-        """As `Processes.run`.
+    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: StageProgress, log: Log) -> None:
+        """Run a whole stage in a container and wait for it, as `LocalRunner.run` does in a process.
 
         Raises:
-            UserError: also when the image is missing, or the project or the recording is not on S3.
+            UserError: also where the image is missing, or the project or the recording is not on S3.
         """
         for url in (run.project.url, run.experiment.data.directory):
             if not urls.is_s3(url):
@@ -121,6 +136,7 @@ class Containers(Processes):
         super().run(stage, run, workers=workers, progress=progress, log=log)
 
     def stop(self) -> None:
+        """Remove every container and refuse new ones."""
         super().stop()
         with self._lock:
             watchers = list(self._watchers)
@@ -128,20 +144,21 @@ class Containers(Processes):
             assert watcher.stdin is not None
             watcher.stdin.close()
 
-    def _wait(self, stage: str, command: list[str], progress: Progress, log: Log) -> None:
+    def _run_command(self, stage: str, command: list[str], progress: StageProgress, log: Log) -> None:
         name = f"zoosplat-{stage.replace('_', '-')}-{secrets.token_hex(6)}"
-        # After `python -m zoosplat_<stage>`, which is the image's entry point.
-        inside = container_command(self._engine, name, stage, command[3:])
+        # The image's entry point is `python -m zoosplat_<stage>`, the first three words of the command.
+        in_container = container_command(self._engine, name, stage, command[3:])
         with self._watched(name):
             try:
-                super()._wait(stage, inside, progress, log)
+                super()._run_command(stage, in_container, progress, log)
             except RuntimeError as error:
-                if f"exit status {KILLED}" in str(error):
-                    raise RuntimeError(f"{stage}: its container was killed; {out_of_memory(stage)}") from None
+                if f"exit status {KILLED_STATUS}" in str(error):
+                    raise RuntimeError(f"{stage}: its container was killed; {out_of_memory_advice(stage)}") from None
                 raise
 
     @contextmanager
     def _watched(self, name: str) -> Iterator[None]:
+        """Keep a watcher process while the block runs, which removes the container if this process ends meanwhile."""
         quiet = subprocess.DEVNULL
         command = ["bash", "-c", WATCHER, "watcher", name, *self._engine]
         watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
@@ -152,7 +169,7 @@ class Containers(Processes):
         try:
             yield
             ended = True
-        except (UserError, RuntimeError):  # the client has ended, and its container with it
+        except (UserError, RuntimeError):  # the engine's command has ended, and with it the container
             ended = True
             raise
         finally:

@@ -1,9 +1,8 @@
-"""Stages as subprocesses of this machine, which die with whoever started them."""
+"""Runs stages as subprocesses of this machine, which end with whoever started them."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -16,19 +15,20 @@ from types import TracebackType
 from typing import IO
 
 from zoosplat.errors import UserError
+from zoosplat.stages.contract import StageProgress
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
-from zoosplat_flows.execution.executor import Interrupted, Log, Progress
+from zoosplat_flows.runners.protocol import Interrupted, Log
+from zoosplat_flows.runners.stage_output import BAD_INPUT_STATUS, PROGRESS_LOG_S, bad_input_error, parse_progress
 
-KEPT_LINES = 40
-GRACE_S = 3.0  # for a stage to end by itself
-PROGRESS_S = 10.0  # between lines of progress in the log
+MAX_QUOTED_LINES = 40  # last lines of a failed stage that its error quotes
+STOP_GRACE_S = 3.0  # seconds between SIGTERM and SIGKILL of a stage
 
 
-class Processes:
-    """The stage processes of one pipeline run; leaving the `with` block ends those that still run.
+class LocalRunner:
+    """Runs the stages of one pipeline run as processes; leaving the `with` block ends those that still run.
 
-    Where this process is killed, a guard beside each stage ends it.
+    Where this process is killed, a guard process beside each stage ends the stage.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Processes:
         self._lock = threading.Lock()
         self._closed = False
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> LocalRunner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -50,30 +50,30 @@ class Processes:
         for process in running:
             _signal_group(process, signal.SIGTERM)
 
-    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: Progress, log: Log) -> None:
+    def run(self, stage: str, run: Run, *, workers: int | None = None, progress: StageProgress, log: Log) -> None:
         """Run a whole stage as `python -m zoosplat_<stage>` and wait for it.
 
         Args:
             stage: name in `zoosplat.stages.registry.STAGES`.
-            run: the recorded run that it works for.
-            workers: processes for its shards; None: a core each.
+            run: the recorded run whose result the stage makes.
+            workers: processes for its shards; None: one for each core.
             progress: called with frames (or steps) done, their total and a message.
-            log: called with every line that it prints.
+            log: called with every line that the stage prints.
 
         Raises:
-            UserError: exit status 2, with the stage's line.
-            RuntimeError: any other failure, with the last lines of its stderr.
+            UserError: the stage ended with exit status 2; its own message.
+            RuntimeError: any other failure, with the last lines of the stage's stderr.
             Interrupted: the pipeline ended meanwhile.
         """
         command = [sys.executable, "-m", f"zoosplat_{stage}", "--project", run.project.url, "--run", run.id]
         command += ["--workers", str(workers)] if workers else []
-        self._wait(stage, command, progress, log)
+        self._run_command(stage, command, progress, log)
 
-    def _wait(self, stage: str, command: list[str], progress: Progress, log: Log) -> None:
+    def _run_command(self, stage: str, command: list[str], progress: StageProgress, log: Log) -> None:
         with self._lock:
             if self._closed:
                 raise Interrupted(stage)
-            # A session of its own: Ctrl-C on the terminal reaches the parent alone, which then ends the whole group.
+            # In a session of its own: Ctrl-C on the terminal then reaches this process alone, which ends the stage.
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -87,27 +87,29 @@ class Processes:
             self._running.add(process)
         assert process.stdout is not None
         assert process.stderr is not None
-        last: deque[str] = deque(maxlen=KEPT_LINES)
-        guard = _guard(process)
+        last_lines: deque[str] = deque(maxlen=MAX_QUOTED_LINES)
+        guard = _start_guard(process)
         helpers = [
-            threading.Thread(target=_keep_last, args=(process.stderr, last, log), daemon=True),
-            threading.Thread(target=_clear_up, args=(process,), daemon=True),
+            threading.Thread(target=_read_errors, args=(process.stderr, last_lines, log), daemon=True),
+            threading.Thread(target=_end_workers, args=(process,), daemon=True),
         ]
         for helper in helpers:
             helper.start()
         try:
-            shown = float("-inf")
+            last_logged = float("-inf")
             for line in process.stdout:
-                is_progress = _report(line, progress)
-                if not is_progress or time.monotonic() - shown > PROGRESS_S:
+                event = parse_progress(line)
+                if event is not None:
+                    progress(*event)
+                if event is None or time.monotonic() - last_logged > PROGRESS_LOG_S:
                     log(line.rstrip())
-                    shown = time.monotonic() if is_progress else shown
+                    last_logged = last_logged if event is None else time.monotonic()
             status = process.wait()
         finally:
             if process.returncode is None:
                 _end_group(process)
             for helper in helpers:
-                helper.join(timeout=GRACE_S)
+                helper.join(timeout=STOP_GRACE_S)
             guard.kill()
             guard.communicate()
             with self._lock:
@@ -116,7 +118,7 @@ class Processes:
         if status != 0 and self._closed:
             raise Interrupted(stage)
         if status != 0:
-            raise _failure(stage, status, list(last))
+            raise _explain_failure(stage, status, list(last_lines))
 
 
 def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
@@ -125,10 +127,10 @@ def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> Non
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """End a stage and its worker processes, which outlive it when it is killed."""
+    """End a stage and its worker processes, which would outlive a stage that is killed."""
     _signal_group(process, signal.SIGTERM)
     try:
-        process.wait(timeout=GRACE_S)
+        process.wait(timeout=STOP_GRACE_S)
     except subprocess.TimeoutExpired:
         pass
     finally:
@@ -136,14 +138,15 @@ def _end_group(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def _clear_up(process: subprocess.Popen[str]) -> None:
-    """End what a stage leaves behind, also because workers of a killed stage would hold its output open for ever."""
+def _end_workers(process: subprocess.Popen[str]) -> None:
+    """Wait for a stage, then end the workers that it leaves: those of a killed stage keep its output open for ever."""
     process.wait()
     _end_group(process)
 
 
-def _guard(process: subprocess.Popen[str]) -> subprocess.Popen[bytes]:
-    """A process that ends a stage, its workers included, as soon as this one has ended, however it was ended."""
+def _start_guard(process: subprocess.Popen[str]) -> subprocess.Popen[bytes]:
+    """Start a process that ends a stage and its workers as soon as this process has ended, in whatever way."""
+    # Its standard input is a pipe of this process, which the system closes when this process ends.
     return subprocess.Popen(
         ["sh", "-c", f"cat >/dev/null; kill -KILL -{process.pid} 2>/dev/null"],
         stdin=subprocess.PIPE,
@@ -153,43 +156,29 @@ def _guard(process: subprocess.Popen[str]) -> subprocess.Popen[bytes]:
     )
 
 
-def _keep_last(stream: IO[str], last: deque[str], log: Log) -> None:
+def _read_errors(stream: IO[str], last_lines: deque[str], log: Log) -> None:
     for line in stream:
         if line.strip():
-            last.append(line.rstrip())
+            last_lines.append(line.rstrip())
             log(line.rstrip())
 
 
-def _report(line: str, progress: Progress) -> bool:
-    """Hand a JSON progress line on; whether it was one. Other lines, of libraries too, are for the log alone."""
-    try:
-        event = json.loads(line)
-        if event["event"] == "progress":
-            progress(int(event["done"]), int(event["total"]), str(event["message"]))
-            return True
-    except (ValueError, KeyError, TypeError):
-        pass
-    return False
-
-
-def out_of_memory(stage: str) -> str:
-    """What to do where the system has killed a stage, most likely for its memory."""
+def out_of_memory_advice(stage: str) -> str:
+    """What to do where the system has killed a stage, which it most likely did for the stage's memory."""
     if STAGES[stage].gpu:
         return "out of memory? Close other programs, raise ingest.image_downsample, or lower crop.grid_size"
     return "out of memory? Lower --workers, or scheduling.frames_per_shard"
 
 
-def _failure(stage: str, status: int, lines: list[str]) -> UserError | RuntimeError:
-    text = "\n".join(lines)
-    if status == 2 and lines:
-        # A message of several lines starts at the last line that bears the stage's name.
-        starts = [i for i, line in enumerate(lines) if line.startswith(f"zoosplat {stage}: ")]
-        return UserError("\n".join(lines[starts[-1] if starts else -1 :]).removeprefix("zoosplat "))
+def _explain_failure(stage: str, status: int, lines: list[str]) -> UserError | RuntimeError:
+    if status == BAD_INPUT_STATUS and lines:
+        return bad_input_error(stage, lines)
     missing = re.search(r"^ModuleNotFoundError: No module named '([\w.]+)'", lines[-1]) if lines else None
     if missing:
         return UserError(f"{stage}: the Python package {missing[1]} is missing; pip install 'zoosplat[{stage}]'")
     if status < 0:
         name = signal.Signals(-status).name
-        hint = f"; {out_of_memory(stage)}" if -status == signal.SIGKILL else ""
+        hint = f"; {out_of_memory_advice(stage)}" if -status == signal.SIGKILL else ""
         return RuntimeError(f"{stage}: ended by {name}{hint}")
+    text = "\n".join(lines)
     return RuntimeError(f"{stage}: exit status {status}\n{text}".rstrip())

@@ -17,7 +17,9 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.geometry import visual_hull
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
 from zoosplat.storage import listing, objects, schema, urls
 
 if TYPE_CHECKING:
@@ -146,7 +148,7 @@ class Cache:
 
 def state(url: str, run_id: str | None = None) -> tuple[object, ...]:
     """Something that changes when there is more to see in a project, or other things; a few small reads."""
-    run = Project.at(url).run(run_id)
+    run = open_run(Project.at(url), run_id)
     done = [run.id, *(run.read_mark(stage) is not None for stage in STAGES_SHOWN)]
     return (*done, *_checkpoints(run))
 
@@ -181,7 +183,7 @@ class Scene:
 
     def __init__(self, url: str, run_id: str | None = None) -> None:
         """A run of a project; None: the latest. Raises UserError where there is none."""
-        self.run = Project.at(url).run(run_id)
+        self.run = open_run(Project.at(url), run_id)
         self.experiment: Experiment = self.run.experiment
         self.notes: list[str] = []
         self.n_frames, self.cameras = 0, list[Camera]()

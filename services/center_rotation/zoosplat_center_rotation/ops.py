@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat.geometry import transforms, visual_hull
+from zoosplat.geometry import visual_hull
+from zoosplat.geometry.projection import project, triangulate_pairs
+from zoosplat.geometry.transport import gaussian_transport_map
 
 F64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
@@ -39,7 +41,7 @@ def rough_center(medoids: F64, intrinsics: F64, world_to_camera: F64) -> F64:
     seen = np.isfinite(medoids).all(axis=1)
     if seen.sum() < 2:
         return np.full(3, np.nan)
-    points = transforms.triangulate_pairs(medoids[seen], intrinsics[seen] @ world_to_camera[seen, :3])
+    points = triangulate_pairs(medoids[seen], intrinsics[seen] @ world_to_camera[seen, :3])
     points = points[np.isfinite(points).all(axis=1)]
     return np.median(points, axis=0) if len(points) else np.full(3, np.nan)
 
@@ -79,7 +81,7 @@ def frame_hull(
         return nothing
     shift = np.zeros((len(masks), 2))
     if adaptive:
-        pixels, _ = transforms.project(center, intrinsics, world_to_camera)
+        pixels, _ = project(center, intrinsics, world_to_camera)
         shift = np.nan_to_num(medoids - pixels)
     aimed = intrinsics.copy()
     aimed[:, :2, 2] += shift
@@ -128,7 +130,7 @@ def headings(means: F64, covs: F64, valid: Bool) -> F64:
     axes = np.empty((len(at), 3))
     axes[0] = principal_axis(covs[at[0]])
     for i in range(1, len(at)):
-        carried = transforms.ot_map_gaussians(covs[at[i - 1]], covs[at[i]]) @ axes[i - 1]
+        carried = gaussian_transport_map(covs[at[i - 1]], covs[at[i]]) @ axes[i - 1]
         axis = principal_axis(covs[at[i]])
         axes[i] = axis if axis @ carried >= 0 else -axis
     forward = np.sum(axes[:-1, :2] * np.diff(means[at, :2], axis=0))

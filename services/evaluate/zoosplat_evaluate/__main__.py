@@ -1,4 +1,4 @@
-from zoosplat.stages.process import service
+from zoosplat.stages.service import run_service
 
 if __name__ == "__main__":
-    service("evaluate")
+    run_service("evaluate")

@@ -51,7 +51,7 @@ def _render(predictor: Predictor, frame: Frame) -> Rendering:
 
 def _measured_before(ctx: Context) -> ops.Values | None:
     """Metrics that an evaluation with another gallery has taken of the same model; None where there is none."""
-    earlier = ctx.run.sibling("evaluate", ignoring=["evaluate.gallery_frames"])
+    earlier = ctx.run.find_sibling("evaluate", ignoring=["evaluate.gallery_frames"])
     if earlier is None:
         return None
     try:

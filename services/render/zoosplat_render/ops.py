@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoosplat.formats import media, ply
+from zoosplat.geometry.rotations import level_camera
 
 Values = npt.NDArray[np.float64]
 
@@ -38,10 +39,7 @@ def bounding_sphere(
 
 def look_at(eye: Values, target: Values) -> Values:
     """World-to-camera [4, 4] of an upright camera at `eye` [3] that sees `target` [3] in its middle, +z upwards."""
-    forward = (target - eye) / np.linalg.norm(target - eye)
-    right = np.cross(forward, [0.0, 0.0, 1.0])
-    right /= np.linalg.norm(right)
-    rotation = np.stack([right, np.cross(forward, right), forward])
+    rotation = level_camera(target - eye)
     pose = np.eye(4)
     pose[:3, :3], pose[:3, 3] = rotation, -rotation @ eye
     return pose

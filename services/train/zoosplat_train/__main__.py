@@ -1,4 +1,4 @@
-from zoosplat.stages.process import run_stoppable
+from zoosplat.stages.stopping import run_stoppable
 
 
 def main() -> int:

@@ -15,10 +15,10 @@ from torch import Tensor
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.training import Train
 from zoosplat_model import checkpoints
+from zoosplat_model.cuda_graph import CudaGraphPool
 from zoosplat_model.frames import Frame, FrameReader, copy_to_device
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.losses import Losses, frame_losses, soft_iou
-from zoosplat_model.cuda_graph import CudaGraphPool
 from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.rasterize import Rendering
 from zoosplat_model.registry import build_splatter

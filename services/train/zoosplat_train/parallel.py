@@ -24,12 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.errors import Passing, UserError
+from zoosplat.errors import TransientError, UserError
 from zoosplat.machine import loopback
 from zoosplat.stages.command import arguments_of, failed, main
 from zoosplat.stages.contract import Context, Outcome, Stage
-from zoosplat.stages.process import prepared, run_spawned, spawning
-from zoosplat.stages.runs import Project
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.spawning import pack_call, run_spawned, spawning
 from zoosplat.storage import s3_client
 from zoosplat.storage.errors import as_user_error
 from zoosplat_model.devices import pick_device
@@ -89,7 +90,7 @@ def _in_touch() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise Passing(f"lost touch with the other processes of this training; {KEPT}") from error
+        raise TransientError(f"lost touch with the other processes of this training; {KEPT}") from error
 
 
 def number(experiment: Experiment) -> int:
@@ -145,7 +146,7 @@ def start(train: Train, ctx: Context, size: int) -> Outcome:
         try:
             for rank in range(size):
                 ours, theirs = spawn.Pipe(duplex=False)
-                work = prepared(_run_rank, train, ctx.run.project.url, ctx.run.id, rank, size, f"{folder}/meeting")
+                work = pack_call(_run_rank, train, ctx.run.project.url, ctx.run.id, rank, size, f"{folder}/meeting")
                 process = spawn.Process(target=run_spawned, args=(work, theirs), name=f"rank {rank}", daemon=True)
                 with spawning():
                     process.start()
@@ -185,7 +186,7 @@ def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess])
                 if status:
                     end = signal.Signals(-status).name if status < 0 else f"exit status {status}"
                     hint = " (too little memory?)" if status == -signal.SIGKILL else ""
-                    killed.append(Passing(f"rank {rank} of {size} was ended by {end}{hint}; {KEPT}"))
+                    killed.append(TransientError(f"rank {rank} of {size} was ended by {end}{hint}; {KEPT}"))
                 continue
             if isinstance(news, tuple):
                 ctx.progress(*news)
@@ -204,7 +205,7 @@ def _run_rank(train: Train, url: str, run_id: str, rank: int, size: int, meeting
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback())
     try:
-        run = Project.at(url).run(run_id)
+        run = open_run(Project.at(url), run_id)
         device = device_of(run.experiment, rank)
         store = dist.FileStore(meeting, size)  # type: ignore[attr-defined]
 
@@ -274,7 +275,7 @@ def run_under_torchrun(stage: Stage, train: Train) -> int:
     if begun == OVER:
         return 0
     try:
-        run = Project.at(args.project).run(begun)
+        run = open_run(Project.at(args.project), begun)
         _train_under_torchrun(train, Context(run, lambda done, total, message: None))
     except Exception as error:
         return failed(stage.name, error, args.project)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import UserError
-from zoosplat.stages.runs import trained_result
+from zoosplat.stages.start_from import trained_result
 from zoosplat.storage import objects, urls
 from zoosplat_model import checkpoints
 from zoosplat_model.network.splatter import PoseSplatter

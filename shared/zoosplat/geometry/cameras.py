@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoosplat.errors import UserError
-from zoosplat.geometry.transforms import FloatArray, rotation_between
+from zoosplat.geometry.rotations import FloatArray, rotation_between
 
 ROTATION_TOLERANCE = 1e-3
 

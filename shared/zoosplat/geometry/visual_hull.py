@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from zoosplat.geometry.rotations import rotation_about_z
+
 F64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 BLOCKS = (16, 4, 1)
@@ -29,9 +31,8 @@ def min_views(n_observed: int) -> int:
 
 def grid_projection(intrinsics: F64, world_to_camera: F64, center_m: F64, angle_rad: float) -> F64:
     """Matrices [V, 3, 4] from grid coordinates (rotated by the angle about z, moved to the centre) to pixels."""
-    c, s = np.cos(angle_rad), np.sin(angle_rad)
     to_world = np.eye(4)
-    to_world[:3, :3] = [[c, -s, 0], [s, c, 0], [0, 0, 1]]
+    to_world[:3, :3] = rotation_about_z(angle_rad)
     to_world[:3, 3] = center_m
     return np.asarray(intrinsics @ (world_to_camera @ to_world)[:, :3])
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras, validate_cameras
-from zoosplat.geometry.transforms import FloatArray
+from zoosplat.geometry.rotations import FloatArray
 
 Format = Literal["auto", "hdf5", "dannce", "anipose", "pickle"]
 Unit = Literal["auto", "m", "mm"]

@@ -20,7 +20,7 @@ from zoosplat.config.dnerf_defaults import SPLITS
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
-from zoosplat.geometry.transforms import FloatArray
+from zoosplat.geometry.rotations import FloatArray
 from zoosplat.recording import calibration, dnerf
 from zoosplat.recording.video import VideoInfo, probe
 from zoosplat.storage import objects, urls

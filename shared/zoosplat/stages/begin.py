@@ -8,16 +8,20 @@ from pathlib import Path
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import Draft, draft_run
+from zoosplat.stages.lookup import open_run
 from zoosplat.stages.ownership import foreign_names
 from zoosplat.stages.prechecks import check_before_run, check_project_place
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import STAGES, upstream
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.run_records import hold_run, is_run_of
+from zoosplat.stages.runs import Run
+from zoosplat.stages.sources import FingerprintCache
 from zoosplat.storage import urls
 
 
 @contextmanager
-def begun(
+def begin_run(
     project: Project,
     experiment: Experiment,
     stages: list[str],
@@ -40,9 +44,7 @@ def begun(
     check_forced(force, stages)
     _check_folder(project)
     check_project_place(project.url, experiment)
-    if force and runs.forced_before(project, experiment, stages, force):
-        force = []
-    draft = runs.resolve(project, experiment, force, hashing)
+    draft = _draft(project, experiment, stages, force, FingerprintCache(project, hashing))
     todo = draft.todo(stages)
     earlier = draft.todo(upstream(todo) - set(stages))
     if earlier:
@@ -53,8 +55,36 @@ def begun(
     masks_url = masks.data_url if masks is not None and masks.is_done() else None
     check_before_run(draft.experiment, todo, masks_url)
     draft.require(stages)  # after what names all that is wrong with the recording, and not its first file alone
-    with runs.working(draft, stages) as run:
+    with hold_run(draft, stages) as run:
         yield run
+
+
+def _draft(
+    project: Project, experiment: Experiment, stages: list[str], force: list[str], fingerprints: FingerprintCache
+) -> Draft:
+    """The draft of a run, whose forced stages are made again.
+
+    Where the latest run was begun by the very same command with `--force` and has not come to its end, nothing is to be
+    made once more: the command goes on with that run, whichever stage it was stopped in.
+    """
+    if force and (run := _latest_of_command(project, stages, force)) is not None:
+        draft = draft_run(project, experiment, (), fingerprints)
+        ended = run.record()["state"] not in ("running", "failed", "stopped") and not draft.todo(stages)
+        if is_run_of(run, draft) and not ended:
+            return draft
+    return draft_run(project, experiment, force, fingerprints)
+
+
+def _latest_of_command(project: Project, stages: list[str], force: list[str]) -> Run | None:
+    """The project's latest run, if its stages and those that it was to make again are these; else None."""
+    try:
+        run = open_run(project)
+        record = run.record()
+    except UserError:
+        return None
+    if record.get("forced") != sorted(force) or set(record["selected"]) != set(stages):
+        return None
+    return run
 
 
 def check_forced(force: list[str], stages: list[str]) -> None:
@@ -82,7 +112,7 @@ def _check_folder(project: Project) -> None:
 
 def check_layout(project: Project) -> None:
     """Raise UserError where a project is of the earlier layout: it can be looked at, and no stage writes to it."""
-    if runs.is_legacy(project):
+    if project.is_legacy():
         raise UserError(
             f"{project.url}: has the layout of an earlier version; `zoosplat upgrade {project.url}` adopts its "
             "results, and moves nothing"

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from zoosplat.config.load import load_config
-from zoosplat.errors import Passing, UserError
+from zoosplat.errors import TransientError, UserError
 from zoosplat.machine import usable_cores
 from zoosplat.stages import runner
-from zoosplat.stages.begin import begun, check_layout
-from zoosplat.stages.contract import Context, Progress, Stage
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.begin import begin_run, check_layout
+from zoosplat.stages.contract import Context, Stage, StageProgress
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
+from zoosplat.stages.steps import finish, prepare, read_plan, run_shard
 from zoosplat.storage.errors import as_user_error
 
 
@@ -88,31 +91,31 @@ def chosen_run(stage: str, args: argparse.Namespace) -> Run:
     project = Project.at(args.project)
     check_layout(project)
     if args.config is None and not args.force:
-        return project.run(args.run)
-    experiment = load_config(args.config).experiment if args.config else project.run(args.run).experiment
-    with begun(project, experiment, [stage], [stage] if args.force else []) as run:
+        return open_run(project, args.run)
+    experiment = load_config(args.config).experiment if args.config else open_run(project, args.run).experiment
+    with begin_run(project, experiment, [stage], [stage] if args.force else []) as run:
         return run
 
 
-def _work(stage: Stage, args: argparse.Namespace, progress: Progress) -> None:
+def _work(stage: Stage, args: argparse.Namespace, progress: StageProgress) -> None:
     run = chosen_run(stage.name, args)
     if not (args.prepare or args.shard or args.finish):
         runner.run_stage(stage, run, workers=max(1, args.workers), progress=progress)
         return
     ctx, result = Context(run, progress), run.result(stage.name)
     if args.prepare:
-        plan = runner.prepare(stage, ctx)
+        plan = prepare(stage, ctx)
         if plan is not None:
             print(json.dumps({"event": "plan", "stage": stage.name, "shards": plan.n_shards}), flush=True)
     elif not result.is_done():
-        plan = runner.read_plan(stage, ctx)
+        plan = read_plan(stage, ctx)
         if args.finish:
-            runner.finish(stage, ctx, plan)
+            finish(stage, ctx, plan)
             return
         index, count = parse_shard(args.shard)
         if count != plan.n_shards:
             raise UserError(f"--shard {args.shard}: the plan has {plan.n_shards} shards")
-        runner.run_shard(stage, ctx, index, plan)
+        run_shard(stage, ctx, index, plan)
 
 
 def main(stage: Stage, argv: list[str] | None = None) -> int:
@@ -138,4 +141,4 @@ def failed(stage: str, error: Exception, url: str) -> int:
         raise error
     lines = [*str(known).splitlines(), *getattr(known, "__notes__", ())]
     print(f"zoosplat {stage}: {'; '.join(lines)}", file=sys.stderr, flush=True)
-    return 1 if isinstance(known, Passing) else 2
+    return 1 if isinstance(known, TransientError) else 2

@@ -11,7 +11,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.stages.registry import STAGES, StageSpec
 from zoosplat.stages.runs import Run
 
-Progress = Callable[[int, int, str], None]  # frames or steps done, their total, a message
+StageProgress = Callable[[int, int, str], None]  # Takes frames or steps done, their total, and a message.
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Context:
     """What a stage is given: the run that it works for, and where to report progress."""
 
     run: Run
-    progress: Progress
+    progress: StageProgress
 
     @property
     def experiment(self) -> Experiment:

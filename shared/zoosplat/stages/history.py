@@ -9,10 +9,12 @@ from typing import Any
 
 from zoosplat.config.serialization import parse_yaml
 from zoosplat.errors import UserError
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import RUNS, Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import Mark, Result
 from zoosplat.stages.run_state import in_words, run_state
-from zoosplat.stages.runs import CONFIG, RECORD, RUNS, Project, is_legacy
+from zoosplat.stages.runs import CONFIG, RECORD
 from zoosplat.storage import objects
 
 GROUPS = ("held_out", "observed")
@@ -100,7 +102,7 @@ def means_of(mark: Mark | None) -> dict[str, dict[str, float | None]]:
 
 def entries(project: Project) -> list[Entry]:
     """The runs of a project, the oldest first. Raises UserError where there is none."""
-    if is_legacy(project):
+    if project.is_legacy():
         return [_legacy_entry(project)]
     found: list[Entry] = []
     before: tuple[Mark, dict[str, Any]] | None = None
@@ -137,7 +139,7 @@ def _entry(project: Project, record: Mark, values: dict[str, Any], before: tuple
 
 
 def _legacy_entry(project: Project) -> Entry:
-    run = project.run()
+    run = open_run(project)
     marks = [mark for stage in run.results if (mark := run.read_mark(stage)) is not None]
     finished = max((float(mark["finished"]) for mark in marks), default=None)
     created = "" if finished is None else datetime.fromtimestamp(finished).astimezone().isoformat()

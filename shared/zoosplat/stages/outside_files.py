@@ -18,7 +18,7 @@ from zoosplat.config.sections import is_weights_file
 from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import Problems, UserError
 from zoosplat.formats import ply
-from zoosplat.stages.runs import trained_result
+from zoosplat.stages.start_from import trained_result
 from zoosplat.storage import objects, urls
 
 CHECKPOINT = re.compile(r"chkpnt_(coarse|fine)_\d+\.pth")

@@ -6,7 +6,7 @@ import re
 
 from zoosplat.storage import listing, urls
 
-RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")  # as `runs.record` makes them
+RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")  # as `record_run` makes them
 # Names below a project that are zoosplat's: those of the results of today's layout, and of the one before.
 RESERVED = (
     *("results", "runs", "latest", "latest.json"),

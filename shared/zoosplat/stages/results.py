@@ -25,11 +25,11 @@ from zoosplat.stages.registry import STAGES
 from zoosplat.storage import objects, urls
 
 Mark = dict[str, Any]
-FOLDER = "results"
+RESULTS = "results"  # The folder of all results in a project.
 DONE, PLAN, REQUEST, MANIFEST, SHARDS = "done.json", "plan.json", "request.json", "manifest.json", "shards"
 
 
-def digest_of(value: Any) -> str:
+def json_digest(value: Any) -> str:
     """SHA-256 of a JSON value, the first 128 bits in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -73,7 +73,7 @@ class Request:
     def base(self) -> str:
         """What the ids of all attempts begin with."""
         contents = {key: source.fingerprint for key, source in self.sources.items()}
-        return digest_of([self.stage, self.version, self.settings, self.inputs, contents])[:16]
+        return json_digest([self.stage, self.version, self.settings, self.inputs, contents])[:16]
 
     @property
     def id(self) -> str:
@@ -81,6 +81,7 @@ class Request:
         return self.base if self.attempt == 0 else f"{self.base}-{self.attempt + 1}"
 
     def to_json(self) -> dict[str, Any]:
+        """What request.json holds."""
         return {
             "stage": self.stage,
             "id": self.id,
@@ -92,12 +93,12 @@ class Request:
         }
 
 
-def is_id(name: str) -> bool:
+def is_result_id(name: str) -> bool:
     """Whether a folder's name is an id that follows from a request; those of adopted results do not."""
     return re.fullmatch(r"[0-9a-f]{16}(?:-[1-9]\d*)?", name) is not None
 
 
-def attempt_of(name: str, base: str) -> int | None:
+def parse_attempt(name: str, base: str) -> int | None:
     """Number of the attempt that a folder's name says, from 0; None where it is of another request."""
     found = re.fullmatch(rf"{base}(?:-([1-9]\d*))?", name)
     if found is None:
@@ -132,7 +133,7 @@ class Result:
         Raises:
             UserError: its mark is of another result, or names a place that may not be read here.
         """
-        folder = urls.join(project_url, FOLDER, stage, result_id)
+        folder = urls.join(project_url, RESULTS, stage, result_id)
         found = cls(stage, result_id, folder, folder, reused)
         try:
             mark = found.mark()
@@ -155,13 +156,21 @@ class Result:
         return urls.join(self.folder, *parts)
 
     def shard_mark_url(self, index: int, count: int) -> str:
+        """URL of the mark of the `index`-th of `count` shards, which says that the shard is done."""
         return self.file(SHARDS, f"{index:05d}-of-{count:05d}.json")
 
     def shard_lease_url(self, index: int, count: int) -> str:
+        """URL of the lease of who works on the `index`-th of `count` shards."""
         return self.file(SHARDS, f"{index:05d}-of-{count:05d}.lease")
 
     def lease_url(self) -> str:
+        """URL of the lease of who prepares or finishes it."""
         return self.file("lease")
+
+    def claim(self, request: Request) -> None:
+        """Write the request that it is the result of, unless it is there. From then on its id is taken."""
+        if not objects.exists(self.file(REQUEST)):
+            objects.write_json(self.file(REQUEST), request.to_json())
 
     def mark(self) -> Mark | None:
         """Its success mark, None before it is finished. Raises UserError where the mark is of another result."""
@@ -177,6 +186,7 @@ class Result:
         return self._mark["done"]
 
     def is_done(self) -> bool:
+        """Whether its success mark is there. Raises UserError as `mark`."""
         return self.mark() is not None
 
     def plan(self) -> Mark | None:

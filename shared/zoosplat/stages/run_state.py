@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from zoosplat.stages.projects import RUNS, Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, Mark, Result
-from zoosplat.stages.runs import RUNS, Project
 from zoosplat.storage import leases, objects
 
 

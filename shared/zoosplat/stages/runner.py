@@ -1,277 +1,23 @@
-"""Runs a stage: skipping, resuming, marking, parallel shards and leases, once for all stages.
-
-A stage runs as `prepare` (checks its input, creates its empty group, writes its plan), any number of shards in any
-order, place and number of tries, and `finish` (writes what needs all shards, then the success mark: the last write).
-"""
+"""Runs a whole stage on this machine: it is skipped if done, resumed if begun, and its shards run in processes."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import multiprocessing
-import os
-import platform
-import time
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from zoosplat.errors import LockLost, Passing, UserError
-from zoosplat.machine import peak_memory_bytes
-from zoosplat.stages.contract import Context, Plan, Progress, Shard, Stage
-from zoosplat.stages.process import prepared, run_spawned, spawning
-from zoosplat.stages.results import DONE, MANIFEST, PLAN, Mark, Result
-from zoosplat.stages.runs import Project, Run, claim, link_latest
-from zoosplat.storage import (
-    conditional,
-    fingerprints,
-    groups,
-    leases,
-    listing,
-    objects,
-    s3_client,
-    schema,
-    urls,
-    writing,
-)
+from zoosplat.errors import TransientError
+from zoosplat.stages.contract import Context, Plan, Stage, StageProgress
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.runs import Run
+from zoosplat.stages.spawning import pack_call, run_spawned, spawning
+from zoosplat.stages.steps import finish_held, hold_alone, prepare_held, run_shard, shard_is_done
+from zoosplat.storage import s3_client
 from zoosplat.storage.errors import as_user_error
 
-PACKAGES = ("zoosplat", "numpy", "zarr", "av", "opencv-python-headless", "scipy", "torch", "gsplat")
 
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-@dataclass
-class _Measured:
-    started: float
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-    def as_mark(self) -> Mark:
-        return {"started": self.started, "seconds": round(self.seconds, 3), "peak_memory_bytes": self.peak_bytes}
-
-
-@contextmanager
-def _measured() -> Iterator[_Measured]:
-    measured = _Measured(time.time())
-    clock = time.monotonic()
-    yield measured
-    measured.seconds = time.monotonic() - clock
-    measured.peak_bytes = peak_memory_bytes()
-
-
-# -- the three steps ----------------------------------------------------------------------------------------------
-@contextmanager
-def _alone(url: str, ctx: Context) -> Iterator[leases.Held]:
-    """Hold the lease of a result or of a shard of it; says so while another process has it.
-
-    Whoever loses it, having been asleep for so long that it was taken for dead, writes nothing more.
-    """
-    with (
-        leases.locked(url, lambda: ctx.progress(0, 1, "another run is at work on it; waiting")) as lease,
-        writing.only_while(lease.check),
-    ):
-        yield lease
-
-
-def _write_once(url: str, value: Mark) -> None:
-    """Write what says that a step is done. Raises LockLost where another process has done so meanwhile."""
-    if not conditional.create_json(url, value):
-        raise LockLost(f"{url}: another run has taken this work over; run again, finished work is kept")
-
-
-def prepare(stage: Stage, ctx: Context) -> Plan | None:
-    """Make the stage ready for its shards; None where its result is done. What an earlier try finished is kept."""
-    result = ctx.run.result(stage.name)
-    if result.is_done():
-        return None
-    with _alone(result.lease_url(), ctx):
-        return None if result.is_done() else _prepare(stage, ctx, result)
-
-
-def _prepare(stage: Stage, ctx: Context, result: Result) -> Plan:
-    _check_version(stage, ctx)
-    if result.plan() is not None:
-        return read_plan(stage, ctx)
-    claim(result, ctx.run.request(stage.name))
-    with _measured() as measured:
-        plan = stage.prepare(ctx)
-    _write_once(
-        result.file(PLAN),
-        {
-            "id": result.id,
-            **measured.as_mark(),
-            "bounds": list(plan.bounds),
-            "values": plan.values,
-            "warnings": list(plan.warnings),
-        },
-    )
-    return plan
-
-
-def _check_version(stage: Stage, ctx: Context) -> None:
-    """Raise UserError where what this process would make is not what the run's record says."""
-    request = ctx.run.request(stage.name)
-    if request.version != stage.spec.version:
-        raise UserError(
-            f"run {ctx.run.id} was begun with version {request.version} of stage {stage.name}, this is version "
-            f"{stage.spec.version}; begin a new run with `zoosplat run`"
-        )
-    if request.id != ctx.run.result(stage.name).id:
-        raise UserError(
-            f"run {ctx.run.id} was begun by another version of zoosplat; begin a new run with `zoosplat run`"
-        )
-
-
-def read_plan(stage: Stage, ctx: Context) -> Plan:
-    """The plan that `prepare` wrote. Raises UserError where there is none."""
-    plan = ctx.run.result(stage.name).plan()
-    if plan is None:
-        raise UserError(f"{ctx.run.project.url}: stage {stage.name} is not prepared; run it with --prepare first")
-    return Plan(tuple(plan["bounds"]), plan["values"], tuple(plan["warnings"]))
-
-
-def shard_is_done(result: Result, shard: Shard) -> bool:
-    """Whether the mark of a shard is there."""
-    return objects.exists(result.shard_mark_url(shard.index, shard.count))
-
-
-def run_shard(stage: Stage, ctx: Context, index: int, plan: Plan) -> None:
-    """Run one shard unless it is done; its mark is written after its data.
-
-    One process at a time works on a shard: another one waits, and skips what that has done.
-    """
-    result, shard = ctx.run.result(stage.name), plan.shard(index)
-    if result.is_done() or shard_is_done(result, shard):
-        return
-    with _alone(result.shard_lease_url(shard.index, shard.count), ctx) as lease:
-        if result.is_done() or shard_is_done(result, shard):
-            return
-
-        def progress(done: int, total: int, message: str) -> None:
-            lease.check()  # a process that was asleep for long must not write beside the one that took its place
-            ctx.progress(done, total, message)
-
-        try:
-            with _measured() as measured:
-                outcome = stage.run_shard(Context(ctx.run, progress), shard, plan)
-        except Exception as error:
-            if shard.count > 1:
-                # As the argument of --shard.
-                error.add_note(f"in shard {index}/{shard.count}, kept frames {shard.start} to {shard.stop - 1}")
-            raise
-        _write_once(
-            result.shard_mark_url(shard.index, shard.count),
-            {
-                "id": result.id,
-                **measured.as_mark(),
-                "start": shard.start,
-                "stop": shard.stop,
-                "frames": outcome.frames,
-                "warnings": list(outcome.warnings),
-                "figures": outcome.figures,
-                "pid": os.getpid(),
-            },
-        )
-
-
-def finish(stage: Stage, ctx: Context, plan: Plan) -> None:
-    """Check that every shard is done, write what needs them all, then the success mark: the last write."""
-    result = ctx.run.result(stage.name)
-    if result.is_done():
-        return
-    with _alone(result.lease_url(), ctx):
-        if not result.is_done():
-            _finish(stage, ctx, plan, result)
-
-
-def _finish(stage: Stage, ctx: Context, plan: Plan, result: Result) -> None:
-    _check_version(stage, ctx)
-    marks = [objects.read_json(result.shard_mark_url(i, plan.n_shards)) for i in range(plan.n_shards)]
-    missing = [i for i, mark in enumerate(marks) if mark is None]
-    if missing:
-        raise UserError(f"{ctx.run.project.url}: shards {missing} of stage {stage.name} are not done; run them first")
-    objects.remove_partials(result.folder)
-    with _measured() as measured:
-        outcome = stage.finish(ctx, plan)
-    _check_sources(stage, ctx)
-    files = _complete_files(stage, result)
-    objects.write_json(result.file(MANIFEST), files)
-    steps = [result.plan() or {}, *(m for m in marks if m is not None), measured.as_mark()]
-    warnings = list(dict.fromkeys([w for m in steps for w in m.get("warnings", [])] + list(outcome.warnings)))
-    figures: dict[str, Any] = {}
-    for mark in marks:
-        figures.update(mark["figures"] if mark else {})
-    _write_once(
-        result.file(DONE),
-        {
-            **ctx.run.request(stage.name).to_json(),
-            "run": ctx.run.id,
-            "versions": _versions(),
-            "shards": plan.n_shards,
-            "frames": sum(m["frames"] for m in marks if m) or outcome.frames,
-            "started": min(m["started"] for m in steps),
-            "finished": time.time(),
-            "cpu_seconds": round(sum(m["seconds"] for m in steps), 3),
-            "peak_memory_bytes": max(m["peak_memory_bytes"] for m in steps),
-            "warnings": warnings,
-            "figures": {**figures, **outcome.figures},
-            "files": len(files),
-            "bytes": sum(files.values()),
-        },
-    )
-    link_latest(ctx.run)
-
-
-def _check_sources(stage: Stage, ctx: Context) -> None:
-    """Raise UserError where a file that determines the result has been written since the run was begun."""
-    for source in ctx.run.sources.get(stage.name, {}).values():
-        if not source.state:
-            continue
-        try:
-            unchanged = str(fingerprints.stat(source.url)) == source.state
-        except FileNotFoundError:
-            continue  # what was read of it was read before it went
-        if not unchanged and fingerprints.content_fingerprint(source.url) != source.fingerprint:
-            raise UserError(f"{source.url}: was changed while stage {stage.name} read it; run again")
-
-
-def _complete_files(stage: Stage, result: Result) -> dict[str, int]:
-    """Path below the result's data folder and bytes of every file that the stage has written.
-
-    Raises:
-        UserError: a block of a group is missing although its shard is marked as done.
-    """
-    files: dict[str, int] = {}
-    for name in (stage.spec.writes, *stage.spec.also):
-        url = urls.join(result.data_folder, name)
-        below = listing.manifest(url)
-        if not below and objects.exists(url):
-            files[name] = objects.size(url)
-            continue
-        lost = [""] if not below else []
-        if below and name.endswith(".zarr"):
-            lost = sorted(schema.expected_files(groups.open_group(url)) - below.keys())
-        if lost:
-            raise UserError(
-                f"{urls.join(url, lost[0]).rstrip('/')}: is missing, one of {len(lost)} of such, though its shard "
-                f"was done; run stage {stage.name} with --force"
-            )
-        files |= {urls.join(name, path): size for path, size in below.items()}
-    return files
-
-
-# -- running ------------------------------------------------------------------------------------------------------
 def _no_progress(done: int, total: int, message: str) -> None:
     return None
 
@@ -287,14 +33,14 @@ def _start_worker(queue: Any) -> None:
 
 def _shard_in_worker(stage: Stage, url: str, run_id: str, index: int, plan: Plan) -> None:
     try:
-        ctx = Context(Project.at(url).run(run_id), lambda done, total, text: _queue.put((index, done)))
+        ctx = Context(open_run(Project.at(url), run_id), lambda done, total, text: _queue.put((index, done)))
         run_shard(stage, ctx, index, plan)
     except Exception as error:
         # Here and not in the parent: exceptions of other libraries do not always survive the way between processes.
         raise as_user_error(error, url) or error from error
 
 
-def run_stage(stage: Stage, run: Run, *, workers: int = 1, progress: Progress = _no_progress) -> bool:
+def run_stage(stage: Stage, run: Run, *, workers: int = 1, progress: StageProgress = _no_progress) -> bool:
     """Run a whole stage here: skip it if done, else prepare, run the missing shards in processes, finish.
 
     Where another process is at it, this waits, and skips what that has done.
@@ -309,17 +55,17 @@ def run_stage(stage: Stage, run: Run, *, workers: int = 1, progress: Progress = 
     result = run.result(stage.name)
     if result.is_done():
         return False
-    with _alone(result.lease_url(), ctx):
+    with hold_alone(result.lease_url(), ctx):
         if result.is_done():
             return False
-        plan = _prepare(stage, ctx, result)
+        plan = prepare_held(stage, ctx, result)
         todo = [i for i in range(plan.n_shards) if not shard_is_done(result, plan.shard(i))]
         if workers == 1 or len(todo) <= 1 or stage.spec.gpu:  # one process has a GPU, or all the cores, for itself
             for i in todo:
                 run_shard(stage, ctx, i, plan)
         else:
             _run_in_processes(stage, ctx, plan, todo, min(workers, len(todo)))
-        _finish(stage, ctx, plan, result)
+        finish_held(stage, ctx, plan, result)
     return True
 
 
@@ -329,7 +75,7 @@ def _run_in_processes(stage: Stage, ctx: Context, plan: Plan, todo: list[int], w
     total = plan.bounds[-1]
     done = {i: 0 for i in todo}
     before = total - sum(plan.shard(i).stop - plan.shard(i).start for i in todo)
-    begin = (prepared(_start_worker), queue)
+    begin = (pack_call(_start_worker), queue)
     with ProcessPoolExecutor(workers, spawn, initializer=run_spawned, initargs=begin) as pool:
         with spawning():
             pending = {pool.submit(_shard_in_worker, stage, ctx.run.project.url, ctx.run.id, i, plan): i for i in todo}
@@ -354,7 +100,7 @@ def _run_in_processes(stage: Stage, ctx: Context, plan: Plan, todo: list[int], w
             return
         killed = [error for error in errors.values() if isinstance(error, BrokenProcessPool)]
         if len(killed) == len(errors):
-            raise Passing(
+            raise TransientError(
                 f"a worker process of stage {stage.name} was killed, as the system does when memory runs out; lower "
                 f"--workers (now {workers}) and run again, finished shards are kept"
             )

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages import runner, runs
+from zoosplat.stages import runner
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.dependencies import outside_files
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.projects import Project
+from zoosplat.stages.run_records import record_run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
 
 
@@ -56,7 +59,7 @@ def begin_with_results(project: Project, experiment: Experiment, results: Mappin
         for url in outside_files(stage, experiment).values():
             if not objects.exists(url):
                 objects.write_bytes(url, b"0")
-    run = runs.record(runs.resolve(project, experiment), list(results))
+    run = record_run(draft_run(project, experiment), list(results))
     for stage in results:
         runner.run_stage(StandIn(stage), run)
     return run

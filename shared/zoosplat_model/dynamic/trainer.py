@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoosplat.config.training import Dynamic
+from zoosplat_model.cuda_graph import CudaGraphPool
 from zoosplat_model.dynamic.files import DynamicCheckpoint
 from zoosplat_model.dynamic.gaussian_set import PARAMETER_NAMES, GaussianSet
 from zoosplat_model.dynamic.hexplane import AXES, TIME, DeformationField, Deformed
@@ -26,7 +27,6 @@ from zoosplat_model.dynamic.schedule import (
 )
 from zoosplat_model.frames import copy_to_device
 from zoosplat_model.metrics import ssim_map
-from zoosplat_model.cuda_graph import CudaGraphPool
 from zoosplat_model.rasterize import PairBuffer, Rendering, ScreenStatistics, rasterize
 from zoosplat_model.spherical_harmonics import evaluate_colors
 

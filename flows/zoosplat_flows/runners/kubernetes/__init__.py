@@ -1,1 +1,1 @@
-"""kubernetes."""
+"""The Kubernetes runner: stages as Jobs of a cluster."""

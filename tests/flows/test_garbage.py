@@ -14,14 +14,16 @@ from typer.testing import CliRunner
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages import runs
+from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.lookup import open_run
+from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, REQUEST, Result
-from zoosplat.stages.runs import Project, Run
+from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, listing, objects, urls
 from zoosplat_flows.cli.app import app
-from zoosplat_flows.commands import collect
-from zoosplat_flows.commands.collect import in_bytes, look
+from zoosplat_flows.execution.garbage import find_garbage, remove_garbage
+from zoosplat_flows.formatting import format_size
 
 if TYPE_CHECKING:
     from tests.conftest import S3, ByHand
@@ -99,7 +101,7 @@ def test_keep_last_removes_runs_and_what_only_they_refer_to(three: list[Run]) ->
     assert {line.partition(":")[0] + "/" for line in lines[:-1]} == gone
     size = len(objects.read_bytes(first.result("train").file(DONE))) + 1000
     size += len(objects.read_bytes(first.result("train").file(REQUEST)))
-    assert f"results/train/{first.result('train').id}: {in_bytes(size)}" in lines
+    assert f"results/train/{first.result('train').id}: {format_size(size)}" in lines
     assert lines[-1].startswith("would free about ")
 
     done = gc(url, "--keep-last", "1")
@@ -108,7 +110,7 @@ def test_keep_last_removes_runs_and_what_only_they_refer_to(three: list[Run]) ->
     assert files(url) == {name for name in before if not any(name.startswith(each) for each in gone)}
     # Nor an empty folder, which would count as an attempt.
     assert {path.name for path in Path(url).glob("results/train/*")} == {three[2].result("train").id}
-    assert all(Project.at(url).run().result(stage).is_done() for stage in NAMES)
+    assert all(open_run(Project.at(url)).result(stage).is_done() for stage in NAMES)
     assert gc(url, "--keep-last", "1")[-1].startswith("nothing to free")
 
 
@@ -121,7 +123,7 @@ def test_a_forced_attempt_that_is_freed_leaves_the_one_before(three: list[Run], 
     objects.write_json(project.path("latest.json"), {"run": last.id})
     objects.delete(forced.path("run.json"))
     assert f"results/train/{forced.result('train').id}" in "".join(gc(project.url))
-    draft = runs.resolve(project, last.experiment)
+    draft = draft_run(project, last.experiment)
     assert draft.results["train"].id == last.result("train").id
     assert draft.todo(NAMES) == []
 
@@ -196,11 +198,11 @@ def test_what_somebody_works_on_is_left(three: list[Run], lease: str) -> None:
 def test_a_run_that_comes_to_refer_to_a_result_meanwhile_keeps_it(three: list[Run], by_hand: ByHand) -> None:
     free = orphans(three)
     project, train = free.project, free.result("train")
-    found = look(project, None)
+    found = find_garbage(project, None)
     assert ("train", train.id) in found.results
     again = by_hand.begin(Path(project.url), free.experiment, state="begun")
     assert again.result("train").id == train.id
-    lines = list(collect.collect(project, found))
+    lines = list(remove_garbage(project, found))
     assert f"results/train/{train.id}: left, a run uses it now" in lines
     assert Result.at(project.url, "train", train.id).is_done()
     assert Path(train.data_url, "part", "block").exists()
@@ -212,15 +214,15 @@ def test_what_a_killed_gc_has_left_is_not_complete_and_is_freed_by_the_next(thre
     code = (
         "import os, sys\n"
         "from zoosplat.storage import objects\n"
-        "from zoosplat.stages.runs import Project\n"
-        "from zoosplat_flows.commands import collect\n"
+        "from zoosplat.stages.projects import Project\n"
+        "from zoosplat_flows.commands import gc\n"
         "delete, deleted = objects.delete, []\n"
         "def stopping(url):\n"
         "    delete(url)\n"
         "    deleted.append(url)\n"
         "    if len(deleted) == 2: os._exit(9)\n"
         "objects.delete = stopping\n"
-        "collect.show(Project.at(sys.argv[1]), None, False)\n"
+        "gc.free_space(Project.at(sys.argv[1]), None, False)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, free.project.url], env=os.environ, check=False)
     assert killed.returncode == 9
@@ -246,7 +248,7 @@ def test_nothing_is_freed_where_a_run_cannot_be_read(three: list[Run]) -> None:
     Path(three[1].path("run.json")).write_text('{"id": ')
     before = files(free.project.url)
     with pytest.raises(UserError, match=r"run\.json: is damaged"):
-        look(free.project, None)
+        find_garbage(free.project, None)
     assert files(free.project.url) == before
 
 
@@ -268,4 +270,4 @@ def test_the_same_on_s3(three: list[Run], s3_here: S3) -> None:
 def test_bytes_read_well() -> None:
     sizes = (0, 999, 1000, 4120, 999_400, 999_600, 12_340_000, 1_230_000_000, 5_000_000_000_000_000)
     words = ["0 bytes", "999 bytes", "1 kB", "4.12 kB", "999 kB", "1 MB", "12.3 MB", "1.23 GB", "5e+03 TB"]
-    assert [in_bytes(n) for n in sizes] == words
+    assert [format_size(n) for n in sizes] == words

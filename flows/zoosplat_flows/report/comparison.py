@@ -1,4 +1,4 @@
-"""`zoosplat compare`: two runs of a project side by side: settings, metrics, and a page with their pictures."""
+"""The page that compares two runs of a project: their settings, metrics and pictures side by side."""
 
 from __future__ import annotations
 
@@ -9,33 +9,30 @@ from typing import Any
 
 import cv2
 import numpy as np
-import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.history import GROUPS, Change, differences, flat, means_of, other_causes
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects, urls
-from zoosplat_flows.report.page import as_jpeg, label, render_page
+from zoosplat_flows.report.page import render_page
+from zoosplat_flows.report.pictures import jpeg_data_uri
+from zoosplat_flows.report.values import metric_label
 
 GAP = 4  # grey columns between the pictures of a gallery, see `media.side_by_side`
-Metric = tuple[str, float | None, float | None]  # its name, and its mean in either run
+MetricMeans = tuple[str, float | None, float | None]  # name of a metric, and its mean in the first and second run
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A picture that both evaluations have.
+class PicturePair:
+    """The pictures of one frame and camera that both evaluations have.
 
     Attributes:
-        camera: its name.
+        camera: name of the camera.
         frame: index in the video.
-        held_out: whether the camera is, in the second run.
-        panels: what is seen in it and the picture, as the source of an image: truth and both renders.
-        scores: of either run, in words.
+        held_out: whether the camera is held out in the second run.
+        panels: title and picture (as a data URI) of what is shown: the truth and both renders.
+        scores: IoU and PSNR of the first and second run, in words.
     """
 
     camera: str
@@ -45,25 +42,25 @@ class Pair:
     scores: tuple[str, str]
 
 
-def changes(first: Run, second: Run) -> list[Change]:
-    """Settings that differ between two runs, and other reasons why their results do."""
+def compare_settings(first: Run, second: Run) -> list[Change]:
+    """Settings that differ between two runs, and other reasons why their results differ."""
     found = differences(*(flat(run.experiment.model_dump(mode="json")) for run in (first, second)))
     return found + [(cause, "", "") for cause in other_causes(first.record(), second.record())]
 
 
-def metrics(first: Run, second: Run) -> list[Metric]:
-    """Means of the views that either evaluation has, held-out ones first."""
+def compare_metrics(first: Run, second: Run) -> list[MetricMeans]:
+    """Means over views that at least one of the two evaluations has; those of held-out views come first."""
     a, b = (means_of(run.read_mark("evaluate")) for run in (first, second))
-    found: list[Metric] = []
+    found: list[MetricMeans] = []
     for group in GROUPS:
         for name in dict.fromkeys([*a.get(group, {}), *b.get(group, {})]):
-            title = f"{group.replace('_', '-')} views, {label(name)}"
+            title = f"{group.replace('_', '-')} views, {metric_label(name)}"
             found.append((title, a.get(group, {}).get(name), b.get(group, {}).get(name)))
     return found
 
 
 def remarks(first: Run, second: Run) -> list[str]:
-    """What makes the metrics of two runs not comparable, or keeps them from being compared."""
+    """Why the metrics of two runs are missing or must not be compared, a sentence each."""
     found = []
     for run in (first, second):
         if run.read_mark("evaluate") is None:
@@ -79,43 +76,20 @@ def remarks(first: Run, second: Run) -> list[str]:
     return found
 
 
-def compare(first: Run, second: Run) -> str:
-    """Print what differs and write the page.
-
-    Returns:
-        URL of the page, in the folder of the second run.
+def write_comparison(first: Run, second: Run) -> str:
+    """Write the page that compares two runs, into the folder of the second one. Returns its URL.
 
     Raises:
-        UserError: both are the same run, or the page cannot be written.
+        UserError: the page cannot be written, or a picture of an evaluation is missing or damaged.
     """
-    if first.id == second.id:
-        raise UserError(f"run {first.id} is compared with itself; name two runs of `zoosplat runs {first.project.url}`")
-    found, means, notes = changes(first, second), metrics(first, second), remarks(first, second)
-    console = Console()
-    table = Table("settings that differ", first.id, second.id, box=box.SIMPLE_HEAD, pad_edge=False)
-    for key, old, new in found:
-        table.add_row(escape(key), escape(old), escape(new))
-    if found:
-        console.print(table)
-    else:
-        typer.echo("no setting differs")
-    table = Table("mean", first.id, second.id, "difference", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for title, a, b in means:
-        table.add_row(title, *_numbers(a, b))
-    if means:
-        console.print(table)
-    for note in notes:
-        typer.echo(f"note: {note}", err=True)
     page = render_page(
         "compare.html.j2",
         first=first,
         second=second,
-        changes=found,
-        means=[(title, *_numbers(a, b)) for title, a, b in means],
-        notes=notes,
-        pairs=pairs(first, second),
+        changes=compare_settings(first, second),
+        means=[(title, *format_means(a, b)) for title, a, b in compare_metrics(first, second)],
+        notes=remarks(first, second),
+        pairs=picture_pairs(first, second),
         built=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     )
     url = second.path(f"compare-{first.id}.html")
@@ -123,14 +97,14 @@ def compare(first: Run, second: Run) -> str:
     return url
 
 
-def _numbers(a: float | None, b: float | None) -> tuple[str, str, str]:
-    """Two means and their difference, as printed."""
+def format_means(a: float | None, b: float | None) -> tuple[str, str, str]:
+    """Two means and their difference, as they are shown; empty strings where a mean is not known."""
     shown = ["" if value is None else f"{value:.4f}" for value in (a, b)]
     return shown[0], shown[1], "" if a is None or b is None else f"{b - a:+.4f}"
 
 
-def pairs(first: Run, second: Run) -> list[Pair]:
-    """The pictures that both evaluations have, held-out views first; none where one is missing.
+def picture_pairs(first: Run, second: Run) -> list[PicturePair]:
+    """The pictures that both evaluations have, held-out views first; none where an evaluation is missing.
 
     Raises:
         UserError: a picture is missing or damaged.
@@ -142,16 +116,16 @@ def pairs(first: Run, second: Run) -> list[Pair]:
         entries = [gallery[key] for gallery in galleries]
         (truth, render), (truth_there, render_there) = (_panels(entry["url"]) for entry in entries)
         panels = [("truth", truth), (f"run {first.id}", render)]
-        # The pictures are cut out round animal and render: with another render it may be another cut.
+        # Each evaluation cuts its pictures out round animal and render, so the two may show different cut-outs.
         if truth.shape != truth_there.shape or (truth != truth_there).any():
             panels.append((f"truth, as run {second.id} shows it", truth_there))
         panels.append((f"run {second.id}", render_there))
         found.append(
-            Pair(
+            PicturePair(
                 camera,
                 frame,
                 bool(entries[1]["held_out"]),
-                [(name, as_jpeg(picture)) for name, picture in panels],
+                [(name, jpeg_data_uri(picture)) for name, picture in panels],
                 (_score(entries[0]), _score(entries[1])),
             )
         )
@@ -159,7 +133,7 @@ def pairs(first: Run, second: Run) -> list[Pair]:
 
 
 def _gallery(run: Run) -> dict[tuple[int, str], dict[str, Any]]:
-    """Pictures of an evaluation by frame of the video and camera; empty where it is not done."""
+    """Pictures of a run's evaluation by frame of the video and camera; empty where there is no evaluation."""
     if run.read_mark("evaluate") is None:
         return {}
     url = run.input_url("evaluate")

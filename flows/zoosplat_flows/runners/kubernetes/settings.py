@@ -1,4 +1,4 @@
-"""The settings of the Kubernetes runner: one file, which the Helm chart writes from its `runner` and `profiles`."""
+"""The settings of the Kubernetes runner: a file that the Helm chart writes from its values `runner` and `profiles`."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from zoosplat.config.serialization import dump, parse_yaml
 from zoosplat.errors import UserError
 from zoosplat.stages.memory import gpu_gib
 
-SETTINGS_VARIABLE = "ZOOSPLAT_SETTINGS"
-SETTINGS_FILE = "/etc/zoosplat/settings.yaml"
+SETTINGS_VARIABLE = "ZOOSPLAT_SETTINGS"  # environment variable that names the file of the settings
+SETTINGS_FILE = "/etc/zoosplat/settings.yaml"  # where the chart mounts it
 
 
-def quantity(text: str) -> float:
+def parse_quantity(text: str) -> float:
     """An amount as Kubernetes writes it: `500m` -> 0.5, `16Gi` -> 2^34. Raises ValueError."""
-    from kubernetes.utils import parse_quantity
+    from kubernetes import utils
 
-    return float(parse_quantity(text))  # type: ignore[no-untyped-call]
+    return float(utils.parse_quantity(text))  # type: ignore[no-untyped-call]
 
 
-def _quantity(value: str) -> str:
+def _check_quantity(value: str) -> str:
     try:
-        if quantity(value) > 0:
+        if parse_quantity(value) > 0:
             return value
     except ValueError:
         pass
     raise ValueError("must be an amount as Kubernetes writes it, such as 4, 500m or 16Gi")
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """Without nulls: they take out a value of the chart, and are there after `helm upgrade --reuse-values`."""
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop keys whose value is null: with null a user takes out a key of the chart, and Helm may keep the null."""
     return {key: value for key, value in values.items() if value is not None}
 
 
-Quantity = Annotated[str, AfterValidator(_quantity)]
+Quantity = Annotated[str, AfterValidator(_check_quantity)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 
 
@@ -47,13 +47,15 @@ class _Section(BaseModel):
 
 
 class Images(_Section):
+    """Where the images of the stages come from: see `zoosplat_flows.runners.images.image_name`."""
+
     registry: str = "localhost"
     tag: str = "dev"
     pullPolicy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
 
 
 class S3(_Section):
-    """Where projects lie. Without a secret, pods get their credentials by way of their service account."""
+    """The S3 server that holds the projects. Without a secret, pods get credentials from their service account."""
 
     secretName: Name | None = None
     endpoint: str | None = None
@@ -61,6 +63,8 @@ class S3(_Section):
 
 
 class Toleration(_Section):
+    """A toleration of pods, as in Kubernetes' PodSpec."""
+
     key: str | None = None
     operator: Literal["Exists", "Equal"] = "Equal"
     value: str | None = None
@@ -68,17 +72,21 @@ class Toleration(_Section):
 
 
 class Amounts(_Section):
+    """Amounts of cpu and memory as Kubernetes writes them."""
+
     cpu: Quantity
     memory: Quantity
 
 
 class Resources(_Section):
+    """What a pod of a CPU stage asks for, and the most that it may use."""
+
     requests: Amounts = Amounts(cpu="1", memory="2Gi")
     limits: Amounts = Amounts(cpu="2", memory="4Gi")
 
 
 class Cpu(_Section):
-    """Pods of stages that need no GPU, and of the steps before and after shards."""
+    """How stages that need no GPU run: the pods of their shards, and of the steps before and after the shards."""
 
     parallelism: Annotated[int, Field(ge=1)] = 50
     resources: Resources = Resources()
@@ -88,21 +96,23 @@ class Cpu(_Section):
 
 
 class Profile(_Section):
-    """A kind of GPU node, and what of an experiment is changed to use it well."""
+    """A kind of GPU node: its labels, what a pod gets of it, and the keys of an experiment that are set for it."""
 
     nodeSelector: dict[str, str]
     tolerations: tuple[Toleration, ...] = ()
     gpus: Annotated[int, Field(ge=1)] = 1
     cpu: Quantity
     memory: Quantity
-    config: Annotated[dict[str, Any], AfterValidator(_given)] = {}
+    config: Annotated[dict[str, Any], AfterValidator(_without_nulls)] = {}
 
 
-# Named by the memory of one GPU, which `auto` goes by.
+# A profile is named by the memory of one GPU in GB, by which the profile `auto` chooses.
 ProfileName = Annotated[str, Field(pattern=r"^[1-9][0-9]*gb$")]
 
 
-class Settings(_Section):
+class ClusterSettings(_Section):
+    """All settings of the Kubernetes runner, with the keys of the file."""
+
     namespace: Name
     images: Images = Images()
     s3: S3 = S3()
@@ -112,11 +122,14 @@ class Settings(_Section):
     hostNetwork: bool = False
 
     @classmethod
-    def read(cls, path: str | None = None) -> Settings:
-        """Read a file; None: the one that $ZOOSPLAT_SETTINGS names, or /etc/zoosplat/settings.yaml.
+    def read(cls, path: str | None = None) -> ClusterSettings:
+        """Read the settings from a file.
+
+        Args:
+            path: the file; None: the one that $ZOOSPLAT_SETTINGS names, or /etc/zoosplat/settings.yaml.
 
         Raises:
-            UserError: no such file, or a line for each unknown key or bad value.
+            UserError: there is no such file, or it has unknown keys or bad values: a line for each.
         """
         path = path or os.environ.get(SETTINGS_VARIABLE, SETTINGS_FILE)
         try:
@@ -130,10 +143,10 @@ class Settings(_Section):
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except ValidationError as error:
-            raise UserError("\n".join(_lines(path, error))) from None
+            raise UserError("\n".join(_problem_lines(path, error))) from None
 
     def profile(self, name: str) -> Profile:
-        """Raises UserError for a name that is not in the table."""
+        """The profile of a name. Raises UserError for a name that the settings do not have."""
         if name not in self.profiles:
             known = ", ".join(self.ordered()) or "none"
             raise UserError(f"profile {name}: is not in the settings; there are {known}, and auto")
@@ -144,7 +157,7 @@ class Settings(_Section):
         return sorted(self.profiles, key=gpu_gib)
 
 
-def _lines(path: str, error: ValidationError) -> list[str]:
+def _problem_lines(path: str, error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "the file"
@@ -158,7 +171,16 @@ def _lines(path: str, error: ValidationError) -> list[str]:
 
 
 def overlay(experiment: Experiment, profile: str, changes: dict[str, Any]) -> Experiment:
-    """An experiment with a profile's dotted keys set. Raises UserError naming the profile and the key."""
+    """A copy of an experiment with a profile's dotted keys set.
+
+    Args:
+        experiment: the experiment.
+        profile: name of the profile, for error messages.
+        changes: dotted key -> value, such as `train.lr` -> 1e-4.
+
+    Raises:
+        UserError: a key or value does not fit; a line for each, which names the profile and the key.
+    """
     raw = experiment.model_dump(mode="json")
     for key, value in changes.items():
         *sections, leaf = key.split(".")

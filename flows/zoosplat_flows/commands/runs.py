@@ -10,17 +10,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from zoosplat.stages.history import GROUPS, entries
-from zoosplat.stages.runs import Project
-from zoosplat_flows.execution.status import RUN_COLOURS
+from zoosplat.stages.projects import Project
+from zoosplat_flows.commands.status import OTHER_COLOUR, RUN_COLOURS
 
 
-def local_time(iso: str) -> str:
-    """A time of a record as the user's clock shows it, to the minute; empty stays empty."""
+def format_local_time(iso: str) -> str:
+    """An ISO time as the user's clock shows it, to the minute; an empty string for an empty string."""
     return f"{datetime.fromisoformat(iso).astimezone():%Y-%m-%d %H:%M}" if iso else ""
 
 
-def show(project: Project) -> None:
-    """Print the table of `zoosplat runs`. Raises UserError where there is no run."""
+def show_runs(project: Project) -> None:
+    """Print the runs of a project as a table. Raises UserError where there is no run."""
     found = entries(project)
     latest = project.latest_id()
     table = Table(title=project.url, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -32,16 +32,17 @@ def show(project: Project) -> None:
     for entry in found:
         shown = f"[bold]{entry.id}[/]" if entry.id == latest else entry.id
         changes = "" if entry.changes is None else "\n".join(entry.changes) or "the same"
-        colour = RUN_COLOURS.get(entry.state.partition(" ")[0], "yellow")
+        colour = RUN_COLOURS.get(entry.state.partition(" ")[0], OTHER_COLOUR)
         table.add_row(
-            f"{shown}\n[dim]{local_time(entry.created)}[/]",
+            f"{shown}\n[dim]{format_local_time(entry.created)}[/]",
             escape(changes),
             f"[{colour}]{escape(entry.state)}[/]",
-            *(_headline(entry.means.get(group, {})) for group in GROUPS),
+            *(_format_means(entry.means.get(group, {})) for group in GROUPS),
         )
     Console().print(table)
 
 
-def _headline(means: dict[str, float | None]) -> str:
+def _format_means(means: dict[str, float | None]) -> str:
+    """IoU and PSNR, a line each; empty lines where they are not known."""
     iou, psnr = means.get("iou"), means.get("psnr")
     return f"{'' if iou is None else f'{iou:.3f}'}\n{'' if psnr is None else f'{psnr:.2f} dB'}".rstrip()

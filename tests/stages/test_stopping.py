@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from zoosplat.stages.process import GRACE_S
+from zoosplat.stages.stopping import GRACE_S
 
 LINE = "zoosplat idle: stopped; finished work is kept, the same command goes on from here\n"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-MAIN = 'from zoosplat.stages.process import service\n\nservice("idle")\n'
-# What it does, after `from zoosplat.stages.process import *`.
-WORK = {
+MAIN = 'from zoosplat.stages.service import run_service\n\nrun_service("idle")\n'
+# What the stage does, by what it is busy with.
+BUSY_WITH = {
     # PyTorch and the like: C code that does not look for signals.
     "in a long computation": """
         import hashlib
@@ -26,11 +26,11 @@ WORK = {
         hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
     """,
     "waiting for the shards of its processes": """
-        import multiprocessing, time
+        import multiprocessing, os, time
         from concurrent.futures import ProcessPoolExecutor
         spawn = multiprocessing.get_context("spawn")
         queue = spawn.SimpleQueue()
-        begin = (prepared(print, "busy"),)
+        begin = (pack_call(os.write, 1, b"busy\\n"),)  # in one piece: two processes write it
         with ProcessPoolExecutor(2, spawn, initializer=run_spawned, initargs=begin) as pool:
             with spawning():
                 waiting = [pool.submit(time.sleep, 60) for _ in range(4)]
@@ -39,8 +39,8 @@ WORK = {
     "while its processes import": """
         import multiprocessing
         spawn = multiprocessing.get_context("spawn")
-        work = prepared(importlib.import_module, "slow")
-        children = [spawn.Process(target=run_spawned, args=(work,)) for _ in range(2)]
+        call = pack_call(importlib.import_module, "slow")
+        children = [spawn.Process(target=run_spawned, args=(call,)) for _ in range(2)]
         try:
             for child in children:
                 with spawning():
@@ -57,19 +57,19 @@ WORK = {
 }
 
 
-@pytest.fixture(params=WORK)
+@pytest.fixture(params=BUSY_WITH)
 def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder with `zoosplat_idle`, a stage that works for a minute, and says when it has begun."""
     package = tmp_path / "zoosplat_idle"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(MAIN)
-    body = textwrap.indent(textwrap.dedent(WORK[request.param]), "    ")
-    begin = "import importlib\nfrom zoosplat.stages.process import *\nSTAGE = None\ndef work():"
+    body = textwrap.indent(textwrap.dedent(BUSY_WITH[request.param]), "    ")
+    begin = "import importlib\nfrom zoosplat.stages.spawning import *\nSTAGE = None\ndef work():"
     (package / "stage.py").write_text(f"{begin}\n{body}\n")
     if request.param == "while it imports":
         (package / "stage.py").write_text(textwrap.dedent(body))
-    (tmp_path / "slow.py").write_text("import time\nprint('busy', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "slow.py").write_text("import os, time\nos.write(1, b'busy\\n')\ntime.sleep(60)\n")
     # In place of the real command line, which would need a project.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, types\n"
