@@ -17,9 +17,9 @@ import torch
 from train_step import OBSERVED, Scene, median_ms, settings
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages.memory import GIB, Sizes, training
+from zoosplat.stages.memory import GIB, TrainingSizes, training_memory
 from zoosplat_flows.profiles import profile_overrides
-from zoosplat_train.ops import Trainer
+from zoosplat_train.trainer import NetworkTrainer
 
 CAPS = {"12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB
 WIDTH, HEIGHT = 1152, 1024
@@ -45,14 +45,14 @@ def measure(name: str, experiment: Experiment, cap_gib: int, context: int, devic
     torch.cuda.reset_peak_memory_stats()
     scene = Scene(device, width, height, experiment.crop.grid_size)
     voxels: int = math.prod(stop - start for start, stop in scene.volume_idx)
-    sizes = Sizes(voxels, width * height, len(OBSERVED), scene.n_cameras, 0)
-    parts = training(experiment, sizes)
+    sizes = TrainingSizes(voxels, width * height, len(OBSERVED), scene.n_cameras, 0)
+    parts = training_memory(experiment, sizes)
     predicted = (sum(parts.values()) - parts["first validation"]) / GIB  # only steps are taken here
     result = f"{'out of memory':>38}"
     try:
         batch = experiment.train.batch_frames
         frames = [scene.frame(t) for t in range(2)] * batch
-        trainer = Trainer(scene, experiment, device)  # type: ignore[arg-type]
+        trainer = NetworkTrainer(scene, experiment, device)  # type: ignore[arg-type]
         state = {"i": 0}
 
         def step() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.memory import AHEAD, CACHE_BYTES
+from zoosplat.stages.memory import CACHE_BYTES, READ_AHEAD_FRAMES
 from zoosplat.stages.runs import Run
 from zoosplat.storage import schema
 
@@ -169,6 +169,11 @@ class FrameReader:
         largest = np.max(self._intrinsics[:, 0, 0] * self.voxel_size_m / np.maximum(depth, self.voxel_size_m))
         return 2 * int(np.ceil(largest) // 2) + 1
 
+    def pixel_size_m(self, frame: Frame) -> float:
+        """Width of a window's pixel at the animal's centre, metres: the mean over the observed views of a frame."""
+        depth = frame.world_to_camera[:, 2, :3] @ frame.center + frame.world_to_camera[:, 2, 3]
+        return float((depth / frame.intrinsics[:, 0, 0])[self.observed].mean())
+
     def pose(self, t: int) -> tuple[Tensor, Tensor]:
         """Centre ([3] metres) and heading ([] radians) of the animal, interpolated where the frame is not valid."""
         centers, angles = self._places
@@ -210,10 +215,10 @@ class FrameReader:
     def prefetch(self, frames: Iterable[int]) -> Generator[Frame]:
         """Yield frames in the given order; threads read the next ones meanwhile."""
         waiting: deque[tuple[int, Future[tuple[Tensor, Tensor]]]] = deque()
-        with ThreadPoolExecutor(AHEAD, thread_name_prefix="frames") as pool:
+        with ThreadPoolExecutor(READ_AHEAD_FRAMES, thread_name_prefix="frames") as pool:
             for t in frames:
                 waiting.append((t, pool.submit(self._read, t)))
-                if len(waiting) > AHEAD:
+                if len(waiting) > READ_AHEAD_FRAMES:
                     first, future = waiting.popleft()
                     yield self._frame(first, *future.result())
             while waiting:

@@ -344,10 +344,8 @@ class Scene:
     def _for_closeness(self, t: int) -> Gaussians:
         """Gaussians of frame t in the world, fit to be seen from closer than in training, as in stage render."""
         assert self.predictor is not None
-        frame = self.predictor.reader.frame(t)
-        depth = frame.world_to_camera[:, 2, :3] @ frame.center + frame.world_to_camera[:, 2, 3]
-        pixel_m = (depth / frame.intrinsics[:, 0, 0])[self.predictor.reader.observed].mean()
-        return self._gaussians(t).with_low_pass(float(pixel_m))
+        reader = self.predictor.reader
+        return self._gaussians(t).with_low_pass(reader.pixel_size_m(reader.frame(t)))
 
     def splats(self, t: int) -> Splats:
         """The Gaussians of a frame that has a hull."""
