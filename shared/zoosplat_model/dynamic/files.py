@@ -23,8 +23,9 @@ from torch import Tensor
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
+from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat.storage import listing, objects, urls
-from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet
+from zoosplat_model.dynamic.gaussians import GaussianSet
 from zoosplat_model.dynamic.hexplane import DeformationField, HexPlane
 from zoosplat_model.dynamic.schedule import Stage
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat_model.dynamic.hexplane import Deformed
 from zoosplat_model.network.splatter import quaternion_product
 
-SH_C0 = 0.28209479177387814
 FIRST_OPACITY = 0.1
 RESET_OPACITY = 0.01
 SPLIT_SHRINK = 1.6  # of the scale of a Gaussian that becomes two

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat.stages.runs import Run
 from zoosplat_model.dynamic import files
-from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet, colors_of
+from zoosplat_model.dynamic.gaussians import GaussianSet, colors_of
 from zoosplat_model.dynamic.hexplane import Deformed
 from zoosplat_model.dynamic.scene import Scale
 from zoosplat_model.dynamic.schedule import Stage
