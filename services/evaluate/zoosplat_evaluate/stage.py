@@ -12,15 +12,18 @@ from torch import Tensor
 
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import objects, urls
 from zoosplat_evaluate import ops
-from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model.frames import Frame, FrameReader, open_reader
 from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.metrics import METRICS, SSIM_RADIUS, ColorFit, frame_metrics
-from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering
+from zoosplat_model.registry import open_predictor
 
+CSV_DIGITS = 6  # Significant digits of numbers in the tables.
 VALUES = "metrics.npy"  # [T, C, M] float64, NaN where not defined
 IOU, PSNR = METRICS.index("iou"), METRICS.index("psnr")
 FIT_BYTES, FIT_LEAST = 1 << 30, 8  # of renderings that colours are fitted to, and frames at least
@@ -83,7 +86,7 @@ class Evaluate(Stage):
             return self._run(ctx, shard, plan)
 
     def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
-        predictor = Predictor.open(ctx.run, ctx.experiment.evaluate.device)
+        predictor = open_predictor(ctx.run, ctx.experiment.evaluate.device)
         reader, frames = predictor.reader, plan.values["frames"]
         values = _measured_before(ctx)
         if values is None:
@@ -143,13 +146,17 @@ class Evaluate(Stage):
             if cameras:
                 mean = ops.group_means(means, cameras).tolist()
                 rows.append([f"mean_{name}", int(name == "held_out"), len(frames), *mean])
-        self._write(ctx, f"metrics_{split}.csv", ops.table(["camera", "held_out", "frames", *METRICS], rows))
+        self._write(
+            ctx, f"metrics_{split}.csv", encode_csv(["camera", "held_out", "frames", *METRICS], rows, CSV_DIGITS)
+        )
         each = (
             [t, t * jump, name, held_out[c], *values[i, c].tolist()]
             for i, t in enumerate(frames)
             for c, name in enumerate(reader.camera_names)
         )
-        self._write(ctx, f"frames_{split}.csv", ops.table(["t", "frame", "camera", "held_out", *METRICS], each))
+        self._write(
+            ctx, f"frames_{split}.csv", encode_csv(["t", "frame", "camera", "held_out", *METRICS], each, CSV_DIGITS)
+        )
         curves = {
             name.replace("_", " "): (values[:, cameras, IOU].mean(1), values[:, cameras, PSNR].mean(1))
             for name, cameras in groups.items()
@@ -163,7 +170,7 @@ class Evaluate(Stage):
         entries: list[dict[str, Any]] = []
         for i, kind in ops.choose_frames(values[:, judged, IOU].mean(1), ctx.experiment.evaluate.gallery_frames):
             frame = reader.frame(frames[i])
-            layers = (*_render(predictor, frame), frame.on_white(), frame.mask > 0)
+            layers = (*_render(predictor, frame), frame.composite_on_white(), frame.mask > 0)
             for c in np.flatnonzero(reader.pictured[frame.t]).tolist():
                 file = f"gallery/t{frame.t:06d}_camera{c}.png"
                 picture = ops.comparison(*(layer[c].cpu().numpy() for layer in layers))
