@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.formats.comparison import draw_comparison
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import objects, urls
 from zoosplat_evaluate import ops
@@ -166,7 +167,7 @@ class Evaluate(Stage):
             layers = (*_render(predictor, frame), frame.on_white(), frame.mask > 0)
             for c in np.flatnonzero(reader.pictured[frame.t]).tolist():
                 file = f"gallery/t{frame.t:06d}_camera{c}.png"
-                picture = ops.comparison(*(layer[c].cpu().numpy() for layer in layers))
+                picture = draw_comparison(*(layer[c].cpu().numpy() for layer in layers))
                 self._write(ctx, file, media.encode_png(picture))
                 entries.append(
                     {
