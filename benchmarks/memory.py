@@ -17,7 +17,7 @@ import torch
 from train_step import OBSERVED, Scene, median_ms, settings
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages.memory import GIB, Sizes, training
+from zoosplat.stages.memory import GIB, TrainingSizes, training_memory
 from zoosplat_flows.profiles import profile_overrides
 from zoosplat_train.ops import Trainer
 
@@ -45,8 +45,8 @@ def measure(name: str, experiment: Experiment, cap_gib: int, context: int, devic
     torch.cuda.reset_peak_memory_stats()
     scene = Scene(device, width, height, experiment.crop.grid_size)
     voxels: int = math.prod(stop - start for start, stop in scene.volume_idx)
-    sizes = Sizes(voxels, width * height, len(OBSERVED), scene.n_cameras, 0)
-    parts = training(experiment, sizes)
+    sizes = TrainingSizes(voxels, width * height, len(OBSERVED), scene.n_cameras, 0)
+    parts = training_memory(experiment, sizes)
     predicted = (sum(parts.values()) - parts["first validation"]) / GIB  # only steps are taken here
     result = f"{'out of memory':>38}"
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
-from zoosplat.machine import peak_bytes
+from zoosplat.machine import peak_bytes_of
 from zoosplat.stages.begin import begin_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PREPROCESSING
@@ -87,7 +87,7 @@ def main() -> None:
         for key, value in best.items():
             memory = f", peak {peaks[key]:.0f} MiB" if key in peaks else ""
             print(f"{key:16} {value:6.2f}{'' if key == 'ratio' else ' s'}{memory}")
-        children = peak_bytes(resource.getrusage(resource.RUSAGE_CHILDREN)) / 2**20
+        children = peak_bytes_of(resource.getrusage(resource.RUSAGE_CHILDREN)) / 2**20
         print(f"largest process  {children:.0f} MiB")
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "deploy" / "demo"))
 
 from servers import Servers  # noqa: E402
 
-from zoosplat.machine import peak_bytes  # noqa: E402
+from zoosplat.machine import peak_bytes_of  # noqa: E402
 from zoosplat.stages.registry import PREPROCESSING  # noqa: E402
 from zoosplat.synthetic.stand_in import begin_with_results, loop_video  # noqa: E402
 
@@ -100,7 +100,7 @@ def measure(endpoint: str, stage: str, url: str, words: list[str], frames: int) 
     time.sleep(METRICS_S)
     puts, gets, sent, received = (b - a for a, b in zip(before, counts(endpoint), strict=True))
     cpu = usage.ru_utime + usage.ru_stime
-    step = Step(frames, cpu, wall, peak_bytes(usage) / 2**20, int(puts), int(gets), sent, received)
+    step = Step(frames, cpu, wall, peak_bytes_of(usage) / 2**20, int(puts), int(gets), sent, received)
     print(f"{stage} {' '.join(words)}: {json.dumps(vars(step))}", flush=True)
     return step
 

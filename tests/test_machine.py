@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from zoosplat import machine
+from zoosplat.machine import loopback_interface, peak_bytes_of, physical_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,16 +38,16 @@ def test_peak_memory_is_in_bytes_also_of_children(monkeypatch: pytest.MonkeyPatc
     assert 5 << 20 < before < 200 << 20 < 300 << 20 < after < 400 << 20
     usage = resource.getrusage(resource.RUSAGE_SELF)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert machine.peak_bytes(usage) == usage.ru_maxrss * 1024
+    assert peak_bytes_of(usage) == usage.ru_maxrss * 1024
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert machine.peak_bytes(usage) == usage.ru_maxrss
+    assert peak_bytes_of(usage) == usage.ru_maxrss
 
 
 def test_memory_and_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 1 << 30 < machine.memory_bytes() < 1 << 50
-    assert machine.loopback() in {name for _, name in socket.if_nameindex()}
+    assert 1 << 30 < physical_memory_bytes() < 1 << 50
+    assert loopback_interface() in {name for _, name in socket.if_nameindex()}
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert machine.loopback() == "lo0"
+    assert loopback_interface() == "lo0"
 
 
 def test_nothing_else_asks_the_system_in_a_way_that_only_linux_understands() -> None:

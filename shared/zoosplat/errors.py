@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""Errors that a user can mend, and how several of them are reported together."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ class UserError(Exception):
 
 
 class TransientError(UserError):
-    """What may pass: a stage exits with status 1, so that it is tried again."""
+    """A failure that may be gone at the next try: a stage exits with status 1, so that it is tried again."""
 
 
 class Unreachable(TransientError):
-    """A storage server that does not answer."""
+    """A storage server does not answer."""
 
 
 class LockLost(TransientError):
-    """Another process has taken over the work that this one had locked."""
+    """Another process has taken over the work that this process had locked."""
 
 
 class Problems:
     """Collects what a user can mend, so that all of it is reported together.
 
     Attributes:
-        lines: a line for each problem found so far.
+        lines: A line for each problem found so far.
     """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note a UserError of this block and go on after it; what may pass (`TransientError`) is raised on."""
+    def collect(self) -> Iterator[None]:
+        """Collect a UserError of the block and go on after the block. A TransientError is raised on."""
         try:
             yield
         except TransientError:
@@ -46,6 +46,6 @@ class Problems:
             self.lines += str(error).splitlines()
 
     def report(self) -> None:
-        """Raise UserError with the lines, each once, unless there are none."""
+        """Raise a UserError of the lines, each of them once, unless there are none."""
         if self.lines:
             raise UserError("\n".join(dict.fromkeys(self.lines)))

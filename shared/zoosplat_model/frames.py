@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.memory import AHEAD, CACHE_BYTES
+from zoosplat.stages.memory import CACHE_BYTES, READ_AHEAD_FRAMES
 from zoosplat.storage import schema
 
 Split = Literal["train", "valid", "test"]
@@ -198,10 +198,10 @@ class FrameReader:
     def prefetch(self, frames: Iterable[int]) -> Generator[Frame]:
         """Frames in the given order; the next ones are read in threads while one is worked on."""
         waiting: deque[tuple[int, Future[tuple[Tensor, Tensor]]]] = deque()
-        with ThreadPoolExecutor(AHEAD, thread_name_prefix="frames") as pool:
+        with ThreadPoolExecutor(READ_AHEAD_FRAMES, thread_name_prefix="frames") as pool:
             for t in frames:
                 waiting.append((t, pool.submit(self._read, t)))
-                if len(waiting) > AHEAD:
+                if len(waiting) > READ_AHEAD_FRAMES:
                     first, future = waiting.popleft()
                     yield self._frame(first, *future.result())
             while waiting:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from zoosplat.errors import UserError
-from zoosplat.stages.memory import CONTEXT, GIB, advice, measured_sizes, training
+from zoosplat.stages.memory import CUDA_CONTEXT_BYTES, GIB, measured_sizes, training_memory
+from zoosplat.stages.memory_advice import suggest_smaller
 from zoosplat.stages.runs import Run
 
 
@@ -47,18 +48,17 @@ def _is_memory(error: BaseException) -> bool:
 
 def _explain(run: Run, stage: str) -> str:
     experiment, sizes = run.experiment, measured_sizes(run)
-    parts = training(experiment, sizes)
+    parts = training_memory(experiment, sizes)
     largest = [f"{name} {size / GIB:.1f}" for name, size in list(parts.items())[:-4:-1]]
     words = f"training is predicted to need {sum(parts.values()) / GIB:.1f} GiB ({', '.join(largest)})"
     room = 0.0
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         allowed = torch.cuda.get_per_process_memory_fraction() * total
-        room = min(allowed, free + torch.cuda.memory_reserved()) + CONTEXT
+        room = min(allowed, free + torch.cuda.memory_reserved()) + CUDA_CONTEXT_BYTES
         words += f", {room / GIB:.1f} GiB of the GPU's {total / GIB:.1f} can be used"
     if stage == "train":
-        return (
-            f"out of GPU memory: {words}; {advice(experiment, room, sizes)} or use a larger GPU; checkpoints are kept"
-        )
+        smaller = suggest_smaller(experiment, room, sizes)
+        return f"out of GPU memory: {words}; {smaller} or use a larger GPU; checkpoints are kept"
     less = "lower render.width and render.height" if stage == "render" else "let nothing else use the GPU"
     return f"out of GPU memory: {words}, and {stage} less; {less}, or set {stage}.device to cpu; the model is kept"

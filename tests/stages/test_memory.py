@@ -17,7 +17,16 @@ from typer.testing import CliRunner
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
 from zoosplat.config.training import ANIMALS_NETWORK
-from zoosplat.stages.memory import GIB, PROFILES, Sizes, advice, parameters, peak_gpu_bytes, smallest_fitting, training
+from zoosplat.stages.memory import (
+    GIB,
+    GPU_PROFILES,
+    TrainingSizes,
+    count_parameters,
+    peak_gpu_bytes,
+    smallest_profile,
+    training_memory,
+)
+from zoosplat.stages.memory_advice import suggest_smaller
 from zoosplat_flows.cli.app import app
 from zoosplat_flows.profiles import profile_overrides
 from zoosplat_model.network.unet import UNetStack
@@ -43,7 +52,7 @@ def test_weights_are_those_of_the_network(filters: int, poolings: int, unets: in
     changes = {"base_filters": filters, "poolings": poolings, "num_unets": unets, "bottleneck": bottleneck}
     asked = experiment(**{f"model__{key}": value for key, value in changes.items()})
     there = sum(p.numel() for p in stack.parameters())
-    assert parameters(asked, 32 * 32 * 16) == pytest.approx(there, rel=0.04)
+    assert count_parameters(asked, 32 * 32 * 16) == pytest.approx(there, rel=0.04)
 
 
 def test_weights_of_the_published_network_are_the_52_million_it_is_known_for() -> None:
@@ -52,14 +61,14 @@ def test_weights_of_the_published_network_are_the_52_million_it_is_known_for() -
         stack = PublishedStack(3, 8, 4, 512, shape)
     there = sum(p.numel() for p in stack.parameters())
     assert there == pytest.approx(52e6, rel=0.01)
-    assert parameters(experiment(model__network="published"), math.prod(shape)) == pytest.approx(there, rel=0.002)
+    assert count_parameters(experiment(model__network="published"), math.prod(shape)) == pytest.approx(there, rel=0.002)
 
 
 def test_gpus_share_the_frames_of_a_step() -> None:
     alone = peak_gpu_bytes(experiment(train__batch_frames=4))
     shared = peak_gpu_bytes(experiment(train__batch_frames=4, train__gpus=4))
     assert peak_gpu_bytes(experiment()) < shared < alone  # a copy of the gradients is added
-    assert "train.batch_frames to 2" in advice(experiment(train__batch_frames=4, train__gpus=2), shared + 1e8)
+    assert "train.batch_frames to 2" in suggest_smaller(experiment(train__batch_frames=4, train__gpus=2), shared + 1e8)
 
 
 LIKE_ANIMALS = {f"model__{key}": value for key, value in ANIMALS_NETWORK.items()}
@@ -87,7 +96,7 @@ MEASURED: list[tuple[tuple[int, int, int], int, dict[str, Any], float]] = [
 def test_prediction_is_within_15_percent_of_an_h200(
     grid: tuple[int, int, int], pixels: int, changes: dict[str, Any], measured: float
 ) -> None:
-    parts = training(experiment(**changes), Sizes(math.prod(grid), pixels, views=4, cameras=6, frames=0))
+    parts = training_memory(experiment(**changes), TrainingSizes(math.prod(grid), pixels, views=4, cameras=6, frames=0))
     steps = sum(parts.values()) - parts["first validation"]
     assert steps / GIB == pytest.approx(measured, rel=0.15)
 
@@ -107,13 +116,13 @@ def test_whole_trainings_are_predicted_within_15_percent(
     profile: str, voxels: float, pixels: int, measured: float
 ) -> None:
     asked = read_config(MOUSE, profile_overrides(profile)) if profile else experiment()
-    sizes = Sizes(int(voxels), pixels, views=4, cameras=6, frames=300)
+    sizes = TrainingSizes(int(voxels), pixels, views=4, cameras=6, frames=300)
     assert peak_gpu_bytes(asked, sizes) / GIB == pytest.approx(measured, rel=0.15)
 
 
 def test_peak_is_the_sum_of_its_parts_and_grows_with_every_key() -> None:
     small = experiment()
-    assert peak_gpu_bytes(small) == int(sum(training(small).values()))
+    assert peak_gpu_bytes(small) == int(sum(training_memory(small).values()))
     for key, value in (
         ("crop__grid_size", 224),
         ("train__batch_frames", 4),
@@ -127,14 +136,14 @@ def test_peak_is_the_sum_of_its_parts_and_grows_with_every_key() -> None:
 
 
 def test_the_smallest_profile_and_advice_that_makes_it_fit() -> None:
-    assert smallest_fitting(experiment(), PROFILES) == "12gb"
+    assert smallest_profile(experiment(), GPU_PROFILES) == "12gb"
     large = experiment(crop__grid_size=256, model__bottleneck=512)
     assert 24 * GIB < peak_gpu_bytes(large) < 80 * GIB
-    assert smallest_fitting(large, PROFILES) == "80gb"
-    assert smallest_fitting(large, ["12gb"]) is None
+    assert smallest_profile(large, GPU_PROFILES) == "80gb"
+    assert smallest_profile(large, ["12gb"]) is None
     for asked, room in ((large, 11 * GIB), (experiment(train__batch_frames=32), 8 * GIB), (experiment(), 2.7 * GIB)):
-        assert peak_gpu_bytes(followed(asked, text := advice(asked, room))) <= room, text
-    assert "image_downsample" in advice(experiment(), 0.5 * GIB)
+        assert peak_gpu_bytes(followed(asked, text := suggest_smaller(asked, room))) <= room, text
+    assert "image_downsample" in suggest_smaller(experiment(), 0.5 * GIB)
 
 
 def followed(asked: Experiment, text: str) -> Experiment:
@@ -154,12 +163,12 @@ def test_advice_is_never_a_configuration_that_is_refused() -> None:
     # Of 8,000 Gaussians at least, a grid of 16 has not the voxels; a range of a grid of 112 is not one of 96.
     asked = experiment(model__min_gaussians=8000, crop__volume_idx="[[0, 112], [16, 112], [0, 96]]")
     for room in (2.5 * GIB, 1.6 * GIB, 1.2 * GIB, 1.05 * GIB):
-        if not (text := advice(asked, room)).startswith("raise "):
+        if not (text := suggest_smaller(asked, room)).startswith("raise "):
             assert peak_gpu_bytes(followed(asked, text)) <= room, text
-    text = advice(asked, peak_gpu_bytes(experiment(crop__grid_size=64, model__min_gaussians=8000)) + 1e6)
+    text = suggest_smaller(asked, peak_gpu_bytes(experiment(crop__grid_size=64, model__min_gaussians=8000)) + 1e6)
     assert text == "set crop.grid_size to 64 and crop.volume_idx to null"
     animals = read_config(MOUSE, ["train.start_from=animals", "crop.grid_size=1024"])
-    assert "base_filters" not in advice(animals, 1 * GIB)
+    assert "base_filters" not in suggest_smaller(animals, 1 * GIB)
 
 
 @settings(max_examples=50, deadline=None)
@@ -191,20 +200,20 @@ def test_whatever_is_advised_is_valid_and_fits(data: st.DataObject) -> None:
         like = {f"model.{key}": value for key, value in ANIMALS_NETWORK.items()} | {"train.start_from": "animals"}
         asked = read_config(MOUSE, [*overrides(asked), *(f"{key}={value}" for key, value in like.items())])
     room = draw(st.floats(0.05, 1)) * peak_gpu_bytes(asked)
-    text = advice(asked, room)
+    text = suggest_smaller(asked, room)
     if not text.startswith("raise "):
         assert peak_gpu_bytes(followed(asked, text)) <= room, text
-    sizes = Sizes(max(voxels // 3, 1), 352 * 480, views=4, cameras=6, frames=300)
-    text = advice(asked, draw(st.floats(0.05, 1)) * peak_gpu_bytes(asked, sizes), sizes)
+    sizes = TrainingSizes(max(voxels // 3, 1), 352 * 480, views=4, cameras=6, frames=300)
+    text = suggest_smaller(asked, draw(st.floats(0.05, 1)) * peak_gpu_bytes(asked, sizes), sizes)
     if not text.startswith("raise "):
         followed(asked, text)
 
 
-@pytest.mark.parametrize("name", ["cpu", *PROFILES])
+@pytest.mark.parametrize("name", ["cpu", *GPU_PROFILES])
 def test_profiles_fit_what_they_are_named_for(name: str) -> None:
     asked = read_config(MOUSE, profile_overrides(name))
     if name != "cpu":
-        assert smallest_fitting(asked, [name]) == name
+        assert smallest_profile(asked, [name]) == name
         assert asked.model.base_filters & (asked.model.base_filters - 1) == 0
     assert peak_gpu_bytes(asked) >= 1 * GIB
 
@@ -213,7 +222,7 @@ def test_the_chart_sets_what_the_profiles_say() -> None:
     values = yaml.safe_load((ROOT / "helm" / "zoosplat" / "values.yaml").read_text())["profiles"]
     files = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / "configs" / "profiles").glob("*gb.yaml")}
     assert {name: profile["config"] for name, profile in values.items()} == files
-    assert set(files) == set(PROFILES)
+    assert set(files) == set(GPU_PROFILES)
 
 
 def test_plan_prints_parts_the_profile_and_the_key() -> None:
@@ -239,9 +248,9 @@ def test_plan_prints_parts_the_profile_and_the_key() -> None:
 @pytest.mark.parametrize(("views", "measured"), [(1, 2.38), (2, 2.41), (4, 3.06)])
 def test_prediction_of_the_dynamic_trainer(views: int, measured: float) -> None:
     asked = experiment(train__method="dynamic", dynamic__views=views, dynamic__max_gaussians=100_000)
-    parts = training(asked, Sizes(1, 288 * 256, 4, 4, 50))
+    parts = training_memory(asked, TrainingSizes(1, 288 * 256, 4, 4, 50))
     assert measured <= (sum(parts.values()) - parts["CUDA"]) / GIB <= 1.3 * measured
-    large = Sizes(1, 288 * 256, 4, 6, 300)
-    assert smallest_fitting(experiment(train__method="dynamic"), PROFILES, large) == "12gb"
-    assert advice(asked, 4.2 * GIB, large) == "set dynamic.max_gaussians to 50000"
-    assert advice(asked, 1 * GIB, large).startswith("raise ingest.image_downsample or ingest.frame_jump")
+    large = TrainingSizes(1, 288 * 256, 4, 6, 300)
+    assert smallest_profile(experiment(train__method="dynamic"), GPU_PROFILES, large) == "12gb"
+    assert suggest_smaller(asked, 4.2 * GIB, large) == "set dynamic.max_gaussians to 50000"
+    assert suggest_smaller(asked, 1 * GIB, large).startswith("raise ingest.image_downsample or ingest.frame_jump")

@@ -13,7 +13,8 @@ import pytest
 from zoosplat.errors import LockLost, UserError
 from zoosplat.stages import command, dependencies, runner
 from zoosplat.stages.begin import begin_run
-from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.stages.command import select_run, service_parser
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import PIPELINE, STAGES
@@ -63,10 +64,10 @@ class Counting(Stage):
 def begin(url: str, *force: str) -> Run:
     """The run of the configuration in a project's folder; as --config, and --force, do it."""
     project = Project.at(url)
-    args = command.arguments_of("ingest").parse_args(
+    args = service_parser("ingest").parse_args(
         ["--project", url, "--config", project.path("tested.yaml"), *(["--force"] if force else [])]
     )
-    return command.chosen_run("ingest", args)
+    return select_run("ingest", args)
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_exit_statuses(url: str, capsys: pytest.CaptureFixture[str], monkeypatch
     ],
 )
 def test_split(n: int, per_shard: int, multiple: int, expected: tuple[int, ...]) -> None:
-    assert split(n, per_shard, multiple) == expected
+    assert shard_bounds(n, per_shard, multiple) == expected
 
 
 # -- versions and sources -----------------------------------------------------------------------------------------

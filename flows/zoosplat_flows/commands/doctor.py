@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from zoosplat.errors import UserError
-from zoosplat.machine import memory_bytes, usable_cores
+from zoosplat.machine import physical_memory_bytes, usable_cores
 from zoosplat_flows.commands import gsplat_kernels
 from zoosplat_flows.formatting import format_memory
 
@@ -82,7 +82,7 @@ def findings(project: str | None) -> Iterator[Finding]:
 
 def _python() -> Finding:
     version = platform.python_version()
-    text = f"{version}, {usable_cores()} cores, {format_memory(memory_bytes())} memory"
+    text = f"{version}, {usable_cores()} cores, {format_memory(physical_memory_bytes())} memory"
     try:
         allowed = importlib.metadata.metadata("zoosplat")["Requires-Python"]
     except importlib.metadata.PackageNotFoundError:

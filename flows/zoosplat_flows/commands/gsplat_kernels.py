@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zoosplat.errors import UserError
-from zoosplat.machine import memory_bytes, usable_cores
+from zoosplat.machine import physical_memory_bytes, usable_cores
 
 FIRST_CUDA = 13  # the first major version whose compiler packages on PyPI hold nvcc
 JOB_BYTES = 3 << 30  # memory that one compiler process takes
@@ -147,7 +147,7 @@ def _fetch_compiler(cuda: str, folder: Path) -> Path:
 
 def _compile(gsplat: Path, home: Path, archs: Sequence[str], folder: Path, report: Report) -> Path:
     """Let gsplat's own import compile the library. Returns its path."""
-    jobs = max(1, min(usable_cores(), memory_bytes() // JOB_BYTES))
+    jobs = max(1, min(usable_cores(), physical_memory_bytes() // JOB_BYTES))
     kernels = folder / "kernels"
     environment = {
         "MAX_JOBS": str(jobs),

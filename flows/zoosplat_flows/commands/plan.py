@@ -7,8 +7,18 @@ from rich.console import Console
 from rich.table import Table
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.stages import memory
 from zoosplat.stages.drafts import draft_run
+from zoosplat.stages.memory import (
+    GIB,
+    GPU_PROFILES,
+    USABLE_SHARE,
+    largest_sizes,
+    measured_sizes,
+    profile_gib,
+    smallest_profile,
+    training_memory,
+)
+from zoosplat.stages.memory_advice import suggest_smaller
 from zoosplat.stages.projects import Project
 from zoosplat.stages.runs import Run
 
@@ -29,14 +39,14 @@ def show_plan(experiment: Experiment, project: Project | None) -> None:
     Raises:
         UserError: stages crop and pack of the project are not done.
     """
-    measured = None if project is None else memory.measured_sizes(_planned_run(experiment, project))
-    sizes = measured or memory.sizes_of(experiment)
-    parts = memory.training(experiment, sizes)
+    measured = None if project is None else measured_sizes(_planned_run(experiment, project))
+    sizes = measured or largest_sizes(experiment)
+    parts = training_memory(experiment, sizes)
     peak = sum(parts.values())
     table = Table("GPU memory", "GiB", caption_justify="left")
     for name, size in reversed(parts.items()):
-        table.add_row(name, f"{size / memory.GIB:.2f}")
-    table.add_row("peak of training", f"{peak / memory.GIB:.2f}", style="bold")
+        table.add_row(name, f"{size / GIB:.2f}")
+    table.add_row("peak of training", f"{peak / GIB:.2f}", style="bold")
     Console().print(table)
     typer.echo(
         f"{sizes.voxels} voxels, {sizes.views} observed views of {sizes.pixels} pixels, "
@@ -44,10 +54,10 @@ def show_plan(experiment: Experiment, project: Project | None) -> None:
     )
     if project is None:
         typer.echo("at most: --project URL, once stages crop and pack are done, knows the crop and the windows")
-    fitting = memory.smallest_fitting(experiment, memory.PROFILES, sizes)
+    fitting = smallest_profile(experiment, GPU_PROFILES, sizes)
     if fitting is not None:
         typer.echo(f"smallest profile that fits: {fitting}")
         return
-    largest = memory.PROFILES[-1]
-    advice = memory.advice(experiment, memory.USABLE * memory.gpu_gib(largest) * memory.GIB, measured)
+    largest = GPU_PROFILES[-1]
+    advice = suggest_smaller(experiment, USABLE_SHARE * profile_gib(largest) * GIB, measured)
     typer.echo(f"no profile fits; for {largest}, {advice}")

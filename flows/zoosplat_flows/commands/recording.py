@@ -68,12 +68,12 @@ def check_experiment(experiment: Experiment) -> None:
         UserError: there are problems; a line for each.
     """
     problems, facts = Problems(), None
-    with problems.noted():
+    with problems.collect():
         facts = check_recording(experiment)
-    with problems.noted():
+    with problems.collect():
         check_outside_files(experiment, STAGES)
     if facts is not None:
-        with problems.noted():
+        with problems.collect():
             check_kept_frames(experiment, STAGES, kept_frames(experiment, facts.n_frames))
     problems.report()
     assert facts is not None

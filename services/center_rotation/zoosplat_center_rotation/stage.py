@@ -7,7 +7,7 @@ import zarr
 
 from zoosplat.errors import UserError
 from zoosplat.geometry import visual_hull
-from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, schema
 from zoosplat_center_rotation import ops
 
@@ -26,7 +26,7 @@ class CenterRotation(Stage):
         sizes = {"T": n_frames, "C": n_cameras}
         schema.create(ctx.run.output_url(self.name), "tracking.zarr", sizes, schema.SMALL_BLOCK, attributes)
         per_shard = max(1, experiment.scheduling.frames_per_shard // experiment.ingest.frame_jump)
-        return Plan(split(n_frames, per_shard, schema.SMALL_BLOCK), attributes)
+        return Plan(shard_bounds(n_frames, per_shard, schema.SMALL_BLOCK), attributes)
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         masks = ctx.open_input("ingest")

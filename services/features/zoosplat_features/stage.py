@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from zoosplat.errors import UserError
-from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, schema
 from zoosplat_features import encoders, ops
 from zoosplat_model.gpu_memory import out_of_memory
@@ -38,7 +38,7 @@ class Features(Stage):
         url = ctx.run.output_url(self.name)
         schema.create(url, "features.zarr", {"T": reader.n_frames, "D": size}, block, attributes)
         per_shard = max(1, ctx.experiment.scheduling.frames_per_shard // ctx.experiment.ingest.frame_jump)
-        return Plan(split(reader.n_frames, per_shard, block), {"radius_m": radius_m, "block": block})
+        return Plan(shard_bounds(reader.n_frames, per_shard, block), {"radius_m": radius_m, "block": block})
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         with out_of_memory(ctx.run, self.name):

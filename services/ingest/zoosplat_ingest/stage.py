@@ -12,7 +12,7 @@ from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras, WorldTransform
 from zoosplat.recording import dnerf, video
 from zoosplat.recording.checks import check_recording, kept_frames
-from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, schema, urls
 from zoosplat_ingest import ops
 
@@ -46,7 +46,7 @@ def _prepare_scene(ctx: Context, url: str) -> Plan:
     schema.array(group, "frame")[...] = frames
     schema.add_moving(group, {"time": scene.times[frames], "pose": poses, "pictured": pictured[frames]})
     per_shard = max(1, experiment.scheduling.frames_per_shard // jump)
-    return Plan(split(len(frames), per_shard, block), {"block": block})
+    return Plan(shard_bounds(len(frames), per_shard, block), {"block": block})
 
 
 def _read_scene(ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Outcome:
@@ -103,7 +103,7 @@ class Ingest(Stage):
         per_shard = max(1, experiment.scheduling.frames_per_shard // jump)
         infos = [dataclasses.asdict(info) for info in facts.masks]
         values = {"infos": infos, "block": block, "decoder": ops.decoder_version()}
-        return Plan(split(n_frames, per_shard, block), values, facts.warnings)
+        return Plan(shard_bounds(n_frames, per_shard, block), values, facts.warnings)
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         group = groups.open_group(ctx.run.output_url(self.name), write=True)

@@ -15,7 +15,7 @@ import zarr
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording import dnerf, video
 from zoosplat.recording.checks import check_videos
-from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, split
+from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, schema, urls
 from zoosplat_pack import ops
 
@@ -50,7 +50,7 @@ class Pack(Stage):
         # Large shards, because the first frame of a shard costs decoding from the keyframe before it.
         per_shard = max(1, ctx.experiment.scheduling.frames_per_shard // jump)
         values = {"infos": [dataclasses.asdict(i) for i in infos], "block": block, "size": size}
-        return Plan(split(n_frames, per_shard, block), values)
+        return Plan(shard_bounds(n_frames, per_shard, block), values)
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         masks = ctx.open_input("ingest")

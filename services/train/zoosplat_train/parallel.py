@@ -25,8 +25,8 @@ from torch import Tensor
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import TransientError, UserError
-from zoosplat.machine import loopback
-from zoosplat.stages.command import arguments_of, failed, main
+from zoosplat.machine import loopback_interface
+from zoosplat.stages.command import main, report_failure, service_parser
 from zoosplat.stages.contract import Context, Outcome, Stage
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
@@ -202,8 +202,8 @@ def _watch(ctx: Context, pipes: list[Connection], processes: list[SpawnProcess])
 def _run_rank(train: Train, url: str, run_id: str, rank: int, size: int, meeting: str, report: Connection) -> None:
     s3_client.expect_answers()
     # One machine: no other network is needed, nor a name for this one.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback())
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback_interface())
     try:
         run = open_run(Project.at(url), run_id)
         device = device_of(run.experiment, rank)
@@ -269,7 +269,7 @@ def run_under_torchrun(stage: Stage, train: Train) -> int:
         if status:
             os._exit(status)  # a group that has failed cannot be left
         return 0
-    args = arguments_of(stage.name).parse_args()
+    args = service_parser(stage.name).parse_args()
     store.wait([BEGIN], timedelta(days=365))
     begun = store.get(BEGIN).decode()
     if begun == OVER:
@@ -278,5 +278,5 @@ def run_under_torchrun(stage: Stage, train: Train) -> int:
         run = open_run(Project.at(args.project), begun)
         _train_under_torchrun(train, Context(run, lambda done, total, message: None))
     except Exception as error:
-        return failed(stage.name, error, args.project)
+        return report_failure(stage.name, error, args.project)
     return 0

@@ -17,7 +17,7 @@ from zoosplat.config.training import Train as Settings
 from zoosplat.errors import UserError
 from zoosplat.machine import usable_cores
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
-from zoosplat.stages.memory import VALID_FRAMES
+from zoosplat.stages.memory import MAX_VALIDATION_FRAMES
 from zoosplat.storage import objects, urls
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Progress
@@ -65,7 +65,7 @@ class Train(Stage):
 
 def _frames(reader: FrameReader, settings: Settings) -> tuple[list[int], list[int]]:
     """Those to train on and those to validate with, of which none is in both."""
-    valid = ops.spread(reader.split("valid"), VALID_FRAMES)
+    valid = ops.spread(reader.split("valid"), MAX_VALIDATION_FRAMES)
     if settings.fit_to == "third":
         return reader.split("train"), valid
     every = {t for split in get_args(Split) for t in reader.split(split)}

@@ -110,9 +110,9 @@ def check_recording(experiment: Experiment) -> RecordingFacts:
     data, problems = experiment.data, Problems()
     footage = cameras = up = None
     _check_folder(experiment)
-    with problems.noted():
+    with problems.collect():
         footage = _check_videos(experiment, ("mask", "video"))
-    with problems.noted():
+    with problems.collect():
         cameras = calibration.read_cameras(
             calibration_urls(experiment),
             format=data.calibration_format,
@@ -121,12 +121,12 @@ def check_recording(experiment: Experiment) -> RecordingFacts:
             open_bytes=lambda url: _read_bytes(url, "data.calibration"),
         )
         _check_apart(cameras, calibration_urls(experiment)[0])
-    with problems.noted():
+    with problems.collect():
         if cameras is not None or data.up != "auto":
             spec = up_url(experiment) or data.up
             up = calibration.read_up(spec, cameras, lambda url: _read_bytes(url, "data.up"))
     if footage is not None:
-        with problems.noted():
+        with problems.collect():
             n_cameras = len(data.videos) if cameras is None else len(cameras)
             experiment.check(n_cameras, footage.width, footage.height)
     problems.report()
@@ -190,7 +190,7 @@ def _check_videos(experiment: Experiment, kinds: Sequence[Kind]) -> Footage:
     infos: dict[Kind, list[VideoInfo]] = {"mask": [], "video": []}
     for kind in kinds:
         for camera, file in zip(names, files[kind], strict=True):
-            with problems.noted():
+            with problems.collect():
                 infos[kind].append(probe(data.url(file), f"{file} ({kind} of camera {camera})"))
     found = [info for kind in kinds for info in infos[kind]]
     if not found:
@@ -268,10 +268,10 @@ def _check_scene(experiment: Experiment) -> RecordingFacts:
 
     with ThreadPoolExecutor(REQUESTS) as pool:
         for error in pool.map(fault, pictures):
-            with problems.noted():
+            with problems.collect():
                 if error is not None:
                     raise error
-    with problems.noted():
+    with problems.collect():
         experiment.check(len(SPLITS), scene.width, scene.height)
     problems.report()
     k, poses = np.tile(scene.intrinsics(1), (2, 1, 1)), scene.world_to_camera[0]

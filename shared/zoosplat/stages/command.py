@@ -33,7 +33,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-class _JsonProgress:
+class _JsonLines:
     """Progress as JSON lines, a few a second at most."""
 
     def __init__(self, stage: str) -> None:
@@ -51,7 +51,7 @@ class _JsonProgress:
 def terminal_progress(stage: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar on a terminal, JSON lines otherwise."""
     if not sys.stdout.isatty():
-        yield _JsonProgress(stage)
+        yield _JsonLines(stage)
         return
     from rich.progress import Progress as Bars
     from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -66,7 +66,7 @@ def terminal_progress(stage: str) -> Iterator[Callable[[int, int, str], None]]:
         yield show
 
 
-def arguments_of(stage: str, description: str | None = None) -> argparse.ArgumentParser:
+def service_parser(stage: str, description: str | None = None) -> argparse.ArgumentParser:
     """The options that every service has."""
     parser = argparse.ArgumentParser(prog=f"python -m zoosplat_{stage}", description=description)
     parser.add_argument("--project", required=True, metavar="URL", help="folder or s3://bucket/prefix")
@@ -82,7 +82,7 @@ def arguments_of(stage: str, description: str | None = None) -> argparse.Argumen
     return parser
 
 
-def chosen_run(stage: str, args: argparse.Namespace) -> Run:
+def select_run(stage: str, args: argparse.Namespace) -> Run:
     """The run that the options name; with --config or --force a new one, unless the latest is the very same.
 
     Raises:
@@ -97,8 +97,8 @@ def chosen_run(stage: str, args: argparse.Namespace) -> Run:
         return run
 
 
-def _work(stage: Stage, args: argparse.Namespace, progress: StageProgress) -> None:
-    run = chosen_run(stage.name, args)
+def _run_command(stage: Stage, args: argparse.Namespace, progress: StageProgress) -> None:
+    run = select_run(stage.name, args)
     if not (args.prepare or args.shard or args.finish):
         runner.run_stage(stage, run, workers=max(1, args.workers), progress=progress)
         return
@@ -125,16 +125,16 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
         Exit status: 0 done or skipped, 2 bad input or configuration (one line on stderr), 1 anything else, which may
         pass: where the storage does not answer or a process was killed, with one line too.
     """
-    args = arguments_of(stage.name, stage.__doc__).parse_args(argv)
+    args = service_parser(stage.name, stage.__doc__).parse_args(argv)
     try:
         with terminal_progress(stage.name) as progress:
-            _work(stage, args, progress)
+            _run_command(stage, args, progress)
     except Exception as error:
-        return failed(stage.name, error, args.project)
+        return report_failure(stage.name, error, args.project)
     return 0
 
 
-def failed(stage: str, error: Exception, url: str) -> int:
+def report_failure(stage: str, error: Exception, url: str) -> int:
     """Say in one line what went wrong; the exit status. Other errors than the user's are raised again."""
     known = error if isinstance(error, UserError) else as_user_error(error, url)
     if known is None:

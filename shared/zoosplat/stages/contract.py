@@ -41,7 +41,7 @@ class Plan:
         return len(self.bounds) - 1
 
 
-def split(n_frames: int, per_shard: int, multiple: int) -> tuple[int, ...]:
+def shard_bounds(n_frames: int, per_shard: int, multiple: int) -> tuple[int, ...]:
     """Bounds of shards of about `per_shard` frames whose inner bounds are multiples of `multiple`."""
     step = max(1, per_shard // multiple) * multiple
     return (*range(0, n_frames, step), n_frames)

@@ -42,17 +42,17 @@ def check_outside_files(experiment: Experiment, stages: Iterable[str]) -> None:
     chosen, problems = set(stages), Problems()
     train, dynamic, features = experiment.train, experiment.dynamic, experiment.features
     if "train" in chosen and train.method == "pose_splatter" and train.start_from not in (RANDOM, ANIMALS):
-        with problems.noted():
+        with problems.collect():
             _check_start(experiment)
     if "train" in chosen and train.method == "dynamic":
         if dynamic.initial_ply is not None:
-            with problems.noted():
+            with problems.collect():
                 _check_points("dynamic.initial_ply", dynamic.initial_ply)
         if dynamic.start_checkpoint is not None:
-            with problems.noted():
+            with problems.collect():
                 _check_checkpoint("dynamic.start_checkpoint", dynamic.start_checkpoint)
     if "features" in chosen and features.encoder == "images" and is_weights_file(features.weights):
-        with problems.noted():
+        with problems.collect():
             _check_weights("features.weights", features.weights)
     problems.report()
 

@@ -35,7 +35,7 @@ def check_before_run(
         UserError: a line for each problem.
     """
     problems, warnings, kept = Problems(), tuple[str, ...](), None
-    with problems.noted():
+    with problems.collect():
         if "ingest" in stages:
             # Here, because it takes half a second to import what opens videos.
             from zoosplat.recording.checks import check_recording, kept_frames
@@ -45,9 +45,9 @@ def check_before_run(
         elif masks_url is not None and stages:
             kept = _check_finished_masks(experiment, masks_url, also_videos="pack" in stages)
     if kept is not None:
-        with problems.noted():
+        with problems.collect():
             check_kept_frames(experiment, stages, kept)
-    with problems.noted():
+    with problems.collect():
         check_outside_files(experiment, stages)
     problems.report()
     return warnings
@@ -63,12 +63,12 @@ def _check_finished_masks(experiment: Experiment, url: str, also_videos: bool) -
     width, height, d, jump = (int(str(value)) for value in attributes.values())
     kept, n_cameras, *_ = (int(n) for n in group["mask"].shape)  # type: ignore[union-attr]
     problems = Problems()
-    with problems.noted():
+    with problems.collect():
         experiment.check(n_cameras, width * d, height * d)
     if also_videos:
         from zoosplat.recording.checks import check_videos
 
-        with problems.noted():
+        with problems.collect():
             check_videos(experiment).check_against_masks(width * d, height * d, (kept - 1) * jump)
     problems.report()
     return kept

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.memory import GIB, USABLE, advice, gpu_gib, peak_gpu_bytes, smallest_fitting
+from zoosplat.stages.memory import GIB, USABLE_SHARE, peak_gpu_bytes, profile_gib, smallest_profile
+from zoosplat.stages.memory_advice import suggest_smaller
 from zoosplat_flows.runners.kubernetes.api import JsonObject, label_selector
 from zoosplat_flows.runners.kubernetes.manifests import GPU_RESOURCE
 from zoosplat_flows.runners.kubernetes.settings import ClusterSettings, Profile, Toleration, overlay, parse_quantity
@@ -77,13 +78,13 @@ def choose_profile(
             needs = f"{labels}, {profile.gpus} GPU, cpu {profile.cpu}, memory {profile.memory}"
             raise UserError(f"profile {wanted}: no node offers it ({needs}); the nodes of this cluster offer {have}")
         return wanted
-    fitting = smallest_fitting(experiment, present)
+    fitting = smallest_profile(experiment, present)
     if fitting is None:
         needs = f"{peak_gpu_bytes(experiment) / GIB:.0f} GiB"
-        largest = USABLE * GIB * max(map(gpu_gib, present), default=0)
+        largest = USABLE_SHARE * GIB * max(map(profile_gib, present), default=0)
         raise UserError(
             f"profile auto: training needs about {needs} of GPU memory; the nodes of this cluster offer {have}; "
-            f"{advice(experiment, largest)}, or name a profile"
+            f"{suggest_smaller(experiment, largest)}, or name a profile"
         )
     return fitting
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from zoosplat.errors import UserError
 from zoosplat.stages.contract import StageProgress
-from zoosplat.stages.memory import gpu_gib
+from zoosplat.stages.memory import profile_gib
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.runs import Run
 from zoosplat.storage import urls
@@ -215,7 +215,7 @@ class KubernetesRunner:
     def _memory_key(self, job: JsonObject) -> str:
         """The setting to raise where a pod of a Job had too little memory."""
         if STAGES[job["metadata"]["labels"][f"{LABEL_PREFIX}/stage"]].gpu:
-            larger = [n for n in self.settings.ordered() if self.profile and gpu_gib(n) > gpu_gib(self.profile)]
+            larger = [n for n in self.settings.ordered() if self.profile and profile_gib(n) > profile_gib(self.profile)]
             return f"profiles.{self.profile}.memory" + (f", or choose the profile {larger[0]}" if larger else "")
         return "runner.cpu.resources.limits.memory"
 

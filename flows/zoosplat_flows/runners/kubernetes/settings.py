@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.serialization import dump, parse_yaml
 from zoosplat.errors import UserError
-from zoosplat.stages.memory import gpu_gib
+from zoosplat.stages.memory import profile_gib
 
 SETTINGS_VARIABLE = "ZOOSPLAT_SETTINGS"  # environment variable that names the file of the settings
 SETTINGS_FILE = "/etc/zoosplat/settings.yaml"  # where the chart mounts it
@@ -154,7 +154,7 @@ class ClusterSettings(_Section):
 
     def ordered(self) -> list[str]:
         """Names of the profiles, the smallest GPU first."""
-        return sorted(self.profiles, key=gpu_gib)
+        return sorted(self.profiles, key=profile_gib)
 
 
 def _problem_lines(path: str, error: ValidationError) -> list[str]:
