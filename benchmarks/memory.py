@@ -19,7 +19,7 @@ from train_step import OBSERVED, Scene, median_ms, settings
 from zoosplat.config.experiment import Experiment
 from zoosplat.stages.memory import GIB, TrainingSizes, training_memory
 from zoosplat_flows.profiles import profile_overrides
-from zoosplat_train.ops import Trainer
+from zoosplat_train.trainer import NetworkTrainer
 
 CAPS = {"12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB
 WIDTH, HEIGHT = 1152, 1024
@@ -52,7 +52,7 @@ def measure(name: str, experiment: Experiment, cap_gib: int, context: int, devic
     try:
         batch = experiment.train.batch_frames
         frames = [scene.frame(t) for t in range(2)] * batch
-        trainer = Trainer(scene, experiment, device)  # type: ignore[arg-type]
+        trainer = NetworkTrainer(scene, experiment, device)  # type: ignore[arg-type]
         state = {"i": 0}
 
         def step() -> None:

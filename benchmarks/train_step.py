@@ -22,7 +22,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import apply_override
 from zoosplat_model.carving import project
 from zoosplat_model.frames import Frame
-from zoosplat_train.ops import TRAIN_FIGURES, Trainer
+from zoosplat_train.trainer import TRAIN_FIGURES, NetworkTrainer
 
 CAMERAS, OBSERVED = 6, [0, 2, 3, 4]
 AXES_M = (0.062, 0.026, 0.024)  # half axes of the animal, an ellipsoid: more than 16,000 voxels
@@ -123,7 +123,7 @@ def main() -> None:
     # too: of more than 16,000 voxels that are surely inside, it decides which become Gaussians.
     both = []
     for plain in (False, True):
-        trainer = Trainer(scene, experiment, device)  # type: ignore[arg-type]
+        trainer = NetworkTrainer(scene, experiment, device)  # type: ignore[arg-type]
         trainer.recorder.record &= not plain
         found = [trainer.step([frames[i % 4]], [views[i % 4]], [i % 2 == 1], 1e-7, i).clone() for i in range(8)]
         both.append(torch.stack(found).cpu())
@@ -138,7 +138,7 @@ def main() -> None:
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(scene, experiment, device)  # type: ignore[arg-type]
+    trainer = NetworkTrainer(scene, experiment, device)  # type: ignore[arg-type]
     state = {"i": 0}
 
     def step() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import csv
+import fcntl
 import gc
 import hashlib
 import io
@@ -102,20 +103,77 @@ class Recording:
         return folder
 
 
-@pytest.fixture(scope="session")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that one of pytest's processes makes and all of them read; none may write to it."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each worker has a folder of its own in that of the session
+    made, finished = folder / name, folder / f"{name}.finished"
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            make(made)
+            finished.touch()
+    return made
+
+
+def make_tiny_recording(folder: Path) -> None:
+    """Its 48 frames are rendered once and shown three times."""
     from zoosplat.synthetic.mouse import make_recording
     from zoosplat.synthetic.stand_in import loop_video
 
-    rendered, folder = tmp_path_factory.mktemp("rendered"), tmp_path_factory.mktemp("recording")
-    make_recording(rendered, n_frames=48, n_cameras=4, width=96, height=80)
-    for name in ("camera_params.h5", "vertical_lines.npz"):
-        shutil.copy(rendered / name, folder)
-    for kind in ("videos", "masks"):
-        (folder / kind).mkdir()
-        for video in (rendered / kind).glob("*.mp4"):
-            loop_video(video, folder / kind / video.name, 3)
-    return Recording(folder)
+    with tempfile.TemporaryDirectory() as name:
+        rendered = Path(name)
+        make_recording(rendered, n_frames=48, n_cameras=4, width=96, height=80)
+        for file in ("camera_params.h5", "vertical_lines.npz", "truth.npz"):
+            shutil.copy(rendered / file, folder)
+        for kind in ("videos", "masks"):
+            (folder / kind).mkdir()
+            for video in (rendered / kind).glob("*.mp4"):
+                loop_video(video, folder / kind / video.name, 3)
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    return Recording(make_once(tmp_path_factory, "tiny_recording", make_tiny_recording))
+
+
+@pytest.fixture(scope="session")
+def whole_settings() -> dict[str, Any]:
+    """Changes for `Recording.config` with which all stages together take seconds."""
+    return {
+        "holdout_views": [2],
+        "ingest__max_frames": 36,
+        "center_rotation__grid_size": 32,
+        "crop__grid_size": 32,
+        "model": {"num_unets": 1, "base_filters": 2, "bottleneck": 16, "min_gaussians": 64, "max_gaussians": 1500},
+        "train": {"epochs": 3, "lr": 1e-3, "device": "cpu", "keep_last": 2},
+        "evaluate": {"gallery_frames": 1, "device": "cpu"},
+        "render": {"orbit_frames": 4, "sequence_frames": 4, "width": 96, "height": 80, "device": "cpu"},
+        "features": {"device": "cpu"},
+    }
+
+
+@pytest.fixture(scope="session")
+def whole_project(
+    recording: Recording, whole_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A project that `zoosplat run` has taken from its videos to its report, undisturbed. Not to be written to."""
+    from zoosplat.stages.lookup import open_run
+    from zoosplat.stages.projects import Project
+
+    def make(folder: Path) -> None:
+        config = folder.with_suffix(".yaml")
+        config.write_text(json.dumps(recording.config(**whole_settings)))
+        start = [sys.executable, "-c", "from zoosplat_flows.cli.entry import main; main()"]
+        command = [*start, "run", str(config), "--project", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert open_run(Project.at(str(folder))).path("report", "index.html") in done.stdout.replace("\n", "")
+
+    return make_once(tmp_path_factory, "whole_project", make)
 
 
 # -- stages as processes ------------------------------------------------------------------------------------------

@@ -157,6 +157,11 @@ class FrameReader:
         largest = np.max(self._intrinsics[:, 0, 0] * self.voxel_size_m / np.maximum(depth, self.voxel_size_m))
         return 2 * int(np.ceil(largest) // 2) + 1
 
+    def pixel_size_m(self, frame: Frame) -> float:
+        """Width of a window's pixel at the animal's centre, metres: the mean over the observed views of a frame."""
+        depth = frame.world_to_camera[:, 2, :3] @ frame.center + frame.world_to_camera[:, 2, 3]
+        return float((depth / frame.intrinsics[:, 0, 0])[self.observed].mean())
+
     def pose(self, t: int) -> tuple[Tensor, Tensor]:
         """(center [3] metres, angle [] radians) of the animal; interpolated where the frame is not valid."""
         centers, angles = self._places

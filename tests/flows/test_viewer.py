@@ -31,7 +31,7 @@ from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
 from zoosplat.storage import groups, schema
 from zoosplat_flows.cli.app import app as cli
-from zoosplat_train import dynamic
+from zoosplat_train import dynamic_loop
 from zoosplat_train.stage import STAGE as TRAIN
 
 viewer = pytest.importorskip("zoosplat_flows.viewer.app", reason="viser is not installed; pip install zoosplat[view]")
@@ -179,8 +179,8 @@ def test_shows_what_dynamic_gaussians_have_come_to(
     run = record_run(draft_run(project, old.model_copy(update={"train": train, "dynamic": changed})), ["train"])
     before = project_state(str(copy))
     assert not ProjectData(str(copy)).has_model
-    monkeypatch.setattr(dynamic, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(dynamic, "LOOK_ITERATIONS", 1)
+    monkeypatch.setattr(dynamic_loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(dynamic_loop, "REPORT_ITERATIONS", 1)
 
     def stop(done: int, total: int, message: str) -> None:
         if message.startswith("fine 4"):

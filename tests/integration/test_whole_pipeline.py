@@ -28,17 +28,6 @@ from zoosplat.storage import listing, objects
 if TYPE_CHECKING:
     from tests.conftest import S3, Recording
 
-SMALL: dict[str, Any] = {
-    "holdout_views": [2],
-    "ingest__max_frames": 36,
-    "center_rotation__grid_size": 32,
-    "crop__grid_size": 32,
-    "model": {"num_unets": 1, "base_filters": 2, "bottleneck": 16, "min_gaussians": 64, "max_gaussians": 1500},
-    "train": {"epochs": 3, "lr": 1e-3, "device": "cpu", "keep_last": 2},
-    "evaluate": {"gallery_frames": 1, "device": "cpu"},
-    "render": {"orbit_frames": 4, "sequence_frames": 4, "width": 96, "height": 80, "device": "cpu"},
-    "features": {"device": "cpu"},
-}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
@@ -47,44 +36,36 @@ def zoosplat(*arguments: str, env: dict[str, str] | None = None) -> subprocess.C
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ONE_THREAD, **(env or {})})
 
 
-@pytest.fixture(scope="module")
-def project(recording: Recording, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project that `zoosplat run` has taken from its videos to its report, undisturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    config = folder / "config.yaml"
-    config.write_text(json.dumps(recording.config(**SMALL)))
-    done = zoosplat("run", str(config), "--project", str(folder / "project"))
-    assert done.returncode == 0, done.stderr
-    run = open_run(Project.at(str(folder / "project")))
-    assert run.path("report", "index.html") in done.stdout.replace("\n", "")
-    return folder / "project"
-
-
-def test_every_stage_is_done_and_reported(project: Path) -> None:
-    run = open_run(Project.at(str(project)))
+def test_every_stage_is_done_and_reported(whole_project: Path) -> None:
+    run = open_run(Project.at(str(whole_project)))
     assert all(run.result(spec.name).is_done() for spec in PIPELINE)
     assert run.record()["state"] == "done"
-    assert not list(project.rglob("*lease"))
-    assert not list(project.rglob("*.partial"))
-    page = (project / "latest" / "report" / "index.html").read_text()
+    assert not list(whole_project.rglob("*lease"))
+    assert not list(whole_project.rglob("*.partial"))
+    page = (whole_project / "latest" / "report" / "index.html").read_text()
     assert "data:video/mp4" in page
     assert 'src="http' not in page
-    rows = list(csv.DictReader((project / "latest" / "evaluation" / "metrics_test.csv").open()))
+    rows = list(csv.DictReader((whole_project / "latest" / "evaluation" / "metrics_test.csv").open()))
     assert [row["camera"] for row in rows][-2:] == ["mean_observed", "mean_held_out"]
     assert 0.2 < float(rows[-1]["iou"]) <= 1
-    assert sorted(p.name for p in (project / "latest" / "renders").glob("*.mp4")) == ["orbit.mp4", "sequence.mp4"]
+    assert sorted(p.name for p in (whole_project / "latest" / "renders").glob("*.mp4")) == ["orbit.mp4", "sequence.mp4"]
 
 
 def test_again_computes_nothing(
-    project: Path, recording: Recording, files_of: Callable[[Path], Any], tmp_path: Path
+    whole_project: Path,
+    whole_settings: dict[str, Any],
+    recording: Recording,
+    files_of: Callable[[Path], Any],
+    tmp_path: Path,
 ) -> None:
-    before = files_of(project)
-    config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(recording.config(**SMALL)))
-    done = zoosplat("run", str(config), "--project", str(project))
+    copy, config = tmp_path / "project", tmp_path / "config.yaml"
+    shutil.copytree(whole_project, copy, symlinks=True)
+    before = files_of(copy)
+    config.write_text(json.dumps(recording.config(**whole_settings)))
+    done = zoosplat("run", str(config), "--project", str(copy))
     assert done.returncode == 0, done.stderr
-    assert files_of(project) == before
-    assert len(Project.at(str(project)).run_ids()) == 1
+    assert files_of(copy) == before
+    assert len(Project.at(str(copy)).run_ids()) == 1
 
 
 MISTAKES: dict[str, tuple[list[str], dict[str, Any], str]] = {
@@ -106,21 +87,26 @@ MISTAKES: dict[str, tuple[list[str], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_costs_nothing_that_is_there(
-    mistake: str, project: Path, recording: Recording, files_of: Callable[[Path], Any], tmp_path: Path
+    mistake: str,
+    whole_project: Path,
+    whole_settings: dict[str, Any],
+    recording: Recording,
+    files_of: Callable[[Path], Any],
+    tmp_path: Path,
 ) -> None:
     from typer.testing import CliRunner
 
     from zoosplat_flows.cli.app import app
 
     options, changes, words = MISTAKES[mistake]
-    everything, before = listing.manifest(str(project)), files_of(project)
+    everything, before = listing.manifest(str(whole_project)), files_of(whole_project)
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(recording.config(**{**SMALL, **changes})))
-    outcome = CliRunner().invoke(app, ["run", str(config), "--project", str(project), *options])
+    config.write_text(json.dumps(recording.config(**{**whole_settings, **changes})))
+    outcome = CliRunner().invoke(app, ["run", str(config), "--project", str(whole_project), *options])
     assert outcome.exit_code == 2, outcome.output
     assert words in outcome.output.replace("\n", " ")
-    assert files_of(project) == before
-    assert listing.manifest(str(project)) == everything
+    assert files_of(whole_project) == before
+    assert listing.manifest(str(whole_project)) == everything
 
 
 def undone(project: Path, folder: Path, stage: str) -> Path:
@@ -136,10 +122,10 @@ def run(stage: str, project: Path) -> list[str]:
 
 @pytest.mark.parametrize("stage", ["train", "evaluate", "render", "features", "embedding"])
 def test_killed_and_run_again(
-    stage: str, project: Path, tmp_path: Path, check_same: Callable[[str, Path, Path], None]
+    stage: str, whole_project: Path, tmp_path: Path, check_same: Callable[[str, Path, Path], None]
 ) -> None:
     """Training ends at the losses of an undisturbed one; the others write the same files."""
-    copy = undone(project, tmp_path / "project", stage)
+    copy = undone(whole_project, tmp_path / "project", stage)
     rng = random.Random(stage)
     env = {**os.environ, **ONE_THREAD}
     for _ in range(2 if stage == "train" else 1):
@@ -152,24 +138,28 @@ def test_killed_and_run_again(
     done = subprocess.run(run(stage, copy), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not list(copy.rglob("*.partial"))
-    check_same(stage, copy, project)
+    check_same(stage, copy, whole_project)
 
 
 def test_the_same_on_s3(
-    s3_here: S3, project: Path, recording: Recording, check_same_losses: Callable[[bytes, bytes], None]
+    s3_here: S3,
+    whole_project: Path,
+    whole_settings: dict[str, Any],
+    recording: Recording,
+    check_same_losses: Callable[[bytes, bytes], None],
 ) -> None:
     """Videos and configuration read from S3, everything written there, the report read back, nothing beside it."""
     s3 = s3_here
     bucket = s3.bucket()
     s3.put_folder(recording.folder, bucket, "recording")
-    config = json.dumps(recording.config(f"s3://{bucket}/recording", **SMALL)).encode()
+    config = json.dumps(recording.config(f"s3://{bucket}/recording", **whole_settings)).encode()
     s3.client.put_object(Bucket=bucket, Key="configs/tiny.yaml", Body=config)
     before = s3.objects(bucket)
     done = zoosplat("run", f"s3://{bucket}/configs/tiny.yaml", "--project", f"s3://{bucket}/results/tiny", env=s3.env)
     assert done.returncode == 0, done.stderr
     after = s3.objects(bucket)
     assert {key for key in after if not key.startswith("results/tiny/")} == set(before)
-    ours, theirs = open_run(Project.at(f"s3://{bucket}/results/tiny")), open_run(Project.at(str(project)))
+    ours, theirs = open_run(Project.at(f"s3://{bucket}/results/tiny")), open_run(Project.at(str(whole_project)))
     assert objects.read_bytes(ours.path("report", "index.html")).startswith(b"<!doctype html>")
     for stage, name in (("evaluate", "metrics_test.csv"), ("render", "still_camera.png")):
         mine, other = (objects.read_bytes(f"{run.output_url(stage)}/{name}") for run in (ours, theirs))
@@ -182,7 +172,8 @@ def test_the_same_on_s3(
 
 
 def test_another_gallery_takes_over_the_metrics(
-    project: Path,
+    whole_project: Path,
+    whole_settings: dict[str, Any],
     recording: Recording,
     files_of: Callable[[Path], Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -195,11 +186,11 @@ def test_another_gallery_takes_over_the_metrics(
         raise AssertionError("measured again")
 
     monkeypatch.setattr(evaluate.Evaluate, "_measure", measure)
-    shutil.copytree(project, tmp_path / "project", symlinks=True)
+    shutil.copytree(whole_project, tmp_path / "project", symlinks=True)
     before = files_of(tmp_path / "project")
     here = Project.at(str(tmp_path / "project"))
     old = open_run(here)
-    changes = {**SMALL, "evaluate": {"gallery_frames": 2, "device": "cpu"}}
+    changes = {**whole_settings, "evaluate": {"gallery_frames": 2, "device": "cpu"}}
     with begin_run(here, Experiment.model_validate(recording.config(**changes)), ["evaluate"], []) as run:
         assert run_stage(evaluate.STAGE, run)
     urls = [each.output_url("evaluate") for each in (old, run)]

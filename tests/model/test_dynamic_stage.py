@@ -28,7 +28,7 @@ from zoosplat_model.dynamic.predictor import DynamicPredictor, ShadedGaussians
 from zoosplat_model.dynamic.scene import Scale, Scene, first_points
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_render.stage import STAGE as RENDER
-from zoosplat_train import dynamic
+from zoosplat_train import dynamic_loop
 from zoosplat_train.stage import STAGE
 
 SMALL = {
@@ -74,8 +74,8 @@ def figures(project: Project, stage: str) -> dict[str, Any]:
 
 
 def test_the_same_stages_and_report(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamic, "ROW_ITERATIONS", 10)
-    monkeypatch.setattr(dynamic, "LOOK_ITERATIONS", 10)
+    monkeypatch.setattr(dynamic_loop, "ROW_ITERATIONS", 10)
+    monkeypatch.setattr(dynamic_loop, "REPORT_ITERATIONS", 10)
     configure(tiny, render_process=True, checkpoint_iterations=(15,))
     for stage in (STAGE, EVALUATE, RENDER, FEATURES):
         assert run_stage(stage, open_run(tiny))
@@ -128,12 +128,12 @@ def test_dynamic_gaussians_are_described_with_all_three_scales(tiny: Project) ->
 
 
 def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamic, "ROW_ITERATIONS", 5)
-    monkeypatch.setattr(dynamic, "LOOK_ITERATIONS", 5)
+    monkeypatch.setattr(dynamic_loop, "ROW_ITERATIONS", 5)
+    monkeypatch.setattr(dynamic_loop, "REPORT_ITERATIONS", 5)
     configure(tiny)
     run_stage(STAGE, open_run(tiny))
     whole = gaussians_of(tiny)
-    monkeypatch.setattr(dynamic, "SAVE_SECONDS", 0.0)  # after each iteration
+    monkeypatch.setattr(dynamic_loop, "SAVE_SECONDS", 0.0)  # after each iteration
 
     def stop(done: int, total: int, message: str) -> None:
         at = " ".join(message.split()[:2])

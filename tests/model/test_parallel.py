@@ -26,7 +26,7 @@ from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, schema
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
-from zoosplat_train.parallel import Ranks
+from zoosplat_train.ranks import Ranks
 from zoosplat_train.stage import STAGE
 
 EPOCHS = 4

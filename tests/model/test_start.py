@@ -30,9 +30,10 @@ from zoosplat_model.animals import SHOWN, Animals, OfRigs
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.predictor import open_reader
-from zoosplat_train import ops, pretrain, stage, start
-from zoosplat_train.parallel import Ranks
+from zoosplat_train import network_loop, pretrain, start_weights
+from zoosplat_train.ranks import Ranks
 from zoosplat_train.stage import STAGE
+from zoosplat_train.trainer import NetworkTrainer
 
 CPU = torch.device("cpu")
 
@@ -81,8 +82,8 @@ def without_lengths(name: str, value: torch.Tensor) -> torch.Tensor:
 def test_a_training_goes_on_from_what_another_one_learned(
     trained: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "LOOK_STEPS", 1)
-    monkeypatch.setattr(stage, "SHARE", math.inf)  # every epoch is saved
+    monkeypatch.setattr(network_loop, "REPORT_STEPS", 1)
+    monkeypatch.setattr(network_loop, "MAX_TIME_SHARE", math.inf)  # every epoch is saved
     learned = of(trained, "best").average
     other = Project.at(str(shutil.copytree(trained.url, tmp_path / "other")))
     configure(other, epochs=2, lr=1e-9, valid_every=1, start_from=trained.url)
@@ -104,9 +105,9 @@ def test_weights_of_a_file_are_those_that_were_written(trained: Project, tmp_pat
     model = untrained(trained)
     model.load_state_dict(of(trained, "best").average)
     file = str(tmp_path / "weights.safetensors")
-    start.write(file, model)
+    start_weights.write(file, model)
     again = untrained(trained)
-    start.begin(again, file)
+    start_weights.load_into(again, file)
     for name, value in again.state_dict().items():
         if name != "camera_color":
             found, expected = (without_lengths(name, v) for v in (value, model.state_dict()[name]))
@@ -117,7 +118,7 @@ def test_weights_of_a_file_are_those_that_were_written(trained: Project, tmp_pat
 def test_the_animals_that_come_with_the_package_fit_their_network(tiny: Project) -> None:
     configure(tiny, {**ANIMALS_NETWORK, "network": "zoosplat"})
     model = untrained(tiny)
-    start.begin(model, "animals")
+    start_weights.load_into(model, "animals")
     last = [value for name, value in model.refine.named_parameters() if ".last." in name]
     assert len(last) == 6
     assert all(value.abs().max() > 1e-3 for value in last)  # all zero before
@@ -127,23 +128,25 @@ def test_the_animals_that_come_with_the_package_fit_their_network(tiny: Project)
 def test_weights_that_cannot_be_used_are_a_line(trained: Project, tmp_path: Path) -> None:
     model = untrained(trained)
     with pytest.raises(UserError, match=r"nothing: holds no finished training; check train\.start_from"):
-        start.begin(model, str(tmp_path / "nothing"))
+        start_weights.load_into(model, str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"nothing\.safetensors: no such file; check train\.start_from"):
-        start.begin(model, str(tmp_path / "nothing.safetensors"))
+        start_weights.load_into(model, str(tmp_path / "nothing.safetensors"))
     (tmp_path / "text.safetensors").write_text("not weights at all")
     with pytest.raises(UserError, match=r"text\.safetensors: not a file of weights"):
-        start.begin(model, str(tmp_path / "text.safetensors"))
+        start_weights.load_into(model, str(tmp_path / "text.safetensors"))
     with pytest.raises(UserError, match=r"weights of another network .*set model\.network, num_unets, base_filters"):
-        start.begin(model, "animals")
+        start_weights.load_into(model, "animals")
     configure(trained, {"base_filters": 8})
     with pytest.raises(UserError, match="weights of another network"):
-        start.begin(untrained(trained), trained.url)  # those of the run before: this one has trained nothing yet
+        start_weights.load_into(
+            untrained(trained), trained.url
+        )  # those of the run before: this one has trained nothing yet
 
 
 def test_a_file_to_begin_with_counts_by_its_content(trained: Project, tmp_path: Path) -> None:
     model = untrained(trained)
     file, copy = tmp_path / "weights.safetensors", tmp_path / "elsewhere" / "copy.safetensors"
-    start.write(str(file), model)
+    start_weights.write(str(file), model)
     first = configure(trained, start_from=str(file)).result("train")
     assert configure(trained, start_from="random").result("train") != first
     copy.parent.mkdir()
@@ -152,7 +155,7 @@ def test_a_file_to_begin_with_counts_by_its_content(trained: Project, tmp_path: 
     old = file.stat()
     with torch.no_grad():
         next(model.refine.parameters()).add_(0.5)
-    start.write(str(file), model)
+    start_weights.write(str(file), model)
     assert file.stat().st_size == old.st_size
     os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
     assert configure(trained, start_from=str(file)).result("train") != first
@@ -181,7 +184,7 @@ def test_a_project_to_begin_with_is_the_training_that_is_finished_there(trained:
 def test_what_is_trained_there_later_does_not_change_what_a_stopped_training_began_with(
     trained: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "LOOK_STEPS", 1)
+    monkeypatch.setattr(network_loop, "REPORT_STEPS", 1)
     other = Project.at(str(shutil.copytree(trained.url, tmp_path / "other")))
     old = open_run(other).experiment
     train = old.train.model_copy(update={"epochs": 2, "valid_every": 1, "start_from": trained.url})
@@ -252,13 +255,13 @@ def test_animals_of_all_scales_lie_in_the_volume_and_in_their_pictures(animals: 
 def test_pretraining_learns_and_its_file_begins_a_training(
     animals: Animals, small: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    untouched = pretrain.test(ops.Trainer(animals, small, CPU), animals)
+    untouched = pretrain.evaluate(NetworkTrainer(animals, small, CPU), animals)
     model = pretrain.pretrain(animals, small, 15.0, Ranks())
     file = str(tmp_path / "small.safetensors")
-    start.write(file, model)
-    trainer = pretrain._Trainer(animals, small, CPU)
-    start.begin(trainer.averaged, file)
-    carved, other = pretrain.test(trainer, animals)
+    start_weights.write(file, model)
+    trainer = pretrain.RandomAnimalTrainer(animals, small, CPU)
+    start_weights.load_into(trainer.averaged, file)
+    carved, other = pretrain.evaluate(trainer, animals)
     assert other > untouched[1]
     assert carved > 0.8
     assert '"other_iou"' in capsys.readouterr().out

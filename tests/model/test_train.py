@@ -36,14 +36,16 @@ from zoosplat_model.network import unet
 from zoosplat_model.network.splatter import Gaussians, PoseSplatter
 from zoosplat_model.predictor import Predictor, open_reader
 from zoosplat_render.stage import STAGE as RENDER
-from zoosplat_train import ops, plots, stage, start
-from zoosplat_train.parallel import Ranks
+from zoosplat_train import network_loop, progress_plots, sampling, stage, start_weights, weight_choice
+from zoosplat_train.network_loop import NetworkTraining
+from zoosplat_train.ranks import Ranks
 from zoosplat_train.stage import STAGE
+from zoosplat_train.trainer import NetworkTrainer
 
 
 @pytest.fixture(autouse=True)
 def _as_often_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "SHARE", math.inf)  # these epochs are shorter than a plot takes
+    monkeypatch.setattr(network_loop, "MAX_TIME_SHARE", math.inf)  # these epochs are shorter than a plot takes
 
 
 def configure(project: Project, force: bool = False, **train: Any) -> Run:
@@ -73,40 +75,40 @@ class Stopper:
 # -- order --------------------------------------------------------------------------------------------------------
 def test_order_is_a_permutation_that_repeats() -> None:
     frames = [3, 5, 8, 13, 21, 34]
-    orders = [ops.epoch_order(frames, 7, epoch) for epoch in range(5)]
+    orders = [sampling.epoch_order(frames, 7, epoch) for epoch in range(5)]
     assert all(sorted(order) == frames for order in orders)
     assert len({tuple(order) for order in orders}) > 1
-    assert orders == [ops.epoch_order(frames, 7, epoch) for epoch in range(5)]
-    assert orders != [ops.epoch_order(frames, 8, epoch) for epoch in range(5)]
+    assert orders == [sampling.epoch_order(frames, 7, epoch) for epoch in range(5)]
+    assert orders != [sampling.epoch_order(frames, 8, epoch) for epoch in range(5)]
 
 
 def test_carving_leaves_out_one_view_at_times() -> None:
-    chosen = [tuple(ops.carving_views([0, 2, 3, 4], Train(leave_out=0.5), epoch, 9)) for epoch in range(200)]
+    chosen = [tuple(sampling.carving_views([0, 2, 3, 4], Train(leave_out=0.5), epoch, 9)) for epoch in range(200)]
     whole = sum(len(views) == 4 for views in chosen)
     assert 60 < whole < 140
-    assert ops.carving_views([0, 2, 3, 4], Train(leave_out=0), 0, 9) == [0, 2, 3, 4]
+    assert sampling.carving_views([0, 2, 3, 4], Train(leave_out=0), 0, 9) == [0, 2, 3, 4]
     assert set(chosen) == {(0, 2, 3, 4), (2, 3, 4), (0, 3, 4), (0, 2, 4), (0, 2, 3)}
-    assert all(ops.carving_views([0, 1, 2], Train(leave_out=1), epoch, 9) == [0, 1, 2] for epoch in range(50))
+    assert all(sampling.carving_views([0, 1, 2], Train(leave_out=1), epoch, 9) == [0, 1, 2] for epoch in range(50))
 
 
 def test_learning_rate_and_spread() -> None:
-    assert ops.learning_rate(2.0, 0) == 2
-    assert ops.learning_rate(2.0, 0.5) == pytest.approx(0.05 * 2 + 0.95)
-    assert ops.learning_rate(2.0, 1.3) == pytest.approx(0.1)
-    assert ops.spread(list(range(10)), 3) == [1, 5, 8]
-    assert ops.spread([4, 6], 24) == [4, 6]
+    assert sampling.learning_rate(2.0, 0) == 2
+    assert sampling.learning_rate(2.0, 0.5) == pytest.approx(0.05 * 2 + 0.95)
+    assert sampling.learning_rate(2.0, 1.3) == pytest.approx(0.1)
+    assert sampling.spread(list(range(10)), 3) == [1, 5, 8]
+    assert sampling.spread([4, 6], 24) == [4, 6]
 
 
 def test_jitter_keeps_the_picture_and_moves_the_grid(tiny: Project) -> None:
     frame = open_reader(open_run(tiny), torch.device("cpu")).frame(2)
-    moved = [ops.jitter(frame, Train(), epoch, 0.01) for epoch in range(30)]
+    moved = [sampling.jitter(frame, Train(), epoch, 0.01) for epoch in range(30)]
     shifts = torch.stack([m.center - frame.center for m in moved])
     assert 0.015 < shifts.abs().max() < 0.02 + 1e-6
     assert 0.2 < max(abs(float(m.angle - frame.angle)) for m in moved) < 0.3 + 1e-6
     assert all(m.rgb is frame.rgb for m in moved)
-    assert torch.equal(ops.jitter(frame, Train(), 3, 0.01).center, moved[3].center)
+    assert torch.equal(sampling.jitter(frame, Train(), 3, 0.01).center, moved[3].center)
     assert all(m.tilt is None for m in moved)
-    tilts = [ops.jitter(frame, Train(jitter_tilt=0.5), epoch, 0.01).tilt for epoch in range(200)]
+    tilts = [sampling.jitter(frame, Train(jitter_tilt=0.5), epoch, 0.01).tilt for epoch in range(200)]
     quaternions = torch.stack([tilt for tilt in tilts if tilt is not None])
     assert len(quaternions) == 200
     torch.testing.assert_close(quaternions.norm(dim=1), torch.ones(200))
@@ -123,7 +125,7 @@ def test_what_the_network_sees_tilted_stands_where_it_stood(tiny: Project) -> No
     """The masks are met as well with a tilt that is undone, and not with one that is forgotten."""
     chosen, cpu = open_run(tiny).experiment, torch.device("cpu")
     reader = open_reader(open_run(tiny), cpu)
-    trainer = ops.Trainer(reader, chosen, cpu)
+    trainer = NetworkTrainer(reader, chosen, cpu)
     frame = reader.frame(0)
     mask = frame.mask[trainer.model.seen]
 
@@ -141,20 +143,20 @@ def test_what_the_network_sees_tilted_stands_where_it_stood(tiny: Project) -> No
 
 def test_worse_is_what_cannot_be_chance() -> None:
     least = [0.2, 0.4, 0.3, 0.5]
-    assert not ops.significantly_worse(least, least)
-    assert not ops.significantly_worse([0.1, 0.3, 0.2, 0.4], least)
-    assert ops.significantly_worse([loss + 0.001 for loss in least], least)  # each of them
+    assert not weight_choice.is_significantly_worse(least, least)
+    assert not weight_choice.is_significantly_worse([0.1, 0.3, 0.2, 0.4], least)
+    assert weight_choice.is_significantly_worse([loss + 0.001 for loss in least], least)  # each of them
     # Differences 0.3, -0.1, 0, 0: their mean 0.05, their standard error sqrt(0.09 / 3) / 2 = 0.0866.
-    assert not ops.significantly_worse([0.5, 0.3, 0.3, 0.5], least)
-    assert ops.significantly_worse([0.5, 0.4, 0.5, 0.5], least)  # 0.3, 0, 0.2, 0: 0.125, 0.075
-    assert ops.significantly_worse([0.3], [0.2])
-    assert not ops.significantly_worse([0.2], [0.2])
+    assert not weight_choice.is_significantly_worse([0.5, 0.3, 0.3, 0.5], least)
+    assert weight_choice.is_significantly_worse([0.5, 0.4, 0.5, 0.5], least)  # 0.3, 0, 0.2, 0: 0.125, 0.075
+    assert weight_choice.is_significantly_worse([0.3], [0.2])
+    assert not weight_choice.is_significantly_worse([0.2], [0.2])
 
 
 def test_blended_weights_lie_between() -> None:
     early = {"weight": torch.tensor([1.0, 2.0]), "batches": torch.tensor(3)}
     late = {"weight": torch.tensor([2.0, 0.0]), "batches": torch.tensor(7)}
-    found = ops.blend(early, late, 0.25)
+    found = weight_choice.blend(early, late, 0.25)
     assert found["weight"].tolist() == [1.25, 1.5]
     assert found["batches"] == 7
     assert (early["weight"].tolist(), late["weight"].tolist()) == ([1, 2], [2, 0])
@@ -180,16 +182,16 @@ def test_as_much_of_the_last_weights_is_used_as_is_not_worse(
     """Validation is told: the second epoch's weights are the best; then come the fourth's, the last, and blends."""
     told, validated = [[0.5, 0.5, 0.5], LEAST, [0.3, 0.5, 0.4], *told], []
 
-    def validate(trainer: ops.Trainer, _frames: Any, _total: int) -> tuple[dict[str, float], list[float]]:
+    def validate(trainer: NetworkTrainer, _frames: Any, _total: int) -> tuple[dict[str, float], list[float]]:
         validated.append({k: v.clone() for k, v in trainer.averaged.state_dict().items()})
         losses = told[len(validated) - 1]
         return {"valid_loss": sum(losses) / 3}, losses
 
-    monkeypatch.setattr(ops.Trainer, "validate", validate)
+    monkeypatch.setattr(NetworkTrainer, "validate", validate)
     configure(tiny, epochs=4)
     if interrupted:
-        monkeypatch.setattr(stage, "SHARE", 1.0)
-        monkeypatch.setattr(stage, "LOOK_STEPS", 1)
+        monkeypatch.setattr(network_loop, "MAX_TIME_SHARE", 1.0)
+        monkeypatch.setattr(network_loop, "REPORT_STEPS", 1)
         with pytest.raises(KeyboardInterrupt):
             run_stage(STAGE, open_run(tiny), progress=Stopper(5))
         assert len(validated) == latest(tiny).progress.epoch == 2
@@ -216,8 +218,8 @@ def test_earlier_u_nets_learn_what_the_last_one_makes_of_it(tiny: Project, deep_
     chosen, cpu = open_run(tiny).experiment, torch.device("cpu")
     chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"deep_lambda": deep_lambda})})
     reader = open_reader(open_run(tiny), cpu)
-    trainer, frame = ops.Trainer(reader, chosen, cpu), reader.frame(0)
-    start.begin(trainer.model, "random")
+    trainer, frame = NetworkTrainer(reader, chosen, cpu), reader.frame(0)
+    start_weights.load_into(trainer.model, "random")
     used, mirrored = torch.ones(1, len(reader.observed), dtype=torch.bool), torch.tensor([False])
     undecided = []
     for i in range(60):
@@ -232,8 +234,8 @@ def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> N
     chosen, cpu = open_run(tiny).experiment, torch.device("cpu")
     reader = open_reader(open_run(tiny), cpu)
     t = reader.split("valid")[0]
-    left_out = reader.observed[ops.view_to_predict(t, len(reader.observed))]
-    trainer = ops.Trainer(reader, chosen, cpu)
+    left_out = reader.observed[sampling.view_to_predict(t, len(reader.observed))]
+    trainer = NetworkTrainer(reader, chosen, cpu)
     figures, losses = trainer.validate([reader.frame(t)], 1)
     assert losses == [figures["valid_loss"]]
 
@@ -254,7 +256,7 @@ def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> N
         assert figures["valid_left_out_iou" if network is model else "valid_iou"] == pytest.approx(iou, abs=1e-5)
     assert figures["valid_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     assert losses[0] < losses[1]
-    assert {ops.view_to_predict(t, 4) for t in range(0, 96, 4)} == {0, 1, 2, 3}
+    assert {sampling.view_to_predict(t, 4) for t in range(0, 96, 4)} == {0, 1, 2, 3}
 
 
 def test_all_frames_but_those_that_validate_can_be_trained_on(tiny: Project) -> None:
@@ -262,8 +264,8 @@ def test_all_frames_but_those_that_validate_can_be_trained_on(tiny: Project) -> 
     reader = open_reader(open_run(tiny), torch.device("cpu"))
     validate = reader.split("valid")
     rest = [t for t in range(reader.n_frames) if reader.valid[t] and t not in validate]
-    assert stage._frames(reader, open_run(tiny).experiment.train) == (rest, validate)
-    assert stage._frames(reader, Train()) == (reader.split("train"), validate)
+    assert sampling.choose_frames(reader, open_run(tiny).experiment.train) == (rest, validate)
+    assert sampling.choose_frames(reader, Train()) == (reader.split("train"), validate)
     assert len(rest) > len(reader.split("train"))
     assert run_stage(STAGE, open_run(tiny))
     assert latest(tiny).progress.step == 2 * len(rest)
@@ -273,16 +275,16 @@ def test_all_frames_but_those_that_validate_can_be_trained_on(tiny: Project) -> 
 def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(tiny, epochs=14, valid_every=4, plot_every=7, save_every=14)
     reader = open_reader(open_run(tiny), torch.device("cpu"))
-    untrained = ops.Trainer(reader, open_run(tiny).experiment, torch.device("cpu"))
+    untrained = NetworkTrainer(reader, open_run(tiny).experiment, torch.device("cpu"))
     frames = reader.split("valid")
     first, _ = untrained.validate(reader.prefetch(frames), len(frames))
-    plotted, preview = [], plots.preview
+    plotted, preview = [], progress_plots.preview
 
     def counted(*args: Any) -> bytes:
         plotted.append(args)
         return preview(*args)
 
-    monkeypatch.setattr(plots, "preview", counted)
+    monkeypatch.setattr(progress_plots, "preview", counted)
     assert run_stage(STAGE, open_run(tiny))
     assert not run_stage(STAGE, open_run(tiny))
     rows = list(
@@ -328,15 +330,15 @@ def test_a_rehearsal_changes_nothing(tiny: Project, monkeypatch: pytest.MonkeyPa
     configure(tiny, epochs=2, batch_frames=2, deep_lambda=0.1, jitter_tilt=0.3)
     run_stage(STAGE, open_run(tiny))
     alone = latest(tiny)
-    begin, rehearse, rehearsals = stage._Training.__post_init__, stage._Training._rehearse, []
+    begin, rehearse, rehearsals = NetworkTraining.__post_init__, NetworkTraining._warm_up, []
 
-    def begun(training: stage._Training) -> None:
+    def begun(training: NetworkTraining) -> None:
         begin(training)
         before = [value.clone() for value in training.trainer.state()]
         rehearse(training)
         rehearsals.append(all(map(torch.equal, before, training.trainer.state())))
 
-    monkeypatch.setattr(stage._Training, "__post_init__", begun)
+    monkeypatch.setattr(NetworkTraining, "__post_init__", begun)
     run_stage(STAGE, configure(tiny, force=True))
     assert rehearsals == [True]
     for name, tensor in alone.model.items():
@@ -346,8 +348,8 @@ def test_a_rehearsal_changes_nothing(tiny: Project, monkeypatch: pytest.MonkeyPa
 def test_a_stopped_training_goes_on_under_settings_that_make_no_other_result(
     tiny: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(stage, "LOOK_STEPS", 1)
+    monkeypatch.setattr(network_loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(network_loop, "REPORT_STEPS", 1)
     first = configure(tiny, epochs=3, keep_last=1)
     with pytest.raises(KeyboardInterrupt):
         run_stage(STAGE, first, progress=Stopper(4))
@@ -364,17 +366,17 @@ def test_a_stopped_training_goes_on_under_settings_that_make_no_other_result(
 
 def test_a_finished_training_is_never_written_again(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even by a process that slept over another one's finishing it: it is told before it writes a checkpoint."""
-    monkeypatch.setattr(stage, "LOOK_STEPS", 10**6)
+    monkeypatch.setattr(network_loop, "REPORT_STEPS", 10**6)
     run = configure(tiny, epochs=2)
-    url, save = run.output_url("train"), stage._Training._save
+    url, save = run.output_url("train"), NetworkTraining._save
     saves: list[dict[str, Any]] = []
 
     def files() -> dict[str, tuple[int, bytes]]:
         folder = Path(url)
         return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
-    def sleepy(training: stage._Training) -> None:
-        monkeypatch.setattr(stage._Training, "_save", save)
+    def sleepy(training: NetworkTraining) -> None:
+        monkeypatch.setattr(NetworkTraining, "_save", save)
         for lease in Path(run.result("train").folder).rglob("*lease"):
             lease.unlink()  # as who takes it over does
         # In a process of its own: of this one no file is written once its lease is gone.
@@ -383,7 +385,7 @@ def test_a_finished_training_is_never_written_again(tiny: Project, monkeypatch: 
         saves.append(files())
         save(training)
 
-    monkeypatch.setattr(stage._Training, "_save", sleepy)
+    monkeypatch.setattr(NetworkTraining, "_save", sleepy)
     with pytest.raises(LockLost):
         run_stage(STAGE, run)
     (finished,) = saves
@@ -397,12 +399,12 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
     tiny: Project, monkeypatch: pytest.MonkeyPatch, batch_frames: int
 ) -> None:
     torch.set_num_threads(1)  # sums in one order
-    monkeypatch.setattr(stage, "LOOK_STEPS", 1)
+    monkeypatch.setattr(network_loop, "REPORT_STEPS", 1)
     configure(tiny, epochs=3, batch_frames=batch_frames, plot_every=3)
     run_stage(STAGE, open_run(tiny))
     undisturbed = latest(tiny)
 
-    monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)  # after every step, also within an epoch
+    monkeypatch.setattr(network_loop, "SAVE_SECONDS", 0.0)  # after every step, also within an epoch
     configure(tiny, force=True)
     with pytest.raises(KeyboardInterrupt):
         run_stage(STAGE, open_run(tiny), progress=Stopper(2))
@@ -422,14 +424,14 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
 
 def test_a_loss_that_is_not_a_number_keeps_the_last_checkpoint(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(tiny, epochs=6)
-    original = ops.Trainer.step
+    original = NetworkTrainer.step
     calls = []
 
-    def step(self: ops.Trainer, *args: Any) -> torch.Tensor:
+    def step(self: NetworkTrainer, *args: Any) -> torch.Tensor:
         calls.append(1)
         return original(self, *args) * (math.nan if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(ops.Trainer, "step", step)
+    monkeypatch.setattr(NetworkTrainer, "step", step)
     with pytest.raises(UserError, match=r"diverged by step 6.*train\.lr"):
         run_stage(STAGE, open_run(tiny))
     kept = latest(tiny)
@@ -442,10 +444,10 @@ def test_out_of_gpu_memory_is_a_line_and_keeps_the_last_checkpoint(
     tiny: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure(tiny, epochs=6)
-    original = ops.Trainer.step
+    original = NetworkTrainer.step
     calls = []
 
-    def step(self: ops.Trainer, *args: Any) -> torch.Tensor:
+    def step(self: NetworkTrainer, *args: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 6:
             # As when a CUDA graph is recorded: a second error hides the first.
@@ -455,7 +457,7 @@ def test_out_of_gpu_memory_is_a_line_and_keeps_the_last_checkpoint(
                 raise RuntimeError("capture failed")  # noqa: B904
         return original(self, *args)
 
-    monkeypatch.setattr(ops.Trainer, "step", step)
+    monkeypatch.setattr(NetworkTrainer, "step", step)
     assert main(STAGE, ["--project", tiny.url, "--workers", "1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(r"zoosplat train: out of GPU memory: training is predicted to need 1\.\d GiB \(CUDA 1\.0, ", line)
@@ -463,7 +465,7 @@ def test_out_of_gpu_memory_is_a_line_and_keeps_the_last_checkpoint(
         r"; (set \S+ to \d+|raise ingest\.image_downsample.*) or use a larger GPU; checkpoints are kept$", line
     )
     assert latest(tiny).step == 4
-    monkeypatch.setattr(ops.Trainer, "step", original)
+    monkeypatch.setattr(NetworkTrainer, "step", original)
     run_stage(STAGE, open_run(tiny))
     assert latest(tiny).progress.epoch == 6
 
@@ -487,8 +489,8 @@ def test_out_of_gpu_memory_after_training(
 
 def test_time_limit_counts_what_earlier_runs_spent(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(tiny, epochs=100000, max_minutes=0.5)
-    monkeypatch.setattr(stage, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(stage, "LOOK_STEPS", 1)
+    monkeypatch.setattr(network_loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(network_loop, "REPORT_STEPS", 1)
     with pytest.raises(KeyboardInterrupt):
         run_stage(STAGE, open_run(tiny), progress=Stopper(3))
     url = urls.join(open_run(tiny).output_url("train"), "checkpoints", f"step-{latest(tiny).step:08d}.safetensors")
@@ -511,19 +513,19 @@ def test_kernels_are_loaded_before_the_clock_runs_by_one_process_first(
 ) -> None:
     events: list[str] = []
     monkeypatch.setattr(stage, "load_kernels", lambda device: events.append("load"))
-    monkeypatch.setattr(Ranks, "agreed", lambda ranks, value: events.append("agreed") or value)  # type: ignore[func-returns-value]
-    begin = stage._Training.__post_init__
+    monkeypatch.setattr(Ranks, "broadcast_scalar", lambda ranks, value: events.append("broadcast_scalar") or value)  # type: ignore[func-returns-value]
+    begin = NetworkTraining.__post_init__
 
-    def begun(training: stage._Training) -> None:
+    def begun(training: NetworkTraining) -> None:
         events.append("clock")
         begin(training)
 
-    monkeypatch.setattr(stage._Training, "__post_init__", begun)
+    monkeypatch.setattr(NetworkTraining, "__post_init__", begun)
     run_stage(STAGE, open_run(tiny))
-    assert events[:4] == ["load", "agreed", "load", "clock"]
+    assert events[:4] == ["load", "broadcast_scalar", "load", "clock"]
     events.clear()
-    stage._load_kernels(Context(open_run(tiny), lambda *of: None), torch.device("cpu"), Ranks(1, 2))
-    assert events == ["agreed", "load"]
+    stage.load_kernels_in_turn(Context(open_run(tiny), lambda *of: None), torch.device("cpu"), Ranks(1, 2))
+    assert events == ["broadcast_scalar", "load"]
 
 
 def test_time_that_runs_out_between_epochs_leaves_a_validated_model(
@@ -532,14 +534,14 @@ def test_time_that_runs_out_between_epochs_leaves_a_validated_model(
     configure(tiny, epochs=100000, max_minutes=60, valid_every=1000, save_every=1)
     late = SimpleNamespace(seconds=0.0)
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late.seconds)
-    monkeypatch.setattr(stage, "time", clock)
-    saved = stage._Training._save
+    monkeypatch.setattr(network_loop, "time", clock)
+    saved = NetworkTraining._save
 
-    def save(training: stage._Training) -> None:
+    def save(training: NetworkTraining) -> None:
         saved(training)
         late.seconds = 3600.0  # of a checkpoint that takes long to write
 
-    monkeypatch.setattr(stage._Training, "_save", save)
+    monkeypatch.setattr(NetworkTraining, "_save", save)
     run_stage(STAGE, open_run(tiny))
     best = checkpoints.load(open_run(tiny).output_url("train"), "best")
     assert best is not None

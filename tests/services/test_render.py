@@ -23,6 +23,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.geometry import projection, rotations
+from zoosplat.geometry.rotations import look_at
 from zoosplat.stages.contract import Context
 from zoosplat.stages.projects import Project
 from zoosplat.storage import listing, objects, urls
@@ -224,7 +225,7 @@ class Reader(SimpleNamespace):
 
     def frame(self, t: int) -> Frame:
         eyes = np.array([[0.8, 0.1, 0.3], [-0.7, 0.2, 0.2]])
-        poses = torch.tensor(np.stack([ops.look_at(e, np.array(CENTER)) for e in eyes])).float()
+        poses = torch.tensor(np.stack([look_at(e, np.array(CENTER)) for e in eyes])).float()
         k = torch.tensor([[150.0, 0, (WINDOW[0] - 1) / 2], [0, 150.0, (WINDOW[1] - 1) / 2], [0, 0, 1]]).expand(2, 3, 3)
         center, angle = torch.tensor(CENTER), torch.tensor(ANGLE)
         rgb, alpha = render(animal().to_world(center, angle), poses, k, *WINDOW)

@@ -300,10 +300,8 @@ class ProjectData:
     def _smoothed_gaussians(self, t: int) -> Gaussians:
         """Gaussians of frame t in the world, smoothed for views from closer than the cameras, as in stage render."""
         assert self.predictor is not None
-        frame = self.predictor.reader.frame(t)
-        depth = frame.world_to_camera[:, 2, :3] @ frame.center + frame.world_to_camera[:, 2, 3]
-        pixel_m = (depth / frame.intrinsics[:, 0, 0])[self.predictor.reader.observed].mean()
-        return self._gaussians(t).smoothed(float(pixel_m))
+        reader = self.predictor.reader
+        return self._gaussians(t).smoothed(reader.pixel_size_m(reader.frame(t)))
 
     def splats(self, t: int) -> Splats:
         """The Gaussians of a frame that has a hull."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoosplat.formats import media, ply
-from zoosplat.geometry.rotations import level_camera
+from zoosplat.geometry.rotations import look_at
 
 Values = npt.NDArray[np.float64]
 
@@ -35,14 +35,6 @@ def bounding_sphere(
     # Rounding may leave the sum of all weights below any share close to 1.
     last = min(int(np.searchsorted(np.cumsum(weights[order]), SEEN)), len(order) - 1)
     return center, max(float(distances[order[last]]), 1e-6)
-
-
-def look_at(eye: Values, target: Values) -> Values:
-    """World-to-camera [4, 4] of an upright camera at `eye` [3] that sees `target` [3] in its middle, +z upwards."""
-    rotation = level_camera(target - eye)
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = rotation, -rotation @ eye
-    return pose
 
 
 def orbit(

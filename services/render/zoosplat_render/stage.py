@@ -116,9 +116,7 @@ class _Artist:
 
     def gaussians(self, frame: Frame) -> Gaussians:
         """Gaussians of a frame in the world, fit to be seen from closer than in training."""
-        depth = frame.world_to_camera[:, 2, :3] @ frame.center + frame.world_to_camera[:, 2, 3]
-        pixel_m = (depth / frame.intrinsics[:, 0, 0])[self.reader.observed].mean()
-        return self.predictor.gaussians(frame.t).smoothed(float(pixel_m))
+        return self.predictor.gaussians(frame.t).smoothed(self.reader.pixel_size_m(frame))
 
     def camera_view(self, frame: Frame, camera: int | None = None) -> tuple[Tensor, Tensor]:
         """World-to-camera [4, 4] and intrinsics [3, 3] of a camera (None: the one to be shown), its window enlarged to

@@ -1,12 +1,12 @@
-"""Learn what animals look like from random ones: how `animals.safetensors` was made, and how to make another.
+"""Pretrain the network on random animals: how `animals.safetensors` was made, and how to make another such file.
 
     python -m zoosplat_train.pretrain OUT.safetensors [--animals 6400] [--minutes 7.2] [--start-from animals]
     torchrun --standalone --nproc_per_node 4 -m zoosplat_train.pretrain OUT.safetensors ...
 
-The network is a recording's own, and so is a step of its training; but every step shows another animal, in six views
-of a random rig. It is carved from three to five of them, and all six count in the loss: so the network learns what
-hulls of few views have too much of, on any side. `train.start_from` names what it has learned. Under torchrun each GPU
-has so many animals of its own, and shows one of them in each step.
+The network is the one that recordings are trained with, and so is a step of its training. Every step shows another
+animal in six views of a random rig. The animal is carved from three to five of them, and all six count in the loss: so
+the network learns what hulls of few views have too much of, on any side. `train.start_from` names the file that is
+written. Under torchrun each GPU has `--animals` animals of its own, and shows one of them in each step.
 """
 
 from __future__ import annotations
@@ -26,20 +26,25 @@ from zoosplat.synthetic.random_animals import HEIGHT, WIDTH
 from zoosplat_model.animals import RIGS, Animals, OfRigs, experiment, films, reconstruct
 from zoosplat_model.losses import soft_iou
 from zoosplat_model.network.splatter import PoseSplatter
-from zoosplat_train import ops, parallel, start
-from zoosplat_train.parallel import Ranks
+from zoosplat_train import sampling, start_weights, torchrun
+from zoosplat_train.ranks import Ranks
+from zoosplat_train.trainer import TRAIN_FIGURES, NetworkTrainer
 
-JITTER_VOXELS, JITTER_RADIANS = 4.0, 0.6
-LOOK_STEPS, CLOCK_STEPS = 500, 20
+JITTER_VOXELS = 4.0  # takes the place of `train.jitter_voxels`
+JITTER_RADIANS = 0.6  # takes the place of `train.jitter_radians`
+REPORT_STEPS = 500  # steps between readings of the loss, each of which waits for the GPU
+CLOCK_STEPS = 20  # steps between readings of the clock, which the ranks have to agree on
 
 
-class _Trainer(ops.Trainer):
+class RandomAnimalTrainer(NetworkTrainer):
+    """Trains a network that takes the views it is carved from for the whole rig."""
+
     network = OfRigs
 
 
 @torch.no_grad()
-def test(trainer: ops.Trainer, animals: Animals) -> tuple[float, float]:
-    """Mean IoU of animals that were not trained on: in views that they are carved from, and in others."""
+def evaluate(trainer: NetworkTrainer, animals: Animals) -> tuple[float, float]:
+    """Mean IoU of animals that were not trained on: in the views that they are carved from, and in other views."""
     rng, figures = np.random.default_rng(1), []
     for t in range(animals.tested):
         frame, carved = animals.shown(t, rng)
@@ -52,29 +57,30 @@ def test(trainer: ops.Trainer, animals: Animals) -> tuple[float, float]:
 
 
 def pretrain(animals: Animals, chosen: Experiment, seconds: float, ranks: Ranks) -> PoseSplatter:
-    """Train for some seconds; the network with averaged weights."""
-    trainer, rng = _Trainer(animals, chosen, animals.device, ranks), np.random.default_rng(ranks.rank)
-    start.begin(trainer.model, chosen.train.start_from)
+    """Train for some seconds; returns the network with averaged weights."""
+    trainer, rng = RandomAnimalTrainer(animals, chosen, animals.device, ranks), np.random.default_rng(ranks.rank)
+    start_weights.load_into(trainer.model, chosen.train.start_from)
     trainer.averaged.load_state_dict(trainer.model.state_dict())
     settings = chosen.train.model_copy(update={"jitter_voxels": JITTER_VOXELS, "jitter_radians": JITTER_RADIANS})
-    sums = torch.zeros(len(ops.TRAIN_FIGURES), dtype=torch.float64, device=animals.device)
+    sums = torch.zeros(len(TRAIN_FIGURES), dtype=torch.float64, device=animals.device)
     step, spent, began = 0, 0.0, time.monotonic()
     with Progress(disable=not ranks.first) as progress:
         bar = progress.add_task("pretraining", total=seconds)
         while spent < seconds:
             frame, carved = animals.shown(int(rng.integers(animals.tested, animals.n_frames)), rng)
-            frame = ops.jitter(frame, settings, step, animals.voxel_size_m)
-            rate = ops.learning_rate(settings.lr, spent / seconds)
-            sums += trainer.step([frame], [carved], [bool(rng.random() < ops.MIRROR)], rate, step, ranks.size)
+            frame = sampling.jitter(frame, settings, step, animals.voxel_size_m)
+            rate = sampling.learning_rate(settings.lr, spent / seconds)
+            mirrored = bool(rng.random() < sampling.MIRRORED_SHARE)
+            sums += trainer.step([frame], [carved], [mirrored], rate, step, ranks.size)
             step += 1
             if step % CLOCK_STEPS == 0:
-                spent = ranks.agreed(time.monotonic() - began)
-            if step % LOOK_STEPS == 0:
+                spent = ranks.broadcast_scalar(time.monotonic() - began)
+            if step % REPORT_STEPS == 0:
                 trainer.recorder.make_room(int(trainer.recorder.pairs.needed))
-                loss = sums[0] / (LOOK_STEPS * ranks.size)
+                loss = sums[0] / (REPORT_STEPS * ranks.size)
                 progress.update(bar, completed=spent, description=f"step {step} loss {loss:.3f}")
                 sums.zero_()
-    carved_iou, other_iou = test(trainer, animals)
+    carved_iou, other_iou = evaluate(trainer, animals)
     figures = {"animals": animals.n_frames, "steps": step, "seconds": round(time.monotonic() - began, 1)}
     if ranks.first:
         print(json.dumps({**figures, "carved_iou": round(carved_iou, 4), "other_iou": round(other_iou, 4)}))
@@ -94,12 +100,12 @@ def main() -> None:
     chosen = experiment(filters=args.filters, start_from=args.start_from, device=args.device)
     began, rank = time.monotonic(), int(os.environ.get("RANK", 0))
     filmed = films(args.animals, args.first_rig + rank * RIGS)
-    with parallel.joined(chosen) as (device, ranks):
+    with torchrun.own_rank(chosen) as (device, ranks):
         animals = Animals(filmed, device)
         print(f"{animals.n_frames} animals in {time.monotonic() - began:.0f} s", flush=True)
         trained = pretrain(animals, chosen, 60 * args.minutes, ranks)
         if ranks.first:
-            start.write(args.output, trained)
+            start_weights.write(args.output, trained)
 
 
 if __name__ == "__main__":

@@ -81,3 +81,17 @@ def level_camera(forward: npt.ArrayLike) -> FloatArray:
     ahead = unit(np.asarray(forward, dtype=np.float64))
     right = unit(np.stack([ahead[..., 1], -ahead[..., 0], np.zeros(ahead.shape[:-1])], axis=-1))
     return np.stack([right, np.cross(ahead, right), ahead], axis=-2)
+
+
+def look_at(
+    eye: FloatArray,  # [3]
+    target: FloatArray,  # [3]
+) -> FloatArray:
+    """World-to-camera matrix [4, 4] float64 of a level camera at `eye` that sees `target` in its middle.
+
+    The camera must not be straight above or below the target, in a world whose +z is up.
+    """
+    rotation = level_camera(target - eye)
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = rotation, -rotation @ eye
+    return pose

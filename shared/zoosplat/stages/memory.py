@@ -1,6 +1,6 @@
 """How much GPU memory a training needs, predicted from its configuration alone.
 
-The coefficients are bytes of the tensors that live at once in `zoosplat_train.ops.Trainer`, counted over a step: what
+The coefficients are bytes of the tensors that live at once in `zoosplat_train.trainer`, counted over a step: what
 autograd keeps of the U-Nets (bfloat16), and the volumes, samples and pictures of carving, drawing and losses (float32).
 Those that are called measured come from benchmarks/memory.py and benchmarks/profiles.py, which compare the prediction
 with a GPU.

@@ -16,16 +16,16 @@ from zoosplat_model import checkpoints
 from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.network.unet import UNetStack
 
-OF_THE_RIG = "camera_color"  # the only parameter that says something about the cameras; it begins anew
-KEYS = "model.network, num_unets, base_filters, poolings and bottleneck"
+RIG_PARAMETER = "camera_color"  # the only parameter that depends on the cameras: it is not taken over
+ARCHITECTURE_KEYS = "model.network, num_unets, base_filters, poolings and bottleneck"
 
 
-def begin(model: PoseSplatter, start_from: str) -> None:
+def load_into(model: PoseSplatter, start_from: str) -> None:
     """Give a new network the weights that another one has learned.
 
-    Nothing of a network depends on the size of the volume (without `model.bottleneck`) or the number of cameras, so it
-    can have learned from other recordings, rigs and grids. Its filters are made as long as a new network's: steps of
-    the same `train.lr` turn them as fast.
+    Without `model.bottleneck` nothing of a network depends on the size of the volume or the number of cameras, so the
+    other network may have learned from other recordings, rigs and grids. Its filters are scaled to the norms of a new
+    network's, so that steps of the same `train.lr` change their direction as fast.
 
     Args:
         model: on any device; all its parameters but the cameras' colours are replaced.
@@ -38,13 +38,13 @@ def begin(model: PoseSplatter, start_from: str) -> None:
     if start_from == RANDOM:
         return
     weights = _read(start_from)
-    own, others = ({n: v for n, v in found.items() if n != OF_THE_RIG} for found in (model.state_dict(), weights))
+    own, others = ({n: v for n, v in found.items() if n != RIG_PARAMETER} for found in (model.state_dict(), weights))
     shapes, given = ({n: v.shape for n, v in found.items()} for found in (own, others))
     differ = sorted(n for n in shapes.keys() | given.keys() if shapes.get(n) != given.get(n))
     if differ:
         raise UserError(
             f"train.start_from = {start_from}: weights of another network ({differ[0]} differs, one of "
-            f"{len(differ)}); set {KEYS} to what they were there, or train.start_from to {RANDOM}"
+            f"{len(differ)}); set {ARCHITECTURE_KEYS} to what they were there, or train.start_from to {RANDOM}"
         )
     model.load_state_dict(others, strict=False)
     if isinstance(model.refine, UNetStack):
@@ -52,8 +52,8 @@ def begin(model: PoseSplatter, start_from: str) -> None:
 
 
 def write(url: str, model: PoseSplatter) -> None:
-    """Write a network's weights for other trainings to begin with: half precision, without the cameras' colours."""
-    kept = {name: value for name, value in model.state_dict().items() if name != OF_THE_RIG}
+    """Write weights for other trainings to begin with, in half precision and without the cameras' colours."""
+    kept = {name: value for name, value in model.state_dict().items() if name != RIG_PARAMETER}
     objects.write_bytes(url, safetensors.torch.save({k: v.half().cpu().contiguous() for k, v in kept.items()}))
 
 

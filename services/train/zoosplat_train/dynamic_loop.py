@@ -1,4 +1,4 @@
-"""The second trainer's loop: checkpoints, history, pictures and clock round `zoosplat_model.dynamic`."""
+"""The loop round the trainer of dynamic Gaussians: checkpoints, history, pictures and the clock."""
 
 from __future__ import annotations
 
@@ -21,26 +21,33 @@ from zoosplat_model.dynamic.schedule import Stage, is_shown
 from zoosplat_model.dynamic.trainer import Trainer
 from zoosplat_model.frames import FrameReader
 from zoosplat_model.gpu_memory import device_figures
-from zoosplat_train import plots
+from zoosplat_train import progress_plots, tensorboard
+from zoosplat_train.history import history_csv
 
-LOOK_ITERATIONS = 50  # between readings of loss and PSNR: each waits for the GPU
-ROW_ITERATIONS = 100  # between rows of the history
-SAVE_SECONDS = 60.0  # between checkpoints
+REPORT_ITERATIONS = 50  # iterations between readings of loss and PSNR, each of which waits for the GPU
+ROW_ITERATIONS = 100  # iterations between rows of the history
+SAVE_SECONDS = 60.0  # most seconds between checkpoints
 
 
 def prepare(reader: FrameReader, url: str) -> Plan:
-    """Raise UserError where there is nothing to train on."""
+    """The plan of the stage.
+
+    Raises:
+        UserError: there is nothing to train on.
+    """
     if not reader.valid.any():
         raise UserError(f"{url}: no frame has a visual hull, so there is nothing to train on")
     return Plan((0, reader.n_frames))
 
 
 def run(ctx: Context, reader: FrameReader, device: torch.device) -> Outcome:
-    """Train both stages, from the newest checkpoint on."""
-    return _Training(ctx, reader, device).run()
+    """Train coarse and fine from the newest checkpoint on."""
+    return DynamicTraining(ctx, reader, device).run()
 
 
-class _Training:
+class DynamicTraining:
+    """A training of dynamic Gaussians that goes on from the latest checkpoint."""
+
     def __init__(self, ctx: Context, reader: FrameReader, device: torch.device) -> None:
         self.ctx, self.reader, self.device = ctx, reader, device
         self.config, self.url = ctx.experiment.dynamic, ctx.run.output_url("train")
@@ -54,9 +61,9 @@ class _Training:
             points, colors = first_points(reader, self.config.initial_points, seed)
         self.trainer = Trainer(scene, points, colors, field, self.config, seed)
         self.history: list[dict[str, float]] = []
-        self.text = ""  # that was reported last
+        self.text = ""  # line of progress that was reported last
         self._resume()
-        # Of the training alone: without logging, saving and what changes the set of Gaussians.
+        # The clock counts the training alone, without logging, saving and changes of the set of Gaussians.
         self.seconds = self.history[-1]["seconds"] if self.history else 0.0
         self.clock = self.saved = time.monotonic()
 
@@ -97,22 +104,22 @@ class _Training:
         trainer = self.trainer
         files.write_settings(self.url, self.ctx.experiment)
         begun, begun_seconds = self._step(), self.seconds
-        with plots.tensorboard(urls.join(self.url, "tensorboard"), begun) as self.board:
+        with tensorboard.open_board(urls.join(self.url, "tensorboard"), begun) as self.board:
             if trainer.stage == "coarse":
-                self._stage()
-                self._pause()
-                self._tell()
+                self._train_stage()
+                self._stop_clock()
+                self._report_progress()
                 files.write_result(self.url, "coarse", trainer.iteration, trainer.gaussians, trainer.field)
                 trainer.begin("fine")
-                self._go_on()
-            self._stage()
-            self._pause()
-            self._tell()
+                self._start_clock()
+            self._train_stage()
+            self._stop_clock()
+            self._report_progress()
             if self.config.fine_iterations:
                 files.write_result(self.url, "fine", trainer.iteration, trainer.gaussians, trainer.field)
             self._write_history()
             self._write_preview()
-        self._forget_checkpoints()
+        self._remove_own_checkpoints()
         done = self._step() - begun
         figures: dict[str, Any] = {
             "train_loss": self.history[-1]["train_loss"] if self.history else None,
@@ -125,31 +132,31 @@ class _Training:
         }
         return Outcome(len(trainer.scene.shown), figures=figures)
 
-    def _stage(self) -> None:
+    def _train_stage(self) -> None:
         trainer, stage = self.trainer, self.trainer.stage
         length = self._length(stage)
         while trainer.iteration < length:
             trainer.step()
             i = trainer.iteration
             ended = i == length
-            if ended or i % LOOK_ITERATIONS == 0:
-                self._look(ended or i % ROW_ITERATIONS == 0)
+            if ended or i % REPORT_ITERATIONS == 0:
+                self._read_figures(ended or i % ROW_ITERATIONS == 0)
             if self.config.render_process and is_shown(i):
-                self._show()
+                self._write_process_picture()
             if i in self.config.checkpoint_iterations or time.monotonic() - self.saved > SAVE_SECONDS:
                 self._save()
 
-    def _pause(self) -> None:
-        """Stop the clock."""
+    def _stop_clock(self) -> None:
+        """Add the seconds since the clock was started, after waiting for the GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds += time.monotonic() - self.clock - self.trainer.excluded_seconds
         self.trainer.excluded_seconds = 0.0
 
-    def _go_on(self) -> None:
+    def _start_clock(self) -> None:
         self.clock = time.monotonic()
 
-    def _look(self, row: bool) -> None:
+    def _read_figures(self, add_row: bool) -> None:
         trainer = self.trainer
         trainer.make_room()
         loss, psnr = trainer.figures.tolist()
@@ -160,21 +167,21 @@ class _Training:
             )
         count = len(trainer.gaussians)
         self.text = f"{trainer.stage} {trainer.iteration} loss {loss:.4f} PSNR {psnr:.1f}, {count} Gaussians"
-        self._tell()
-        if row:
-            self._pause()
+        self._report_progress()
+        if add_row:
+            self._stop_clock()
             figures = {"train_loss": loss, "train_psnr": psnr, "train_gaussians": float(count)}
             self.history.append({"step": self._step(), "seconds": round(self.seconds, 3), **figures})
             self.board.add(self.history[-1])
-            self._go_on()
+            self._start_clock()
 
-    def _tell(self) -> None:
-        """Report progress; before each write, too, for it raises where another process has taken this training over."""
+    def _report_progress(self) -> None:
+        """Report progress, before each write too: this raises where another process has taken this training over."""
         self.ctx.progress(self._step(), self._total(), self.text)
 
     def _save(self) -> None:
-        self._pause()
-        self._tell()
+        self._stop_clock()
+        self._report_progress()
         t = self.trainer
         files.write_checkpoint(
             self.url,
@@ -186,19 +193,19 @@ class _Training:
             t.active_sh_degree,
             t.spatial_lr_scale,
         )
-        self._forget_checkpoints(but=(t.stage, t.iteration))
+        self._remove_own_checkpoints(but=(t.stage, t.iteration))
         self._write_history()
         self.saved = time.monotonic()
-        self._go_on()
+        self._start_clock()
 
-    def _forget_checkpoints(self, but: tuple[Stage, int] | None = None) -> None:
-        """Remove those that were only written so that a killed training goes on."""
+    def _remove_own_checkpoints(self, but: tuple[Stage, int] | None = None) -> None:
+        """Remove the checkpoints that were written only so that a killed training goes on."""
         for stage, iteration in files.checkpoints_in(self.url):
             if (stage, iteration) != but and iteration not in self.config.checkpoint_iterations:
                 objects.delete(urls.join(self.url, files.checkpoint_name(stage, iteration)))
 
     def _write_history(self) -> None:
-        objects.write_bytes(urls.join(self.url, "history.csv"), plots.history_csv(self.history))
+        objects.write_bytes(urls.join(self.url, "history.csv"), history_csv(self.history))
         self.board.upload()
 
     def _write_preview(self) -> None:
@@ -206,14 +213,14 @@ class _Training:
         truth, rendered = (v.cpu().numpy() for v in self.trainer.compare(middle))
         names = [self.reader.camera_names[c] for c in self.reader.observed]
         t = int(np.flatnonzero(self.reader.valid)[middle])
-        objects.write_bytes(urls.join(self.url, "preview.png"), plots.preview(truth, rendered, names, t))
+        objects.write_bytes(urls.join(self.url, "preview.png"), progress_plots.preview(truth, rendered, names, t))
 
-    def _show(self) -> None:
-        """Truth above rendering, all views side by side."""
-        self._pause()
-        self._tell()
+    def _write_process_picture(self) -> None:
+        """Write a picture of truth above rendering, all views side by side."""
+        self._stop_clock()
+        self._report_progress()
         t = self.trainer
         rows = [media.side_by_side(list(media.to_uint8(v.cpu().numpy()))) for v in t.compare(len(t.scene.shown) // 2)]
         url = urls.join(self.url, "render_process", t.stage, f"{t.iteration:05d}.png")
         objects.write_bytes(url, media.encode_png(np.concatenate(rows)))
-        self._go_on()
+        self._start_clock()
