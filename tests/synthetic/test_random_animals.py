@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from zoosplat.synthetic import random_animals
-from zoosplat.synthetic.mouse import Scene, Solids, View
 from zoosplat.synthetic.random_animals import HEIGHT, VIEWS, WIDTH, Film, random_animal, random_rig
+from zoosplat.synthetic.rendering import View
+from zoosplat.synthetic.solids import Solids
+from zoosplat.synthetic.traits import Traits
 from zoosplat_model import animals
 
 
@@ -45,7 +47,7 @@ def test_every_view_shows_what_is_inside_the_solids() -> None:
     inside = points[np.logical_or.reduce([solids.inside(i, points) for i in range(len(solids.a))])]
     assert len(inside) > 300
     for k, pose in zip(intrinsics, poses, strict=True):
-        drawn = View(k, pose[:3, :3], pose[:3, 3], WIDTH, HEIGHT).cast(solids, Scene(1))
+        drawn = View(k, pose[:3, :3], pose[:3, 3], WIDTH, HEIGHT).cast(solids, Traits.draw(0, (0.47, 0.35, 0.25)))
         assert drawn is not None
         mask = np.zeros((HEIGHT, WIDTH), bool)
         mask[drawn[0], drawn[1]] = drawn[3] >= 0.5
@@ -85,7 +87,7 @@ def test_the_place_of_an_animal_holds_all_of_its_pictures(film: Film) -> None:
 
 def test_animals_filmed_by_several_processes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(animals, "RIGS", 2)
-    filmed = animals.films(2, first=3)
+    filmed = animals.film_rigs(2, first=3)
     assert len(filmed) == 2
     for rig, film in zip((3, 4), filmed, strict=True):
         alone = random_animals.film(rig, 1)

@@ -55,7 +55,7 @@ class Viewer:
         self._state = project_state(project, run_id)
         self._data = ProjectData(project, run_id)
         if device != "auto":  # refused at once where it does not exist, though the model is loaded later
-            from zoosplat_model.predictor import pick_device
+            from zoosplat_model.devices import pick_device
 
             pick_device(device)
         with contextlib.redirect_stdout(io.StringIO()):  # viser's own announcement

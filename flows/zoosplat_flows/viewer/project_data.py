@@ -24,7 +24,7 @@ from zoosplat_flows.viewer.camera_frustum import CameraFrustum
 from zoosplat_flows.viewer.result_cache import ResultCache
 
 if TYPE_CHECKING:
-    from zoosplat_model.network.splatter import Gaussians
+    from zoosplat_model.gaussians import Gaussians
     from zoosplat_model.predictor import Predictor
 
 F32 = npt.NDArray[np.float32]
@@ -218,11 +218,12 @@ class ProjectData:
         """
         if not self.has_model:
             return
-        from zoosplat_model.predictor import Predictor, pick_device
+        from zoosplat_model.devices import pick_device
+        from zoosplat_model.registry import open_predictor
 
         pick_device(device)
         try:
-            self.predictor = Predictor.open(self.run, device, finished=not self.training)
+            self.predictor = open_predictor(self.run, device, finished=not self.training)
         except UserError as error:
             self.notes.append(str(error))
 
@@ -301,7 +302,7 @@ class ProjectData:
         """Gaussians of frame t in the world, smoothed for views from closer than the cameras, as in stage render."""
         assert self.predictor is not None
         reader = self.predictor.reader
-        return self._gaussians(t).smoothed(reader.pixel_size_m(reader.frame(t)))
+        return self._gaussians(t).with_low_pass(reader.pixel_size_m(reader.frame(t)))
 
     def splats(self, t: int) -> Splats:
         """The Gaussians of a frame that has a hull."""
@@ -338,7 +339,7 @@ class ProjectData:
             reader.height,
             cameras=[camera],
         )
-        layers = rgb[0], alpha[0], frame.on_white()[camera], frame.mask[camera] > 0
+        layers = rgb[0], alpha[0], frame.composite_on_white()[camera], frame.mask[camera] > 0
         return draw_comparison(*(layer.cpu().numpy() for layer in layers))
 
     def render_from(

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from zoosplat_model.network.splatter import Gaussians
+from zoosplat_model.gaussians import Gaussians
 
 # Coarse on purpose. What is near a frame's place in the descriptor has to move in proportion as the animal moves, and a
 # part of the animal that leaves one narrow ring for the next does not: four radii and three heights tell the keypoints
