@@ -310,11 +310,6 @@ def test_one_frame_is_shown_once() -> None:
     assert ops.choose_frames(np.array([0.5]), 4) == [(0, "worst")]
 
 
-def test_table_cells() -> None:
-    data = ops.table(["name", "value"], [["a, b", 1 / 3], ["c", math.nan], ["d", 7]])
-    assert data.decode() == 'name,value\n"a, b",0.333333\nc,\nd,7\n'
-
-
 def test_comparison_shows_the_animal_large_and_the_error_dark() -> None:
     # An animal of 10 x 10 px, so the square is 12 px wide: 320 / 12 px a pixel. Truth red, rendering with 0.5 in green.
     mask = np.zeros((40, 50), dtype=bool)

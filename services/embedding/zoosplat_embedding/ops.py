@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,20 +227,3 @@ def heights(centers_m: Floats, covariances_m2: Floats, valid: Bools) -> Floats:
     bottoms = (centers_m[:, 2] - reach)[valid]
     floor = float(np.percentile(bottoms, 1)) if len(bottoms) else 0.0
     return np.asarray(centers_m[:, 2] + reach - floor)
-
-
-# -- tables ---------------------------------------------------------------------------------------------------------
-def table(columns: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> bytes:
-    """CSV file; floats with 7 significant digits, NaN as an empty cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in zip(*columns.values(), strict=True):
-        writer.writerow([_cell(value) for value in row])
-    return text.getvalue().encode()
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float | np.floating):
-        return "" if np.isnan(value) else f"{value:.7g}"
-    return value

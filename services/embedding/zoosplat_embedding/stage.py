@@ -12,12 +12,14 @@ import numpy as np
 
 from zoosplat.config.sections import Embedding, is_weights_file
 from zoosplat.errors import UserError
+from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.runs import Run
 from zoosplat.storage import fingerprints, listing, objects, schema, urls
 from zoosplat_embedding import ops
 
 FEWEST = 2  # training frames with a hull: an embedding of one says nothing
+CSV_DIGITS = 7  # Significant digits of numbers in the table.
 GROUP, CSV = "embedding.zarr", "embedding.csv"
 
 
@@ -178,7 +180,9 @@ def write(folder: str, arrays: dict[str, Any], attributes: dict[str, Any]) -> No
         **{f"map_{axis}": arrays["map"][:, i] for i, axis in enumerate("xy")},
         **{f"e{i:02d}": arrays["embedding"][:, i] for i in range(dimensions)},
     }
-    objects.write_bytes(urls.join(folder, CSV), ops.table(columns))
+    objects.write_bytes(
+        urls.join(folder, CSV), encode_csv(tuple(columns), zip(*columns.values(), strict=True), CSV_DIGITS)
+    )
 
 
 def _warnings(arrays: dict[str, Any], attributes: dict[str, Any]) -> tuple[str, ...]:

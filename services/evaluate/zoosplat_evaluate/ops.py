@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -42,22 +40,6 @@ def choose_frames(iou: Values, count: int) -> list[tuple[int, Kind]]:
     for i in np.rint(even).astype(int):
         chosen.setdefault(int(i), "even")
     return list(chosen.items())
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    """CSV file; floats with 6 significant digits, NaN and None as empty cells."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
-        writer.writerow([_cell(value) for value in row])
-    return text.getvalue().encode()
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return "" if value is None else value
 
 
 def plot_over_time(video_frames: Values, curves: dict[str, tuple[Values, Values]]) -> bytes:

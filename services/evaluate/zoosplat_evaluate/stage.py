@@ -13,6 +13,7 @@ from torch import Tensor
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.formats.comparison import draw_comparison
+from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import objects, urls
 from zoosplat_evaluate import ops
@@ -23,6 +24,7 @@ from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering
 from zoosplat_model.registry import open_predictor
 
+CSV_DIGITS = 6  # Significant digits of numbers in the tables.
 VALUES = "metrics.npy"  # [T, C, M] float64, NaN where not defined
 IOU, PSNR = METRICS.index("iou"), METRICS.index("psnr")
 FIT_BYTES, FIT_LEAST = 1 << 30, 8  # of renderings that colours are fitted to, and frames at least
@@ -145,13 +147,17 @@ class Evaluate(Stage):
             if cameras:
                 mean = ops.group_means(means, cameras).tolist()
                 rows.append([f"mean_{name}", int(name == "held_out"), len(frames), *mean])
-        self._write(ctx, f"metrics_{split}.csv", ops.table(["camera", "held_out", "frames", *METRICS], rows))
+        self._write(
+            ctx, f"metrics_{split}.csv", encode_csv(["camera", "held_out", "frames", *METRICS], rows, CSV_DIGITS)
+        )
         each = (
             [t, t * jump, name, held_out[c], *values[i, c].tolist()]
             for i, t in enumerate(frames)
             for c, name in enumerate(reader.camera_names)
         )
-        self._write(ctx, f"frames_{split}.csv", ops.table(["t", "frame", "camera", "held_out", *METRICS], each))
+        self._write(
+            ctx, f"frames_{split}.csv", encode_csv(["t", "frame", "camera", "held_out", *METRICS], each, CSV_DIGITS)
+        )
         curves = {
             name.replace("_", " "): (values[:, cameras, IOU].mean(1), values[:, cameras, PSNR].mean(1))
             for name, cameras in groups.items()

@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from zoosplat.formats import media, ply
 from zoosplat.geometry.rotations import look_at
+from zoosplat.geometry.spherical_harmonics import SH_C0
 
 Values = npt.NDArray[np.float64]
 
 FILL = 0.6  # of the picture's shorter side that the animal's sphere takes
 ELEVATION_RAD = math.radians(25)
 SEEN = 0.98  # share of the opacity inside the animal's sphere
-SH_C0 = 0.28209479177387814  # the constant spherical harmonic: 1 / (2 sqrt(pi))
 PLY_PROPERTIES = (
     *("x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity"),
     *("scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"),
