@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
+from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
@@ -241,7 +242,7 @@ def test_cameras_that_differ_in_colour(
     # The photographs of one camera are darker by a known map: the plain figures suffer, the corrected ones do not; also
     # where not all frames may be kept for the fit.
     monkeypatch.setattr(stage, "FIT_BYTES", 0)
-    monkeypatch.setattr(stage, "FIT_LEAST", most)
+    monkeypatch.setattr(stage, "MIN_FIT_FRAMES", most)
     rendered: list[int] = []
     gaussians = Predictor.gaussians
     monkeypatch.setattr(Predictor, "gaussians", lambda self, t: rendered.append(t) or gaussians(self, t))  # type: ignore[func-returns-value]
@@ -309,7 +310,7 @@ def test_one_frame_is_shown_once() -> None:
 
 
 def test_table_cells() -> None:
-    data = ops.table(["name", "value"], [["a, b", 1 / 3], ["c", math.nan], ["d", 7]])
+    data = encode_csv(["name", "value"], [["a, b", 1 / 3], ["c", math.nan], ["d", 7]], digits=6)
     assert data.decode() == 'name,value\n"a, b",0.333333\nc,\nd,7\n'
 
 
