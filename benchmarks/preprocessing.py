@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config = args.config
         if config is None:
-            from zoosplat.synthetic.mouse import make_recording
+            from zoosplat.synthetic.recording import make_recording
 
             make_recording(Path(scratch, "data"), n_frames=200, width=1152, height=1024)
             names = {kind: ", ".join(f"{kind}/{c}.mp4" for c in range(6)) for kind in ("videos", "masks")}

@@ -109,7 +109,7 @@ def synthetic(folder: Path) -> str:
     """A configuration of a synthetic recording: 6 cameras, 1152 x 1024 pixels, read at a quarter."""
     from preprocessing import SYNTHETIC
 
-    from zoosplat.synthetic.mouse import make_recording
+    from zoosplat.synthetic.recording import make_recording
 
     # In another process: what this one has held at most would count as the stages' own.
     size = {"n_frames": RENDERED, "width": 1152, "height": 1024}

@@ -121,7 +121,7 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 def make_tiny_recording(folder: Path) -> None:
     """Its 48 frames are rendered once and shown three times."""
-    from zoosplat.synthetic.mouse import make_recording
+    from zoosplat.synthetic.recording import make_recording
     from zoosplat.synthetic.stand_in import loop_video
 
     with tempfile.TemporaryDirectory() as name:

@@ -218,7 +218,7 @@ class Servers:
         import importlib.resources
 
         from zoosplat.storage import objects
-        from zoosplat.synthetic.mouse import make_recording
+        from zoosplat.synthetic.recording import make_recording
 
         folder = self.folder / "recording"
         make_recording(folder, n_frames=frames)

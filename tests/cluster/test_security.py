@@ -20,7 +20,7 @@ import pytest
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.recording import video
-from zoosplat.recording.calibration import read_cameras
+from zoosplat.recording.calibration.reader import read_cameras
 from zoosplat.stages.contract import StageProgress
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run

@@ -283,7 +283,7 @@ def test_demo_films_once_and_runs_its_own_configuration(tmp_path: Path, monkeypa
         folder.mkdir(parents=True, exist_ok=True)
         filmed.append(n_frames)
 
-    monkeypatch.setattr("zoosplat.synthetic.mouse.make_recording", film)
+    monkeypatch.setattr("zoosplat.synthetic.recording.make_recording", film)
     monkeypatch.setattr("zoosplat_flows.commands.demo.run_stages", lambda *arguments: ran.append(arguments))
     project = str(tmp_path / "demo")
     for frames in ("24", "24", "30"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from zoosplat.geometry import visual_hull
-from zoosplat.synthetic.mouse import ring_of_cameras
+from zoosplat.synthetic.cameras import ring_of_cameras
 
 
 def slow_hull(

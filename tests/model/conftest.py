@@ -12,7 +12,7 @@ import pytest
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.stages.projects import Project
-from zoosplat.synthetic.mouse import ring_of_cameras
+from zoosplat.synthetic.cameras import ring_of_cameras
 
 SEMI_AXES_M = np.array([0.045, 0.028, 0.024])
 SIDE, CAMERAS, FRAMES, HELD_OUT = 32, 5, 9, 4

@@ -20,7 +20,9 @@ from scipy.spatial.transform import Rotation
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras, WorldTransform, validate_cameras
 from zoosplat.geometry.projection import project, triangulate_pairs
-from zoosplat.recording.calibration import read_cameras, read_up, write_hdf5
+from zoosplat.recording.calibration.hdf5 import write_hdf5
+from zoosplat.recording.calibration.reader import read_cameras
+from zoosplat.recording.calibration.up import read_up
 
 FloatArray = npt.NDArray[np.float64]
 

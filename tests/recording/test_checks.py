@@ -16,7 +16,7 @@ import pytest
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Unreachable, UserError
 from zoosplat.geometry.cameras import Cameras
-from zoosplat.recording.calibration import write_hdf5
+from zoosplat.recording.calibration.hdf5 import write_hdf5
 from zoosplat.recording.checks import check_recording, check_videos, kept_frames
 from zoosplat.storage import s3_client
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from zoosplat.geometry import projection, rotations, visual_hull
-from zoosplat.synthetic.mouse import Scene, render_views
+from zoosplat.synthetic.recording import SyntheticRecording, render_views
 from zoosplat_center_rotation import ops
 
 
@@ -19,7 +19,7 @@ def test_medoid_by_hand() -> None:
 
 
 def test_rough_center_outvotes_a_wrong_view() -> None:
-    scene = Scene(n_frames=1, n_cameras=5, width=128, height=128)
+    scene = SyntheticRecording(n_frames=1, n_cameras=5, width=128, height=128)
     k, r, t = scene.cameras
     m = np.tile(np.eye(4), (5, 1, 1))
     m[:, :3, :3], m[:, :3, 3] = r, t
@@ -61,7 +61,7 @@ def test_heading_passes_over_lost_frames() -> None:
 
 
 def test_adaptive_cameras_undo_a_shifted_principal_point() -> None:
-    scene = Scene(n_frames=1, n_cameras=4, width=128, height=128)
+    scene = SyntheticRecording(n_frames=1, n_cameras=4, width=128, height=128)
     _, masks = render_views(scene, 0)
     k, r, t = scene.cameras
     m = np.tile(np.eye(4), (4, 1, 1))
@@ -79,7 +79,7 @@ def test_adaptive_cameras_undo_a_shifted_principal_point() -> None:
 
 
 def test_no_hull_without_two_views() -> None:
-    scene = Scene(n_frames=1, n_cameras=4, width=64, height=64)
+    scene = SyntheticRecording(n_frames=1, n_cameras=4, width=64, height=64)
     _, masks = render_views(scene, 0)
     k, r, t = scene.cameras
     m = np.tile(np.eye(4), (4, 1, 1))

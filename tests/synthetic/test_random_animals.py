@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from zoosplat.synthetic import random_animals
-from zoosplat.synthetic.mouse import Scene, Solids, View
 from zoosplat.synthetic.random_animals import HEIGHT, VIEWS, WIDTH, Film, random_animal, random_rig
+from zoosplat.synthetic.rendering import View
+from zoosplat.synthetic.solids import Solids
+from zoosplat.synthetic.traits import Traits
 from zoosplat_model import animals
 
 
@@ -45,7 +47,7 @@ def test_every_view_shows_what_is_inside_the_solids() -> None:
     inside = points[np.logical_or.reduce([solids.inside(i, points) for i in range(len(solids.a))])]
     assert len(inside) > 300
     for k, pose in zip(intrinsics, poses, strict=True):
-        drawn = View(k, pose[:3, :3], pose[:3, 3], WIDTH, HEIGHT).cast(solids, Scene(1))
+        drawn = View(k, pose[:3, :3], pose[:3, 3], WIDTH, HEIGHT).cast(solids, Traits.draw(0, (0.47, 0.35, 0.25)))
         assert drawn is not None
         mask = np.zeros((HEIGHT, WIDTH), bool)
         mask[drawn[0], drawn[1]] = drawn[3] >= 0.5

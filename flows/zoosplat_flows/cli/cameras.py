@@ -33,7 +33,7 @@ def convert(
     unit: CalibrationUnit = "auto",
 ) -> None:
     """Write a calibration of any known format as HDF5, in metres."""
-    from zoosplat.recording.calibration import write_hdf5
+    from zoosplat.recording.calibration.hdf5 import write_hdf5
     from zoosplat_flows.commands.recording import load_cameras
 
     with storage_errors(files[0]):

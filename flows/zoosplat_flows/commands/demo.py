@@ -32,7 +32,7 @@ def run_demo(url: str, frames: int, overrides: list[str], workers: int | None) -
     folder = (Path("demo") if urls.is_s3(url) else Path(urls.normalize(url))) / "recording"
     marker = folder / "frames.txt"  # written last: a recording whose making was stopped has none
     if not marker.exists() or marker.read_text() != str(frames):
-        from zoosplat.synthetic.mouse import make_recording
+        from zoosplat.synthetic.recording import make_recording
 
         marker.unlink(missing_ok=True)
         with Console(stderr=True).status(f"filming {frames} frames of a synthetic animal"):

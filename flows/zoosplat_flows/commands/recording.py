@@ -11,7 +11,7 @@ from rich.table import Table
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
-from zoosplat.recording.calibration import Format, Unit, read_cameras
+from zoosplat.recording.calibration.reader import Format, Unit, read_cameras
 from zoosplat.recording.checks import check_recording, kept_frames
 from zoosplat.stages.outside_files import check_outside_files
 from zoosplat.stages.prechecks import check_kept_frames

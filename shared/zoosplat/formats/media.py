@@ -1,10 +1,11 @@
-"""Pictures and films as bytes, ready to be stored anywhere: PNG through OpenCV, H.264 in MP4 through PyAV."""
+"""Pictures and films: PNG files through OpenCV, H.264 in MP4 files through PyAV, and how pictures are composed."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -28,46 +29,77 @@ def encode_png(picture: Picture) -> bytes:
     return bytes(data)
 
 
-def encode_mp4(pictures: Iterable[Picture], fps: float) -> bytes:
-    """MP4 file (H.264, yuv420p, BT.709) of pictures [h, w, 3] uint8 RGB of one size.
+class Mp4Writer:
+    """An MP4 file of pictures as H.264, yuv420p and BT.709 in limited range, which it is also tagged with.
 
-    Odd sizes get a white column or row more: yuv420p has even ones. Pictures are taken from the iterable one by one.
+    Odd sizes get a white column or row more, because yuv420p has even sizes only.
+
+    Args:
+        target: path of the file, or a binary file to write to.
+        fps: frames per second.
+        options: of the encoder x264.
+    """
+
+    def __init__(self, target: str | IO[bytes], fps: float, options: Mapping[str, str]) -> None:
+        import av
+
+        self._file = av.open(target, "w", format="mp4")
+        self._stream = self._file.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
+        self._options = options
+        self._size: tuple[int, int] | None = None
+
+    def add(self, picture: Picture) -> None:
+        """Append a picture [h, w, 3] uint8 RGB. Raises ValueError where its size is not that of the first one."""
+        import av
+        from av.video.reformatter import ColorRange, Colorspace
+
+        height, width = picture.shape[:2]
+        if self._size is None:
+            self._size = height, width
+            self._stream.width, self._stream.height = width + width % 2, height + height % 2
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.options = dict(self._options)
+            context = self._stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = 1
+            context.color_range = 1
+        elif self._size != (height, width):
+            first_height, first_width = self._size
+            raise ValueError(f"a film of {first_width} x {first_height} px got a picture of {width} x {height} px")
+        even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
+        # Without these arguments swscale would convert RGB by the matrix of BT.601.
+        frame = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+        )
+        self._file.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        """Write what the encoder still holds, and the index. Raises ValueError where no picture was added."""
+        if self._size is None:
+            raise ValueError("a film needs at least one picture")
+        self._file.mux(self._stream.encode(None))
+        self._file.close()
+
+
+# Options of x264 for films. The bytes are the same every time: one thread makes them independent of the number of
+# cores, and without macroblock tree x264's vector code reads no uninitialized memory (core 165; MALLOC_PERTURB_ shows
+# it).
+FILM_OPTIONS = {"crf": "18", "preset": "medium", "threads": "1", "mbtree": "0"}
+
+
+def encode_mp4(pictures: Iterable[Picture], fps: float) -> bytes:
+    """MP4 file (see `Mp4Writer`) of pictures [h, w, 3] uint8 RGB of one size, which are taken one by one.
 
     Raises:
         ValueError: no pictures, or pictures of different sizes.
     """
-    import av
-    from av.video.reformatter import ColorRange, Colorspace
-
     data = io.BytesIO()
-    size: tuple[int, int] | None = None
-    with av.open(data, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
-        for picture in pictures:
-            height, width = picture.shape[:2]
-            if size is None:
-                size = height, width
-                stream.width, stream.height = width + width % 2, height + height % 2
-                stream.pix_fmt = "yuv420p"
-                # The same bytes every time: one thread, whatever the machine's cores, and no macroblock tree, which in
-                # x264's vector code depends on memory that nobody has written (core 165; MALLOC_PERTURB_ shows it).
-                stream.options = {"crf": "18", "preset": "medium", "threads": "1", "mbtree": "0"}
-                context = stream.codec_context
-                context.colorspace = context.color_primaries = context.color_trc = 1
-                context.color_range = 1
-            elif size != (height, width):
-                raise ValueError(f"a film of {size[1]} x {size[0]} px got a picture of {width} x {height} px")
-            even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
-            frame = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                src_color_range=ColorRange.JPEG,
-                dst_color_range=ColorRange.MPEG,
-            )
-            file.mux(stream.encode(frame))
-        if size is None:
-            raise ValueError("a film needs at least one picture")
-        file.mux(stream.encode(None))
+    writer = Mp4Writer(data, fps, FILM_OPTIONS)
+    for picture in pictures:
+        writer.add(picture)
+    writer.close()
     return data.getvalue()
 
 

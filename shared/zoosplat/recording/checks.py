@@ -21,7 +21,9 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.geometry.rotations import FloatArray
-from zoosplat.recording import calibration, dnerf
+from zoosplat.recording import dnerf
+from zoosplat.recording.calibration.reader import read_cameras
+from zoosplat.recording.calibration.up import read_up
 from zoosplat.recording.video import VideoInfo, probe
 from zoosplat.storage import objects, urls
 
@@ -113,7 +115,7 @@ def check_recording(experiment: Experiment) -> RecordingFacts:
     with problems.collect():
         footage = _check_videos(experiment, ("mask", "video"))
     with problems.collect():
-        cameras = calibration.read_cameras(
+        cameras = read_cameras(
             calibration_urls(experiment),
             format=data.calibration_format,
             unit=data.calibration_unit,
@@ -124,7 +126,7 @@ def check_recording(experiment: Experiment) -> RecordingFacts:
     with problems.collect():
         if cameras is not None or data.up != "auto":
             spec = up_url(experiment) or data.up
-            up = calibration.read_up(spec, cameras, lambda url: _read_bytes(url, "data.up"))
+            up = read_up(spec, cameras, lambda url: _read_bytes(url, "data.up"))
     if footage is not None:
         with problems.collect():
             n_cameras = len(data.videos) if cameras is None else len(cameras)

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from zoosplat.synthetic.mouse import COAT, EAR, EYE, LIMB, PINK, Floats, Scene, Solids, View, axis_angle, centroid, unit
+from zoosplat.geometry.rotations import axis_angle, level_camera, unit
+from zoosplat.synthetic.rendering import View
+from zoosplat.synthetic.solids import COAT, EAR, EYE, LIMB, PINK, Floats, Solids, centroid
+from zoosplat.synthetic.traits import Traits
 
 VIEWS, WIDTH, HEIGHT = 10, 288, 256
 PIXELS_PER_M = 1024.0  # at the target
@@ -54,9 +57,7 @@ def random_rig(rng: np.random.Generator) -> tuple[Floats, Floats]:
         elevation, distance = np.deg2rad(rng.uniform(-10, 70)), rng.uniform(0.35, 0.55)
         flat = np.cos(elevation)
         offset = distance * np.array([np.cos(azimuth) * flat, np.sin(azimuth) * flat, np.sin(elevation)])
-        forward = unit(-offset)
-        right = unit(np.array([forward[1], -forward[0], 0.0]))
-        poses[i, :3, :3] = np.stack([right, np.cross(forward, right), forward])
+        poses[i, :3, :3] = level_camera(-offset)
         poses[i, :3, 3] = -poses[i, :3, :3] @ (offset + TARGET_HEIGHT * UP)
         intrinsics[i, 0, 0] = intrinsics[i, 1, 1] = PIXELS_PER_M * distance
         intrinsics[i, :2, 2] = (WIDTH - 1) / 2, (HEIGHT - 1) / 2
@@ -221,7 +222,7 @@ def film(seed: int, n: int) -> Film:
     centers, headings, reach = np.zeros((n, 3)), np.zeros(n), np.zeros((n, 3))
     for i in range(n):
         light = rng.uniform(0.1, 1) * rng.uniform(0.7, 1, 3)
-        coat = Scene(1, seed=int(rng.integers(1 << 30)), coat=(float(light[0]), float(light[1]), float(light[2])))
+        traits = Traits.draw(int(rng.integers(1 << 30)), (float(light[0]), float(light[1]), float(light[2])))
         solids = random_animal(rng)
         ends = np.concatenate([solids.a, solids.b])
         reach[i] = np.abs(ends - centroid(solids, 3e-3)).max(0) + 3e-3
@@ -232,7 +233,7 @@ def film(seed: int, n: int) -> Film:
         centers[i] = centroid(solids, 3e-3)
         exposure = rng.uniform(0.15, 0.6) if rng.random() < 0.5 else 1.0  # half of them dark
         for c, view in enumerate(views):
-            drawn = view.cast(solids, coat)
+            drawn = view.cast(solids, traits)
             if drawn is None:
                 continue
             rows, columns, colour, coverage = drawn

@@ -12,22 +12,17 @@ import pytest
 from numpy.typing import NDArray
 
 from zoosplat.errors import UserError
-from zoosplat.synthetic.mouse import (
-    KEYPOINT_NAMES,
-    TRUNK_KEYPOINTS,
-    Scene,
-    Truth,
-    _Writer,
-    make_recording,
-    render_views,
-    ring_of_cameras,
-)
+from zoosplat.formats.media import Mp4Writer
+from zoosplat.synthetic.cameras import ring_of_cameras
+from zoosplat.synthetic.mouse import KEYPOINT_NAMES
+from zoosplat.synthetic.recording import SyntheticRecording, Truth, make_recording, render_views
 
 SIZE: dict[str, Any] = {"width": 96, "height": 80}
+TRUNK_KEYPOINTS = ("head", "neck", "shoulders", "mid_trunk", "pelvis")
 REARING_FRAME = 100  # 2.0 s into the 2.4 s cycle
 
 
-def project(scene: Scene, points: NDArray[np.float64]) -> NDArray[np.float64]:
+def project(scene: SyntheticRecording, points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Pixels [C, N, 2] of world points [N, 3], without distortion."""
     intrinsic, rotation, translation = scene.cameras
     seen = np.einsum("cij,nj->cni", intrinsic @ rotation, points) + (intrinsic @ translation[..., None])[:, None, :, 0]
@@ -52,12 +47,12 @@ def decoded(path: Path) -> NDArray[np.float64]:
 
 
 @pytest.fixture(scope="module")
-def scene() -> Scene:
-    return Scene(n_frames=120, **SIZE)
+def scene() -> SyntheticRecording:
+    return SyntheticRecording(n_frames=120, **SIZE)
 
 
 @pytest.fixture(scope="module")
-def truth(scene: Scene) -> Truth:
+def truth(scene: SyntheticRecording) -> Truth:
     return scene.truth
 
 
@@ -75,7 +70,9 @@ def test_the_ring_looks_at_its_target_from_where_it_should() -> None:
 
 
 def test_the_same_seed_gives_the_same_arrays_and_a_longer_recording_the_same_start() -> None:
-    one, same, longer, other = (Scene(n_frames=n, seed=seed, **SIZE) for n, seed in ((5, 3), (5, 3), (140, 3), (5, 4)))
+    one, same, longer, other = (
+        SyntheticRecording(n_frames=n, seed=seed, **SIZE) for n, seed in ((5, 3), (5, 3), (140, 3), (5, 4))
+    )
     for left, right in zip(render_views(one, 4), render_views(same, 4), strict=True):
         np.testing.assert_array_equal(left, right)
     np.testing.assert_array_equal(render_views(one, 4, [2])[0], render_views(longer, 4)[0][2:3])
@@ -86,7 +83,7 @@ def test_the_same_seed_gives_the_same_arrays_and_a_longer_recording_the_same_sta
 
 def test_masks_are_where_marched_rays_meet_the_solid() -> None:
     """A slow twin: 0.75 mm steps through `inside`, which shares no formula with the ray caster, four rays a pixel."""
-    scene, camera, frame = Scene(width=64, height=56), 1, REARING_FRAME
+    scene, camera, frame = SyntheticRecording(width=64, height=56), 1, REARING_FRAME
     intrinsic, rotation, translation = (part[camera] for part in scene.cameras)
     mask = render_views(scene, frame, [camera])[1][0]
     rows, columns = np.nonzero(mask)
@@ -103,7 +100,7 @@ def test_masks_are_where_marched_rays_meet_the_solid() -> None:
     assert iou(mask[top : rows.max() + 3, left : columns.max() + 3], twin) > 0.97
 
 
-def test_trunk_keypoints_and_centroid_project_into_every_mask(scene: Scene, truth: Truth) -> None:
+def test_trunk_keypoints_and_centroid_project_into_every_mask(scene: SyntheticRecording, truth: Truth) -> None:
     trunk = [KEYPOINT_NAMES.index(name) for name in TRUNK_KEYPOINTS]
     for frame in (0, 30, 60, REARING_FRAME):
         masks = render_views(scene, frame)[1]
@@ -116,13 +113,13 @@ def test_trunk_keypoints_and_centroid_project_into_every_mask(scene: Scene, trut
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_animal_stays_in_every_picture(seed: int) -> None:
-    scene = Scene(n_frames=80, fps=0.7, seed=seed, **SIZE)  # two minutes, all over the arena
+    scene = SyntheticRecording(n_frames=80, fps=0.7, seed=seed, **SIZE)  # two minutes, all over the arena
     pixels = project(scene, scene.truth.keypoints.reshape(-1, 3))
     assert (pixels > 1).all()
     assert (pixels < np.array([SIZE["width"], SIZE["height"]]) - 2).all()
 
 
-def test_centroid_is_the_mean_of_random_points_inside(scene: Scene, truth: Truth) -> None:
+def test_centroid_is_the_mean_of_random_points_inside(scene: SyntheticRecording, truth: Truth) -> None:
     low, high = truth.keypoints[REARING_FRAME].min(0) - 0.02, truth.keypoints[REARING_FRAME].max(0) + 0.02
     points = np.random.default_rng(0).uniform(low, high, (60_000, 3))
     kept = points[scene.inside(REARING_FRAME, points)]
@@ -132,7 +129,7 @@ def test_centroid_is_the_mean_of_random_points_inside(scene: Scene, truth: Truth
     assert 15e-6 < volume_m3 < 45e-6  # a mouse of 15 to 45 g
 
 
-def test_the_animal_walks_where_it_looks_pauses_and_rears(scene: Scene, truth: Truth) -> None:
+def test_the_animal_walks_where_it_looks_pauses_and_rears(scene: SyntheticRecording, truth: Truth) -> None:
     walked = np.diff(truth.centroid, axis=0)
     speed = np.linalg.norm(walked, axis=1) * scene.fps
     moving = speed > 0.10
@@ -146,7 +143,7 @@ def test_the_animal_walks_where_it_looks_pauses_and_rears(scene: Scene, truth: T
     assert np.ptp(np.unwrap(truth.heading)) > 1.5
 
 
-def test_paws_in_stance_do_not_slide(scene: Scene, truth: Truth) -> None:
+def test_paws_in_stance_do_not_slide(scene: SyntheticRecording, truth: Truth) -> None:
     paw = truth.keypoints[:40, KEYPOINT_NAMES.index("left_hind_paw")]
     slip = np.linalg.norm(np.diff(paw, axis=0), axis=1)
     on_floor = (paw @ truth.up)[:-1] < (paw @ truth.up).min() + 1e-4
@@ -171,7 +168,7 @@ def test_heading_is_the_angle_after_the_smallest_rotation_to_z(truth: Truth) -> 
 
 def test_views_agree_on_the_colour_of_the_back() -> None:
     """A point of the back that two cameras see has one colour: nothing in the shading depends on the camera."""
-    scene = Scene(n_frames=1, width=288, height=256, noise_std=0)
+    scene = SyntheticRecording(n_frames=1, width=288, height=256, noise_std=0)
     rgb, masks = render_views(scene, 0)
     # The highest surface point above mid trunk, found through `inside`.
     mid = scene.truth.keypoints[0, KEYPOINT_NAMES.index("mid_trunk")]
@@ -189,8 +186,8 @@ def test_views_agree_on_the_colour_of_the_back() -> None:
 def test_a_distorted_picture_undistorts_to_the_straight_one() -> None:
     cv2 = pytest.importorskip("cv2")
     coefficients = (-0.30, 0.08, 0.002, -0.001)
-    straight = Scene(n_frames=1, width=288, height=256)
-    bent = Scene(n_frames=1, width=288, height=256, distortion=coefficients)
+    straight = SyntheticRecording(n_frames=1, width=288, height=256)
+    bent = SyntheticRecording(n_frames=1, width=288, height=256, distortion=coefficients)
     wanted, given = render_views(straight, 0, [0, 3])[1], render_views(bent, 0, [0, 3])[1]
     for left, right in zip(given, wanted, strict=True):
         undone = cv2.undistort(left.astype(np.float32), straight.cameras[0][0], np.array(coefficients))
@@ -202,7 +199,7 @@ def test_files_hold_the_pictures_the_calibration_and_the_truth(tmp_path: Path) -
     h5py = pytest.importorskip("h5py")
     size: dict[str, Any] = {"width": 160, "height": 128}
     truth = make_recording(tmp_path, n_frames=6, n_cameras=3, seed=5, distortion=(-0.1, 0.02, 0, 0), **size)
-    scene = Scene(n_frames=6, n_cameras=3, seed=5, distortion=(-0.1, 0.02, 0, 0), **size)
+    scene = SyntheticRecording(n_frames=6, n_cameras=3, seed=5, distortion=(-0.1, 0.02, 0, 0), **size)
     for camera in range(3):
         video, silhouettes = decoded(tmp_path / f"videos/{camera}.mp4"), decoded(tmp_path / f"masks/{camera}.mp4")
         assert video.shape == silhouettes.shape == (6, 128, 160, 3)
@@ -227,7 +224,7 @@ def test_files_hold_the_pictures_the_calibration_and_the_truth(tmp_path: Path) -
 def test_saturated_colours_survive_the_codec(tmp_path: Path) -> None:
     """BT.601 taken for BT.709, or full range for limited, moves some of these by 10 levels and more."""
     wanted = np.array([(200, 40, 40), (40, 180, 60), (60, 50, 200), (230, 225, 215), (30, 25, 20), (220, 160, 150)])
-    writer = _Writer(tmp_path / "patches.mp4", (96, 64), 30.0, crf=16)
+    writer = Mp4Writer(str(tmp_path / "patches.mp4"), 30.0, {"crf": "16", "preset": "veryfast"})
     writer.add(np.tile(np.repeat(wanted, 16, 0).astype(np.uint8), (64, 1, 1)))
     writer.close()
     np.testing.assert_allclose(decoded(tmp_path / "patches.mp4")[0, 32, 8::16], wanted, atol=3)
@@ -235,17 +232,17 @@ def test_saturated_colours_survive_the_codec(tmp_path: Path) -> None:
 
 def test_sizes_that_cannot_be_encoded_are_refused() -> None:
     with pytest.raises(UserError, match="97 x 80"):
-        Scene(width=97, height=80)
+        SyntheticRecording(width=97, height=80)
     with pytest.raises(UserError, match="distortion"):
-        Scene(distortion=(0.1,))
+        SyntheticRecording(distortion=(0.1,))
     with pytest.raises(UserError, match="positive"):
-        Scene(n_frames=0)
+        SyntheticRecording(n_frames=0)
 
 
 def test_import_needs_numpy_only() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['av', 'h5py', 'cv2', 'torch', 'scipy']));"
-        "from zoosplat.synthetic.mouse import Scene, render_views;"
-        "render_views(Scene(n_frames=1, width=32, height=32), 0)"
+        "from zoosplat.synthetic.recording import SyntheticRecording, render_views;"
+        "render_views(SyntheticRecording(n_frames=1, width=32, height=32), 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,1 @@
+"""Calibration files: one reader a format, the up direction, and the writer of HDF5 files."""
