@@ -140,7 +140,7 @@ def test_the_more_frames_there_are_the_less_other_animals_count() -> None:
 
 # -- what is alike --------------------------------------------------------------------------------------------------
 def test_neighbours_are_those_of_a_search_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "BLOCK", 7)
+    monkeypatch.setattr(ops, "BLOCK_FRAMES", 7)
     rng = np.random.default_rng(4)
     embedding = rng.normal(size=(40, 3)).astype(np.float32)
     times, recording = np.concatenate([np.arange(25), np.arange(15)]) / 10, np.repeat([0, 1], [25, 15]).astype(np.int32)
