@@ -125,7 +125,7 @@ def _directions(x: Tensor, y: Tensor, flat: Tensor, weights: Tensor) -> Tensor:
 
 
 def own_direction(gaussians: Gaussians) -> Tensor:
-    """Radians [] about +z from the centroid to the end of the long axis that reaches farther, which is mostly a tail."""
+    """Radians [] about +z from the centroid to the end of the long axis that reaches farther: mostly a tail."""
     x, y, _, weights = _places(gaussians)
     return -_directions(x, y, x.square() + y.square(), weights)[1].angle()
 
