@@ -27,10 +27,11 @@ from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
 from zoosplat_evaluate import ops, stage
 from zoosplat_evaluate.stage import STAGE
-from zoosplat_model.frames import Frame
+from zoosplat_model.frames import Frame, open_reader
+from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.metrics import METRICS
-from zoosplat_model.network.splatter import Gaussians
-from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.network.predictor import SplatterPredictor
+from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering, rasterize
 
 T, C, SIDE, WIDTH, HEIGHT = 12, 3, 32, 64, 48
@@ -124,9 +125,9 @@ def make_project(finish: Callable[..., Any], write_group: Callable[..., None]) -
 @pytest.fixture
 def with_ball(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_ball(run: Run, device: str) -> Predictor:
-        return Predictor(open_reader(run, torch.device("cpu")), Ball(), 0)  # type: ignore[arg-type]
+        return SplatterPredictor(open_reader(run, torch.device("cpu")), Ball(), 0)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Predictor, "open", open_ball)
+    monkeypatch.setattr("zoosplat_evaluate.stage.open_predictor", open_ball)
 
 
 def rows_of(project: Project, name: str) -> list[dict[str, str]]:

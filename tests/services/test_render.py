@@ -28,8 +28,7 @@ from zoosplat.stages.contract import Context
 from zoosplat.stages.projects import Project
 from zoosplat.storage import listing, objects, urls
 from zoosplat_model.frames import Frame
-from zoosplat_model.network.splatter import Gaussians
-from zoosplat_model.predictor import Predictor
+from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.rasterize import Rendering, rasterize
 from zoosplat_render import ops, stage
 
@@ -270,7 +269,7 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
 
     predictor = SimpleNamespace(reader=made, gaussians=gaussians, render=render, tracks=lambda frames, count: None)
     monkeypatch.setattr(stage, "open_reader", lambda *_: made)
-    monkeypatch.setattr(Predictor, "open", lambda *_: predictor)
+    monkeypatch.setattr(stage, "open_predictor", lambda *_: predictor)
     return made
 
 

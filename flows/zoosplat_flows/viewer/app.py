@@ -91,7 +91,7 @@ class Viewer:
         self._state = state(project, run_id)
         self._scene = Scene(project, run_id)
         if device != "auto":  # a wrong one is refused at once; the model is loaded when the page is there
-            from zoosplat_model.predictor import pick_device
+            from zoosplat_model.devices import pick_device
 
             pick_device(device)
         with contextlib.redirect_stdout(io.StringIO()):  # viser's own announcement

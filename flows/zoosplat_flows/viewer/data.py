@@ -23,7 +23,7 @@ from zoosplat.stages.runs import Run
 from zoosplat.storage import listing, objects, schema, urls
 
 if TYPE_CHECKING:
-    from zoosplat_model.network.splatter import Gaussians
+    from zoosplat_model.gaussians import Gaussians
     from zoosplat_model.predictor import Predictor
 
 F32 = npt.NDArray[np.float32]
@@ -263,11 +263,12 @@ class Scene:
         """The best checkpoint, of dynamic Gaussians the newest; a note where none fits. UserError: no such device."""
         if not self.has_model:
             return
-        from zoosplat_model.predictor import Predictor, pick_device
+        from zoosplat_model.devices import pick_device
+        from zoosplat_model.registry import open_predictor
 
         pick_device(device)
         try:
-            self.predictor = Predictor.open(self.run, device, finished=not self.training)
+            self.predictor = open_predictor(self.run, device, finished=not self.training)
         except UserError as error:
             self.notes.append(str(error))
 
@@ -344,7 +345,7 @@ class Scene:
         """Gaussians of frame t in the world, fit to be seen from closer than in training, as in stage render."""
         assert self.predictor is not None
         reader = self.predictor.reader
-        return self._gaussians(t).smoothed(reader.pixel_size_m(reader.frame(t)))
+        return self._gaussians(t).with_low_pass(reader.pixel_size_m(reader.frame(t)))
 
     def splats(self, t: int) -> Splats:
         """The Gaussians of a frame that has a hull."""
@@ -383,7 +384,7 @@ class Scene:
             reader.height,
             cameras=[camera],
         )
-        layers = rgb[0], alpha[0], frame.on_white()[camera], frame.mask[camera] > 0
+        layers = rgb[0], alpha[0], frame.composite_on_white()[camera], frame.mask[camera] > 0
         return ops.comparison(*(layer.cpu().numpy() for layer in layers))
 
     def from_anywhere(

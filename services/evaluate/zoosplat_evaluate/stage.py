@@ -16,11 +16,12 @@ from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import objects, urls
 from zoosplat_evaluate import ops
-from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model.frames import Frame, FrameReader, open_reader
 from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.metrics import METRICS, SSIM_RADIUS, ColorFit, frame_metrics
-from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering
+from zoosplat_model.registry import open_predictor
 
 VALUES = "metrics.npy"  # [T, C, M] float64, NaN where not defined
 IOU, PSNR = METRICS.index("iou"), METRICS.index("psnr")
@@ -89,7 +90,7 @@ class EvaluateStage(Stage):
             return self._run(ctx, shard, plan)
 
     def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
-        predictor = Predictor.open(ctx.run, ctx.experiment.evaluate.device)
+        predictor = open_predictor(ctx.run, ctx.experiment.evaluate.device)
         reader, frames = predictor.reader, plan.values["frames"]
         values = _measured_before(ctx)
         if values is None:
@@ -174,7 +175,7 @@ class EvaluateStage(Stage):
         entries: list[dict[str, Any]] = []
         for i, kind in ops.choose_frames(values[:, judged, IOU].mean(1), ctx.experiment.evaluate.gallery_frames):
             frame = reader.frame(frames[i])
-            layers = (*_render(predictor, frame), frame.on_white(), frame.mask > 0)
+            layers = (*_render(predictor, frame), frame.composite_on_white(), frame.mask > 0)
             for c in np.flatnonzero(reader.pictured[frame.t]).tolist():
                 file = f"gallery/t{frame.t:06d}_camera{c}.png"
                 picture = ops.comparison(*(layer[c].cpu().numpy() for layer in layers))

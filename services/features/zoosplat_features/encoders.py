@@ -17,7 +17,7 @@ from zoosplat.config.sections import WEIGHTS_FILES, is_weights_file
 from zoosplat.errors import UserError
 from zoosplat.storage import objects, urls
 from zoosplat_features import ops
-from zoosplat_model.network.splatter import Gaussians
+from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.rasterize import Rendering
 
 CHANNELS = 512  # outputs of a ResNet-18 without its last layer
@@ -30,11 +30,11 @@ class Encoder(ABC):
 
     Attributes:
         size: length of a descriptor.
-        recordable: whether the encoder can be part of a CUDA graph.
+        capturable: whether the encoder can be part of a CUDA graph.
     """
 
     size: int
-    recordable: bool
+    capturable: bool
 
     @abstractmethod
     def __call__(self, gaussians: Gaussians) -> Tensor:
@@ -44,7 +44,7 @@ class Encoder(ABC):
 class GaussiansEncoder(Encoder):
     """Moments of the Gaussians on rings about the vertical: see `ops.cylinder_descriptor`."""
 
-    size, recordable = ops.cylinder_size(), True
+    size, capturable = ops.cylinder_size(), True
 
     def __init__(self, radius_m: float) -> None:
         self.radius_m = radius_m
@@ -69,7 +69,7 @@ class ImagesEncoder(Encoder):
     in the frame, the magnitudes change by half when the animal turns by 20 degrees.
     """
 
-    size, recordable = len(ops.harmonics()) * CHANNELS, False
+    size, capturable = len(ops.harmonics()) * CHANNELS, False
 
     def __init__(self, render: Renderer, radius_m: float, network: torch.nn.Module, device: torch.device) -> None:
         self._render = render

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from zoosplat_model.network.splatter import Gaussians
+from zoosplat_model.gaussians import Gaussians
 
 # The rings are coarse on purpose, because the descriptor has to change in proportion as the animal moves: a part of the
 # animal that leaves one narrow ring for the next changes it suddenly. Four radii and three heights predict the

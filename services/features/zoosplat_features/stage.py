@@ -9,8 +9,9 @@ from zoosplat.errors import UserError
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, schema
 from zoosplat_features import encoders, ops
+from zoosplat_model.frames import open_reader
 from zoosplat_model.gpu_memory import out_of_memory
-from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.registry import open_predictor
 
 
 class FeaturesStage(Stage):
@@ -47,13 +48,13 @@ class FeaturesStage(Stage):
             return self._run(ctx, shard, plan)
 
     def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
-        predictor = Predictor.open(ctx.run, ctx.experiment.features.device)
+        predictor = open_predictor(ctx.run, ctx.experiment.features.device)
         reader, block = predictor.reader, plan.values["block"]
         encode = encoders.open_encoder(ctx.experiment, plan.values["radius_m"], predictor.render, reader.device)
         function = encoders.flattened(encode) if ctx.experiment.flat_gaussians else encode
         group = groups.open_group(ctx.run.output_url(self.name), write=True)
         frames = [t for t in range(shard.start, shard.stop) if reader.valid[t]]
-        found = predictor.each(frames, function, record=encode.recordable)
+        found = predictor.map_frames(frames, function, capture=encode.capturable)
         done = 0
         for start in range(shard.start, shard.stop, block):
             stop = min(start + block, shard.stop)

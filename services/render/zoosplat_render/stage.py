@@ -13,11 +13,13 @@ from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import objects, urls
-from zoosplat_model.carving import project, rotation_about_z
-from zoosplat_model.frames import Frame, FrameReader
+from zoosplat_model.carving import project
+from zoosplat_model.frames import Frame, FrameReader, open_reader
+from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.gpu_memory import out_of_memory
-from zoosplat_model.network.splatter import Gaussians
-from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.predictor import Predictor
+from zoosplat_model.registry import open_predictor
+from zoosplat_model.rotations import rotation_about_z
 from zoosplat_render import ops
 
 MIN_SIDE = 384  # pixels that the shorter side of a picture has at least where its size is left open
@@ -59,7 +61,7 @@ class RenderStage(Stage):
 
     def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         settings = ctx.experiment.render
-        predictor = Predictor.open(ctx.run, settings.device)
+        predictor = open_predictor(ctx.run, settings.device)
         pictures = _PictureMaker(ctx, predictor, total=shard.stop)
         t, sequence = plan.values["frame"], plan.values["sequence"]
         frame = predictor.reader.frame(t)
@@ -123,7 +125,7 @@ class _PictureMaker:
 
     def gaussians(self, frame: Frame) -> Gaussians:
         """Gaussians of a frame in the world, fit to be seen from closer than in training."""
-        return self.predictor.gaussians(frame.t).smoothed(self.reader.pixel_size_m(frame))
+        return self.predictor.gaussians(frame.t).with_low_pass(self.reader.pixel_size_m(frame))
 
     def camera_view(self, frame: Frame, camera: int | None = None) -> tuple[Tensor, Tensor]:
         """World-to-camera [4, 4] and intrinsics [3, 3] of a camera (None: the one to be shown), its window enlarged to
@@ -155,7 +157,7 @@ class _PictureMaker:
         window = (0, 0, self.reader.width, self.reader.height)
         photo, outside = (
             media.zoom(media.to_uint8(picture.cpu().numpy()), window, self.width, self.height)
-            for picture in (frame.on_white()[camera], 1 - frame.mask[camera, ..., None].expand(-1, -1, 3))
+            for picture in (frame.composite_on_white()[camera], 1 - frame.mask[camera, ..., None].expand(-1, -1, 3))
         )
         found = _numpy(pixels).reshape(len(times), -1, 2)
         kept = ops.on_mask(found[0], outside[..., 0] < 128)[:MAX_PATHS]
@@ -186,7 +188,7 @@ class _PictureMaker:
         """Photograph and rendering beside each other, frame by frame, both following the window."""
         window, camera = (0, 0, self.reader.width, self.reader.height), self.settings.camera
         for frame in self.reader.prefetch(frames):
-            truth = media.to_uint8(frame.on_white()[camera].cpu().numpy())
+            truth = media.to_uint8(frame.composite_on_white()[camera].cpu().numpy())
             rendering = self.picture(self.gaussians(frame), self.camera_view(frame), camera)
             yield media.side_by_side([media.zoom(truth, window, self.width, self.height), rendering])
 
