@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
@@ -308,11 +307,6 @@ def test_choice_of_frames(count: int, expected: list[tuple[int, str]]) -> None:
 
 def test_one_frame_is_shown_once() -> None:
     assert ops.choose_frames(np.array([0.5]), 4) == [(0, "worst")]
-
-
-def test_table_cells() -> None:
-    data = encode_csv(["name", "value"], [["a, b", 1 / 3], ["c", math.nan], ["d", 7]], digits=6)
-    assert data.decode() == 'name,value\n"a, b",0.333333\nc,\nd,7\n'
 
 
 def test_comparison_shows_the_animal_large_and_the_error_dark() -> None:

@@ -24,8 +24,8 @@ def load_cameras(files: list[str], format: str = "auto", unit: str = "auto") -> 
 
     Args:
         files: paths or URLs: one file, or one for each camera.
-        format: one of `zoosplat.recording.calibration.Format`.
-        unit: unit of the translations, one of `zoosplat.recording.calibration.Unit`.
+        format: one of `zoosplat.recording.calibration.reader.Format`.
+        unit: unit of the translations, one of `zoosplat.recording.calibration.reader.Unit`.
 
     Raises:
         UserError: a file, the format or the unit is not valid.

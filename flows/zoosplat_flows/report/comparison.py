@@ -12,7 +12,14 @@ import numpy as np
 
 from zoosplat.errors import UserError
 from zoosplat.formats import media
-from zoosplat.stages.history import GROUPS, Change, differences, flat, means_of, other_causes
+from zoosplat.stages.history import (
+    VIEW_GROUPS,
+    SettingChange,
+    evaluation_means,
+    find_other_causes,
+    find_setting_changes,
+    flatten_settings,
+)
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects, urls
 from zoosplat_flows.report.page import render_page
@@ -42,17 +49,17 @@ class PicturePair:
     scores: tuple[str, str]
 
 
-def compare_settings(first: Run, second: Run) -> list[Change]:
+def compare_settings(first: Run, second: Run) -> list[SettingChange]:
     """Settings that differ between two runs, and other reasons why their results differ."""
-    found = differences(*(flat(run.experiment.model_dump(mode="json")) for run in (first, second)))
-    return found + [(cause, "", "") for cause in other_causes(first.record(), second.record())]
+    found = find_setting_changes(*(flatten_settings(run.experiment.model_dump(mode="json")) for run in (first, second)))
+    return found + [(cause, "", "") for cause in find_other_causes(first.record(), second.record())]
 
 
 def compare_metrics(first: Run, second: Run) -> list[MetricMeans]:
     """Means over views that at least one of the two evaluations has; those of held-out views come first."""
-    a, b = (means_of(run.read_mark("evaluate")) for run in (first, second))
+    a, b = (evaluation_means(run.read_mark("evaluate")) for run in (first, second))
     found: list[MetricMeans] = []
-    for group in GROUPS:
+    for group in VIEW_GROUPS:
         for name in dict.fromkeys([*a.get(group, {}), *b.get(group, {})]):
             title = f"{group.replace('_', '-')} views, {metric_label(name)}"
             found.append((title, a.get(group, {}).get(name), b.get(group, {}).get(name)))

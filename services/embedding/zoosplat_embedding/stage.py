@@ -19,6 +19,7 @@ from zoosplat.storage import fingerprints, listing, objects, schema, urls
 from zoosplat_embedding import ops
 
 MIN_TRAINING_FRAMES = 2  # an embedding of one frame says nothing
+CSV_DIGITS = 7  # Significant digits of numbers in the table.
 GROUP, CSV = "embedding.zarr", "embedding.csv"
 
 
@@ -188,7 +189,7 @@ def write(folder: str, arrays: dict[str, Any], attributes: dict[str, Any]) -> No
         **{f"e{i:02d}": arrays["embedding"][:, i] for i in range(dimensions)},
     }
     objects.write_bytes(
-        urls.join(folder, CSV), encode_csv(list(columns), zip(*columns.values(), strict=True), digits=7)
+        urls.join(folder, CSV), encode_csv(tuple(columns), zip(*columns.values(), strict=True), CSV_DIGITS)
     )
 
 

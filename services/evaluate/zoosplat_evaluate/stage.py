@@ -23,6 +23,7 @@ from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering
 from zoosplat_model.registry import open_predictor
 
+CSV_DIGITS = 6  # Significant digits of numbers in the tables.
 VALUES = "metrics.npy"  # [T, C, M] float64, NaN where not defined
 IOU, PSNR = METRICS.index("iou"), METRICS.index("psnr")
 FIT_BYTES = 1 << 30  # bytes of the renderings that colours are fitted to, which are kept for the metrics
@@ -153,14 +154,16 @@ class EvaluateStage(Stage):
             if cameras:
                 mean = ops.group_means(means, cameras).tolist()
                 rows.append([f"mean_{name}", int(name == "held_out"), len(frames), *mean])
-        self._write(ctx, f"metrics_{split}.csv", encode_csv(["camera", "held_out", "frames", *METRICS], rows, digits=6))
+        self._write(
+            ctx, f"metrics_{split}.csv", encode_csv(["camera", "held_out", "frames", *METRICS], rows, CSV_DIGITS)
+        )
         each = (
             [t, t * jump, name, held_out[c], *values[i, c].tolist()]
             for i, t in enumerate(frames)
             for c, name in enumerate(reader.camera_names)
         )
         self._write(
-            ctx, f"frames_{split}.csv", encode_csv(["t", "frame", "camera", "held_out", *METRICS], each, digits=6)
+            ctx, f"frames_{split}.csv", encode_csv(["t", "frame", "camera", "held_out", *METRICS], each, CSV_DIGITS)
         )
         curves = {
             name.replace("_", " "): (values[:, cameras, IOU].mean(1), values[:, cameras, PSNR].mean(1))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from zoosplat.formats import media, ply
 from zoosplat.geometry.rotations import look_at
-from zoosplat_model.spherical_harmonics import SH_C0
+from zoosplat.geometry.spherical_harmonics import SH_C0
 
 Values = npt.NDArray[np.float64]
 
