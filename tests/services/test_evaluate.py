@@ -243,7 +243,7 @@ def test_cameras_that_differ_in_colour(
     # The photographs of one camera are darker by a known map: the plain figures suffer, the corrected ones do not; also
     # where not all frames may be kept for the fit.
     monkeypatch.setattr(stage, "FIT_BYTES", 0)
-    monkeypatch.setattr(stage, "FIT_LEAST", most)
+    monkeypatch.setattr(stage, "MIN_FIT_FRAMES", most)
     rendered: list[int] = []
     gaussians = Predictor.gaussians
     monkeypatch.setattr(Predictor, "gaussians", lambda self, t: rendered.append(t) or gaussians(self, t))  # type: ignore[func-returns-value]

@@ -1,4 +1,4 @@
-"""Tables, choices and pictures of an evaluation: arrays in, arrays or bytes out."""
+"""Means of metrics, the choice of frames for the gallery, and pictures of an evaluation."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ Kind = Literal["worst", "best", "even"]
 
 
 def camera_means(values: Values) -> Values:
-    """[C, M] means over frames of metrics [T, C, M]; those that are not defined in a frame (NaN) are left out."""
+    """Means [C, M] over frames of metrics [T, C, M]. Frames in which a metric is not defined (NaN) do not count."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mean of empty slice", category=RuntimeWarning)
         return np.asarray(np.nanmean(values, axis=0))
 
 
 def group_means(means: Values, cameras: Sequence[int]) -> Values:
-    """[M] means over some cameras of the camera means [C, M]; NaN where no camera has a value."""
+    """Means [M] over some cameras of the camera means [C, M]; NaN where no camera has a value."""
     return camera_means(means[list(cameras)])
 
 
 def choose_frames(iou: Values, count: int) -> list[tuple[int, Kind]]:
-    """Which frames to show: the worst, the best, then `count` evenly spaced ones, none twice.
+    """Choose the frames to show: the worst, the best, then `count` evenly spaced ones, none twice.
 
     Args:
         iou: [T] of each frame; at least one.
-        count: of evenly spaced frames, first and last among them when there are two or more.
+        count: number of evenly spaced frames; the first and the last frame are among them if there are two or more.
     """
     chosen: dict[int, Kind] = {int(np.argmin(iou)): "worst"}
     chosen.setdefault(int(np.argmax(iou)), "best")
@@ -43,11 +43,11 @@ def choose_frames(iou: Values, count: int) -> list[tuple[int, Kind]]:
 
 
 def plot_over_time(video_frames: Values, curves: dict[str, tuple[Values, Values]]) -> bytes:
-    """PNG plot of IoU and PSNR over time.
+    """A PNG plot of IoU and PSNR over time.
 
     Args:
         video_frames: [T] indices in the video.
-        curves: by the name of a group of cameras: its mean IoU [T] and PSNR [T] in dB.
+        curves: mean IoU [T] and PSNR [T] in dB, by the name of the group of cameras.
     """
     from matplotlib.figure import Figure
 
