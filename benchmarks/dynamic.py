@@ -17,14 +17,14 @@ import torch
 
 from zoosplat.config.training import Dynamic
 from zoosplat_model.dynamic.hexplane import DeformationField, HexPlane
-from zoosplat_model.dynamic.scene import Scene
-from zoosplat_model.dynamic.trainer import Trainer
+from zoosplat_model.dynamic.scene import DynamicScene
+from zoosplat_model.dynamic.trainer import DynamicTrainer
 
 FRAMES, VIEWS, WIDTH, HEIGHT = 50, 4, 288, 256
 WARM, TIMED = 50, 300
 
 
-def scene(device: torch.device) -> Scene:
+def scene(device: torch.device) -> DynamicScene:
     """Grey pictures of four cameras at a distance of 6, whose field of view holds what lies within 1.3."""
     poses = torch.eye(4).repeat(FRAMES, VIEWS, 1, 1)
     for v in range(VIEWS):
@@ -35,7 +35,7 @@ def scene(device: torch.device) -> Scene:
     focal = 0.8 * WIDTH / 2 * 6 / 1.3
     intrinsics = torch.tensor([[focal, 0.0, WIDTH / 2], [0.0, focal, HEIGHT / 2], [0.0, 0.0, 1.0]])
     pictures = torch.full((FRAMES, VIEWS, HEIGHT, WIDTH, 3), 128, dtype=torch.uint8)
-    return Scene(
+    return DynamicScene(
         pictures.to(device),
         torch.ones(pictures.shape[:-1], dtype=torch.bool, device=device),
         poses.to(device),
@@ -53,7 +53,7 @@ def measure(count: int, views: int) -> dict[str, float]:
     points *= (rng.uniform(size=(count, 1)) ** (1 / 3)) / np.linalg.norm(points, axis=1, keepdims=True)
     first = torch.tensor(points * [1.3, 0.6, 0.5], dtype=torch.float32, device=device)
     config = Dynamic(views=views, densify_from_iter=10**6, opacity_reset_interval=10**6)
-    trainer = Trainer(scene(device), first, torch.rand_like(first), DeformationField(HexPlane()), config, 0)
+    trainer = DynamicTrainer(scene(device), first, torch.rand_like(first), DeformationField(HexPlane()), config, 0)
     trainer.begin("fine")
     for _ in range(WARM):
         trainer.step()

@@ -18,7 +18,7 @@ import torchvision.models as models
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat_features import encoders
-from zoosplat_model.predictor import Predictor
+from zoosplat_model.registry import open_predictor
 
 
 def synchronize() -> float:
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--encoders", nargs="+", default=["gaussians", "images"])
     args = parser.parse_args()
     run = open_run(Project.at(args.project))
-    predictor = Predictor.open(run)
+    predictor = open_predictor(run)
     reader = predictor.reader
     network: torch.nn.Module = models.resnet18(weights=None)
     network.fc = torch.nn.Identity()
@@ -49,9 +49,9 @@ def main() -> None:
     results = {"reading": len(frames) / (synchronize() - began)}
     for name in args.encoders:
         encoder = chosen[name]
-        for _ in range(2):  # at the first, kernels are chosen and graphs recorded
+        for _ in range(2):  # at the first, kernels are chosen and graphs captured
             began = synchronize()
-            for _, _ in predictor.each(frames, encoder, record=encoder.recordable):
+            for _, _ in predictor.map_frames(frames, encoder, capture=encoder.capturable):
                 pass
             results[name] = len(frames) / (synchronize() - began)
     grid = [stop - start for start, stop in reader.volume_idx]

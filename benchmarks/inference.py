@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from train_step import CAMERAS, Scene, median_ms, settings
 
-from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.rasterize import Rendering
+from zoosplat_model.registry import build_splatter
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     device = torch.device("cuda")
     torch.backends.cudnn.benchmark = True
     scene = Scene(device)
-    model = PoseSplatter.of(scene, settings(args.overrides)).on(device).eval()  # type: ignore[arg-type]
+    model = build_splatter(scene, settings(args.overrides)).move_to(device).eval()  # type: ignore[arg-type]
     frames = [scene.frame(t) for t in range(args.frames)]
     observed = [model.observe(frame) for frame in frames]
     volumes = torch.stack([model.carve(views) for views in observed])

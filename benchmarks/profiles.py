@@ -40,7 +40,7 @@ from zoosplat.stages.projects import Project
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Run
 from zoosplat_flows.profiles import profile_overrides
-from zoosplat_model.predictor import Predictor
+from zoosplat_model.registry import open_predictor
 
 CAPS = {"default": 11, "12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB
 CPU_STAGES: tuple[Stage, ...] = (
@@ -83,7 +83,7 @@ def measure(name: str, run: Run) -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info()
         context = total - free - torch.cuda.memory_reserved()
         row[stage.name] = torch.cuda.max_memory_reserved() + context
-    predictor = Predictor.open(run)
+    predictor = open_predictor(run)
     reader, views = predictor.reader, list(range(predictor.reader.n_cameras))
     seconds = []
     for frame in reader.prefetch(reader.split("test")[:FRAMES]):

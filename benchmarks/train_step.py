@@ -124,7 +124,7 @@ def main() -> None:
     both = []
     for plain in (False, True):
         trainer = NetworkTrainer(scene, experiment, device)  # type: ignore[arg-type]
-        trainer.recorder.record &= not plain
+        trainer.graphs.capture &= not plain
         found = [trainer.step([frames[i % 4]], [views[i % 4]], [i % 2 == 1], 1e-7, i).clone() for i in range(8)]
         both.append(torch.stack(found).cpu())
     worst = ((both[0] - both[1]).abs() / both[1].abs().clamp_min(1e-3))[:, 0]
@@ -149,7 +149,7 @@ def main() -> None:
         step()
     milliseconds = median_ms(step, args.repeats)
     figures = trainer.step([frames[0]], [views[0]], [False], 1e-4, 10).tolist()
-    trainer.recorder.make_room(int(trainer.recorder.pairs.needed))
+    trainer.graphs.ensure_capacity(int(trainer.graphs.pair_buffer.required))
     with torch.no_grad():
         drawn = int((trainer.model([frames[0]])[0].opacities > 1 / 255).sum())
     line = {

@@ -1,11 +1,11 @@
-"""Checkpoints of a training: written whole under a new name, then pointed to, so that no crash loses the last one.
+"""Checkpoints of a training: a file is written under a new name before a pointer names it, so a crash loses nothing.
 
     model/checkpoints/step-XXXXXXXX.safetensors    weights, their average over the last steps, Adam's moments; in the
-                                                   header the network's name and the progress (JSON); of the best
-                                                   one only average and header
-    model/latest.json, model/best.json             which of them; replaced atomically after the file is there
+                                                   header the name of the network and the progress (JSON); the best
+                                                   checkpoint may hold only average and header
+    model/latest.json, model/best.json             name a checkpoint; replaced atomically after its file is there
 
-Nothing is pickled. No random state is kept: the order of frames is a function of seed and epoch.
+Nothing is pickled. No random state is kept, because the order of frames is a function of seed and epoch.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Pointer = Literal["latest", "best"]
 
 
 @dataclass
-class Progress:
-    """Where a training stands.
+class TrainingProgress:
+    """How far a training has come; its fields are the JSON in the header of a checkpoint.
 
     Attributes:
-        epoch: running epoch, from 0.
-        position: frames of it that are done.
-        step: optimiser steps done.
-        seconds: spent so far, over all resumptions.
-        sums: of the running epoch's training losses, by name, and "frames".
-        history: a row for each finished epoch: epoch, step, seconds, train and valid figures.
+        epoch: the running epoch, from 0.
+        position: frames of this epoch that are done.
+        step: optimiser steps that are done.
+        seconds: time spent so far, over all resumptions.
+        sums: sums of the training losses of the running epoch by name, and the number of "frames".
+        history: a row for each finished epoch: epoch, step, seconds, and figures of training and validation.
         best: validation loss of the checkpoint to use; None before the first validation.
-        best_step: the checkpoint to use.
-        least_losses: of each validation frame, at the validation with the lowest mean.
+        best_step: step of the checkpoint to use.
+        least_losses: loss of each validation frame at the validation with the lowest mean.
     """
 
     epoch: int = 0
@@ -55,22 +55,25 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as read: weights, Adam's state by parameter name (`exp_avg`, `exp_avg_sq`, `step`), progress.
+    """A checkpoint as read.
 
     Attributes:
-        network: whose weights they are, as `model.network` says.
-        model: weights to train on from.
-        average: weights to use.
+        model: weights to train on from, by parameter name.
+        average: averaged weights, which are those to use.
+        optimizer: Adam's state (`exp_avg`, `exp_avg_sq`, `step`) by parameter name.
+        progress: how far the training has come.
+        network: name of the network, as in `model.network`.
     """
 
     model: dict[str, Tensor]
     average: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
-    progress: Progress
+    progress: TrainingProgress
     network: str
 
     @property
     def step(self) -> int:
+        """Optimiser steps that are done."""
         return self.progress.step
 
 
@@ -87,7 +90,7 @@ def _pointer_url(model_url: str, pointer: Pointer) -> str:
 
 
 def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """An optimiser's state by the names of the parameters."""
+    """The state of an optimiser by the names of the parameters."""
     return {
         name: {k: torch.as_tensor(v) for k, v in optimizer.state[p].items()}
         for name, p in model.named_parameters()
@@ -98,7 +101,7 @@ def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Put back what `named_state` gave, where fused Adam wants it: on the parameters' devices, in their layouts."""
+    """Put back what `named_state` gave, on the devices and in the layouts of the parameters, as fused Adam requires."""
     for name, p in model.named_parameters():
         if name in state:
             optimizer.state[p] = {
@@ -112,17 +115,24 @@ def save(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
-    progress: Progress,
+    progress: TrainingProgress,
     *,
     keep_last: int,
     best: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint, move the pointers, then delete those that are neither best nor among the last `keep_last`.
+    """Write a checkpoint, move the pointers, and delete checkpoints that are neither the best nor among the last.
 
-    `model_url` is the folder `model` of a training's result.
+    The best checkpoint is that of `progress.best_step`. It is this one, an earlier one that was saved, or one whose
+    averaged weights were kept until now and are given as `best`.
 
-    The best checkpoint is that of `progress.best_step`: this one, an earlier one that was saved, or one whose averaged
-    weights were kept until now and are given as `best`.
+    Args:
+        model_url: the folder `model` of a training's result.
+        model: whose weights are written.
+        optimizer: its Adam.
+        average: averaged weights.
+        progress: how far the training has come.
+        keep_last: number of the last checkpoints that are kept.
+        best: averaged weights of the best checkpoint, where it has not been saved.
     """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors.update({f"average.{k}": v for k, v in average.items()})
@@ -135,7 +145,8 @@ def save(
         if best is not None and progress.best_step != progress.step:
             at_best = replace(progress, step=progress.best_step)
             _write(model_url, _name(progress.best_step), {f"average.{k}": v for k, v in best.items()}, at_best, network)
-        # Every time: a kill between two of these writes must not leave `best` at a file that is deleted later.
+        # The pointer is written every time, so that a kill between two writes never leaves it at a file that is deleted
+        # later.
         pointer = {"checkpoint": _name(progress.best_step), "step": progress.best_step, "valid_loss": progress.best}
         objects.write_json(_pointer_url(model_url, "best"), pointer)
     latest = {"checkpoint": name, "step": progress.step, "epoch": progress.epoch}
@@ -151,14 +162,14 @@ def save(
             objects.delete(urls.join(_folder(model_url), other))
 
 
-def _write(model_url: str, name: str, tensors: dict[str, Tensor], progress: Progress, network: str) -> None:
+def _write(model_url: str, name: str, tensors: dict[str, Tensor], progress: TrainingProgress, network: str) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     header = {"progress": json.dumps(asdict(progress), sort_keys=True), "network": network}
     objects.write_bytes(urls.join(_folder(model_url), name), safetensors.torch.save(tensors, header))
 
 
 def load(model_url: str, pointer: Pointer) -> Checkpoint | None:
-    """The checkpoint that a pointer of a folder `model` names, on the CPU; None where nothing has been saved.
+    """Read the checkpoint that a pointer of a folder `model` names, on the CPU; None where nothing has been saved.
 
     Raises:
         UserError: the pointer or the checkpoint is damaged or missing.
@@ -176,7 +187,7 @@ def load(model_url: str, pointer: Pointer) -> Checkpoint | None:
 
 def _parse(data: bytes) -> Checkpoint:
     tensors = safetensors.torch.load(data)
-    # The bytes interface of safetensors gives no access to the header: 8 bytes of length, then JSON.
+    # The bytes interface of safetensors gives no access to the header, which is 8 bytes of length and then JSON.
     (length,) = struct.unpack("<Q", data[:8])
     metadata: dict[str, Any] = json.loads(data[8 : 8 + length])["__metadata__"]
     weights: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
@@ -188,5 +199,5 @@ def _parse(data: bytes) -> Checkpoint:
         else:
             quantity, _, parameter = name.partition(".")
             optimizer.setdefault(parameter, {})[quantity] = tensor
-    progress = Progress(**json.loads(metadata["progress"]))
+    progress = TrainingProgress(**json.loads(metadata["progress"]))
     return Checkpoint(weights["model"], weights["average"], optimizer, progress, metadata["network"])

@@ -1,4 +1,4 @@
-"""Frames of a recording as tensors: windows of all cameras, their cameras, the animal's place."""
+"""Frames of a recording as tensors: the windows of all cameras, their poses and intrinsics, and the animal's place."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.memory import CACHE_BYTES, READ_AHEAD_FRAMES
+from zoosplat.stages.runs import Run
 from zoosplat.storage import schema
 
 Split = Literal["train", "valid", "test"]
@@ -23,18 +24,20 @@ Split = Literal["train", "valid", "test"]
 
 @dataclass(frozen=True)
 class Frame:
-    """One time, seen by all C cameras, in windows of h x w pixels. Calibration pixels: integer = pixel centre.
+    """One time, seen by all C cameras, in windows of h x w pixels.
+
+    Places are in calibration pixels: pixel centres have integer coordinates.
 
     Attributes:
         t: index among the kept frames.
-        rgb: [C, h, w, 3] float32, 0 to 1, the picture as it is near the animal, white elsewhere.
+        rgb: [C, h, w, 3] float32, 0 to 1, the photograph near the animal, white elsewhere.
         mask: [C, h, w] float32, 0 or 1.
-        intrinsics: [C, 3, 3] float32 pixels of the window.
+        intrinsics: [C, 3, 3] float32, pixels of the window.
         world_to_camera: [C, 4, 4] float32, metres.
         origin: [C, 2] int64, x, y of the window's corner in the whole frame.
         center: [3] float32, metres, the animal's centre in the world.
         angle: [] float32, radians, its heading about +z.
-        tilt: [4] float32, unit quaternion (w, x, y, z), its turn before that about +z; None: it stands.
+        tilt: [4] float32, unit quaternion (w, x, y, z), its rotation before that about +z; None means none.
     """
 
     t: int
@@ -47,14 +50,14 @@ class Frame:
     angle: Tensor
     tilt: Tensor | None = None
 
-    def on_white(self) -> Tensor:
-        """[C, h, w, 3] the masked picture composited on white: what renderings are compared with."""
+    def composite_on_white(self) -> Tensor:
+        """The masked picture on white, [C, h, w, 3], with which renderings are compared."""
         mask = self.mask[..., None]
         return self.rgb * mask + (1 - mask)
 
 
-def send(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, without waiting for what the device is at."""
+def copy_to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to the device, without waiting for the work that the device has queued."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
@@ -64,19 +67,24 @@ class FrameReader:
     Attributes:
         n_frames, n_cameras: T and C.
         camera_names: [C] names.
-        observed, held_out: camera indices; held-out views are never carved from nor trained on.
-        valid: [T] bool, frames with a visual hull.
-        height, width: of a window, working pixels.
-        full_height, full_width: of the whole frame, working pixels.
-        image_downsample: video pixels along a working pixel's edge.
-        fps: kept frames a second.
+        observed: indices of the cameras that are carved from and trained on.
+        held_out: indices of the other cameras.
+        valid: [T] bool, whether a frame has a visual hull.
+        height: of a window, working pixels.
+        width: of a window, working pixels.
+        full_height: of the whole frame, working pixels.
+        full_width: of the whole frame, working pixels.
+        image_downsample: video pixels along the edge of a working pixel.
+        fps: kept frames in a second.
         world_to_camera: [C, 4, 4] float32 on the device.
         full_intrinsics: [C, 3, 3] float32 on the device, of the whole frame without principal shift.
-        times: [T] float32, of the kept frames, 0 to 1 from the first to the last.
+        times: [T] float32, 0 to 1 from the first to the last kept frame.
         moving: whether the cameras move; then `world_to_camera` is that of the first frame.
-        pictured: [T, C] bool, whether the camera has a picture at all; all do unless they move.
+        pictured: [T, C] bool, whether a camera has a picture at that time; all have unless they move.
         volume_idx: (start, stop) of the kept grid points along x, y, z.
-        ell_m, grid_size, voxel_size_m: edge, points along it and spacing of the cubic grid.
+        ell_m: edge of the cubic grid, metres.
+        grid_size: grid points along its edge.
+        voxel_size_m: spacing of the grid points, metres.
     """
 
     def __init__(
@@ -87,7 +95,11 @@ class FrameReader:
         experiment: Experiment,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Raises UserError where the groups do not belong together or a held-out view does not exist."""
+        """Open the groups of a project; `open_reader` does so for a run.
+
+        Raises:
+            UserError: the groups do not belong together, or a held-out view does not exist.
+        """
         for group, name in ((images, "images.zarr"), (tracking, "tracking.zarr"), (crop, "crop.zarr")):
             schema.validate(group, name, str(group.store_path))
         self.device = torch.device(device)
@@ -114,7 +126,7 @@ class FrameReader:
         self.full_intrinsics = self._tensor(self._intrinsics)
         of_window = np.tile(self._intrinsics, (self.n_frames, 1, 1, 1))
         of_window[:, :, :2, 2] += schema.read(tracking, "principal_shift") - self._origin
-        # Of all frames at once: one by one, each would wait for the steps before it.
+        # Intrinsics and places of all frames are copied at once. One by one, each copy would wait for the steps before.
         self._of_window = self._tensor(of_window)
         self._places = self._tensor(self._centers), self._tensor(schema.read(tracking, "angles"))
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -139,8 +151,8 @@ class FrameReader:
     def split(self, name: Split) -> list[int]:
         """Valid kept frames of the first ("train"), second ("valid") or last ("test") third of all kept frames.
 
-        Of moving cameras, whose held-out pictures are of all times: the frames that the held-out cameras ("valid" and
-        "test") or the observed ones have pictures of.
+        Moving cameras have held-out pictures of all times. So their splits are the frames of which the observed cameras
+        ("train") or the held-out ones ("valid" and "test") have pictures.
         """
         if self.moving:
             cameras = self.observed if name == "train" or not self.held_out else self.held_out
@@ -150,7 +162,7 @@ class FrameReader:
         return [t for t in range(start, stop) if self.valid[t]]
 
     def footprint_px(self) -> int:
-        """Pixels along the edge of a voxel's picture, in the view that shows it largest, odd; median over frames."""
+        """Size of a voxel in the view that shows it largest, pixels, odd; the depth is a median over frames."""
         centers = self._centers[self.valid] if self.valid.any() else self._centers
         camera = self.world_to_camera.cpu().numpy().astype(float)
         depth = np.median(np.einsum("cj,tj->tc", camera[:, 2, :3], centers) + camera[:, 2, 3], axis=0)
@@ -163,7 +175,7 @@ class FrameReader:
         return float((depth / frame.intrinsics[:, 0, 0])[self.observed].mean())
 
     def pose(self, t: int) -> tuple[Tensor, Tensor]:
-        """(center [3] metres, angle [] radians) of the animal; interpolated where the frame is not valid."""
+        """Centre ([3] metres) and heading ([] radians) of the animal, interpolated where the frame is not valid."""
         centers, angles = self._places
         return centers[t], angles[t]
 
@@ -172,9 +184,9 @@ class FrameReader:
             return self._cache[t]
         rgb, mask = (torch.from_numpy(array[t]) for array in (self._rgb, self._mask))
         if self._copies is not None:
-            # On a stream of their own: on that of the steps they would wait for these, and these for them.
+            # Copies have their own stream, because on the stream of the steps both would wait for each other.
             with torch.cuda.stream(self._copies):
-                rgb, mask = send(rgb, self.device), send(mask, self.device)
+                rgb, mask = copy_to_device(rgb, self.device), copy_to_device(mask, self.device)
             self._copies.synchronize()
         if self._cache is not None:
             self._cache[t] = rgb, mask
@@ -183,7 +195,7 @@ class FrameReader:
     def _frame(self, t: int, rgb: Tensor, mask: Tensor) -> Frame:
         center, angle = self.pose(t)
         if self._copies is not None:
-            for value in (rgb, mask):  # not to be overwritten by the next copies before the steps have used them
+            for value in (rgb, mask):  # so that the next copies do not overwrite them before the steps have used them
                 value.record_stream(torch.cuda.current_stream(self.device))
         return Frame(
             t=t,
@@ -197,11 +209,11 @@ class FrameReader:
         )
 
     def frame(self, t: int) -> Frame:
-        """One frame, its tensors on the device (origin stays on the CPU)."""
+        """Read one frame; its tensors lie on the device, but for `origin`, which stays on the CPU."""
         return self._frame(t, *self._read(t))
 
     def prefetch(self, frames: Iterable[int]) -> Generator[Frame]:
-        """Frames in the given order; the next ones are read in threads while one is worked on."""
+        """Yield frames in the given order; threads read the next ones meanwhile."""
         waiting: deque[tuple[int, Future[tuple[Tensor, Tensor]]]] = deque()
         with ThreadPoolExecutor(READ_AHEAD_FRAMES, thread_name_prefix="frames") as pool:
             for t in frames:
@@ -212,3 +224,18 @@ class FrameReader:
             while waiting:
                 first, future = waiting.popleft()
                 yield self._frame(first, *future.result())
+
+
+def open_reader(run: Run, device: torch.device) -> FrameReader:
+    """The frames of a run whose stages pack, center_rotation and crop are done.
+
+    Raises:
+        UserError: one of these stages is missing, or their results do not belong together.
+    """
+    return FrameReader(
+        run.open_input("pack"),
+        run.open_input("center_rotation"),
+        run.open_input("crop"),
+        run.experiment,
+        device,
+    )

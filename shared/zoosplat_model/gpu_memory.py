@@ -1,10 +1,9 @@
-"""What a stage says of the GPU that it uses; out of its memory as one clear line."""
+"""Turns a lack of GPU memory in a stage into one clear line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -14,19 +13,12 @@ from zoosplat.stages.memory_advice import suggest_smaller
 from zoosplat.stages.runs import Run
 
 
-def device_figures(device: torch.device) -> dict[str, Any]:
-    """Figures of a mark: the device's name, and bytes of its tensors at most so far where it is a GPU."""
-    if device.type != "cuda":
-        return {"device": "cpu"}
-    return {
-        "device": torch.cuda.get_device_name(device),
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated(device),
-    }
-
-
 @contextmanager
 def out_of_memory(run: Run, stage: str) -> Iterator[None]:
-    """Turn a lack of GPU memory in a stage into a UserError: what is predicted, what there is, which key to change."""
+    """Turn a lack of GPU memory in a stage into a UserError.
+
+    Its text says what memory is predicted, how much there is, and which key to change.
+    """
     try:
         yield
     except Exception as error:
@@ -36,7 +28,7 @@ def out_of_memory(run: Run, stage: str) -> Iterator[None]:
 
 
 def _is_memory(error: BaseException) -> bool:
-    # A failure while a CUDA graph is recorded is followed by others; cuBLAS and cuDNN have words of their own.
+    # A failure while a CUDA graph is captured causes further errors; cuBLAS and cuDNN have texts of their own.
     seen: BaseException | None = error
     while seen is not None:
         text = str(seen)

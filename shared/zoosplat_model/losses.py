@@ -1,4 +1,4 @@
-"""What training minimises: silhouettes, colours and structure of a frame's observed views (arXiv 2505.18342)."""
+"""What training minimises: errors of silhouette, colour and structure in the observed views (arXiv 2505.18342)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from zoosplat_model.metrics import ssim_map
 
 
 class Losses(NamedTuple):
-    """Scalars: the weighted sum, and what it is made of."""
+    """Scalars: the weighted sum, and its parts without their weights.
+
+    Attributes:
+        total: weighted sum of the others.
+        soft_iou: 1 - soft IoU.
+        color: sum of absolute colour errors / mask area (pixels).
+        square: sum of squared colour errors / mask area (pixels).
+        dissimilarity: 1 - SSIM.
+    """
 
     total: Tensor
-    soft_iou: Tensor  # 1 - soft IoU
-    color: Tensor  # sum |rgb error| / mask area
-    square: Tensor  # sum of squared rgb errors / mask area
-    dissimilarity: Tensor  # 1 - SSIM
+    soft_iou: Tensor
+    color: Tensor
+    square: Tensor
+    dissimilarity: Tensor
 
 
 def soft_iou(alpha: Tensor, mask: Tensor) -> Tensor:
-    """[V] sum(a m) / sum(a + m - a m) of [V, h, w] opacities and masks; 1 where both are empty."""
+    """The soft IoU [V] of opacities and masks [V, h, w]: sum(a m) / sum(a + m - a m), 1 where both are empty."""
     overlap = alpha * mask
     return (overlap.sum((1, 2)) + 1e-6) / ((alpha + mask - overlap).sum((1, 2)) + 1e-6)
 
@@ -35,13 +43,15 @@ def frame_losses(
     counted: Tensor | None = None,  # [V] bool
     square_lambda: float = 0.0,
 ) -> Losses:
-    """(1 - soft IoU) + img_lambda * sum|error| / mask area + ssim_lambda * (1 - SSIM), means over the views.
+    """The losses of a frame: (1 - soft IoU) + img_lambda * sum|error| / mask area + ssim_lambda * (1 - SSIM).
 
-    And square_lambda * sum(error^2) / mask area, which is not of the paper. The others are least where what is likelier
-    than not is drawn as if it were certain; squares, where it is drawn as likely as it is.
+    Each is a mean over the views. The paper does not have the further term square_lambda * sum(error^2) / mask area.
+    Absolute errors are least where everything that is likelier than not is drawn as if it were certain. Squared errors
+    are least where it is drawn as likely as it is.
 
-    Errors of colour are summed over pixels and channels. Views that are not `counted` (default: all are) are left out,
-    and so are those with an empty mask: it says that the animal is hidden from them, not that it is not there.
+    Errors of colour are summed over pixels and channels. Views that are not `counted` (by default all are) are left
+    out. Views with an empty mask are left out too, because an empty mask means that the animal is hidden from the
+    camera, not that there is none.
     """
     area = mask.sum((1, 2))
     weight = (area > 0).to(rgb.dtype) * (1 if counted is None else counted)

@@ -1,4 +1,4 @@
-"""How good a rendering is: the metrics of whole frames, computed where something is to be seen (arXiv 2505.18342)."""
+"""How good renderings are: the metrics of whole frames, computed on windows around the animal (arXiv 2505.18342)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 METRICS = ("l1", "mae", "iou", "soft_iou", "psnr", "ssim", "l1_corrected", "psnr_corrected")
-SSIM_RADIUS = 5  # of the 11 x 11 Gaussian window
-SSIM_SIGMA = 1.5
-PSNR_MAX = 100.0  # dB; of equal pictures, so that means stay finite
+SSIM_RADIUS = 5  # pixels; radius of the 11 x 11 Gaussian window (Wang 2004)
+SSIM_SIGMA = 1.5  # pixels; standard deviation of that window (Wang 2004)
+COLOR_PRIOR = 1e-3  # pixels; weight of the identity in the fit of a colour map
+PSNR_MAX = 100.0  # dB; PSNR of equal pictures, so that means stay finite
 
 
 def frame_metrics(
@@ -22,26 +23,27 @@ def frame_metrics(
     downsample: int = 1,
     color: Tensor | None = None,  # [C, 4, 3]
 ) -> Tensor:
-    """Metrics of one frame's renderings against its photographs, a row a camera.
+    """Metrics of the renderings of one frame against its photographs, a row for each camera.
 
-    All are those of the whole frame, white outside the window. The truth is `photo * mask + white * (1 - mask)`;
-    with `downsample` d > 1 photo, mask, rendering and alpha are averaged over d x d pixels first, the mask then
-    cut at 0.5: the picture that packing at that resolution would give. Columns and rows beyond the last whole
-    d x d square are left out. Empty masks give l1 = NaN, and IoUs of 1 where alpha is empty too.
+    All are metrics of the whole frame, which is white outside the window. The truth is
+    `photo * mask + white * (1 - mask)`. With `downsample` d > 1, photo, mask, rendering and alpha are first averaged
+    over d x d pixels, and the mask is then cut at 0.5, which gives the picture that packing at that resolution would
+    give. Columns and rows beyond the last whole d x d square are left out. An empty mask makes l1 NaN, and the IoUs 1
+    where alpha is empty too.
 
     Args:
         rgb: rendering of the window on white, 0 to 1 (clamped).
         alpha: its opacity, 0 to 1.
         true_rgb: photograph, 0 to 1, same pixels.
-        mask: animal, bool or 0 / 1.
+        mask: whether a pixel shows animal, bool or 0 / 1.
         origin: x, y of the window's corner in the whole frame, integer pixels; the window lies in the frame.
         width: of the whole frame, pixels before downsampling.
-        height: likewise; both at least 6 after downsampling.
+        height: of the whole frame, likewise; both are at least 6 after downsampling.
         downsample: integer factor d.
-        color: affine map of each camera's renderings, from `ColorFit`, for the corrected l1 and psnr; default: none.
+        color: affine colour map of each camera, from `ColorFit`, for the corrected l1 and psnr; None means no map.
 
     Returns:
-        [C, 8] float64, columns as `METRICS`: l1 = sum over pixels and channels of |error| / mask area; mae = mean of
+        [C, 8] float64, columns as in `METRICS`: l1 = sum over pixels and channels of |error| / mask area; mae = mean of
         |error| over pixels and channels; iou of alpha > 0.5 and the mask; soft_iou = sum(a m) / sum(a + m - a m);
         psnr in dB for peak 1, at most 100; ssim as torchmetrics computes it (11 x 11 Gaussian, data range 1, frame
         reflected at its border, mean over pixels and channels); l1 and psnr of the rendering after `color`.
@@ -53,29 +55,30 @@ def frame_metrics(
     if min(width, height) <= SSIM_RADIUS:
         raise ValueError(f"a frame of {width} x {height} px is too small for SSIM")
     rows = []
-    corrected = rgb if color is None else recolored(rgb, alpha, color)
+    corrected = rgb if color is None else apply_color_maps(rgb, alpha, color)
     for camera, (x, y) in enumerate(origin.tolist()):
         pictures = (rgb[camera].clamp(0, 1), true_rgb[camera], corrected[camera].clamp(0, 1))
         layers = torch.cat(
             [*pictures, alpha[camera, ..., None], mask[camera, ..., None]], dim=-1
         ).double()  # [h, w, 11]
-        layers, x, y = _coarsen(layers, x, y, width, height, downsample)
+        layers, x, y = _downsample(layers, x, y, width, height, downsample)
         pictures = layers[..., :3], layers[..., 3:6], layers[..., 6:9]
         rows.append(_metrics(*pictures, layers[..., 9], layers[..., 10], x, y, width, height))
     return torch.stack(rows)
 
 
 class ColorFit:
-    """The affine map of each camera's colours that brings renderings closest to the photographs, by least squares.
+    """Fits, by least squares, the affine map of each camera's colours that brings renderings closest to photographs.
 
-    One map [4, 3] a camera for all frames: colour and 1 to colour, of what is opaque; white behind it stays white.
-    Fitted on the pixels of the masks. A colour that never varies keeps to the identity.
+    A camera has one map [4, 3] for all frames, from colour and 1 to colour. It applies to what is opaque, and the white
+    behind stays white. The fit uses the pixels of the masks. A weak prior keeps the map of a colour that never varies
+    at the identity.
     """
 
     def __init__(self, n_cameras: int) -> None:
         identity = torch.eye(4, 3, dtype=torch.float64)
-        self.products = 1e-3 * torch.eye(4, dtype=torch.float64).repeat(n_cameras, 1, 1)
-        self.targets = 1e-3 * identity.repeat(n_cameras, 1, 1)
+        self.products = COLOR_PRIOR * torch.eye(4, dtype=torch.float64).repeat(n_cameras, 1, 1)
+        self.targets = COLOR_PRIOR * identity.repeat(n_cameras, 1, 1)
 
     def add(
         self,
@@ -84,7 +87,7 @@ class ColorFit:
         true_rgb: Tensor,  # [C, h, w, 3]
         mask: Tensor,  # [C, h, w]
     ) -> None:
-        """Count a frame's renderings."""
+        """Add the renderings of a frame to the fit."""
         behind = 1 - alpha[..., None].double()
         known = torch.cat([rgb - behind, alpha[..., None].double()], -1) * (mask > 0)[..., None]
         known, wanted = known.flatten(1, 2), (true_rgb - behind).flatten(1, 2)
@@ -92,20 +95,20 @@ class ColorFit:
         self.targets += (known.mT @ wanted).cpu()
 
     def solve(self) -> Tensor:
-        """[C, 4, 3] float64."""
+        """The fitted maps, [C, 4, 3] float64."""
         color: Tensor = torch.linalg.solve(self.products, self.targets)
         return color
 
 
-def recolored(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
-    """Renderings on white [C, h, w, 3] after the maps [C, 4, 3] of their colours."""
+def apply_color_maps(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
+    """Apply colour maps [C, 4, 3] to renderings on white, [C, h, w, 3]."""
     behind = 1 - alpha[..., None].double()
     known = torch.cat([rgb - behind, 1 - behind], -1).flatten(1, 2)
     return (known @ color.to(known)).view(rgb.shape) + behind
 
 
-def _coarsen(layers: Tensor, x: int, y: int, width: int, height: int, d: int) -> tuple[Tensor, int, int]:
-    """Average a window [h, w, 11] over the d x d squares of the whole frame that it touches; white around it."""
+def _downsample(layers: Tensor, x: int, y: int, width: int, height: int, d: int) -> tuple[Tensor, int, int]:
+    """Average a window [h, w, 11], with white around it, over the d x d squares of the whole frame that it touches."""
     if d == 1:
         return layers, x, y
     h, w, n = layers.shape
@@ -155,17 +158,17 @@ def _metrics(
 
 
 def _dissimilarity(rgb: Tensor, truth: Tensor, x: int, y: int, width: int, height: int) -> Tensor:
-    """Sum of 1 - SSIM over the pixels and channels of a whole frame that is white but for these windows.
+    """The sum of 1 - SSIM over the pixels and channels of a whole frame that is white outside these windows.
 
-    Where both pictures are white within the SSIM radius, SSIM is 1. So it is computed on the box of what is not
-    white, one radius larger (where SSIM may differ from 1) and one more (what that depends on). A side that meets
-    the frame's border ends there and is reflected, as in the whole frame.
+    Where both pictures are white within the SSIM radius, SSIM is 1. So it may differ from 1 only in the box of what is
+    not white, enlarged by one radius, and it depends only on that box enlarged by two. A side that meets the border of
+    the frame ends there and is reflected, as in the whole frame.
     """
     seen = ((rgb != 1) | (truth != 1)).any(-1)  # [h, w]
     rows, columns = torch.nonzero(seen.any(1)).flatten().tolist(), torch.nonzero(seen.any(0)).flatten().tolist()
     if not rows:
         return rgb.new_zeros(())
-    # In pixels of the whole frame: first and last + 1, without and with what surrounds.
+    # Boxes are in pixels of the whole frame, from the first to the last + 1.
     x0, x1, y0, y1 = x + columns[0], x + columns[-1] + 1, y + rows[0], y + rows[-1] + 1
     r = SSIM_RADIUS
     inner = (max(x0 - r, 0), min(x1 + r, width), max(y0 - r, 0), min(y1 + r, height))
@@ -184,25 +187,26 @@ def ssim_map(
     pictures: Tensor,  # [B, 3, H, W]
     truths: Tensor,  # [B, 3, H, W]
 ) -> Tensor:
-    """SSIM [B, 3, H, W] of every pixel and channel (Wang 2004), differentiable; sides of at least 6 pixels.
+    """The SSIM [B, 3, H, W] of every pixel and channel (Wang 2004), with a gradient; sides have at least 6 pixels.
 
-    11 x 11 Gaussian window, sigma 1.5, colours 0 to 1, reflected at the border: torchmetrics' numbers, by matrix
-    products instead of its grouped convolution, which takes 50 times as long in float64 on a CPU.
+    The window is an 11 x 11 Gaussian of sigma 1.5, colours are 0 to 1, and pictures are reflected at the border. The
+    numbers are those of torchmetrics, but by matrix products instead of its grouped convolution, which takes 50 times
+    as long in float64 on a CPU.
     """
     height, width = pictures.shape[-2:]
-    # Autocast would take the products in bfloat16, which loses the variances.
+    # Autocast would compute the products in bfloat16, which loses the variances.
     with torch.autocast(pictures.device.type, enabled=False):
         layers = torch.stack([pictures, truths, pictures * pictures, truths * truths, pictures * truths])
         m1, m2, s11, s22, s12 = _blur(height, layers) @ layers @ _blur(width, layers).T
         v1, v2 = (s11 - m1 * m1).clamp(min=0), (s22 - m2 * m2).clamp(min=0)
-        c1, c2 = 0.01**2, 0.03**2
+        c1, c2 = 0.01**2, 0.03**2  # the constants of Wang 2004 for colours 0 to 1
         upper: Tensor = (2 * m1 * m2 + c1) * (2 * (s12 - m1 * m2) + c2)
         similarity: Tensor = upper / ((m1 * m1 + m2 * m2 + c1) * (v1 + v2 + c2))
         return similarity
 
 
 def _blur(n: int, like: Tensor) -> Tensor:
-    """The Gaussian window along an axis of n pixels that is reflected at its ends, as a matrix [n, n]."""
+    """The Gaussian window along an axis of n pixels, reflected at its ends, as a matrix [n, n]."""
     offsets = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, device=like.device)
     weights = torch.exp(-((offsets.to(like.dtype) / SSIM_SIGMA) ** 2) / 2)
     rows = torch.arange(n, device=like.device)[:, None].expand(n, len(offsets))

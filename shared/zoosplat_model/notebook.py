@@ -11,32 +11,44 @@ from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.notebook.reconstruction import GaussianArrays, PinholeCamera, RenderedImage
 from zoosplat.stages.runs import Run
-from zoosplat_model.network.splatter import Gaussians
-from zoosplat_model.predictor import Predictor
+from zoosplat_model.gaussians import Gaussians
+from zoosplat_model.registry import open_predictor
 
-FRAMES_KEPT = 4  # whose Gaussians stay in memory, for more views of the same frames
+CACHED_FRAMES = 4  # whose Gaussians stay in memory, for more views of the same frames
 
 
 class ModelReconstructor:
     """Implements `zoosplat.notebook.reconstruction.Reconstructor` with the best checkpoint of a run."""
 
     def __init__(self, run: Run) -> None:
-        """Raises UserError as `Predictor.open`."""
-        self._predictor = Predictor.open(run)
+        """Open the best checkpoint of a run.
+
+        Raises:
+            UserError: as `registry.open_predictor`.
+        """
+        self._predictor = open_predictor(run)
         self._reader = self._predictor.reader
-        self._gaussians = lru_cache(maxsize=FRAMES_KEPT)(self._predictor.gaussians)
+        self._gaussians = lru_cache(maxsize=CACHED_FRAMES)(self._predictor.gaussians)
 
     def gaussians(self, t: int) -> GaussianArrays:
-        """Gaussians of kept frame t. Raises UserError where the frame does not exist or has no visual hull."""
+        """The Gaussians of kept frame t.
+
+        Raises:
+            UserError: the frame does not exist or has no visual hull.
+        """
         self._check(t)
-        means, quats, scales, opacities, colors = self._smoothed(t)
+        means, quats, scales, opacities, colors = self._with_low_pass(t)
         return GaussianArrays(*(_read_only(v) for v in (means, quats, scales, opacities, colors)))
 
     def render(self, t: int, camera: int | PinholeCamera) -> RenderedImage:
-        """A picture of kept frame t. Raises UserError as `gaussians`."""
+        """Render kept frame t.
+
+        Raises:
+            UserError: the frame does not exist or has no visual hull.
+        """
         self._check(t)
         if isinstance(camera, PinholeCamera):
-            gaussians = self._smoothed(t)
+            gaussians = self._with_low_pass(t)
             pose, intrinsics = (gaussians.means.new_tensor(v) for v in (camera.world_to_camera, camera.intrinsics))
             width, height, color_of = camera.width, camera.height, None
         else:
@@ -54,9 +66,9 @@ class ModelReconstructor:
             near = f"; nearest: {valid[np.abs(valid - t).argmin()]}" if len(valid) else ", and no other frame has one"
             raise UserError(f"frame t = {t} has no visual hull{near}")
 
-    def _smoothed(self, t: int) -> Gaussians:
-        """Fit to be seen from closer than in training, as stage render writes them."""
-        return self._gaussians(t).smoothed(self._reader.pixel_size_m(self._reader.frame(t)))
+    def _with_low_pass(self, t: int) -> Gaussians:
+        """The Gaussians of a frame, for views from closer than in training, as stage render writes them."""
+        return self._gaussians(t).with_low_pass(self._reader.pixel_size_m(self._reader.frame(t)))
 
 
 def _read_only(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can be had: plain PyTorch does their part where not, slower."""
+"""Whether Triton's kernels run on a device; where they do not, slower PyTorch functions take their place."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ import torch
 
 try:
     import triton
-except ImportError:  # CPU builds of torch come without
+except ImportError:  # CPU builds of torch come without Triton
     triton = None
 
 
-def take(attempt: Callable[[torch.device], object], values: torch.Tensor) -> bool:
-    """Whether kernels of float32, of which `attempt` tells whether they run, can work on these."""
-    return values.is_cuda and values.dtype == torch.float32 and work(attempt, values.get_device())
+def supports(probe: Callable[[torch.device], object], values: torch.Tensor) -> bool:
+    """Whether the float32 kernels that `probe` tries out can compute with these values."""
+    return values.is_cuda and values.dtype == torch.float32 and runs_on(probe, values.get_device())
 
 
 @functools.cache
-def work(attempt: Callable[[torch.device], object], device: int) -> bool:
-    """Whether `attempt`, given a CUDA device by its number, compiles and runs: that takes a C compiler besides the GPU.
+def runs_on(probe: Callable[[torch.device], object], device: int) -> bool:
+    """Whether the kernels that `probe` calls compile and run on a CUDA device, which also needs a C compiler.
 
-    It is made once for each device; a failure is a warning.
+    The probe runs once for each device. A failure is a warning.
+
+    Args:
+        probe: calls the kernels on the device that it is given.
+        device: number of the CUDA device.
     """
     if triton is None:
         return False
     try:
-        attempt(torch.device("cuda", device))
+        probe(torch.device("cuda", device))
     except Exception as error:
         warnings.warn(f"Triton does not work ({error}): this is slower; install a C compiler", stacklevel=3)
         return False

@@ -19,6 +19,9 @@ import gsplat.rendering as rendering
 import torch
 from torch import Tensor
 
+from zoosplat_model.gaussians import Gaussians
+from zoosplat_model.rasterize.types import Cameras
+
 TILE = 16
 
 
@@ -100,20 +103,10 @@ def _isect_tiles(means2d: Tensor, radii: Tensor, depths: Tensor, tile: int, acro
     return impl._isect_tiles(means2d.detach(), radii, depths.detach(), tile, across, down)
 
 
-def render(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    world_to_camera: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    *,
-    mode: str,
-) -> tuple[Tensor, Tensor]:
+def render(gaussians: Gaussians, cameras: Cameras, *, mode: str) -> tuple[Tensor, Tensor]:
     """Premultiplied colours [C, H, W, D] and alpha [C, H, W]; pixel centres at (.5, .5). Nothing may be empty."""
+    means, quats, scales, opacities, colors = gaussians
+    world_to_camera, intrinsics, width, height = cameras
     nerfacc = types.ModuleType("nerfacc")
     vars(nerfacc).update(render_weight_from_alpha=_weights, accumulate_along_rays=_accumulate)
     with (
@@ -125,8 +118,7 @@ def render(
     ):
         everything = 10**9
         if mode == "3d":
-            args = (means, quats, scales, opacities, colors, world_to_camera, intrinsics, width, height)
-            rgb, alpha, _ = rendering._rasterization(*args, tile_size=TILE, batch_per_iter=everything)
+            rgb, alpha, _ = rendering._rasterization(*gaussians, *cameras, tile_size=TILE, batch_per_iter=everything)
             return rgb, alpha[..., 0]
         # The CUDA kernel takes (s1, s2, 1); the PyTorch one would scale the normal by the third.
         flat = torch.cat([scales[:, :2], torch.ones_like(scales[:, :1])], 1)

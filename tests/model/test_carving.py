@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat_model.carving import carve, grid_points, look_up, need, rotation_about_z, triton_kernels
+from zoosplat_model.carving import (
+    ObservedViews,
+    carve,
+    grid_points,
+    prepare_silhouette_evidence,
+    sample_colors,
+    triton_backend,
+)
+from zoosplat_model.carving.window_minimum import window_minimum
+from zoosplat_model.rotations import rotation_about_z
 
 FILL = 0.38
 
@@ -39,7 +48,7 @@ def test_the_least_around_a_pixel_is_that_of_pooling(size: int, shape: tuple[int
     torch.manual_seed(size)
     values = torch.rand(shape)
     values[values > 0.7] = torch.inf
-    found = triton_kernels.least_around(values, size)
+    found = window_minimum(values, size)
     pooled = -torch.nn.functional.max_pool2d(-values.view(-1, 1, *shape[-2:]), size, stride=1, padding=size // 2)
     assert torch.equal(found, pooled.view(shape))
     assert found.is_contiguous()  # a kernel reads it
@@ -52,7 +61,7 @@ def test_hand_worked_voxels() -> None:
     # The first two are on the axis, one behind the other from either side. The third is at (8, 4) px in the first view,
     # and outside the mask of the second, at (2, 4): x = -0.4 * 10 / 2 + 4.
     points = torch.tensor([[0, 0, 1.0], [0, 0, 2.0], [0.4, 0, 1.0]], dtype=torch.float64).view(3, 1, 1, 3)
-    volume = carve(red_and_blue(9), mask, pose, k, points, 0.3, 1, FILL)[:4, :, 0, 0]
+    volume = carve(ObservedViews(red_and_blue(9), mask, pose, k), points, 0.3, 1, FILL)[:4, :, 0, 0]
     expected = [
         [1, 0.8, 0, 0.2],  # (1 red + 0.25 blue) / 1.25
         [1, 0.2, 0, 0.8],
@@ -65,7 +74,7 @@ def test_samples_are_exact_to_a_fraction_of_a_pixel() -> None:
     pose, k = opposite_cameras(10.0, 3.0, 9)
     ramp = (torch.arange(9, dtype=torch.float64) / 8).expand(1, 9, 9)[..., None].repeat(1, 1, 1, 3)
     points = torch.tensor([[0.03, 0, 1.0], [0.36, 0.1, 1.0]], dtype=torch.float64).view(2, 1, 1, 3)
-    volume = carve(ramp, torch.ones(1, 9, 9, dtype=torch.float64), pose[:1], k[:1], points, 0.3, 1, FILL)
+    volume = carve(ObservedViews(ramp, torch.ones(1, 9, 9).double(), pose[:1], k[:1]), points, 0.3, 1, FILL)
     np.testing.assert_allclose(volume[1:4, :, 0, 0], [[4.3 / 8, 7.6 / 8]] * 3, atol=1e-12)
 
 
@@ -75,7 +84,8 @@ def test_nothing_shows_through_voxels_that_are_coarser_than_pixels(footprint: in
     pose, k = opposite_cameras(60.0, 11.0, 33)
     axis = torch.linspace(-0.8, 0.8, 9, dtype=torch.float64)
     points = torch.stack(torch.meshgrid(axis, axis, torch.tensor([5.0, 6.0], dtype=torch.float64), indexing="ij"), -1)
-    volume = carve(red_and_blue(33), torch.ones(2, 33, 33).double(), pose, k, points, 0.2, footprint, FILL)
+    views = ObservedViews(red_and_blue(33), torch.ones(2, 33, 33).double(), pose, k)
+    volume = carve(views, points, 0.2, footprint, FILL)
     inner = volume[1, 1:-1, 1:-1]
     expected = torch.tensor([0.8, 0.2], dtype=torch.float64).expand(7, 7, 2)
     assert torch.allclose(inner, expected) == closed
@@ -157,8 +167,8 @@ def scattered_views(seed: int) -> tuple[Any, ...]:
 def test_agrees_with_a_slow_twin(footprint: int) -> None:
     rgb, mask, pose, k, points = scattered_views(footprint)
     expected = slow_twin(rgb, mask, pose, k, points, 1 / 6, footprint, FILL)
-    tensor = torch.from_numpy
-    found = carve(tensor(rgb), tensor(mask), tensor(pose), tensor(k), tensor(points), 1 / 6, footprint, FILL).numpy()
+    *views, grid = (torch.from_numpy(v) for v in (rgb, mask, pose, k, points))
+    found = carve(ObservedViews(*views), grid, 1 / 6, footprint, FILL).numpy()
     assert (expected[0] == 0).any()
     assert (expected[0] == 1).any()
     assert ((expected[0] > 0) & (expected[0] < 1)).any()
@@ -169,13 +179,13 @@ def test_agrees_with_a_slow_twin(footprint: int) -> None:
 def test_a_voxel_beyond_the_window_whose_footprint_reaches_into_it_is_carved_too() -> None:
     rgb, mask, pose, k, points = scattered_views(7)
     expected = slow_twin(rgb, mask, pose, k, points, 1 / 6, 7, FILL)
-    tensor = torch.from_numpy
-    found = carve(tensor(rgb), tensor(mask), tensor(pose), tensor(k), tensor(points), 1 / 6, 7, FILL).numpy()
+    *views, grid = (torch.from_numpy(v) for v in (rgb, mask, pose, k, points))
+    found = carve(ObservedViews(*views), grid, 1 / 6, 7, FILL).numpy()
     np.testing.assert_allclose(found[[0, 4]], expected[[0, 4]], atol=1e-10)
 
 
-def slow_need(occupancy: Any, hull: Any, mask: Any, pose: Any, k: Any, points: Any, voxel: float) -> Any:
-    """The docstring of `need`, voxel by voxel and view by view, sigmoid(8 (occupancy - 0.4)); every view is used."""
+def slow_evidence(occupancy: Any, hull: Any, mask: Any, pose: Any, k: Any, points: Any, voxel: float) -> Any:
+    """As the docstring of `prepare_silhouette_evidence` says, with sigmoid(8 (occupancy - 0.4)) and every view."""
     h, w = mask.shape[1:]
     flat, found = points.reshape(-1, 3), np.zeros(points.shape[:3]).reshape(-1)
     for v in range(len(mask)):
@@ -205,38 +215,34 @@ def random_occupancy(points: Any) -> tuple[Any, Any]:
     return rng.uniform(-0.2, 1.2, points.shape[:3]), rng.uniform(size=points.shape[:3]) * (points[..., 0] < 0.2)
 
 
-def test_need_agrees_with_a_slow_twin() -> None:
-    _, mask, pose, k, points = scattered_views(5)
+def test_silhouette_evidence_agrees_with_a_slow_twin() -> None:
+    rgb, mask, pose, k, points = scattered_views(5)
     occupancy, hull = random_occupancy(points)
-    expected = slow_need(occupancy, hull, mask, pose, k, points, 1 / 6)
-    tensors: list[Any] = [torch.from_numpy(v) for v in (occupancy, hull, mask, pose, k, points)]
-    sizes = [1 / 6, 8.0, 0.4]
-    found = need(*tensors[1:], *sizes)(tensors[0]).numpy()
+    expected = slow_evidence(occupancy, hull, mask, pose, k, points, 1 / 6)
+    *views, grid = (torch.from_numpy(v) for v in (rgb, mask, pose, k, points))
+    evidence = prepare_silhouette_evidence(torch.from_numpy(hull), ObservedViews(*views), grid, 1 / 6, 8.0, 0.4)
+    found = evidence(torch.from_numpy(occupancy)).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-10)
     assert (expected[hull <= 0] == 0).all()
     assert np.ptp(expected[expected > 0]) > 0.5
-    # Where all others on its lines of sight are gone, a voxel is needed.
+    # Where all others on its lines of sight are gone, the evidence for a voxel is 1.
     alone = np.where(np.arange(occupancy.size).reshape(occupancy.shape) == occupancy.argmax(), 1.0, -10)
-    assert need(*tensors[1:], *sizes)(torch.from_numpy(alone)).max() == 1
+    assert evidence(torch.from_numpy(alone)).max() == 1
 
 
 KERNELS = """
 import sys
 import numpy as np
 import torch
-from zoosplat_model import carving_gpu
-from zoosplat_model.carving import BEHIND_WEIGHT, HIDDEN_WEIGHT
-given = (torch.from_numpy(v) for v in np.load(sys.argv[1]).values())
-rgb, mask, pose, k, points, used, occupancy, hull = given
-sizes = 1 / 6, int(sys.argv[2]), 0.38, HIDDEN_WEIGHT
-volume = carving_gpu.carve(rgb, mask, k @ pose[:, :3], points, *sizes, used)
-need = carving_gpu.need(hull, mask, k @ pose[:, :3], k, points, 1 / 6, 8.0, 0.4, used)
+from zoosplat_model.carving import ObservedViews, triton_backend
+rgb, mask, pose, k, points, used, occupancy, hull = (torch.from_numpy(v) for v in np.load(sys.argv[1]).values())
+views, footprint = ObservedViews(rgb, mask, pose, k), int(sys.argv[2])
+volume = triton_backend.carve(views, points, 1 / 6, footprint, 0.38, used)
+evidence = triton_backend.prepare_silhouette_evidence(hull, views, points, 1 / 6, 8.0, 0.4, used)(occupancy)
 solid = (hull > 0.5).flatten()
-colors, seen = carving_gpu.look_up(
-    rgb, mask, k @ pose[:, :3], points.reshape(-1, 3), solid, 1 / 6, sizes[1], BEHIND_WEIGHT, used
-)
-least = carving_gpu._least_of_windows(occupancy, 3, (-1, -2, -3))
-np.savez(sys.argv[3], volume=volume, need=need(occupancy), colors=colors, seen=seen, least=least)
+colors, seen = triton_backend.sample_colors(views, points.reshape(-1, 3), solid, 1 / 6, footprint, used)
+least = triton_backend.window_minimum(occupancy, 3, (-1, -2, -3))
+np.savez(sys.argv[3], volume=volume, evidence=evidence, colors=colors, seen=seen, least=least)
 """
 
 
@@ -252,19 +258,19 @@ def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: l
     files = [str(tmp_path / name) for name in ("views.npz", "found.npz")]
     command = [sys.executable, "-c", KERNELS, files[0], str(footprint), files[1]]
     subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
-    given: list[Any] = [*(torch.from_numpy(v) for v in views), 1 / 6, footprint, FILL, torch.from_numpy(counted)]
     found = np.load(files[1])
-    np.testing.assert_allclose(found["volume"], carve(*given), atol=1e-4)
-    asked: list[Any] = [*(torch.from_numpy(v) for v in (hull, *views[1:])), 1 / 6, 8.0, 0.4]
-    needed = need(*[*asked, torch.from_numpy(counted)])(torch.from_numpy(occupancy))
-    np.testing.assert_allclose(found["need"], needed, atol=2e-3)  # whole numbers of thousandths are counted
-    tensors: list[Any] = [torch.from_numpy(v) for v in (*views[:4], views[4].reshape(-1, 3), (hull > 0.5).flatten())]
-    tensors += [1 / 6, footprint, torch.from_numpy(counted)]
-    colors, seen = look_up(*tensors)
+    *tensors, grid = (torch.from_numpy(v) for v in views)
+    exact, chosen = ObservedViews(*tensors), torch.from_numpy(counted)
+    np.testing.assert_allclose(found["volume"], carve(exact, grid, 1 / 6, footprint, FILL, chosen), atol=1e-4)
+    asked = prepare_silhouette_evidence(torch.from_numpy(hull), exact, grid, 1 / 6, 8.0, 0.4, chosen)
+    evidence = asked(torch.from_numpy(occupancy))
+    np.testing.assert_allclose(found["evidence"], evidence, atol=2e-3)  # whole numbers of thousandths are counted
+    solid = torch.from_numpy((hull > 0.5).flatten())
+    colors, seen = sample_colors(exact, grid.reshape(-1, 3), solid, 1 / 6, footprint, chosen)
     assert 0.1 < seen.double().mean() < 0.9
     np.testing.assert_array_equal(found["seen"], seen)
     np.testing.assert_allclose(found["colors"][seen], colors[seen], atol=1e-4)
-    least = triton_kernels.least_around(torch.from_numpy(single[-2]), 3, (-1, -2, -3))
+    least = window_minimum(torch.from_numpy(single[-2]), 3, (-1, -2, -3))
     np.testing.assert_array_equal(found["least"], least)
 
 
@@ -276,7 +282,7 @@ def test_kernels_in_triton_s_interpreter(tmp_path: Path, footprint: int, used: l
 def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) -> None:
     """A sphere in 4 views, the last of which sees a piece of it cut off."""
     torch.manual_seed(0)
-    assert triton_kernels.works(0)
+    assert triton_backend.is_available(0)
     y, x = torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij")
     mask = ((x - 63.3).square() + (y - 47.1).square() < 30**2).double().repeat(4, 1, 1)
     mask[3, 50:] = 0
@@ -288,39 +294,44 @@ def test_kernels_agree_with_plain_functions(footprint: int, used: list[bool]) ->
         pose[v, 2, 3] = 3
     k = torch.tensor([[120.0, 0, 63.5], [0, 120.0, 47.5], [0, 0, 1]], dtype=torch.float64).repeat(4, 1, 1)
     points = grid_points(2.2, 40, [(0, 40), (2, 38), (1, 40)]).double() + torch.tensor([0.0123, 0.0071, 0.0037])
-    tensors, sizes = (rgb, mask, pose, k, points), (2.2 / 39, footprint, FILL)
-    given: list[Any] = [*tensors, *sizes, torch.tensor(used)]
-    expected = carve(*given)
-    single: list[Any] = [*(v.float() for v in tensors), *sizes, torch.tensor(used)]
+    exact, chosen, voxel = ObservedViews(rgb, mask, pose, k), torch.tensor(used), 2.2 / 39
+    expected = carve(exact, points, voxel, footprint, FILL, chosen)
     assert (expected[0] > 0.5).double().mean() > 0.1
+
+    def single(value: Tensor, device: str) -> Tensor:
+        return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
+
+    def rounded(device: str) -> tuple[ObservedViews, Tensor]:
+        return ObservedViews(*(single(value, device) for value in exact)), single(points, device)
+
     # Where a voxel is just solid, or just hidden, rounding decides: on a CPU as here.
     off = []
     for device in ("cpu", "cuda"):
-        single = [v.to(device) if isinstance(v, torch.Tensor) else v for v in single]
-        off.append(((carve(*single).cpu() - expected).abs() > 1e-3).any(0).double().mean())
+        found = carve(*rounded(device), voxel, footprint, FILL, chosen.to(device)).cpu()
+        off.append(((found - expected).abs() > 1e-3).any(0).double().mean())
     assert off[0] < 0.02
     assert off[1] < 1.5 * off[0] + 1e-3
     occupancy = expected[0] - 0.1 * torch.rand_like(expected[0])
-    of_hull: list[Any] = [expected[0], *tensors[1:], 2.2 / 39, 16.0, 0.75]
-    needed = need(*[*of_hull, torch.tensor(used)])(occupancy)
-    on_gpu: list[Any] = [v.float().cuda() if isinstance(v, torch.Tensor) else v for v in of_hull]
-    found = need(*[*on_gpu, torch.tensor(used).cuda()])(occupancy.float().cuda()).cpu()
-    assert ((found - needed).abs() > 0.01).double().mean() < 0.02
-    assert (needed > 0.2).double().mean() > 0.01
+    evidence = prepare_silhouette_evidence(expected[0], exact, points, voxel, 16.0, 0.75, chosen)(occupancy)
+    hull = single(expected[0], "cuda")
+    on_gpu = prepare_silhouette_evidence(hull, *rounded("cuda"), voxel, 16.0, 0.75, chosen.cuda())
+    found = on_gpu(single(occupancy, "cuda")).cpu()
+    assert ((found - evidence).abs() > 0.01).double().mean() < 0.02
+    assert (evidence > 0.2).double().mean() > 0.01
     surface = points[expected[0] > 0.3]
-    asked: list[Any] = [*tensors[:4], surface, torch.rand(len(surface)) > 0.2, *sizes[:2], torch.tensor(used)]
-    colors, _ = look_up(*asked)
+    solid = torch.rand(len(surface)) > 0.2
+    colors, _ = sample_colors(exact, surface, solid, voxel, footprint, chosen)
     off = []
     for device in ("cpu", "cuda"):
-        moved: list[Any] = [v.to(device) if isinstance(v, torch.Tensor) else v for v in asked]
-        moved = [v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in moved]
-        off.append(((look_up(*moved)[0].cpu() - colors).abs() > 1e-3).any(1).double().mean())
+        places = (single(surface, device), solid.to(device))
+        sampled, _ = sample_colors(rounded(device)[0], *places, voxel, footprint, chosen.to(device))
+        off.append(((sampled.cpu() - colors).abs() > 1e-3).any(1).double().mean())
     assert off[0] < 0.03
     assert off[1] < 1.5 * off[0] + 1e-3
     values = torch.rand(3, 40, 33, 20)
     assert torch.equal(
-        triton_kernels.least_around(values.cuda(), 5, (-1, -2, -3)).cpu(),
-        triton_kernels.least_around(values, 5, (-1, -2, -3)),
+        window_minimum(values.cuda(), 5, (-1, -2, -3)).cpu(),
+        window_minimum(values, 5, (-1, -2, -3)),
     )
 
 
@@ -330,8 +341,8 @@ def test_views_that_do_not_count_might_as_well_not_be_there() -> None:
     pose, k = torch.cat([pose, pose[:1]]), torch.cat([k, k[:1]])
     rgb, mask = torch.rand(3, 9, 9, 3).double(), (torch.rand(3, 9, 9) > 0.3).double()
     points = torch.rand(4, 4, 4, 3).double() * 0.6 + torch.tensor([-0.3, -0.3, 1.0])
-    found = carve(rgb, mask, pose, k, points, 0.3, 3, FILL, torch.tensor([True, True, False]))
-    expected = carve(rgb[:2], mask[:2], pose[:2], k[:2], points, 0.3, 3, FILL)
+    found = carve(ObservedViews(rgb, mask, pose, k), points, 0.3, 3, FILL, torch.tensor([True, True, False]))
+    expected = carve(ObservedViews(rgb[:2], mask[:2], pose[:2], k[:2]), points, 0.3, 3, FILL)
     np.testing.assert_allclose(found[:7], expected[:7], atol=1e-12)
     np.testing.assert_allclose(found[7] * 3, expected[7] * 2, atol=1e-12)  # the share of all views
 
@@ -342,14 +353,16 @@ def test_colours_are_those_of_the_views_that_see_a_point() -> None:
     points = torch.tensor([[0, 0, 1.0], [0, 0, 2.0], [0.3, 0, 1.4], [0.3, 0, 0.7]], dtype=torch.float64)
     solid = torch.tensor([True, True, True, False])
     rgb, mask = red_and_blue(9), torch.ones(2, 9, 9).double()
-    colors, seen = look_up(rgb, mask, pose, k, points, solid, 0.3, 1)
+    views = ObservedViews(rgb, mask, pose, k)
+    colors, seen = sample_colors(views, points, solid, 0.3, 1)
     assert seen.all()
     np.testing.assert_allclose(colors[0], [1 / 1.02, 0, 0.02 / 1.02], atol=1e-9)
     np.testing.assert_allclose(colors[1], [0.02 / 1.02, 0, 1 / 1.02], atol=1e-9)
     np.testing.assert_allclose(colors[2], [0.5, 0, 0.5], atol=1e-9)
-    only_red = look_up(rgb, mask, pose, k, points, solid, 0.3, 1, torch.tensor([True, False]))[0]
+    only_red = sample_colors(views, points, solid, 0.3, 1, torch.tensor([True, False]))[0]
     np.testing.assert_allclose(only_red[1], [1, 0, 0], atol=1e-9)
-    assert not look_up(rgb, torch.zeros_like(mask), pose, k, points, solid, 0.3, 1)[1].any()
+    empty = views._replace(mask=torch.zeros_like(mask))
+    assert not sample_colors(empty, points, solid, 0.3, 1)[1].any()
 
 
 def test_grid_is_that_of_the_method() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from zoosplat.errors import UserError
 from zoosplat.storage import listing, objects, urls
 from zoosplat_model import checkpoints
-from zoosplat_model.checkpoints import Progress
+from zoosplat_model.checkpoints import TrainingProgress
 
 
 def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -27,7 +27,7 @@ def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def save(model_url: str, step: int, best_step: int | None = None, keep_last: int = 2) -> None:
     model, optimizer = trained(step)
-    progress = Progress(step=step, best_step=best_step, best=None if best_step is None else 1.0)
+    progress = TrainingProgress(step=step, best_step=best_step, best=None if best_step is None else 1.0)
     average = {k: v.clone() for k, v in model.state_dict().items()}
     checkpoints.save(model_url, model, optimizer, average, progress, keep_last=keep_last)
 
@@ -56,7 +56,7 @@ def test_moments_come_back_in_the_layout_of_the_weights() -> None:
 def test_everything_comes_back(tmp_path: Path) -> None:
     model_url = str(tmp_path)
     model, optimizer = trained(5)
-    progress = Progress(3, 7, 5, 0.1 + 0.2, {"loss": 1 / 3}, [{"epoch": 1, "loss": 2 / 3}], 0.25, 5)
+    progress = TrainingProgress(3, 7, 5, 0.1 + 0.2, {"loss": 1 / 3}, [{"epoch": 1, "loss": 2 / 3}], 0.25, 5)
     average = {k: v.clone() for k, v in model.state_dict().items()}
     checkpoints.save(model_url, model, optimizer, average, progress, keep_last=1)
     found = checkpoints.load(model_url, "latest")

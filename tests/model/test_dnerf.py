@@ -25,8 +25,8 @@ from zoosplat_center_rotation.stage import STAGE as CENTER_ROTATION
 from zoosplat_crop.stage import STAGE as CROP
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_ingest.stage import STAGE as INGEST
-from zoosplat_model.dynamic.scene import Scale, Scene
-from zoosplat_model.predictor import open_reader
+from zoosplat_model.dynamic.scene import DynamicScene, SceneUnits
+from zoosplat_model.frames import open_reader
 from zoosplat_model.rasterize import rasterize
 from zoosplat_pack.stage import STAGE as PACK
 from zoosplat_render.stage import STAGE as RENDER
@@ -133,8 +133,8 @@ def test_all_stages(scene: Path, tmp_path: Path) -> None:
     assert np.allclose(reader.frame(4).world_to_camera, truth.world_to_camera[4], atol=1e-6)
     assert reader.pose(3)[0].tolist() == [0, 0, 0]
     assert reader.pose(3)[1] == 0
-    assert Scale.of(reader).unit_m == pytest.approx(1.0)
-    training = Scene.of(reader)
+    assert SceneUnits.from_reader(reader).unit_m == pytest.approx(1.0)
+    training = DynamicScene.from_reader(reader)
     assert training.shown == [[0]] * 7
     assert training.times.tolist() == pytest.approx(truth.times.tolist())
     # On white, soft edges included.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoosplat_model.dynamic import hexplane_gpu
+from zoosplat_model.dynamic import hexplane_triton
 from zoosplat_model.dynamic.hexplane import AXES, TIME, DeformationField, Deformed, HexPlane, Roughness
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -190,7 +190,7 @@ def test_kernels_agree_with_plain_functions(time_range: Any) -> None:
         torch.nn.init.uniform_(parameter, 0.2, 1.2)
     fast = HexPlane((1, 2, 4), 16, 9, time_range=time_range).cuda()
     fast.load_state_dict(plain.state_dict())
-    assert hexplane_gpu.works(0)
+    assert hexplane_triton.is_available(0)
     means = gaussians(5000, torch.float64).means
     weight = torch.randn(5000, plain.width, dtype=torch.float64)
     exact, found = means.clone().requires_grad_(), means.float().cuda().requires_grad_()
@@ -204,7 +204,7 @@ def test_kernels_agree_with_plain_functions(time_range: Any) -> None:
     torch.autograd.backward(torch.stack([w * part for w, part in parts]).sum())
     kinds = [i in TIME for _ in range(3) for i in range(len(AXES))]
     planes = [plane for level in fast.planes() for plane in level]
-    hexplane_gpu.add_roughness(planes, kinds, weights)
+    hexplane_triton.add_roughness(planes, kinds, weights)
     pairs = [(exact, found), *zip([p for level in plain.planes() for p in level], planes, strict=True)]
     for a, b in pairs:
         assert a.grad is not None

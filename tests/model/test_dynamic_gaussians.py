@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from zoosplat.config.training import Dynamic
-from zoosplat_model.dynamic.gaussians import NAMES, GaussianSet, colors_of, neighbour_distance, rotated
-from zoosplat_model.dynamic.schedule import actions, decayed, is_shown
-from zoosplat_model.rasterize import Screen, rasterize
+from zoosplat_model.dynamic.gaussian_set import PARAMETER_NAMES, GaussianSet, rms_neighbour_distance
+from zoosplat_model.dynamic.schedule import decay_learning_rate, is_snapshot_iteration, plan_actions
+from zoosplat_model.rasterize import ScreenStatistics, rasterize
+from zoosplat_model.rotations import rotate_vectors
+from zoosplat_model.spherical_harmonics import evaluate_colors
 
 # -- schedule -----------------------------------------------------------------------------------------------------
 TABLE = Dynamic(
@@ -46,20 +48,20 @@ FEW, MANY, FULL = 5_000, 200_001, 360_000
         (18_000, FEW, ""),
     ],
 )
-@pytest.mark.parametrize("stage", ["coarse", "fine"])
-def test_what_is_done_when(iteration: int, count: int, done: str, stage: Any) -> None:
-    found = actions(iteration, stage, count, TABLE)
+@pytest.mark.parametrize("phase", ["coarse", "fine"])
+def test_what_is_done_when(iteration: int, count: int, done: str, phase: Any) -> None:
+    found = plan_actions(iteration, phase, count, TABLE)
     assert " ".join(name for name in ("densify", "prune", "grow", "reset") if getattr(found, name)) == done
     assert found.collect == (iteration < 15_000)
     assert found.size_px == (20 if iteration > 3000 else None)
 
 
 def test_defaults_are_those_of_the_specification() -> None:
-    assert not actions(600, "fine", FEW, Dynamic()).grow
-    assert actions(600, "fine", MANY, Dynamic()).prune
-    assert not actions(500, "fine", MANY, Dynamic()).prune
-    assert actions(8000, "fine", MANY, Dynamic(pruning_interval=8000)).prune
-    assert not actions(8100, "fine", MANY, Dynamic(pruning_interval=8000)).prune
+    assert not plan_actions(600, "fine", FEW, Dynamic()).grow
+    assert plan_actions(600, "fine", MANY, Dynamic()).prune
+    assert not plan_actions(500, "fine", MANY, Dynamic()).prune
+    assert plan_actions(8000, "fine", MANY, Dynamic(pruning_interval=8000)).prune
+    assert not plan_actions(8100, "fine", MANY, Dynamic(pruning_interval=8000)).prune
 
 
 def test_thresholds() -> None:
@@ -72,20 +74,20 @@ def test_thresholds() -> None:
         opacity_threshold_fine_after=0.05,
     )
     for iteration in (0, 7_500, 15_000):
-        found = actions(iteration, "coarse", FEW, config)
+        found = plan_actions(iteration, "coarse", FEW, config)
         assert (found.gradient, found.opacity) == (0.3, 0.03)
     for iteration, gradient, opacity in ((0, 0.2, 0.01), (7_500, 0.15, 0.03), (15_000, 0.1, 0.05)):
-        found = actions(iteration, "fine", FEW, config)
+        found = plan_actions(iteration, "fine", FEW, config)
         assert [found.gradient, found.opacity] == pytest.approx([gradient, opacity])
-    assert actions(7, "fine", FEW, Dynamic()).gradient == 0.0002
-    assert actions(7, "coarse", FEW, Dynamic()).opacity == 0.005
+    assert plan_actions(7, "fine", FEW, Dynamic()).gradient == 0.0002
+    assert plan_actions(7, "coarse", FEW, Dynamic()).opacity == 0.005
 
 
 def test_rates_and_pictures() -> None:
-    assert decayed(1.6e-4, 1.6e-6, 0, 100) == pytest.approx(1.6e-4)
-    assert decayed(1.6e-4, 1.6e-6, 50, 100) == pytest.approx(1.6e-5)
-    assert decayed(1.6e-4, 1.6e-6, 500, 100) == pytest.approx(1.6e-6)
-    shown = [i for i in range(1, 70_000) if is_shown(i)]
+    assert decay_learning_rate(1.6e-4, 1.6e-6, 0, 100) == pytest.approx(1.6e-4)
+    assert decay_learning_rate(1.6e-4, 1.6e-6, 50, 100) == pytest.approx(1.6e-5)
+    assert decay_learning_rate(1.6e-4, 1.6e-6, 500, 100) == pytest.approx(1.6e-6)
+    shown = [i for i in range(1, 70_000) if is_snapshot_iteration(i)]
     assert shown[:3] == [10, 20, 30]
     assert [i for i in shown if 980 < i < 1200] == [990, 1000, 1050, 1100, 1150]
     assert [i for i in shown if 2900 <= i < 3300] == [2900, 2950, 3000, 3100, 3200]
@@ -105,10 +107,10 @@ def small() -> tuple[GaussianSet, torch.optim.Adam]:
         "opacity": torch.logit(torch.tensor([0.9, 0.5, 0.002, 0.3, 0.004]))[:, None],
     }
     g = GaussianSet(values)
-    groups: list[dict[str, Any]] = [{"params": [getattr(g, name)], "name": name} for name in NAMES]
+    groups: list[dict[str, Any]] = [{"params": [getattr(g, name)], "name": name} for name in PARAMETER_NAMES]
     other = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([*groups, {"params": [other], "name": "grid"}], lr=1e-3)
-    loss = torch.stack([(getattr(g, name) ** 2).sum() for name in NAMES]).sum() + other.sum()
+    loss = torch.stack([(getattr(g, name) ** 2).sum() for name in PARAMETER_NAMES]).sum() + other.sum()
     torch.autograd.backward(loss)
     optimizer.step()
     return g, optimizer
@@ -116,7 +118,7 @@ def small() -> tuple[GaussianSet, torch.optim.Adam]:
 
 def moments(g: GaussianSet, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
     found = {}
-    for name in NAMES:
+    for name in PARAMETER_NAMES:
         state = optimizer.state[getattr(g, name)]
         found[name] = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
     return found
@@ -127,8 +129,8 @@ def check(g: GaussianSet, optimizer: torch.optim.Optimizer, before: Any, kept: l
     assert len(g) == len(kept) + added
     old_values, old_moments = before
     groups = {group["name"]: group["params"] for group in optimizer.param_groups}
-    assert len(optimizer.state) == len(NAMES) + 1
-    for name in NAMES:
+    assert len(optimizer.state) == len(PARAMETER_NAMES) + 1
+    for name in PARAMETER_NAMES:
         parameter = getattr(g, name)
         assert groups[name] == [parameter]
         assert groups[name][0] is parameter
@@ -141,7 +143,7 @@ def check(g: GaussianSet, optimizer: torch.optim.Optimizer, before: Any, kept: l
         assert getattr(g, name).shape == (len(g), *shape)
     assert g.deformation_table.tolist() == [True] * len(g)
     # It goes on.
-    torch.autograd.backward(torch.stack([(getattr(g, name) ** 2).sum() for name in NAMES]).sum())
+    torch.autograd.backward(torch.stack([(getattr(g, name) ** 2).sum() for name in PARAMETER_NAMES]).sum())
     optimizer.step()
 
 
@@ -168,7 +170,7 @@ def test_densify() -> None:
     g.xyz_gradient_accum[:, 0] = torch.tensor([3.0, 2, 1.5, 0.5, 0])
     g.denom += 1
     g.densify(optimizer, 1.5, 0.1, 100, noise())
-    for name in NAMES:
+    for name in PARAMETER_NAMES:
         found = getattr(g, name).detach()
         assert torch.equal(found[4:6], values[name][[0, 2]])
         if name not in ("xyz", "scaling"):
@@ -248,7 +250,7 @@ def test_statistics() -> None:
     gradient[0, 1] = torch.tensor([1.0, 0.0])
     radii = torch.tensor([[3.0, 0, 2, 0, 0], [5.0, 0, 1, 0, 0]])
     # A picture of 20 x 40: a pixel along x counts 10, along y 20; a mean over 2 views counts twice.
-    g.collect(gradient, radii, 20, 40)
+    g.accumulate_statistics(gradient, radii, 20, 40)
     assert torch.allclose(g.xyz_gradient_accum[0], torch.tensor(2 * (math.hypot(3, 8) + 2)))
     assert g.xyz_gradient_accum[1:].abs().sum() == 0  # 1 is not drawn
     assert g.denom[:, 0].tolist() == [2, 0, 2, 0, 0]
@@ -259,9 +261,11 @@ def test_statistics() -> None:
 # -- pieces -------------------------------------------------------------------------------------------------------
 def test_neighbours_and_rotation() -> None:
     points = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3], [50, 0, 0]])
-    assert neighbour_distance(points)[0] == pytest.approx(math.sqrt((1 + 4 + 9) / 3))
+    assert rms_neighbour_distance(points)[0] == pytest.approx(math.sqrt((1 + 4 + 9) / 3))
     half = math.sqrt(0.5)
-    turned = rotated(torch.tensor([[2 * half, 0, 0, 2 * half]]), torch.tensor([[1.0, 0, 5]]))  # 90 degrees about z
+    turned = rotate_vectors(
+        torch.tensor([[2 * half, 0, 0, 2 * half]]), torch.tensor([[1.0, 0, 5]])
+    )  # 90 degrees about z
     assert torch.allclose(turned, torch.tensor([[0.0, 1, 5]]), atol=1e-6)
 
 
@@ -272,7 +276,7 @@ def test_harmonics(degree: int) -> None:
 
     torch.manual_seed(degree)
     harmonics, directions = torch.randn(4, 16, 3).double() / 9, torch.randn(2, 4, 3).double() * 3
-    found = colors_of(harmonics, directions, degree)
+    found = evaluate_colors(harmonics, directions, degree)
     unit = torch.nn.functional.normalize(directions, dim=-1)
     polar, azimuth = torch.acos(unit[..., 2]).numpy(), torch.atan2(unit[..., 1], unit[..., 0]).numpy()
     truth = torch.full((2, 4, 3), 0.5).double()
@@ -298,25 +302,25 @@ def test_gradients_and_radii_on_the_screen() -> None:
     weight = torch.randn(2, 24, 32, 3).double()
 
     def loss(offsets: Tensor) -> Tensor:
-        screen = Screen(offsets)
-        rgb, _ = rasterize(means, quats, scales, opacities, colors, pose, k, 32, 24, screen=screen)
+        screen = ScreenStatistics(offsets)
+        rgb, _ = rasterize(means, quats, scales, opacities, colors, pose, k, 32, 24, screen_statistics=screen)
         assert screen.radii is not None
         return (rgb * weight).sum()
 
     zero = torch.zeros(2, n, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (zero,), eps=1e-6, atol=1e-5)
     # One splat alone: its radius is that of 3.33 deviations, or of where it becomes too faint.
-    screen = Screen(torch.zeros(1, 1, 2))
+    screen = ScreenStatistics(torch.zeros(1, 1, 2))
     far = torch.tensor([[0.0, 0, 0]])
     size = torch.full((1, 3), 0.2)
     one = torch.tensor([[1.0, 0, 0, 0]])
     args = (far, one, size, torch.tensor([0.5]), torch.ones(1, 3), pose[:1].float(), k[:1].float(), 32, 24)
-    rasterize(*args, screen=screen)
+    rasterize(*args, screen_statistics=screen)
     assert screen.radii is not None
     deviation = math.sqrt((50 * 0.2 / 4) ** 2 + 0.3)
     assert screen.radii.item() == math.ceil(math.sqrt(2 * math.log(0.5 * 255)) * deviation)
     with pytest.raises(ValueError, match="screen needs"):
-        rasterize(*args, mode="2d", screen=screen)
+        rasterize(*args, mode="2d", screen_statistics=screen)
 
 
 def test_colours_of_each_view() -> None:
@@ -350,10 +354,10 @@ def test_a_gpu_draws_and_watches_as_a_cpu_does() -> None:
     for device in ("cpu", "cuda"):
         points = means.to(device)
         eyes = torch.tensor([[[0.0, 0, -4]], [[0, 0, -5]]], device=device)
-        colors = colors_of(harmonics.to(device), points - eyes, 3)
-        screen = Screen(torch.zeros(2, n, 2, device=device, requires_grad=True))
+        colors = evaluate_colors(harmonics.to(device), points - eyes, 3)
+        screen = ScreenStatistics(torch.zeros(2, n, 2, device=device, requires_grad=True))
         shape = quats.to(device), scales.to(device), opacities.to(device)
-        rgb, _ = rasterize(points, *shape, colors, pose.to(device), k.to(device), 32, 24, screen=screen)
+        rgb, _ = rasterize(points, *shape, colors, pose.to(device), k.to(device), 32, 24, screen_statistics=screen)
         torch.autograd.backward((rgb * weight.to(device)).sum())
         assert screen.offsets.grad is not None
         assert screen.radii is not None

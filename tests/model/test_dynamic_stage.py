@@ -23,10 +23,11 @@ from zoosplat.storage import listing, objects, schema, urls
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_features.stage import STAGE as FEATURES
 from zoosplat_flows.report.page import build_report
-from zoosplat_model.carving import rotation_about_z
 from zoosplat_model.dynamic.predictor import DynamicPredictor, ShadedGaussians
-from zoosplat_model.dynamic.scene import Scale, Scene, first_points
-from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.dynamic.scene import DynamicScene, SceneUnits, initial_points
+from zoosplat_model.frames import open_reader
+from zoosplat_model.registry import open_predictor
+from zoosplat_model.rotations import rotation_about_z
 from zoosplat_render.stage import STAGE as RENDER
 from zoosplat_train import dynamic_loop
 from zoosplat_train.stage import STAGE
@@ -110,7 +111,7 @@ def test_the_same_stages_and_report(tiny: Project, monkeypatch: pytest.MonkeyPat
         assert other.results["features"] == run.result("features")
     configure(tiny, sh_degree=1)
     with pytest.raises(UserError, match="is not complete; run stage train first"):
-        Predictor.open(open_run(tiny), "cpu")
+        open_predictor(open_run(tiny), "cpu")
 
 
 def test_dynamic_gaussians_are_described_with_all_three_scales(tiny: Project) -> None:
@@ -148,7 +149,7 @@ def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPat
             run_stage(STAGE, open_run(tiny), progress=stop)
         names = [n for n in listing.list_files(open_run(tiny).output_url("train")) if n.startswith("chkpnt")]
         assert names == ["chkpnt_coarse_9.pth" if first else "chkpnt_fine_14.pth"]
-        so_far = Predictor.open(open_run(tiny), "cpu", finished=False)
+        so_far = open_predictor(open_run(tiny), "cpu", finished=False)
         assert so_far.step == (9 if first else 34)
         so_far.gaussians(0)
     run_stage(STAGE, open_run(tiny), progress=stop)
@@ -159,10 +160,10 @@ def test_a_stopped_training_goes_on(tiny: Project, monkeypatch: pytest.MonkeyPat
 def test_the_last_checkpoint_is_the_result(tiny: Project) -> None:
     configure(tiny)
     with pytest.raises(UserError, match="no checkpoint yet"):
-        Predictor.open(open_run(tiny), "cpu", finished=False)
+        open_predictor(open_run(tiny), "cpu", finished=False)
     configure(tiny, checkpoint_iterations=(20,))
     run_stage(STAGE, open_run(tiny))
-    result, newest = (Predictor.open(open_run(tiny), "cpu", finished=f) for f in (True, False))
+    result, newest = (open_predictor(open_run(tiny), "cpu", finished=f) for f in (True, False))
     assert result.step == newest.step == 40
     frame = result.reader.frame(3)
     size = result.reader.width, result.reader.height
@@ -187,14 +188,14 @@ def test_a_given_start(tiny: Project, tmp_path: Path) -> None:
     configure(tiny, start_checkpoint=None, initial_ply=str(points), coarse_iterations=1, fine_iterations=0)
     run_stage(STAGE, open_run(tiny))
     assert figures(tiny, "train")["gaussians"] == 200
-    predictor = Predictor.open(open_run(tiny), "cpu")
+    predictor = open_predictor(open_run(tiny), "cpu")
     assert len(predictor.gaussians(3).means) == 200
 
 
 def test_scene_is_the_world_seen_from_the_animal(tiny: Project) -> None:
     configure(tiny)
     reader = open_reader(open_run(tiny), torch.device("cpu"))
-    scene, scale = Scene.of(reader), Scale.of(reader)
+    scene, scale = DynamicScene.from_reader(reader), SceneUnits.from_reader(reader)
     assert scene.pictures.shape == (8, 4, 32, 32, 3)  # frame 1 is not valid, view 4 held out
     assert scene.times.tolist() == pytest.approx([t / 8 for t in (0, 2, 3, 4, 5, 6, 7, 8)])
     # 16 of 24 grid points are kept: half of 15 spacings becomes 1.3.
@@ -209,7 +210,7 @@ def test_scene_is_the_world_seen_from_the_animal(tiny: Project) -> None:
     # The cameras stand round the animal at 0.4 m and higher.
     eyes = -(reader.world_to_camera[:, :3, :3].mT @ reader.world_to_camera[:, :3, 3:])[reader.observed, :, 0]
     assert scene.extent * scale.unit_m == pytest.approx(1.1 * float((eyes - eyes.mean(0)).norm(dim=1).max()), rel=0.1)
-    points, colors = first_points(reader, 400, 0)
+    points, colors = initial_points(reader, 400, 0)
     metres = points * scale.unit_m + scale.middle
     assert ((metres / torch.tensor([0.045, 0.028, 0.024])).norm(dim=1) < 1.7).double().mean() > 0.9
     front, back = colors[metres[:, 0] > 0.02].mean(0), colors[metres[:, 0] < -0.02].mean(0)
@@ -221,7 +222,7 @@ def test_turned_gaussians_look_the_same_to_a_turned_camera(tiny: Project) -> Non
     """The harmonics of colour turn with the animal."""
     configure(tiny, fine_iterations=2, coarse_iterations=2)
     run_stage(STAGE, open_run(tiny))
-    predictor = Predictor.open(open_run(tiny), "cpu")
+    predictor = open_predictor(open_run(tiny), "cpu")
     assert isinstance(predictor, DynamicPredictor)
     torch.manual_seed(0)
     here = predictor.gaussians(4)
@@ -229,7 +230,7 @@ def test_turned_gaussians_look_the_same_to_a_turned_camera(tiny: Project) -> Non
     here.harmonics = torch.randn_like(here.harmonics) * 0.3
     frame = predictor.reader.frame(4)
     angle, center = torch.tensor(0.8), torch.tensor([0.02, -0.01, 0.03])
-    turned = here.to_world(center, angle).smoothed(0.0)
+    turned = here.to_world(center, angle).with_low_pass(0.0)
     assert isinstance(turned, ShadedGaussians)
     back = torch.eye(4)
     turn = rotation_about_z(angle)
@@ -238,7 +239,7 @@ def test_turned_gaussians_look_the_same_to_a_turned_camera(tiny: Project) -> Non
     truth = predictor.render(here, poses, k, 32, 32)
     found = predictor.render(turned, poses @ back, k, 32, 32)
     assert torch.allclose(found.rgb, truth.rgb, atol=1e-4)
-    placed = dict(predictor.each([3, 4], lambda own: own.to_world(*predictor.reader.pose(4)).means))
+    placed = dict(predictor.map_frames([3, 4], lambda own: own.to_world(*predictor.reader.pose(4)).means))
     assert torch.equal(placed[4], predictor.gaussians(4).means)
     plain = super(DynamicPredictor, predictor).tracks([3, 4], 5)
     assert plain is None

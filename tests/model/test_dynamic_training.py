@@ -17,13 +17,14 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.config.training import Dynamic
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
+from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat.storage import listing, objects, urls
 from zoosplat_model.dynamic import files
-from zoosplat_model.dynamic.gaussians import NAMES, GaussianSet
+from zoosplat_model.dynamic.gaussian_set import PARAMETER_NAMES, GaussianSet
 from zoosplat_model.dynamic.hexplane import DeformationField, Deformed, HexPlane
-from zoosplat_model.dynamic.scene import Scene
-from zoosplat_model.dynamic.schedule import Stage
-from zoosplat_model.dynamic.trainer import Trainer, draw
+from zoosplat_model.dynamic.scene import DynamicScene
+from zoosplat_model.dynamic.schedule import Phase
+from zoosplat_model.dynamic.trainer import DynamicTrainer, draw
 
 FRAMES, VIEWS, SIDE = 8, 5, 40
 SMALL = Dynamic(
@@ -81,10 +82,10 @@ class Swing:
         self.test_pose, self.test_k = poses[VIEWS:], k[VIEWS:]
         self.scene = self._scene(seen[0][:, :VIEWS], seen[1][:, :VIEWS], poses[:VIEWS], k[:VIEWS])
 
-    def _scene(self, pictures: Tensor, masks: Tensor, poses: Tensor, k: Tensor) -> Scene:
+    def _scene(self, pictures: Tensor, masks: Tensor, poses: Tensor, k: Tensor) -> DynamicScene:
         n = len(pictures)
         shown = [list(range(VIEWS))] * n
-        return Scene(pictures, masks, poses.repeat(n, 1, 1, 1), k.repeat(n, 1, 1, 1), self.times[:n], shown)
+        return DynamicScene(pictures, masks, poses.repeat(n, 1, 1, 1), k.repeat(n, 1, 1, 1), self.times[:n], shown)
 
     @staticmethod
     def _camera(azimuth: float) -> Tensor:
@@ -97,24 +98,24 @@ class Swing:
         pose[:3, 3] = -pose[:3, :3] @ eye
         return pose
 
-    def first_frame(self) -> Scene:
+    def first_frame(self) -> DynamicScene:
         """The training views of the first frame alone."""
         s = self.scene
         return self._scene(s.pictures[:1], s.masks[:1], s.poses[0], s.intrinsics[0])
 
-    def trainer(self, config: Dynamic, scene: Scene | None = None) -> Trainer:
+    def trainer(self, config: Dynamic, scene: DynamicScene | None = None) -> DynamicTrainer:
         torch.manual_seed(1)
         grid = HexPlane(config.multires, config.resolution, config.time_resolution, time_range=config.time_range)
         field = DeformationField(grid, config.decoder_depth)
-        return Trainer(scene or self.scene, self.points.clone(), self.colors, field, config, 3)
+        return DynamicTrainer(scene or self.scene, self.points.clone(), self.colors, field, config, 3)
 
     @torch.no_grad()
-    def test_psnr(self, trainer: Trainer) -> float:
+    def test_psnr(self, trainer: DynamicTrainer) -> float:
         """Mean over all frames, dB, of the view that is kept from training."""
         values = []
         for t, truth in zip(self.times, self.test_truth, strict=True):
             deformed = trainer.gaussians.canonical()
-            if trainer.stage == "fine":
+            if trainer.phase == "fine":
                 deformed = trainer.field(deformed, t)
             rgb = draw(deformed, self.test_pose, self.test_k, SIDE, SIDE, trainer.active_sh_degree).rgb[0].clamp(0, 1)
             values.append(-10 * math.log10(float((rgb - truth).square().mean())))
@@ -124,7 +125,7 @@ class Swing:
 def _round(means: Tensor, colors: Tensor, scale: float, opacity: float) -> Deformed:
     n = len(means)
     harmonics = torch.zeros(n, 16, 3)
-    harmonics[:, 0] = (colors - 0.5) / 0.28209479177387814
+    harmonics[:, 0] = (colors - 0.5) / SH_C0
     log_scales = torch.full((n, 3), math.log(scale))
     logits = torch.full((n, 1), math.log(opacity / (1 - opacity)))
     return Deformed(means, log_scales, torch.tensor([1.0, 0, 0, 0]).repeat(n, 1), logits, harmonics)
@@ -135,9 +136,9 @@ def swing() -> Swing:
     return Swing()
 
 
-def run(trainer: Trainer, stage: Stage, iterations: int) -> None:
-    while trainer.stage != stage or trainer.iteration < iterations:
-        if trainer.stage == "coarse" and stage == "fine" and trainer.iteration == trainer.config.coarse_iterations:
+def run(trainer: DynamicTrainer, phase: Phase, iterations: int) -> None:
+    while trainer.phase != phase or trainer.iteration < iterations:
+        if trainer.phase == "coarse" and phase == "fine" and trainer.iteration == trainer.config.coarse_iterations:
             trainer.begin("fine")
             continue
         trainer.step()
@@ -157,21 +158,21 @@ def test_motion_is_learned(swing: Swing) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_recorded_iterations_are_those_that_run_one_by_one(swing: Swing) -> None:
-    """Over densifications and the start of the stages; planes have the 32 channels that the GPU's kernels take."""
+    """Over densifications and the start of the phases; planes have the 32 channels that the GPU's kernels take."""
     seen = swing.scene
     views = seen.pictures.cuda(), seen.masks.cuda(), seen.poses.cuda(), seen.intrinsics.cuda()
-    scene = Scene(*views, seen.times.cuda(), seen.shown)
+    scene = DynamicScene(*views, seen.times.cuda(), seen.shown)
     found = []
     for record in (True, False):
         torch.manual_seed(1)
         field = DeformationField(HexPlane(SMALL.multires, SMALL.resolution, SMALL.time_resolution, time_range="full"))
         config = SMALL.model_copy(update={"densify_from_iter": 20})
-        trainer = Trainer(scene, swing.points.cuda(), swing.colors.cuda(), field, config, 3)
-        trainer.recorder.record = record
+        trainer = DynamicTrainer(scene, swing.points.cuda(), swing.colors.cuda(), field, config, 3)
+        trainer.graphs.capture = record
         run(trainer, "coarse", 40)
         early = trainer.figures.tolist()
         run(trainer, "fine", 160)
-        assert bool(trainer.recorder._recorded) == record
+        assert bool(trainer.graphs._graphs) == record
         found.append((early, len(trainer.gaussians), trainer.figures.tolist()))
     (early, n, figures), (others_early, m, others) = found
     # Sums of atomic additions differ in their rounding, and training makes more of it.
@@ -186,32 +187,32 @@ BRIEF = SMALL.model_copy(
 )
 
 
-def save(trainer: Trainer, url: str) -> None:
+def save(trainer: DynamicTrainer, url: str) -> None:
     t = trainer
     state = (t.gaussians, t.field, t.optimizer, t.active_sh_degree, t.spatial_lr_scale)
-    files.write_checkpoint(url, t.stage, t.iteration, *state)
+    files.write_checkpoint(url, t.phase, t.iteration, *state)
 
 
-def figures(trainer: Trainer) -> tuple[int, list[float]]:
+def figures(trainer: DynamicTrainer) -> tuple[int, list[float]]:
     return len(trainer.gaussians), trainer.figures.tolist()
 
 
-@pytest.mark.parametrize(("stage", "iteration"), [("coarse", 15), ("coarse", 24), ("fine", 15)])
-def test_resumed_is_uninterrupted(swing: Swing, tmp_path: Path, stage: Stage, iteration: int) -> None:
+@pytest.mark.parametrize(("phase", "iteration"), [("coarse", 15), ("coarse", 24), ("fine", 15)])
+def test_resumed_is_uninterrupted(swing: Swing, tmp_path: Path, phase: Phase, iteration: int) -> None:
     whole = swing.trainer(BRIEF)
-    run(whole, stage, iteration)
+    run(whole, phase, iteration)
     save(whole, str(tmp_path))
     again = swing.trainer(BRIEF)
-    checkpoint, found_stage, found = files.read_checkpoint(str(tmp_path / f"chkpnt_{stage}_{iteration}.pth"))
-    assert (found_stage, found) == (stage, iteration)
-    again.restore(checkpoint, found_stage, found)
+    checkpoint, found_phase, found = files.read_checkpoint(str(tmp_path / f"chkpnt_{phase}_{iteration}.pth"))
+    assert (found_phase, found) == (phase, iteration)
+    again.restore(checkpoint, found_phase, found)
     for trainer in (whole, again):
         trainer.figures.fill_(math.nan)
         run(trainer, "fine", 24)
     (n, losses), (m, others) = figures(whole), figures(again)
     assert n == m > 120
     assert losses == pytest.approx(others, rel=1e-5)
-    for name in NAMES:
+    for name in PARAMETER_NAMES:
         assert torch.allclose(getattr(whole.gaussians, name), getattr(again.gaussians, name), atol=1e-5)
 
 
@@ -248,7 +249,7 @@ def check_files(url: str, swing: Swing) -> None:
         assert torch.equal(values[i], getattr(g, name)), name
     assert list(values[2]) == list(trainer.field.state_dict())
     names_of_groups = [group["name"] for group in values[12]["param_groups"]]
-    assert names_of_groups == [*NAMES, "deformation", "grid"]
+    assert names_of_groups == [*PARAMETER_NAMES, "deformation", "grid"]
     assert values[12]["state"][0]["exp_avg"].shape == (n, 3)
     assert values[13] == trainer.spatial_lr_scale
 
@@ -262,7 +263,7 @@ def check_files(url: str, swing: Swing) -> None:
     assert load("point_cloud/iteration_8/deformation_table.pth").tolist() == [True] * n
     assert load("point_cloud/iteration_8/deformation_accum.pth").shape == (n, 3)
     read = files.read_result(url, "fine", 8, again)
-    assert set(read) == set(NAMES)
+    assert set(read) == set(PARAMETER_NAMES)
     for name, value in read.items():
         assert torch.equal(value, getattr(g, name)), name
 
@@ -292,7 +293,7 @@ def test_settings_are_a_namespace(tmp_path: Path) -> None:
 
 def test_ply_has_the_attributes_of_3dgs(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    g = GaussianSet.of_points(torch.rand(7, 3), torch.rand(7, 3))
+    g = GaussianSet.from_points(torch.rand(7, 3), torch.rand(7, 3))
     g.f_rest.data.normal_()
     data = files.to_ply(g.values())
     header = data.partition(b"end_header\n")[0].decode().splitlines()
@@ -310,7 +311,7 @@ def test_ply_has_the_attributes_of_3dgs(tmp_path: Path) -> None:
     path.write_bytes(data)
     points, colors = files.read_points(str(path))
     assert torch.equal(points, g.xyz)
-    assert torch.allclose(colors, g.f_dc[:, 0] * 0.28209479 + 0.5, atol=1e-6)
+    assert torch.allclose(colors, g.f_dc[:, 0] * SH_C0 + 0.5, atol=1e-6)
 
 
 def test_points_of_other_programs(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from zoosplat_embedding.stage import _variation
 from zoosplat_features import animals, encoders, ops
 from zoosplat_features.stage import STAGE
 from zoosplat_model import checkpoints
-from zoosplat_model.network.splatter import Gaussians, PoseSplatter
-from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.frames import open_reader
+from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.rasterize import Rendering, rasterize
+from zoosplat_model.registry import build_splatter, open_predictor
 
 RADIUS_M = 0.1
 
@@ -240,9 +241,9 @@ def trained(tiny: Project, finish: Callable[..., Any]) -> Callable[..., Project]
 
         def write(url: str) -> None:
             torch.manual_seed(0)
-            model = PoseSplatter.of(reader, chosen)
+            model = build_splatter(reader, chosen)
             weights = {name: value.clone() for name, value in model.state_dict().items()}
-            progress = checkpoints.Progress(step=1, best=0.5, best_step=1)
+            progress = checkpoints.TrainingProgress(step=1, best=0.5, best_step=1)
             checkpoints.save(url, model, torch.optim.Adam(model.parameters()), weights, progress, keep_last=1)
 
         finish(tiny, chosen, {"train": write})
@@ -262,10 +263,10 @@ def test_the_stage_describes_every_frame_with_a_hull(trained: Callable[..., Proj
     assert found.shape == (9, ops.cylinder_size())
     assert np.isnan(found[1]).all()
     assert np.isfinite(np.delete(found, 1, 0)).all()
-    predictor = Predictor.open(open_run(project), "cpu")
+    predictor = open_predictor(open_run(project), "cpu")
     frame = predictor.reader.frame(5)
     with torch.no_grad():
-        expected = ops.cylinder_descriptor(predictor.model([frame])[0], 0.08)
+        expected = ops.cylinder_descriptor(predictor.animal_gaussians(frame), 0.08)
     np.testing.assert_allclose(found[5], expected, rtol=1e-5, atol=1e-7)
     # The same from the Gaussians in the world, brought back.
     world = predictor.gaussians(5)
@@ -334,14 +335,14 @@ def test_variation_among_animals_is_their_covariance_and_what_embeddings_know_fi
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_recorded_frames_in_lanes_are_those_of_one_after_the_other(trained: Callable[..., Project]) -> None:
     project = trained()
-    predictor = Predictor.open(open_run(project), "cuda")
+    predictor = open_predictor(open_run(project), "cuda")
     frames = [0, *range(2, 9)] * 6 + [5, 3]  # the last group is not full
 
     def describe(gaussians: Gaussians) -> Tensor:
         return ops.cylinder_descriptor(gaussians, RADIUS_M)
 
-    found = list(predictor.each(frames, describe))
+    found = list(predictor.map_frames(frames, describe))
     assert [t for t, _ in found] == frames
     with torch.no_grad():
         for t, result in found:
-            assert difference(result, describe(predictor.model([predictor.reader.frame(t)])[0])) < 1e-3
+            assert difference(result, describe(predictor.animal_gaussians(predictor.reader.frame(t)))) < 1e-3

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from zoosplat_model.metrics import METRICS, ColorFit, frame_metrics, recolored, ssim_map
+from zoosplat_model.metrics import METRICS, ColorFit, apply_color_maps, frame_metrics, ssim_map
 
 
 def whole_frame_metrics(
@@ -154,7 +154,7 @@ def test_a_known_colour_map_is_found_and_leaves_no_error(d: int) -> None:
     for t in range(3):
         rgb, alpha, _, _ = blob(2, 24, 24, seed=t)
         mask = alpha > 0
-        photo = recolored(rgb, alpha, color)
+        photo = apply_color_maps(rgb, alpha, color)
         frames.append((rgb, alpha, photo, mask))
         fit.add(rgb, alpha, photo, mask)
     found = fit.solve()
@@ -177,7 +177,7 @@ def test_the_colour_map_by_hand_for_one_colour_alone() -> None:
     rgb[0, 1:3, 1:3], alpha[0, 1:3, 1:3] = 0.5, 1.0
     fit = ColorFit(2)
     fit.add(rgb.expand(2, -1, -1, -1), alpha.expand(2, -1, -1), rgb * 0.8, torch.stack([alpha[0] > 0, alpha[0] > 1]))
-    after = recolored(rgb.expand(2, -1, -1, -1), alpha.expand(2, -1, -1), fit.solve())
+    after = apply_color_maps(rgb.expand(2, -1, -1, -1), alpha.expand(2, -1, -1), fit.solve())
     assert after[0, 1, 1].tolist() == pytest.approx([0.4] * 3, abs=1e-3)
     assert after[0, 0, 0].tolist() == [1, 1, 1]
     torch.testing.assert_close(after[1], rgb[0].double())  # never seen: as it is

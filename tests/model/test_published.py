@@ -17,10 +17,10 @@ from zoosplat.stages.projects import Project
 from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
 from zoosplat_model import checkpoints
-from zoosplat_model.frames import FrameReader
-from zoosplat_model.network.splatter import PoseSplatter
-from zoosplat_model.predictor import Predictor, open_reader
-from zoosplat_model.published import PublishedSplatter, PublishedStack, PublishedUNet, thresholded
+from zoosplat_model.frames import FrameReader, open_reader
+from zoosplat_model.network.predictor import SplatterPredictor
+from zoosplat_model.published import PublishedSplatter, PublishedStack, PublishedUNet, find_threshold
+from zoosplat_model.registry import build_splatter, open_predictor
 from zoosplat_train.stage import STAGE
 
 
@@ -105,7 +105,7 @@ def slow_threshold(occupancy: Sequence[float], fewest: int, most: int) -> float:
 @pytest.mark.parametrize("shift", [-5.0, -0.5, 0.0, 3.0])
 def test_the_threshold_is_where_the_published_loops_end(fewest: int, most: int, shift: float) -> None:
     occupancy = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + shift
-    indices, threshold = thresholded(occupancy, fewest, most)
+    indices, threshold = find_threshold(occupancy, fewest, most)
     assert float(threshold) == pytest.approx(slow_threshold(occupancy.tolist(), fewest, most), abs=1e-9)
     assert len(set(indices.tolist())) == most
     kept = torch.sigmoid(occupancy[indices] - threshold) > 0.25
@@ -114,7 +114,7 @@ def test_the_threshold_is_where_the_published_loops_end(fewest: int, most: int, 
 
 
 def test_a_volume_of_equal_voxels_gives_no_more_than_allowed() -> None:
-    indices, threshold = thresholded(torch.zeros(100), 10, 20)
+    indices, threshold = find_threshold(torch.zeros(100), 10, 20)
     assert len(indices) == 20
     assert float(torch.sigmoid(-threshold)) > 0.25
 
@@ -123,14 +123,14 @@ def test_a_volume_of_equal_voxels_gives_no_more_than_allowed() -> None:
 def test_gaussians_by_hand(tiny: Project) -> None:
     experiment = published(tiny)
     reader = open_reader(open_run(tiny), torch.device("cpu"))
-    model = PoseSplatter.of(reader, experiment)
+    model = build_splatter(reader, experiment)
     assert isinstance(model, PublishedSplatter)
     frame = reader.frame(0)
     for layer in (model.head[0], model.head[2]):
         torch.nn.init.normal_(layer.weight, std=0.5)  # type: ignore[arg-type]
     features = torch.rand(8, 16, 16, 16) * 2
-    plain = model.gaussians_of(features, torch.tensor(False), model.observe(frame), None)
-    indices, threshold = thresholded(features[0].flatten(), 64, 2000)
+    plain = model.decode_gaussians(features, torch.tensor(False), model.observe(frame), None)
+    indices, threshold = find_threshold(features[0].flatten(), 64, 2000)
     # The cameras are 0.4 m round the centre and 0.2 m up: their own centre is as high, 0.4 m away.
     assert float(model.log_scale) == pytest.approx(math.log(0.4) - 5.5, abs=1e-5)
     for n in (0, 700):
@@ -156,7 +156,8 @@ def test_it_trains_and_is_found_again(tiny: Project) -> None:
     assert found.network == "published"
     history = checkpoints.load(open_run(tiny).output_url("train"), "latest").progress.history  # type: ignore[union-attr]
     assert history[-1]["train_loss"] < history[0]["train_loss"]
-    predictor = Predictor.open(open_run(tiny), "cpu")
+    predictor = open_predictor(open_run(tiny), "cpu")
+    assert isinstance(predictor, SplatterPredictor)
     assert isinstance(predictor.model, PublishedSplatter)
     gaussians = predictor.gaussians(0)
     reader: FrameReader = predictor.reader
@@ -170,5 +171,5 @@ def test_it_trains_and_is_found_again(tiny: Project) -> None:
 
 def test_the_two_networks_are_told_apart(tiny: Project) -> None:
     reader = open_reader(open_run(tiny), torch.device("cpu"))
-    assert PoseSplatter.of(reader, open_run(tiny).experiment).network == "zoosplat"
-    assert PoseSplatter.of(reader, published(tiny)).network == "published"
+    assert build_splatter(reader, open_run(tiny).experiment).network == "zoosplat"
+    assert build_splatter(reader, published(tiny)).network == "published"

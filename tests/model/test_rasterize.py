@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from zoosplat.errors import UserError
-from zoosplat_model.rasterize import Rendering, rasterize, torch_cpu
+from zoosplat_model.gaussians import Gaussians
+from zoosplat_model.rasterize import Rendering, rasterize, torch_compositing
+from zoosplat_model.rasterize.types import Cameras
 
 Mode = Literal["3d", "2d"]
 Backend = Literal["torch", "reference"]
@@ -134,7 +136,9 @@ def gsplat_pytorch(mode: Mode) -> Callable[..., Rendering]:
         default = torch.get_default_dtype()
         torch.set_default_dtype(intrinsics.dtype)  # gsplat allocates its images in the default dtype
         try:
-            rgb, alpha = sys.modules[name].render(**scene, intrinsics=intrinsics, mode=mode)
+            gaussians = Gaussians(*(scene[key] for key in GAUSSIANS))
+            cameras = Cameras(scene["world_to_camera"], intrinsics, scene["width"], scene["height"])
+            rgb, alpha = sys.modules[name].render(gaussians, cameras, mode=mode)
         finally:
             torch.set_default_dtype(default)
         return Rendering(rgb + (1 - alpha)[..., None] * background, alpha)
@@ -174,14 +178,14 @@ def test_reference_agrees_with_gsplat_pytorch(mode: Mode) -> None:
 def test_numbers_are_those_of_the_installed_gsplat() -> None:
     pytest.importorskip("gsplat")
     version = tuple(int(part) for part in importlib.metadata.version("gsplat").split(".")[:2])
-    assert (0.999 if version < (1, 6) else 0.99) == torch_cpu.ALPHA_MAX
+    assert (0.999 if version < (1, 6) else 0.99) == torch_compositing.ALPHA_MAX
 
 
 @both_modes
 def test_deep_tiles_and_blocks(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transmittance, and what lies behind, carry over from block to block in both directions."""
-    monkeypatch.setattr(torch_cpu, "BLOCK_DEPTH", 5)
-    monkeypatch.setattr(torch_cpu, "BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(torch_compositing, "BLOCK_DEPTH", 5)
+    monkeypatch.setattr(torch_compositing, "BLOCK_ELEMENTS", 700)
     scene = random_scene(6, 60, 27, 22, size=0.3)
     scene["opacities"] = scene["opacities"] * 0.5
     assert_same(scene, with_backend("torch", mode), with_backend("reference", mode))

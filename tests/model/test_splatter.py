@@ -16,20 +16,16 @@ from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.storage import groups, schema
 from zoosplat_model.carving import grid_points
-from zoosplat_model.frames import FrameReader
+from zoosplat_model.devices import pick_device
+from zoosplat_model.frames import FrameReader, open_reader
+from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.losses import frame_losses, soft_iou
 from zoosplat_model.metrics import ssim_map
-from zoosplat_model.network.splatter import (
-    Gaussians,
-    PoseSplatter,
-    indecision,
-    orientation,
-    quaternion_product,
-    select,
-    surface_first,
-)
-from zoosplat_model.network.unet import UNetStack, convolve, fold, unfold
-from zoosplat_model.predictor import open_reader, pick_device
+from zoosplat_model.network.selection import select_voxels, suppress_interior
+from zoosplat_model.network.splatter import PoseSplatter, deep_supervision_loss
+from zoosplat_model.network.unet import UNetStack, convolve, depth_to_space, space_to_depth
+from zoosplat_model.registry import build_splatter
+from zoosplat_model.rotations import animal_to_world, quaternion_product
 
 CPU = torch.device("cpu")
 
@@ -92,7 +88,7 @@ def test_what_earlier_u_nets_leave_is_what_later_ones_are_given() -> None:
     assert all(torch.equal(a, b) for a, b in zip(asked[1:], earlier, strict=True))
     assert not torch.equal(earlier[0], volume[:, 0])
     assert not torch.equal(earlier[1], features[:, 0])
-    total = indecision(earlier, features[:, 0], volume[:, 0] > 0)
+    total = deep_supervision_loss(earlier, features[:, 0], volume[:, 0] > 0)
     torch.autograd.backward(total)
     gradients = [p.grad for name, p in stack.named_parameters() if name.endswith("last.weight")]
     assert [g is not None for g in gradients] == [True, True, False]  # the last one is not to follow them
@@ -106,9 +102,9 @@ def test_indecision_is_a_cross_entropy() -> None:
     for earlier in (first, second):
         p, q = (1 / (1 + np.exp(-16 * (x.numpy()[hull.numpy()] - 0.75))) for x in (last, earlier))
         expected += float(-(p * np.log(q) + (1 - p) * np.log(1 - q)).mean())
-    assert float(indecision([first, second], last, hull)) == pytest.approx(expected)
-    assert float(indecision([], last, hull)) == 0
-    assert float(indecision([first], last, hull & False)) == 0
+    assert float(deep_supervision_loss([first, second], last, hull)) == pytest.approx(expected)
+    assert float(deep_supervision_loss([], last, hull)) == 0
+    assert float(deep_supervision_loss([first], last, hull & False)) == 0
 
 
 def test_shorter_filters_find_the_same() -> None:
@@ -133,10 +129,10 @@ def test_shorter_filters_find_the_same() -> None:
 
 def test_folding_moves_blocks_to_channels_and_back() -> None:
     x = torch.arange(2 * 3 * 4 * 2 * 6.0).reshape(2, 3, 4, 2, 6)
-    folded = fold(x)
+    folded = space_to_depth(x)
     assert folded.shape == (2, 24, 2, 1, 3)
     assert folded[1, 2 * 8 :, 1, 0, 2].tolist() == x[1, 2, 2:4, 0:2, 4:6].flatten().tolist()
-    assert torch.equal(unfold(folded), x)
+    assert torch.equal(depth_to_space(folded), x)
 
 
 @pytest.mark.parametrize("length", [2, 7, 12])
@@ -158,22 +154,22 @@ def test_selection_keeps_its_limits_and_takes_the_highest(above: int, count: int
     rng = np.random.default_rng(above)
     values = np.concatenate([rng.uniform(0.26, 1, above), rng.uniform(-1, 0.24, 100 - above)])
     rng.shuffle(values)
-    chosen = select(torch.from_numpy(values), 10, 50)[0].numpy()
+    chosen = select_voxels(torch.from_numpy(values), 10, 50)[0].numpy()
     assert sorted(chosen) == sorted(np.argsort(-values)[:count])
 
 
 def test_a_volume_smaller_than_the_least_number_gives_all() -> None:
-    assert sorted(select(torch.zeros(6), 1024, 16000)[0].tolist()) == list(range(6))
+    assert sorted(select_voxels(torch.zeros(6), 1024, 16000)[0].tolist()) == list(range(6))
 
 
 def test_what_lies_deep_inside_is_the_last_to_be_selected() -> None:
     occupancy = torch.zeros(15, 14, 13)
     occupancy[3:12, 3:12, 3:12] = 1
-    ordered = surface_first(occupancy).view(occupancy.shape)
+    ordered = suppress_interior(occupancy).view(occupancy.shape)
     deep = torch.zeros(occupancy.shape, dtype=torch.bool)
     deep[5:10, 5:10, 5:10] = True
     assert torch.equal(ordered[~deep], occupancy[~deep])
-    chosen, drawn = select(ordered.flatten(), 1, 9**3)
+    chosen, drawn = select_voxels(ordered.flatten(), 1, 9**3)
     assert drawn.all()  # where there are enough, they all are
     assert set(chosen[-125:].tolist()) == set(deep.flatten().nonzero()[:, 0].tolist())
 
@@ -207,7 +203,7 @@ def test_to_world_turns_means_and_covariances() -> None:
         half = np.linalg.norm(vector) / 2
         tilt = torch.tensor([math.cos(half), *(np.array(vector) / 2 * np.sinc(half / np.pi))], dtype=torch.float64)
         whole = turn @ torch.from_numpy(cv2.Rodrigues(np.array(vector))[0])
-        torch.testing.assert_close(orientation(angle, tilt), whole)
+        torch.testing.assert_close(animal_to_world(angle, tilt), whole)
         placed = gaussians.to_world(center, angle, tilt)
         torch.testing.assert_close(placed.means, gaussians.means @ whole.T + center)
         torch.testing.assert_close(covariances(placed), whole @ covariances(gaussians) @ whole.T)
@@ -215,7 +211,7 @@ def test_to_world_turns_means_and_covariances() -> None:
 
 def excited(reader: FrameReader, project: Project) -> PoseSplatter:
     """An untrained network whose head gives every Gaussian a shape and an orientation of its own."""
-    model = PoseSplatter.of(reader, open_run(project).experiment)
+    model = build_splatter(reader, open_run(project).experiment)
     torch.manual_seed(0)  # whatever was drawn for the U-Nets
     for layer in (model.head[0], model.head[2]):
         layer.reset_parameters()  # type: ignore[operator]
@@ -251,7 +247,7 @@ def test_turning_the_whole_scene_turns_the_gaussians(reader: FrameReader, tiny: 
 
 @torch.no_grad()
 def test_it_starts_as_the_coloured_hull(reader: FrameReader, tiny: Project) -> None:
-    model = PoseSplatter.of(reader, open_run(tiny).experiment)
+    model = build_splatter(reader, open_run(tiny).experiment)
     frame = reader.frame(4)
     placed = model([frame])[0].to_world(frame.center, frame.angle)
     rgb, alpha = model.render(placed, frame.world_to_camera, frame.intrinsics, reader.width, reader.height, range(5))
@@ -259,13 +255,13 @@ def test_it_starts_as_the_coloured_hull(reader: FrameReader, tiny: Project) -> N
     assert iou[reader.observed].min() > 0.75  # voxels are 1.8 pixels wide here
     assert iou[reader.held_out].min() > 0.7
     both = (frame.mask > 0) & (alpha > 0.9)
-    error = (rgb - frame.on_white()).abs().mean(-1)[both]
+    error = (rgb - frame.composite_on_white()).abs().mean(-1)[both]
     assert error.median() < 0.1  # red in front and blue behind are 0.5 apart
 
 
 @torch.no_grad()
 def test_what_floats_beside_the_animal_is_drawn_in_training_only(reader: FrameReader, tiny: Project) -> None:
-    model, frame = PoseSplatter.of(reader, open_run(tiny).experiment), reader.frame(4)
+    model, frame = build_splatter(reader, open_run(tiny).experiment), reader.frame(4)
     observed = model.observe(frame)
     volume = model.carve(observed)
     volume[0] = 0
@@ -303,7 +299,7 @@ def test_pictures_do_not_depend_on_the_unit_of_length(reader: FrameReader, tiny:
 
 
 def test_camera_colours(reader: FrameReader, tiny: Project) -> None:
-    model, frame = PoseSplatter.of(reader, open_run(tiny).experiment), reader.frame(0)
+    model, frame = build_splatter(reader, open_run(tiny).experiment), reader.frame(0)
     one = Gaussians(
         frame.center[None], torch.tensor([[1.0, 0, 0, 0]]), torch.full((1, 3), 0.05), torch.tensor([0.9]),
         torch.tensor([[0.2, 0.4, 0.6]]),
@@ -328,7 +324,7 @@ def test_reader_gives_what_was_written(reader: FrameReader) -> None:
     assert (reader.observed, reader.held_out) == ([0, 1, 2, 3], [4])
     assert [f.t for f in reader.prefetch([5, 0, 5, 7, 2, 8])] == [5, 0, 5, 7, 2, 8]
     frame = reader.frame(3)
-    assert torch.equal(frame.on_white()[frame.mask == 0], torch.ones(int((frame.mask == 0).sum()), 3))
+    assert torch.equal(frame.composite_on_white()[frame.mask == 0], torch.ones(int((frame.mask == 0).sum()), 3))
     colors = {tuple((c * 255).round().int().tolist()) for c in frame.rgb[frame.mask > 0]}
     assert colors == {(200, 40, 30), (30, 60, 210)}
 
@@ -392,7 +388,7 @@ def test_a_mirrored_network_gives_mirrored_gaussians(
     reader: FrameReader, tiny: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    model = PoseSplatter.of(reader, open_run(tiny).experiment)
+    model = build_splatter(reader, open_run(tiny).experiment)
     last = [p for name, p in model.refine.named_parameters() if "last" in name]
     for parameter in (*model.head.parameters(), *last):
         torch.nn.init.normal_(parameter, std=0.02)
@@ -401,8 +397,10 @@ def test_a_mirrored_network_gives_mirrored_gaussians(
     volumes = model.carve(observed[0])[None]
     with torch.no_grad():
         turned = model.reconstruct(volumes, observed, mirrored=torch.tensor([True]))[0]
-        need = model._need  # which knows where the cameras are: it is asked of what they see
-        monkeypatch.setattr(model, "_need", lambda hull, *of: lambda o: need(hull.flip(1), *of)(o.flip(1)).flip(1))
+        prepare = model._prepare_evidence  # the cameras are not mirrored, so the evidence is that of what they see
+        monkeypatch.setattr(
+            model, "_prepare_evidence", lambda hull, *of: lambda o: prepare(hull.flip(1), *of)(o.flip(1)).flip(1)
+        )
         plain = model.reconstruct(volumes.flip(3), observed)[0]
     assert len(plain.means) > 50
     ends = model.points[0, 0, 0, 1] + model.points[0, -1, 0, 1]

@@ -26,10 +26,11 @@ from zoosplat.storage import objects
 from zoosplat.synthetic import random_animals
 from zoosplat_model import animals as of_animals
 from zoosplat_model import checkpoints
-from zoosplat_model.animals import SHOWN, Animals, OfRigs
+from zoosplat_model.animals import VIEWS_PER_FRAME, PartialRigSplatter, RandomAnimalReader
 from zoosplat_model.checkpoints import Checkpoint
+from zoosplat_model.frames import open_reader
 from zoosplat_model.network.splatter import PoseSplatter
-from zoosplat_model.predictor import open_reader
+from zoosplat_model.registry import build_splatter
 from zoosplat_train import network_loop, pretrain, start_weights
 from zoosplat_train.ranks import Ranks
 from zoosplat_train.stage import STAGE
@@ -49,7 +50,7 @@ def configure(project: Project, model: dict[str, Any] | None = None, force: bool
 
 def untrained(project: Project) -> PoseSplatter:
     experiment = open_run(project).experiment
-    return PoseSplatter.of(open_reader(open_run(project), CPU), experiment)
+    return build_splatter(open_reader(open_run(project), CPU), experiment)
 
 
 def of(project: Project, pointer: checkpoints.Pointer) -> Checkpoint:
@@ -203,13 +204,13 @@ def test_what_is_trained_there_later_does_not_change_what_a_stopped_training_beg
 
 # -- random animals -----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def animals() -> Animals:
-    return Animals([random_animals.film(rig, 10) for rig in range(2)], CPU)
+def animals() -> RandomAnimalReader:
+    return RandomAnimalReader([random_animals.film(rig, 10) for rig in range(2)], CPU)
 
 
 @pytest.fixture(scope="module")
 def small() -> Experiment:
-    names = [f"{c}.mp4" for c in range(SHOWN)]
+    names = [f"{c}.mp4" for c in range(VIEWS_PER_FRAME)]
     return Experiment.model_validate(
         {
             "data": {"directory": "/none", "videos": names, "masks": names, "calibration": "none.h5"},
@@ -221,27 +222,31 @@ def small() -> Experiment:
     )
 
 
-def test_what_is_carved_is_what_a_rig_of_these_views_alone_would_carve(animals: Animals, small: Experiment) -> None:
+def test_what_is_carved_is_what_a_rig_of_these_views_alone_would_carve(
+    animals: RandomAnimalReader, small: Experiment
+) -> None:
     rng = np.random.default_rng(2)
     while True:
-        frame, carved = animals.shown(3, rng)
+        frame, carved = animals.draw_views(3, rng)
         if len(carved) == 4:
             break
-    used = torch.tensor([c in carved for c in range(SHOWN)])
-    model = OfRigs.of(animals, small)
+    used = torch.tensor([c in carved for c in range(VIEWS_PER_FRAME)])
+    model = PartialRigSplatter.from_reader(animals, small)
     volume = model.carve(model.observe(frame), used)
-    alone = PoseSplatter.of(animals, small)
+    alone = build_splatter(animals, small)
     alone.seen = torch.tensor(carved)
     torch.testing.assert_close(volume, alone.carve(alone.observe(frame)), rtol=1e-5, atol=1e-5)
     assert volume[0].max() > 0.9
 
 
-def test_animals_of_all_scales_lie_in_the_volume_and_in_their_pictures(animals: Animals, small: Experiment) -> None:
-    model, rng, distances = PoseSplatter.of(animals, small), np.random.default_rng(4), []
+def test_animals_of_all_scales_lie_in_the_volume_and_in_their_pictures(
+    animals: RandomAnimalReader, small: Experiment
+) -> None:
+    model, rng, distances = build_splatter(animals, small), np.random.default_rng(4), []
     for t in range(6):
-        frame, carved = animals.shown(t, rng)
+        frame, carved = animals.draw_views(t, rng)
         assert 3 <= len(carved) <= 5
-        used = torch.tensor([[c in carved for c in range(SHOWN)]])
+        used = torch.tensor([[c in carved for c in range(VIEWS_PER_FRAME)]])
         with torch.no_grad():  # the hull, for an untrained network changes nothing
             gaussians = model([frame], used)[0].to_world(frame.center, frame.angle)
             alpha = model.render(gaussians, frame.world_to_camera, frame.intrinsics, 288, 256).alpha
@@ -253,7 +258,7 @@ def test_animals_of_all_scales_lie_in_the_volume_and_in_their_pictures(animals: 
 
 
 def test_pretraining_learns_and_its_file_begins_a_training(
-    animals: Animals, small: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    animals: RandomAnimalReader, small: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     untouched = pretrain.evaluate(NetworkTrainer(animals, small, CPU), animals)
     model = pretrain.pretrain(animals, small, 15.0, Ranks())

@@ -30,11 +30,12 @@ from zoosplat.storage import groups, listing, objects, schema, urls
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
-from zoosplat_model.frames import FrameReader
+from zoosplat_model.frames import FrameReader, open_reader
+from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.losses import frame_losses, soft_iou
 from zoosplat_model.network import unet
-from zoosplat_model.network.splatter import Gaussians, PoseSplatter
-from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.predictor import Predictor
+from zoosplat_model.registry import build_splatter, open_predictor
 from zoosplat_render.stage import STAGE as RENDER
 from zoosplat_train import network_loop, progress_plots, sampling, stage, start_weights, weight_choice
 from zoosplat_train.network_loop import NetworkTraining
@@ -127,7 +128,7 @@ def test_what_the_network_sees_tilted_stands_where_it_stood(tiny: Project) -> No
     reader = open_reader(open_run(tiny), cpu)
     trainer = NetworkTrainer(reader, chosen, cpu)
     frame = reader.frame(0)
-    mask = frame.mask[trainer.model.seen]
+    mask = frame.mask[trainer.model.observed_index]
 
     def iou(tilt: torch.Tensor | None, undone: torch.Tensor | None) -> float:
         gaussians = trainer.model([replace(frame, tilt=tilt)])[0]
@@ -221,12 +222,12 @@ def test_earlier_u_nets_learn_what_the_last_one_makes_of_it(tiny: Project, deep_
     trainer, frame = NetworkTrainer(reader, chosen, cpu), reader.frame(0)
     start_weights.load_into(trainer.model, "random")
     used, mirrored = torch.ones(1, len(reader.observed), dtype=torch.bool), torch.tensor([False])
-    undecided = []
+    supervision = []
     for i in range(60):
         if i % 10 == 0:
-            undecided.append(trainer.model.learn([frame], used, mirrored)[1].item())
+            supervision.append(trainer.model.forward_deep_supervision([frame], used, mirrored)[1].item())
         trainer.step([frame], [reader.observed], [False], 3e-3, i)
-    assert (undecided[-1] < 0.75 * undecided[0]) == (deep_lambda > 0)
+    assert (supervision[-1] < 0.75 * supervision[0]) == (deep_lambda > 0)
 
 
 @torch.no_grad()
@@ -241,7 +242,7 @@ def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> N
 
     held_out = chosen.model_copy(update={"holdout_views": (left_out, *chosen.holdout_views)})
     images, tracking, crop = (open_run(tiny).open_input(name) for name in ("pack", "center_rotation", "crop"))
-    model = PoseSplatter.of(FrameReader(images, tracking, crop, held_out), held_out)
+    model = build_splatter(FrameReader(images, tracking, crop, held_out), held_out)
     model.eval().load_state_dict(trainer.averaged.state_dict())
     frame = reader.frame(t)
     size = reader.width, reader.height
@@ -249,7 +250,7 @@ def test_validation_leaves_out_a_view_as_if_it_were_held_out(tiny: Project) -> N
     for network, cameras in ((trainer.averaged, reader.observed), (model, [left_out])):
         placed = network([frame])[0].to_world(frame.center, frame.angle)
         rendering = network.render(placed, frame.world_to_camera[cameras], frame.intrinsics[cameras], *size, cameras)
-        truth, mask = frame.on_white()[cameras], frame.mask[cameras]
+        truth, mask = frame.composite_on_white()[cameras], frame.mask[cameras]
         losses.append(float(frame_losses(*rendering, truth, mask, chosen.train.img_lambda, 0.0).total))
         drawn = rendering.alpha > 0.5
         iou = float(((drawn & (mask > 0)).sum((1, 2)) / (drawn | (mask > 0)).sum((1, 2))).mean())
@@ -310,7 +311,7 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     assert any(name.startswith("tensorboard/events") for name in written)
     assert objects.read_bytes(urls.join(open_run(tiny).output_url("train"), "preview.png")).startswith(b"\x89PNG")
 
-    predictor = Predictor.open(open_run(tiny), "cpu")
+    predictor = open_predictor(open_run(tiny), "cpu")
     frame = predictor.reader.frame(7)
     rendering = predictor.render(
         predictor.gaussians(7), frame.world_to_camera, frame.intrinsics, 32, 32, cameras=range(5)
@@ -322,7 +323,7 @@ def test_training_learns_and_writes_what_it_promises(tiny: Project, monkeypatch:
     with monkeypatch.context() as patch:  # as if networks had had other inputs when this one was trained
         patch.setattr(unet, "INPUT_CHANNELS", unet.INPUT_CHANNELS + 1)
         with pytest.raises(UserError, match=r"model: the checkpoint does not fit .*; run stage train again"):
-            Predictor.open(open_run(tiny), "cpu")
+            open_predictor(open_run(tiny), "cpu")
 
 
 def test_a_rehearsal_changes_nothing(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_the_place_of_an_animal_holds_all_of_its_pictures(film: Film) -> None:
 
 def test_animals_filmed_by_several_processes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(animals, "RIGS", 2)
-    filmed = animals.films(2, first=3)
+    filmed = animals.film_rigs(2, first=3)
     assert len(filmed) == 2
     for rig, film in zip((3, 4), filmed, strict=True):
         alone = random_animals.film(rig, 1)

@@ -13,7 +13,7 @@ from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.calibration.reader import Format, Unit, read_cameras
 from zoosplat.recording.checks import check_recording, kept_frames
-from zoosplat.stages.outside_files import check_outside_files
+from zoosplat.stages.outside_file_checks import check_outside_files
 from zoosplat.stages.prechecks import check_kept_frames
 from zoosplat.stages.registry import STAGES
 from zoosplat.storage import objects, urls
@@ -24,8 +24,8 @@ def load_cameras(files: list[str], format: str = "auto", unit: str = "auto") -> 
 
     Args:
         files: paths or URLs: one file, or one for each camera.
-        format: one of `zoosplat.recording.calibration.Format`.
-        unit: unit of the translations, one of `zoosplat.recording.calibration.Unit`.
+        format: one of `zoosplat.recording.calibration.reader.Format`.
+        unit: unit of the translations, one of `zoosplat.recording.calibration.reader.Unit`.
 
     Raises:
         UserError: a file, the format or the unit is not valid.

@@ -1,4 +1,4 @@
-"""How descriptors of animals differ from each other: how `zoosplat_embedding/animals.npz` was made.
+"""Measure how descriptors of animals differ: how `zoosplat_embedding/animals.npz` was made.
 
     python -m zoosplat_features.animals OUT.npz WEIGHTS.safetensors [--animals 800]
 
@@ -18,16 +18,28 @@ import safetensors.torch
 from rich.progress import track
 
 from zoosplat_features.encoders import GaussiansEncoder
-from zoosplat_model.animals import ELL_M, Animals, OfRigs, experiment, films, reconstruct
-from zoosplat_model.predictor import pick_device
+from zoosplat_model.animals import (
+    ELL_M,
+    PartialRigSplatter,
+    RandomAnimalReader,
+    build_experiment,
+    film_rigs,
+    reconstruct,
+)
+from zoosplat_model.devices import pick_device
 
-DIRECTIONS = 60  # the rest of the variance is noise
+DIRECTIONS = 60  # principal directions that are kept; the rest of the variance is noise
 
 
 def variation(descriptors: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float16], float]:
-    """[60, D] rows whose Gram matrix is, up to a factor, the covariance of descriptors [N, D]; the share that it has.
+    """The main directions in which descriptors vary.
 
-    The factor is such that half precision has room.
+    Args:
+        descriptors: [N, D].
+
+    Returns:
+        [60, D] rows whose Gram matrix is the covariance up to a factor, such that half precision has room; and the
+        share of the variance that they have.
     """
     _, lengths, axes = np.linalg.svd(descriptors - descriptors.mean(0), full_matrices=False)
     rows = lengths[:DIRECTIONS, None] * axes[:DIRECTIONS]
@@ -42,15 +54,15 @@ def main() -> None:
     parser.add_argument("--animals", type=int, default=800)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    began, filmed = time.monotonic(), films(args.animals)
+    began, filmed = time.monotonic(), film_rigs(args.animals)
     device = pick_device(args.device)
-    animals = Animals(filmed, device)
+    animals = RandomAnimalReader(filmed, device)
     print(f"{animals.n_frames} animals in {time.monotonic() - began:.0f} s", flush=True)
-    model = OfRigs.of(animals, experiment(device=args.device)).on(device)
+    model = PartialRigSplatter.from_reader(animals, build_experiment(device=args.device)).move_to(device)
     model.load_state_dict(safetensors.torch.load_file(args.weights), strict=False)
     encode, rng, found = GaussiansEncoder(ELL_M / 2), np.random.default_rng(0), []
     for t in track(range(animals.n_frames), "describing"):
-        frame, carved = animals.shown(t, rng)
+        frame, carved = animals.draw_views(t, rng)
         found.append(encode(reconstruct(model, frame, carved)).cpu().numpy())
     factor, share = variation(np.stack(found).astype(np.float64))
     np.savez_compressed(args.output, factor=factor)

@@ -9,12 +9,13 @@ from zoosplat.errors import UserError
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, schema
 from zoosplat_features import encoders, ops
+from zoosplat_model.frames import open_reader
 from zoosplat_model.gpu_memory import out_of_memory
-from zoosplat_model.predictor import Predictor, open_reader
+from zoosplat_model.registry import open_predictor
 
 
-class Features(Stage):
-    """Describe the animal in every frame, whichever way it heads."""
+class FeaturesStage(Stage):
+    """Compute a descriptor of the animal in every frame that does not depend on its heading."""
 
     def prepare(self, ctx: Context) -> Plan:
         settings = ctx.experiment.features
@@ -23,14 +24,16 @@ class Features(Stage):
             raise UserError("no frame has a visual hull; check the masks and center_rotation.ell")
         sizes = {"gaussians": ops.cylinder_size(), "images": encoders.ImagesEncoder.size}
         if settings.encoder == "images":
-            encoders.resnet18(encoders.weights_file(ctx.experiment) or settings.weights)  # before hours of shards
+            encoders.resnet18(
+                encoders.weights_file(ctx.experiment) or settings.weights
+            )  # an error of the weights shows before hours of shards
         radius_m = reader.ell_m / 2
         if settings.radius is not None:
             unit_m = ctx.run.open_input("pack").attrs["unit_m"] if ctx.experiment.unit == "normalized" else 1.0
             radius_m = settings.radius * float(str(unit_m))
         attributes: dict[str, str | float] = {"encoder": settings.encoder, "radius_m": radius_m}
         if settings.encoder == "images":
-            # A file by its content: where it lies makes no other descriptors.
+            # A file counts by its content, because descriptors do not depend on where it lies.
             file = ctx.run.sources[self.name].get("features.weights")
             attributes["weights"] = settings.weights if file is None else file.fingerprint
         size = sizes[settings.encoder]
@@ -45,13 +48,13 @@ class Features(Stage):
             return self._run(ctx, shard, plan)
 
     def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
-        predictor = Predictor.open(ctx.run, ctx.experiment.features.device)
+        predictor = open_predictor(ctx.run, ctx.experiment.features.device)
         reader, block = predictor.reader, plan.values["block"]
         encode = encoders.open_encoder(ctx.experiment, plan.values["radius_m"], predictor.render, reader.device)
         function = encoders.flattened(encode) if ctx.experiment.flat_gaussians else encode
         group = groups.open_group(ctx.run.output_url(self.name), write=True)
         frames = [t for t in range(shard.start, shard.stop) if reader.valid[t]]
-        found = predictor.each(frames, function, record=encode.recordable)
+        found = predictor.map_frames(frames, function, capture=encode.capturable)
         done = 0
         for start in range(shard.start, shard.stop, block):
             stop = min(start + block, shard.stop)
@@ -68,4 +71,4 @@ class Features(Stage):
         return Outcome(done)
 
 
-STAGE = Features("features")
+STAGE = FeaturesStage("features")

@@ -15,12 +15,13 @@ from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.contract import Context, Outcome, Plan
 from zoosplat.storage import objects, urls
+from zoosplat_model.devices import device_figures
 from zoosplat_model.dynamic import files
-from zoosplat_model.dynamic.scene import Scene, first_points
-from zoosplat_model.dynamic.schedule import Stage, is_shown
-from zoosplat_model.dynamic.trainer import Trainer
+from zoosplat_model.dynamic.hexplane import build_field
+from zoosplat_model.dynamic.scene import DynamicScene, initial_points
+from zoosplat_model.dynamic.schedule import Phase, is_snapshot_iteration
+from zoosplat_model.dynamic.trainer import DynamicTrainer
 from zoosplat_model.frames import FrameReader
-from zoosplat_model.gpu_memory import device_figures
 from zoosplat_train import progress_plots, tensorboard
 from zoosplat_train.history import history_csv
 
@@ -51,15 +52,17 @@ class DynamicTraining:
     def __init__(self, ctx: Context, reader: FrameReader, device: torch.device) -> None:
         self.ctx, self.reader, self.device = ctx, reader, device
         self.config, self.url = ctx.experiment.dynamic, ctx.run.output_url("train")
-        scene = Scene.of(reader, lambda done, total: ctx.progress(0, self._total(), f"reading frames {done}/{total}"))
+        scene = DynamicScene.from_reader(
+            reader, lambda done, total: ctx.progress(0, self._total(), f"reading frames {done}/{total}")
+        )
         seed = ctx.experiment.train.seed
         torch.manual_seed(seed)
-        field = files.build_field(ctx.experiment)
+        field = build_field(ctx.experiment.dynamic)
         if self.config.initial_ply is not None:
             points, colors = (v.to(device) for v in files.read_points(urls.normalize(self.config.initial_ply)))
         else:
-            points, colors = first_points(reader, self.config.initial_points, seed)
-        self.trainer = Trainer(scene, points, colors, field, self.config, seed)
+            points, colors = initial_points(reader, self.config.initial_points, seed)
+        self.trainer = DynamicTrainer(scene, points, colors, field, self.config, seed)
         self.history: list[dict[str, float]] = []
         self.text = ""  # line of progress that was reported last
         self._resume()
@@ -70,12 +73,12 @@ class DynamicTraining:
     def _total(self) -> int:
         return self.config.coarse_iterations + self.config.fine_iterations
 
-    def _length(self, stage: Stage) -> int:
-        return self.config.coarse_iterations if stage == "coarse" else self.config.fine_iterations
+    def _length(self, phase: Phase) -> int:
+        return self.config.coarse_iterations if phase == "coarse" else self.config.fine_iterations
 
     def _step(self) -> int:
         """Iterations of both stages that are done."""
-        before = self.config.coarse_iterations if self.trainer.stage == "fine" else 0
+        before = self.config.coarse_iterations if self.trainer.phase == "fine" else 0
         return before + self.trainer.iteration
 
     def _resume(self) -> None:
@@ -86,11 +89,11 @@ class DynamicTraining:
         if where is None:
             return
         where = urls.normalize(where)
-        checkpoint, stage, iteration = files.read_checkpoint(where)
-        if iteration > self._length(stage):
-            raise UserError(f"{where}: beyond the {self._length(stage)} iterations of stage {stage}")
+        checkpoint, phase, iteration = files.read_checkpoint(where)
+        if iteration > self._length(phase):
+            raise UserError(f"{where}: beyond the {self._length(phase)} iterations of stage {phase}")
         try:
-            self.trainer.restore(checkpoint, stage, iteration)
+            self.trainer.restore(checkpoint, phase, iteration)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             first = str(error).splitlines()[-1].strip()
             raise UserError(f"{where}: of another configuration ({first}); use its own, or another one") from None
@@ -105,14 +108,14 @@ class DynamicTraining:
         files.write_settings(self.url, self.ctx.experiment)
         begun, begun_seconds = self._step(), self.seconds
         with tensorboard.open_board(urls.join(self.url, "tensorboard"), begun) as self.board:
-            if trainer.stage == "coarse":
-                self._train_stage()
+            if trainer.phase == "coarse":
+                self._train_phase()
                 self._stop_clock()
                 self._report_progress()
                 files.write_result(self.url, "coarse", trainer.iteration, trainer.gaussians, trainer.field)
                 trainer.begin("fine")
                 self._start_clock()
-            self._train_stage()
+            self._train_phase()
             self._stop_clock()
             self._report_progress()
             if self.config.fine_iterations:
@@ -132,16 +135,16 @@ class DynamicTraining:
         }
         return Outcome(len(trainer.scene.shown), figures=figures)
 
-    def _train_stage(self) -> None:
-        trainer, stage = self.trainer, self.trainer.stage
-        length = self._length(stage)
+    def _train_phase(self) -> None:
+        trainer, phase = self.trainer, self.trainer.phase
+        length = self._length(phase)
         while trainer.iteration < length:
             trainer.step()
             i = trainer.iteration
             ended = i == length
             if ended or i % REPORT_ITERATIONS == 0:
                 self._read_figures(ended or i % ROW_ITERATIONS == 0)
-            if self.config.render_process and is_shown(i):
+            if self.config.render_process and is_snapshot_iteration(i):
                 self._write_process_picture()
             if i in self.config.checkpoint_iterations or time.monotonic() - self.saved > SAVE_SECONDS:
                 self._save()
@@ -158,15 +161,15 @@ class DynamicTraining:
 
     def _read_figures(self, add_row: bool) -> None:
         trainer = self.trainer
-        trainer.make_room()
+        trainer.ensure_capacity()
         loss, psnr = trainer.figures.tolist()
         if not math.isfinite(loss):
             raise UserError(
-                f"training diverged by iteration {trainer.iteration} of stage {trainer.stage}: the loss is not a "
+                f"training diverged by iteration {trainer.iteration} of stage {trainer.phase}: the loss is not a "
                 "number; lower the learning rates of section dynamic; the last checkpoint is kept"
             )
         count = len(trainer.gaussians)
-        self.text = f"{trainer.stage} {trainer.iteration} loss {loss:.4f} PSNR {psnr:.1f}, {count} Gaussians"
+        self.text = f"{trainer.phase} {trainer.iteration} loss {loss:.4f} PSNR {psnr:.1f}, {count} Gaussians"
         self._report_progress()
         if add_row:
             self._stop_clock()
@@ -185,7 +188,7 @@ class DynamicTraining:
         t = self.trainer
         files.write_checkpoint(
             self.url,
-            t.stage,
+            t.phase,
             t.iteration,
             t.gaussians,
             t.field,
@@ -193,16 +196,16 @@ class DynamicTraining:
             t.active_sh_degree,
             t.spatial_lr_scale,
         )
-        self._remove_own_checkpoints(but=(t.stage, t.iteration))
+        self._remove_own_checkpoints(but=(t.phase, t.iteration))
         self._write_history()
         self.saved = time.monotonic()
         self._start_clock()
 
-    def _remove_own_checkpoints(self, but: tuple[Stage, int] | None = None) -> None:
+    def _remove_own_checkpoints(self, but: tuple[Phase, int] | None = None) -> None:
         """Remove the checkpoints that were written only so that a killed training goes on."""
-        for stage, iteration in files.checkpoints_in(self.url):
-            if (stage, iteration) != but and iteration not in self.config.checkpoint_iterations:
-                objects.delete(urls.join(self.url, files.checkpoint_name(stage, iteration)))
+        for phase, iteration in files.checkpoints_in(self.url):
+            if (phase, iteration) != but and iteration not in self.config.checkpoint_iterations:
+                objects.delete(urls.join(self.url, files.checkpoint_name(phase, iteration)))
 
     def _write_history(self) -> None:
         objects.write_bytes(urls.join(self.url, "history.csv"), history_csv(self.history))
@@ -221,6 +224,6 @@ class DynamicTraining:
         self._report_progress()
         t = self.trainer
         rows = [media.side_by_side(list(media.to_uint8(v.cpu().numpy()))) for v in t.compare(len(t.scene.shown) // 2)]
-        url = urls.join(self.url, "render_process", t.stage, f"{t.iteration:05d}.png")
+        url = urls.join(self.url, "render_process", t.phase, f"{t.iteration:05d}.png")
         objects.write_bytes(url, media.encode_png(np.concatenate(rows)))
         self._start_clock()

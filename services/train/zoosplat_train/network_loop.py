@@ -17,9 +17,9 @@ from zoosplat.errors import UserError
 from zoosplat.stages.contract import Context, Outcome
 from zoosplat.storage import objects, urls
 from zoosplat_model import checkpoints
-from zoosplat_model.checkpoints import Progress
+from zoosplat_model.checkpoints import TrainingProgress
+from zoosplat_model.devices import device_figures
 from zoosplat_model.frames import Frame, FrameReader
-from zoosplat_model.gpu_memory import device_figures
 from zoosplat_train import progress_plots, sampling, start_weights, tensorboard, weight_choice
 from zoosplat_train.history import history_csv
 from zoosplat_train.ranks import Ranks
@@ -90,7 +90,7 @@ class NetworkTraining:
     reader: FrameReader
     device: torch.device
     ranks: Ranks
-    progress: Progress = field(default_factory=Progress)
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
     text: str = ""  # line of progress that was reported last
 
     def __post_init__(self) -> None:
@@ -305,7 +305,9 @@ class NetworkTraining:
 
     def _request_figures(self) -> PendingFigures:
         """Begin to copy the running epoch's figures from the GPU, without waiting for it."""
-        values = torch.cat([self.sums, self.trainer.recorder.pairs.needed.double()[None]]).to("cpu", non_blocking=True)
+        values = torch.cat([self.sums, self.trainer.graphs.pair_buffer.required.double()[None]]).to(
+            "cpu", non_blocking=True
+        )
         event: Any = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -322,7 +324,7 @@ class NetworkTraining:
             pending.event.synchronize()
         p = self.progress
         *sums, pairs = pending.values.tolist()
-        self.trainer.recorder.make_room(int(pairs))
+        self.trainer.graphs.ensure_capacity(int(pairs))
         means = {key: value / max(pending.position, 1) for key, value in zip(TRAIN_FIGURES, sums, strict=True)}
         if not all(math.isfinite(value) for value in sums):
             raise self._diverged()

@@ -23,7 +23,14 @@ from rich.progress import Progress
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.training import RANDOM
 from zoosplat.synthetic.random_animals import HEIGHT, WIDTH
-from zoosplat_model.animals import RIGS, Animals, OfRigs, experiment, films, reconstruct
+from zoosplat_model.animals import (
+    RIGS,
+    PartialRigSplatter,
+    RandomAnimalReader,
+    build_experiment,
+    film_rigs,
+    reconstruct,
+)
 from zoosplat_model.losses import soft_iou
 from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_train import sampling, start_weights, torchrun
@@ -39,15 +46,15 @@ CLOCK_STEPS = 20  # steps between readings of the clock, which the ranks have to
 class RandomAnimalTrainer(NetworkTrainer):
     """Trains a network that takes the views it is carved from for the whole rig."""
 
-    network = OfRigs
+    network = PartialRigSplatter
 
 
 @torch.no_grad()
-def evaluate(trainer: NetworkTrainer, animals: Animals) -> tuple[float, float]:
+def evaluate(trainer: NetworkTrainer, animals: RandomAnimalReader) -> tuple[float, float]:
     """Mean IoU of animals that were not trained on: in the views that they are carved from, and in other views."""
     rng, figures = np.random.default_rng(1), []
     for t in range(animals.tested):
-        frame, carved = animals.shown(t, rng)
+        frame, carved = animals.draw_views(t, rng)
         gaussians = reconstruct(trainer.averaged, frame, carved).to_world(frame.center, frame.angle)
         alpha = trainer.averaged.render(gaussians, frame.world_to_camera, frame.intrinsics, WIDTH, HEIGHT).alpha
         iou = soft_iou((alpha > 0.5).to(frame.mask.dtype), frame.mask)
@@ -56,7 +63,7 @@ def evaluate(trainer: NetworkTrainer, animals: Animals) -> tuple[float, float]:
     return first, second
 
 
-def pretrain(animals: Animals, chosen: Experiment, seconds: float, ranks: Ranks) -> PoseSplatter:
+def pretrain(animals: RandomAnimalReader, chosen: Experiment, seconds: float, ranks: Ranks) -> PoseSplatter:
     """Train for some seconds; returns the network with averaged weights."""
     trainer, rng = RandomAnimalTrainer(animals, chosen, animals.device, ranks), np.random.default_rng(ranks.rank)
     start_weights.load_into(trainer.model, chosen.train.start_from)
@@ -67,7 +74,7 @@ def pretrain(animals: Animals, chosen: Experiment, seconds: float, ranks: Ranks)
     with Progress(disable=not ranks.first) as progress:
         bar = progress.add_task("pretraining", total=seconds)
         while spent < seconds:
-            frame, carved = animals.shown(int(rng.integers(animals.tested, animals.n_frames)), rng)
+            frame, carved = animals.draw_views(int(rng.integers(animals.tested, animals.n_frames)), rng)
             frame = sampling.jitter(frame, settings, step, animals.voxel_size_m)
             rate = sampling.learning_rate(settings.lr, spent / seconds)
             mirrored = bool(rng.random() < sampling.MIRRORED_SHARE)
@@ -76,7 +83,7 @@ def pretrain(animals: Animals, chosen: Experiment, seconds: float, ranks: Ranks)
             if step % CLOCK_STEPS == 0:
                 spent = ranks.broadcast_scalar(time.monotonic() - began)
             if step % REPORT_STEPS == 0:
-                trainer.recorder.make_room(int(trainer.recorder.pairs.needed))
+                trainer.graphs.ensure_capacity(int(trainer.graphs.pair_buffer.required))
                 loss = sums[0] / (REPORT_STEPS * ranks.size)
                 progress.update(bar, completed=spent, description=f"step {step} loss {loss:.3f}")
                 sums.zero_()
@@ -97,11 +104,11 @@ def main() -> None:
     parser.add_argument("--first-rig", type=int, default=0, help="rigs from this number on: others, other animals")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    chosen = experiment(filters=args.filters, start_from=args.start_from, device=args.device)
+    chosen = build_experiment(filters=args.filters, start_from=args.start_from, device=args.device)
     began, rank = time.monotonic(), int(os.environ.get("RANK", 0))
-    filmed = films(args.animals, args.first_rig + rank * RIGS)
+    filmed = film_rigs(args.animals, args.first_rig + rank * RIGS)
     with torchrun.own_rank(chosen) as (device, ranks):
-        animals = Animals(filmed, device)
+        animals = RandomAnimalReader(filmed, device)
         print(f"{animals.n_frames} animals in {time.monotonic() - began:.0f} s", flush=True)
         trained = pretrain(animals, chosen, 60 * args.minutes, ranks)
         if ranks.first:

@@ -14,7 +14,7 @@ from torch import Tensor
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import TransientError, UserError
 from zoosplat.stages.contract import Context, Outcome
-from zoosplat_model.predictor import pick_device
+from zoosplat_model.devices import pick_device
 
 T = TypeVar("T")
 RESUMABLE = "the last checkpoint is kept, and the same command goes on from there"

@@ -12,7 +12,7 @@ import torch
 
 from zoosplat.config.training import Train
 from zoosplat.stages.memory import MAX_VALIDATION_FRAMES
-from zoosplat_model.frames import Frame, FrameReader, Split, send
+from zoosplat_model.frames import Frame, FrameReader, Split, copy_to_device
 
 MIRRORED_SHARE = 0.5  # share of frames that the network sees mirrored: an animal has two sides
 FINAL_RATE = 0.05  # the learning rate at the end of the cosine, over that at its beginning
@@ -56,13 +56,13 @@ def jitter(frame: Frame, settings: Train, epoch: int, voxel_size_m: float) -> Fr
     rng = np.random.default_rng([settings.seed, epoch, 2, frame.t])
     shift = torch.tensor(rng.uniform(-1, 1, 3) * settings.jitter_voxels * voxel_size_m, dtype=frame.center.dtype)
     turn = rng.uniform(-1, 1) * settings.jitter_radians
-    moved = replace(frame, center=frame.center + send(shift, frame.center.device), angle=frame.angle + turn)
+    moved = replace(frame, center=frame.center + copy_to_device(shift, frame.center.device), angle=frame.angle + turn)
     if settings.jitter_tilt == 0:
         return moved
     towards, half = rng.uniform(0, 2 * math.pi), rng.uniform(0, settings.jitter_tilt) / 2
     axis = np.array([math.cos(towards), math.sin(towards), 0])
     tilt = torch.tensor([math.cos(half), *(math.sin(half) * axis)], dtype=frame.center.dtype)
-    return replace(moved, tilt=send(tilt, frame.center.device))
+    return replace(moved, tilt=copy_to_device(tilt, frame.center.device))
 
 
 def is_mirrored(seed: int, epoch: int, t: int) -> bool:

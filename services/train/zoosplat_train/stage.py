@@ -7,8 +7,9 @@ import torch
 from zoosplat.errors import UserError
 from zoosplat.machine import usable_cores
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
+from zoosplat_model.devices import pick_device
+from zoosplat_model.frames import open_reader
 from zoosplat_model.gpu_memory import out_of_memory
-from zoosplat_model.predictor import open_reader, pick_device
 from zoosplat_model.rasterize import load_kernels
 from zoosplat_train import dynamic_loop, local_ranks, sampling, torchrun
 from zoosplat_train.network_loop import NetworkTraining

@@ -16,7 +16,7 @@ from zoosplat.stages.command import main, report_failure, service_parser
 from zoosplat.stages.contract import Context, Outcome, Stage
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat_model.predictor import pick_device
+from zoosplat_model.devices import pick_device
 from zoosplat_train.ranks import Ranks, TrainFunction, claim_device, process_group
 
 RUN_KEY = "zoosplat/begin"  # key of torchrun's store: the id of the run to train for, or NO_RUN

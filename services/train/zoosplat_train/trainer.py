@@ -13,11 +13,13 @@ from torch import Tensor
 
 from zoosplat.config.experiment import Experiment
 from zoosplat_model import checkpoints
-from zoosplat_model.frames import Frame, FrameReader, send
+from zoosplat_model.cuda_graph import CudaGraphPool
+from zoosplat_model.frames import Frame, FrameReader, copy_to_device
+from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.losses import Losses, frame_losses, soft_iou
-from zoosplat_model.network.cuda_graph import Recorder
-from zoosplat_model.network.splatter import Gaussians, PoseSplatter
+from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.rasterize import Rendering
+from zoosplat_model.registry import build_splatter
 from zoosplat_train.ranks import Ranks
 from zoosplat_train.sampling import view_to_predict
 
@@ -46,7 +48,7 @@ class NetworkTrainer:
     Attributes:
         model, optimizer: Adam, with a higher rate for the head than for the U-Nets.
         averaged: the model with weights averaged over about the last tenth of the steps, which is validated and used.
-        recorder: runs steps as CUDA graphs, and knows how many pairs of Gaussians and tiles they needed.
+        graphs: runs steps as CUDA graphs, and knows how many pairs of Gaussians and tiles they needed.
         network: class of the model.
     """
 
@@ -57,7 +59,7 @@ class NetworkTrainer:
     ) -> None:
         self.reader, self.settings, self.ranks = reader, experiment.train, ranks or Ranks()
         torch.manual_seed(experiment.train.seed)
-        self.model = self.network.of(reader, experiment).on(device)
+        self.model = build_splatter(reader, experiment, self.network).move_to(device)
         refine = list(self.model.refine.parameters())
         inside = {id(p) for p in refine}
         rest = [p for p in self.model.parameters() if id(p) not in inside]
@@ -66,11 +68,11 @@ class NetworkTrainer:
         for group in groups:  # a CUDA graph reads its learning rate from the device
             group["lr"] = torch.zeros((), device=device) if gpu else 0.0
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=gpu)
-        self.averaged = self.network.of(reader, experiment).on(device).requires_grad_(False)
+        self.averaged = build_splatter(reader, experiment, self.network).move_to(device).requires_grad_(False)
         self.averaged.load_state_dict(self.model.state_dict())
-        self.recorder = Recorder(device, PAIR_ROOM)
+        self.graphs = CudaGraphPool(device, PAIR_ROOM)
         # gsplat waits for the GPU within the gradients of surfels, so they cannot be part of a CUDA graph.
-        self.recorder.record &= experiment.model.gaussian_mode == "3d"
+        self.graphs.capture &= experiment.model.gaussian_mode == "3d"
         if self.ranks.size > 1:
             # Gradients and losses lie in one piece, so that one message carries them to the other ranks.
             sizes = [p.numel() for p in self.model.parameters()]
@@ -110,16 +112,16 @@ class NetworkTrainer:
         """
         # This is a power-law average (Karras 2024, arXiv 2312.02696): its length is a constant share of the steps.
         numbers = torch.tensor([rate, min(1.0, AVERAGING / (done + 1)), 1 / (total or len(frames))])
-        numbers = send(numbers, self.reader.device)
+        numbers = copy_to_device(numbers, self.reader.device)
         inputs = [*self._inputs(frames, views, mirrored), numbers]
         if self.ranks.size == 1:
-            return self.recorder(f"step of {len(frames)}", self._step, inputs)
+            return self.graphs(f"step of {len(frames)}", self._step, inputs)
         if frames:
-            self.recorder(f"gradients of {len(frames)}", self._store_gradients, inputs)
+            self.graphs(f"gradients of {len(frames)}", self._store_gradients, inputs)
         else:  # the last step of an epoch may have fewer than there are ranks
             self._shared.zero_()
         self.ranks.all_reduce(self._shared)
-        return self.recorder("update", self._update_from_shared, [numbers])
+        return self.graphs("update", self._update_from_shared, [numbers])
 
     def warm_up(self, frames: Sequence[Frame], views: Sequence[Sequence[int]], mirrored: Sequence[bool]) -> None:
         """Compute the gradients of a step, discard them, and wait for the GPU; arguments as of `step`.
@@ -137,7 +139,7 @@ class NetworkTrainer:
         self, frames: Sequence[Frame], views: Sequence[Sequence[int]], mirrored: Sequence[bool]
     ) -> list[Tensor]:
         used = torch.tensor([[camera in chosen for camera in self.reader.observed] for chosen in views])
-        flags = (send(value, self.reader.device) for value in (used, torch.tensor(mirrored)))
+        flags = (copy_to_device(value, self.reader.device) for value in (used, torch.tensor(mirrored)))
         return [*(value for frame in frames for value in _tensors(frame)), *flags]
 
     def _step(self, *inputs: Tensor) -> Tensor:
@@ -163,9 +165,9 @@ class NetworkTrainer:
         each = len(values) // len(used)
         frames = [_frame(values[i : i + each]) for i in range(0, len(values), each)]
         self.optimizer.zero_grad()
-        undecided: float | Tensor = 0.0
+        supervision: float | Tensor = 0.0
         if self.settings.deep_lambda > 0:
-            predicted, undecided = self.model.learn(frames, used, mirrored)
+            predicted, supervision = self.model.forward_deep_supervision(frames, used, mirrored)
         else:
             predicted = self.model(frames, used, mirrored)
         losses = [self._losses(frame, self._render(frame, g)) for frame, g in zip(frames, predicted, strict=True)]
@@ -173,7 +175,7 @@ class NetworkTrainer:
         if self.settings.opacity_lambda > 0:
             opaque = [g.opacities.sum() / (g.opacities.detach() > DRAWN_OPACITY).sum().clamp_min(1) for g in predicted]
             total = total + self.settings.opacity_lambda * torch.stack(opaque).sum()
-        total = total + self.settings.deep_lambda * len(frames) * undecided
+        total = total + self.settings.deep_lambda * len(frames) * supervision
         torch.autograd.backward(total * numbers[2])
         return torch.stack([torch.stack([*loss]) for loss in losses]).detach().double().sum(0)
 
@@ -214,8 +216,8 @@ class NetworkTrainer:
         n = len(self.reader.observed)
         table = torch.zeros(total, len(VALID_FIGURES), dtype=torch.float64, device=self.reader.device)
         for i, frame in enumerate(frames):
-            out = send(torch.arange(n) == view_to_predict(frame.t, n), self.reader.device)
-            figures = self.recorder("validate", self._validate, [*_tensors(frame), out])
+            out = copy_to_device(torch.arange(n) == view_to_predict(frame.t, n), self.reader.device)
+            figures = self.graphs("validate", self._validate, [*_tensors(frame), out])
             table[self.ranks.rank + i * self.ranks.size] = figures.double()
         self.ranks.all_reduce(table)
         means = dict(zip(VALID_FIGURES, table.mean(0).tolist(), strict=True))
@@ -227,7 +229,7 @@ class NetworkTrainer:
     def _validate(self, *inputs: Tensor) -> Tensor:
         *values, out = inputs
         frame = _frame(values)
-        mask = frame.mask[self.model.seen]
+        mask = frame.mask[self.model.observed_index]
 
         def rendered(used: Tensor | None) -> Rendering:
             return self._render(frame, self.averaged([frame], used)[0])
@@ -236,7 +238,7 @@ class NetworkTrainer:
             return soft_iou((rendering.alpha > 0.5).to(mask.dtype), mask)
 
         whole = rendered(None)
-        squared = (whole.rgb - frame.on_white()[self.model.seen]).square().mean((1, 2, 3))
+        squared = (whole.rgb - frame.composite_on_white()[self.model.observed_index]).square().mean((1, 2, 3))
         psnr = (-10 * torch.log10(squared.clamp_min(1e-10))).mean()
         loss, left_out_iou = self._losses(frame, whole).total, psnr.new_full((), math.nan)
         if len(mask) > 3:
@@ -249,10 +251,10 @@ class NetworkTrainer:
     def compare(self, frame: Frame) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Truth and rendering of the observed views on white, [V, h, w, 3] float32 each, 0 to 1."""
         rendering = self._render(frame, self.averaged.eval()([frame])[0])
-        return frame.on_white()[self.model.seen].cpu().numpy(), rendering.rgb.cpu().numpy()
+        return frame.composite_on_white()[self.model.observed_index].cpu().numpy(), rendering.rgb.cpu().numpy()
 
     def _render(self, frame: Frame, gaussians: Gaussians) -> Rendering:
-        seen = self.model.seen
+        seen = self.model.observed_index
         placed = gaussians.to_world(frame.center, frame.angle, frame.tilt)
         return self.model.render(
             placed,
@@ -261,12 +263,12 @@ class NetworkTrainer:
             self.reader.width,
             self.reader.height,
             self.reader.observed,
-            self.recorder.pairs,
+            self.graphs.pair_buffer,
         )
 
     def _losses(self, frame: Frame, rendering: Rendering, counted: Tensor | None = None) -> Losses:
         """Means of the losses over the observed views, or over those that are `counted` ([V] bool)."""
-        truth, mask = frame.on_white()[self.model.seen], frame.mask[self.model.seen]
+        truth, mask = frame.composite_on_white()[self.model.observed_index], frame.mask[self.model.observed_index]
         s = self.settings
         return frame_losses(*rendering, truth, mask, s.img_lambda, s.ssim_lambda, counted, s.square_lambda)
 

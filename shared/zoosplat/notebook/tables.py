@@ -6,7 +6,7 @@ import io
 
 import pandas as pd
 
-from zoosplat.stages.history import GROUPS, entries
+from zoosplat.stages.history import VIEW_GROUPS, read_history
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 
@@ -24,15 +24,15 @@ def runs_table(project: Project) -> pd.DataFrame:
     Raises:
         UserError: the project holds no run.
     """
-    found, latest = entries(project), open_run(project).id
+    found, latest = read_history(project), open_run(project).id
     columns = {
         "id": [entry.id for entry in found],
-        "created": pd.to_datetime([entry.created or None for entry in found], utc=True),
+        "created": pd.to_datetime([entry.created or None for entry in found], format="ISO8601", utc=True),
         "state": [entry.state for entry in found],
         "latest": [entry.id == latest for entry in found],
         "changes": [tuple(entry.changes or ()) for entry in found],
     }
-    for group in GROUPS:
+    for group in VIEW_GROUPS:
         for metric in HEADLINE:
             means = [entry.means.get(group, {}).get(metric) for entry in found]
             columns[f"{group}_{metric}"] = pd.Series(means, dtype=float)

@@ -40,8 +40,8 @@ def declared_effects() -> dict[str, Effect]:
 def settings_of(stage: str, experiment: Experiment) -> dict[str, Any]:
     """The part of a configuration that determines a stage's result: dotted keys and their JSON values.
 
-    A key that names outside files is absent, see `outside_files`, unless their own names matter too; so is one that the
-    experiment's other choices leave without effect, such as `dynamic.views` where a network is trained.
+    A key that names outside files is absent (see `outside_files`), unless the names of the files matter too. A key that
+    nothing looks at in this experiment is absent as well, such as `dynamic.views` if a network is trained.
     """
     plain = experiment.model_dump(mode="json")
     chosen: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def settings_of(stage: str, experiment: Experiment) -> dict[str, Any]:
 
 
 def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
-    """What lies outside the project and determines a stage's result by its content: the key, and the whole URL.
+    """The files outside the project whose contents determine a stage's result: key of the configuration -> whole URL.
 
     In a list, the key has an index: `data.masks[2]`. The URL of `train.start_from` may be another project. The files of
     a D-NeRF scene are found by reading its transforms; their keys are `data.directory/` and the path in it.
@@ -100,7 +100,7 @@ def _value_at(plain: dict[str, Any], key: str) -> Any:
 
 
 def _named_files(key: str, value: str | list[str]) -> list[tuple[str, str]]:
-    """Keys and names of one file or of a list of them."""
+    """The key and name of each file of a key that names one file, or a list of them."""
     return [(key, value)] if isinstance(value, str) else [(f"{key}[{i}]", name) for i, name in enumerate(value)]
 
 

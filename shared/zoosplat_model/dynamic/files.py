@@ -1,11 +1,12 @@
 """The files of a dynamic model, as the published 4D Gaussian Splatting tools read and write them.
 
-    chkpnt_{coarse|fine}_{iteration}.pth           everything that goes on: see `Checkpoint`
+    chkpnt_{coarse|fine}_{iteration}.pth           all that a training goes on from, see `DynamicCheckpoint`
     point_cloud/coarse_iteration_{n}/, point_cloud/iteration_{n}/
         point_cloud.ply  deformation.pth  deformation_table.pth  deformation_accum.pth
     cfg_args                                       the settings, as Python's Namespace(...) in text
 
-Tensors, numbers, strings, dicts, lists and tuples alone; read with `weights_only=True`, so nothing is ever executed.
+The files hold only tensors, numbers, strings, dicts, lists and tuples. They are read with `weights_only=True`, so
+nothing in them is ever executed.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from torch import Tensor
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
+from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat.storage import listing, objects, urls
-from zoosplat_model.dynamic.gaussians import SH_C0, GaussianSet
-from zoosplat_model.dynamic.hexplane import DeformationField, HexPlane
-from zoosplat_model.dynamic.schedule import Stage
+from zoosplat_model.dynamic.gaussian_set import GaussianSet
+from zoosplat_model.dynamic.hexplane import DeformationField
+from zoosplat_model.dynamic.schedule import Phase
 
-NAME = re.compile(r"chkpnt_(coarse|fine)_(\d+)\.pth")
+CHECKPOINT_NAME = re.compile(r"chkpnt_(coarse|fine)_(\d+)\.pth")
 
 
-class Checkpoint(NamedTuple):
-    """What a `chkpnt_*.pth` holds, in its order; the file is the pair of this, as a plain tuple, and the iteration."""
+class DynamicCheckpoint(NamedTuple):
+    """What a `chkpnt_*.pth` holds, in this order; the file is the pair of this as a plain tuple, and the iteration."""
 
     active_sh_degree: int
     xyz: Tensor
@@ -61,28 +63,22 @@ class Checkpoint(NamedTuple):
         }
 
 
-def build_field(experiment: Experiment) -> DeformationField:
-    """The deformation field of a configuration, untrained, on the CPU."""
-    c = experiment.dynamic
-    grid = HexPlane(c.multires, c.resolution, c.time_resolution, c.bound, c.time_range)
-    return DeformationField(grid, c.decoder_depth, c.deform_opacity, c.deform_harmonics)
-
-
 # -- checkpoints --------------------------------------------------------------------------------------------------
-def checkpoint_name(stage: Stage, iteration: int) -> str:
-    return f"chkpnt_{stage}_{iteration}.pth"
+def checkpoint_name(phase: Phase, iteration: int) -> str:
+    """The file name of a checkpoint."""
+    return f"chkpnt_{phase}_{iteration}.pth"
 
 
-def checkpoints_in(url: str) -> list[tuple[Stage, int]]:
-    """Stage and iteration of the checkpoints directly below a URL, oldest first."""
-    found = [NAME.fullmatch(name) for name in listing.list_files(url)]
-    keys: list[tuple[Stage, int]] = [("coarse" if m[1] == "coarse" else "fine", int(m[2])) for m in found if m]
+def checkpoints_in(url: str) -> list[tuple[Phase, int]]:
+    """Phase and iteration of the checkpoints directly below a URL, oldest first."""
+    found = [CHECKPOINT_NAME.fullmatch(name) for name in listing.list_files(url)]
+    keys: list[tuple[Phase, int]] = [("coarse" if m[1] == "coarse" else "fine", int(m[2])) for m in found if m]
     return sorted(keys)
 
 
 def write_checkpoint(
     url: str,
-    stage: Stage,
+    phase: Phase,
     iteration: int,
     gaussians: GaussianSet,
     field: DeformationField,
@@ -90,9 +86,9 @@ def write_checkpoint(
     active_sh_degree: int,
     spatial_lr_scale: float,
 ) -> None:
-    """Write a checkpoint below `url`, whole or not at all."""
+    """Write a checkpoint below `url`; a crash leaves the whole file or none."""
     g = gaussians.values()
-    held = Checkpoint(
+    held = DynamicCheckpoint(
         active_sh_degree=active_sh_degree,
         xyz=g["xyz"],
         deformation=dict(field.state_dict()),
@@ -105,48 +101,51 @@ def write_checkpoint(
         max_radii2D=gaussians.max_radii2D,
         xyz_gradient_accum=gaussians.xyz_gradient_accum,
         denom=gaussians.denom,
-        optimizer=_settled(optimizer.state_dict()),
+        optimizer=_with_plain_rates(optimizer.state_dict()),
         spatial_lr_scale=spatial_lr_scale,
     )
-    _save(urls.join(url, checkpoint_name(stage, iteration)), (tuple(held), iteration))
+    _save(urls.join(url, checkpoint_name(phase, iteration)), (tuple(held), iteration))
 
 
-def _settled(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state with learning rates as numbers, which a GPU has as tensors."""
+def _with_plain_rates(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state with learning rates as numbers, because on a GPU they are tensors."""
     groups = [{**group, "lr": float(group["lr"]), "capturable": False} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 
 
-def read_checkpoint(url: str) -> tuple[Checkpoint, Stage, int]:
-    """A checkpoint, its stage and its iteration, on the CPU.
+def read_checkpoint(url: str) -> tuple[DynamicCheckpoint, Phase, int]:
+    """A checkpoint, its phase and its iteration, on the CPU.
 
     Raises:
-        UserError: there is none, it is damaged, or its name does not tell the stage.
+        UserError: there is none, it is damaged, or its name does not tell the phase.
     """
-    name = NAME.fullmatch(url.rpartition("/")[2])
+    name = CHECKPOINT_NAME.fullmatch(url.rpartition("/")[2])
     if name is None:
         raise UserError(f"{url}: a checkpoint is called chkpnt_coarse_N.pth or chkpnt_fine_N.pth")
     loaded = _load(url)
     try:
         values, iteration = loaded
-        return Checkpoint(*values), "coarse" if name[1] == "coarse" else "fine", int(iteration)
+        return DynamicCheckpoint(*values), "coarse" if name[1] == "coarse" else "fine", int(iteration)
     except (TypeError, ValueError) as error:
         raise UserError(f"{url}: not a checkpoint of dynamic Gaussians ({error})") from None
 
 
-def read_newest(url: str, field: DeformationField) -> tuple[dict[str, Tensor], int, Stage, int]:
-    """Gaussians, degree of their harmonics, stage and iteration of the newest checkpoint; it fills `field`. On the CPU.
+def read_newest(url: str, field: DeformationField) -> tuple[dict[str, Tensor], int, Phase, int]:
+    """Read the newest checkpoint below a URL; its deformation goes into `field`.
+
+    Returns:
+        The parameters of the Gaussians on the CPU, the degree of their harmonics, the phase and the iteration.
 
     Raises:
-        UserError: there is none, or it is damaged or of another configuration.
+        UserError: there is none, it is damaged, or it is of another configuration.
     """
     own = checkpoints_in(url)
     if not own:
         raise UserError(f"{url}: no checkpoint yet; training writes one a minute")
     where = urls.join(url, checkpoint_name(*own[-1]))
-    checkpoint, stage, iteration = read_checkpoint(where)
+    checkpoint, phase, iteration = read_checkpoint(where)
     _fill(field, checkpoint.deformation, where)
-    return checkpoint.values(), checkpoint.active_sh_degree, stage, iteration
+    return checkpoint.values(), checkpoint.active_sh_degree, phase, iteration
 
 
 def _fill(field: DeformationField, state: Any, where: str) -> None:
@@ -158,27 +157,27 @@ def _fill(field: DeformationField, state: Any, where: str) -> None:
 
 
 # -- results ------------------------------------------------------------------------------------------------------
-def folder_of(url: str, stage: Stage, iteration: int) -> str:
+def folder_of(url: str, phase: Phase, iteration: int) -> str:
     """The folder of a result below a model's URL."""
-    return urls.join(url, "point_cloud", ("coarse_iteration_" if stage == "coarse" else "iteration_") + str(iteration))
+    return urls.join(url, "point_cloud", ("coarse_iteration_" if phase == "coarse" else "iteration_") + str(iteration))
 
 
-def write_result(url: str, stage: Stage, iteration: int, gaussians: GaussianSet, field: DeformationField) -> None:
-    """Write Gaussians and deformation; the Gaussians last, so that where they are, all is."""
-    folder = folder_of(url, stage, iteration)
+def write_result(url: str, phase: Phase, iteration: int, gaussians: GaussianSet, field: DeformationField) -> None:
+    """Write Gaussians and deformation. The Gaussians come last, so that where their file is, all files are."""
+    folder = folder_of(url, phase, iteration)
     _save(urls.join(folder, "deformation.pth"), dict(field.state_dict()))
     _save(urls.join(folder, "deformation_table.pth"), gaussians.deformation_table)
     _save(urls.join(folder, "deformation_accum.pth"), gaussians.deformation_accum)
     objects.write_bytes(urls.join(folder, "point_cloud.ply"), to_ply(gaussians.values()))
 
 
-def read_result(url: str, stage: Stage, iteration: int, field: DeformationField) -> dict[str, Tensor]:
-    """The parameters of the Gaussians, on the CPU; the deformation goes into `field`.
+def read_result(url: str, phase: Phase, iteration: int, field: DeformationField) -> dict[str, Tensor]:
+    """Read the parameters of the Gaussians, on the CPU; the deformation goes into `field`.
 
     Raises:
         UserError: files are missing, damaged, or of another configuration.
     """
-    folder = folder_of(url, stage, iteration)
+    folder = folder_of(url, phase, iteration)
     where = urls.join(folder, "deformation.pth")
     _fill(field, _load(where), where)
     where = urls.join(folder, "point_cloud.ply")
@@ -189,7 +188,7 @@ def read_result(url: str, stage: Stage, iteration: int, field: DeformationField)
 
 
 def to_ply(values: dict[str, Tensor]) -> bytes:
-    """Parameters of Gaussians as the PLY of 3DGS: logits, logarithms of scales, harmonics channel by channel."""
+    """Encode Gaussians as the PLY of 3DGS: logits, logarithms of scales, harmonics channel by channel."""
     v = {name: value.detach().float().cpu().numpy() for name, value in values.items()}
     columns = {name: v["xyz"][:, i] for i, name in enumerate("xyz")}
     columns |= {name: np.zeros(len(v["xyz"]), np.float32) for name in ("nx", "ny", "nz")}
@@ -202,24 +201,31 @@ def to_ply(values: dict[str, Tensor]) -> bytes:
 
 
 def from_ply(data: bytes) -> dict[str, Tensor]:
-    """What `to_ply` wrote. Raises ValueError, or KeyError for an attribute that is not there."""
+    """Decode what `to_ply` wrote.
+
+    Raises:
+        ValueError: it is no such PLY.
+        KeyError: an attribute is missing.
+    """
     columns = ply.decode(data)
 
-    def of(*names: str) -> Tensor:
+    def stack(*names: str) -> Tensor:
         return torch.from_numpy(np.stack([columns[name] for name in names], 1)).float()
 
     return {
-        "xyz": of("x", "y", "z"),
-        "f_dc": of(*(f"f_dc_{i}" for i in range(3)))[:, None],
-        "f_rest": of(*(f"f_rest_{i}" for i in range(45))).view(-1, 3, 15).mT.contiguous(),
-        "opacity": of("opacity"),
-        "scaling": of(*(f"scale_{i}" for i in range(3))),
-        "rotation": of(*(f"rot_{i}" for i in range(4))),
+        "xyz": stack("x", "y", "z"),
+        "f_dc": stack(*(f"f_dc_{i}" for i in range(3)))[:, None],
+        "f_rest": stack(*(f"f_rest_{i}" for i in range(45))).view(-1, 3, 15).mT.contiguous(),
+        "opacity": stack("opacity"),
+        "scaling": stack(*(f"scale_{i}" for i in range(3))),
+        "rotation": stack(*(f"rot_{i}" for i in range(4))),
     }
 
 
 def read_points(url: str) -> tuple[Tensor, Tensor]:
-    """Points [N, 3] and colours [N, 3], 0 to 1, of a PLY file: red, green, blue or the constant harmonic; else grey.
+    """Points [N, 3] and colours [N, 3], 0 to 1, of a PLY file.
+
+    Colours come from red, green and blue or from the constant harmonic; where the file has neither, they are grey.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -241,7 +247,7 @@ def read_points(url: str) -> tuple[Tensor, Tensor]:
 
 
 def write_settings(url: str, experiment: Experiment) -> None:
-    """`cfg_args`: the settings under the names that the published tools look for."""
+    """Write `cfg_args`, the settings under the names that the published tools look for."""
     c = experiment.dynamic
     shape = [c.resolution] * 3 + [c.time_resolution]
     settings = Namespace(
@@ -284,7 +290,7 @@ def _save(url: str, value: Any) -> None:
 
 
 def _on_cpu(value: Any) -> Any:
-    """The same without the GPU, gradients and parts of larger tensors, whose whole memory would be written."""
+    """The value on the CPU, without gradients, and with copies of parts, whose tensors would be written as a whole."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()

@@ -1,7 +1,8 @@
-"""The deformation field: a multi-resolution HexPlane over space and time and its decoder.
+"""The deformation field: a multi-resolution HexPlane over space and time, and its decoder.
 
-HexPlane (Cao & Johnson 2023), K-Planes (Fridovich-Keil 2023), as 4D Gaussian Splatting (arXiv 2310.08528) joins them.
-Names, shapes and order of the state are those of the published tool, so that states are exchanged with it.
+HexPlane (Cao & Johnson 2023) and K-Planes (Fridovich-Keil 2023) are the sources, joined as in 4D Gaussian Splatting
+(arXiv 2310.08528). Names, shapes and order of the state are those of the published tool, so that states can be
+exchanged with it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-AXES = tuple(itertools.combinations(range(4), 2))  # of the six planes: xy, xz, xt, yz, yt, zt
-SPACE = tuple(i for i, pair in enumerate(AXES) if 3 not in pair)
-TIME = tuple(i for i, pair in enumerate(AXES) if 3 in pair)
-CHANNELS = 32  # of a plane
-WIDTH = 64  # of the decoder
+from zoosplat.config.training import Dynamic
+
+AXES = tuple(itertools.combinations(range(4), 2))  # the axes of the six planes: xy, xz, xt, yz, yt, zt
+SPACE = tuple(i for i, pair in enumerate(AXES) if 3 not in pair)  # the planes without time
+TIME = tuple(i for i, pair in enumerate(AXES) if 3 in pair)  # the planes with time
+CHANNELS = 32  # channels of a plane, as in the published tool
+WIDTH = 64  # width of the decoder, as in the published tool
 TimeRange = Literal["half", "full"]
 
 
@@ -26,7 +29,7 @@ class HexPlane(nn.Module):
     """Features of points in space and time: at each level the product of six bilinear samples, levels side by side.
 
     Attributes:
-        aabb: [2, 3] the box, its maximum first, which maps to -1; its minimum maps to +1.
+        aabb: [2, 3] the box, scene units: first its maximum, which maps to -1, then its minimum, which maps to +1.
         grids: for each level six planes [1, 32, R_second, R_first] over the pairs of `AXES`.
     """
 
@@ -51,17 +54,17 @@ class HexPlane(nn.Module):
                     nn.init.ones_(plane)
                 else:
                     nn.init.uniform_(plane, 0.1, 0.5)
-                # A point's channels lie together in memory, so that it is read in one piece.
+                # The channels of a cell lie together in memory, so that they are read in one piece.
                 planes.append(nn.Parameter(plane.contiguous(memory_format=torch.channels_last)))
             self.grids.append(nn.ParameterList(planes))
 
     @property
     def width(self) -> int:
-        """Length of the features."""
+        """Number of features of a point."""
         return CHANNELS * len(self.grids)
 
     def planes(self) -> list[list[Tensor]]:
-        """The planes by level."""
+        """The six planes of each level."""
         return [list(level) for level in self.grids]  # type: ignore[call-overload]
 
     def forward(
@@ -69,18 +72,22 @@ class HexPlane(nn.Module):
         points: Tensor,  # [N, 3]
         time: Tensor,  # [] in [0, 1]
     ) -> Tensor:
-        """Features [N, 32 L]. Time enters as it is, which uses half of a plane, or stretched to [-1, 1] (`full`)."""
+        """Features [N, 32 L] of points at a time, for L levels.
+
+        With the time range "half", time enters as it is and uses half of a plane. With "full" it is stretched to
+        [-1, 1].
+        """
         places = (points - self.aabb[0]) * (2 / (self.aabb[1] - self.aabb[0])) - 1
         when = time * 2 - 1 if self.time_range == "full" else time
         if points.is_cuda:
-            from .hexplane_gpu import sample, works
+            from zoosplat_model.dynamic import hexplane_triton
 
-            if works(points.get_device()):
-                return sample(places, when, [plane for level in self.planes() for plane in level])
-        return sample_plainly(torch.cat([places, when.expand(len(places), 1)], 1), self.planes())
+            if hexplane_triton.is_available(points.get_device()):
+                return hexplane_triton.sample(places, when, [plane for level in self.planes() for plane in level])
+        return sample_reference(torch.cat([places, when.expand(len(places), 1)], 1), self.planes())
 
     def roughness(self) -> Roughness:
-        """What the loss adds for planes that are not smooth, see `Roughness`."""
+        """How rough the planes are, which the loss punishes."""
         planes = self.planes()
         space = torch.stack([_second_differences(level[i]) for level in planes for i in SPACE]).sum()
         time = torch.stack([_second_differences(level[i]) for level in planes for i in TIME]).sum()
@@ -89,11 +96,11 @@ class HexPlane(nn.Module):
 
 
 class Roughness(NamedTuple):
-    """Scalars, sums over levels and planes.
+    """Scalars, each a sum over levels and planes.
 
     Attributes:
-        space: mean square of second differences along the second axis (y or z) of the planes without time.
-        time: the same of the planes with time, along it.
+        space: mean square of the second differences of the planes without time, along their second axis (y or z).
+        time: mean square of the second differences of the planes with time, along time.
         ones: mean of |1 - plane| of the planes with time.
     """
 
@@ -106,8 +113,11 @@ def _second_differences(plane: Tensor) -> Tensor:
     return plane.diff(n=2, dim=2).square().mean() if plane.shape[2] > 2 else plane.new_zeros(())
 
 
-def sample_plainly(places: Tensor, planes: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Features [N, 32 L] at [N, 4] places (x, y, z, t), -1 and 1 the centres of a plane's outermost cells."""
+def sample_reference(places: Tensor, planes: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Features [N, 32 L] at places [N, 4] (x, y, z, t), in plain PyTorch.
+
+    The places -1 and 1 are the centres of the outermost cells of a plane.
+    """
     features = []
     for level in planes:
         product: Tensor | None = None
@@ -121,7 +131,7 @@ def sample_plainly(places: Tensor, planes: Sequence[Sequence[Tensor]]) -> Tensor
 
 
 class Deformed(NamedTuple):
-    """What the field makes of N Gaussians' parameters at a time; shapes as they went in."""
+    """The parameters of N Gaussians, canonical or as the field deforms them for a time; scene units."""
 
     means: Tensor  # [N, 3]
     log_scales: Tensor  # [N, 3]
@@ -131,12 +141,13 @@ class Deformed(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """The field and a head for each attribute; a deformed attribute is the canonical one plus its head's output.
+    """The HexPlane and a head for each attribute; a deformed attribute is the canonical one plus its head's output.
 
     Attributes:
-        grid: the field.
-        feature_out: its features to 64 numbers.
-        heads: names of the heads in use.
+        grid: the HexPlane.
+        feature_out: maps its features to 64 numbers.
+        deform_opacity: whether opacities change with time.
+        deform_harmonics: whether colours change with time.
     """
 
     def __init__(
@@ -153,7 +164,7 @@ class Decoder(nn.Module):
         self.deform_opacity, self.deform_harmonics = deform_opacity, deform_harmonics
 
     def forward(self, canonical: Deformed, time: Tensor) -> Deformed:
-        """The Gaussians' parameters at `time` [] in [0, 1]."""
+        """The parameters of the Gaussians at a time ([] in [0, 1])."""
         hidden = self.feature_out(self.grid(canonical.means, time))
         means, log_scales, quats, logits, harmonics = canonical
         return Deformed(
@@ -170,11 +181,11 @@ def _head(size: int) -> nn.Sequential:
 
 
 class DeformationField(nn.Module):
-    """The published tool's whole deformation network, parts that it keeps but does not use included.
+    """The whole deformation network of the published tool, with the parts that the tool keeps but does not use.
 
     Attributes:
-        deformation_net: field and decoder.
-        timenet: unused, as are the buffers; all are part of the exchanged state.
+        deformation_net: HexPlane and decoder.
+        timenet: unused, as are the buffers; all of them are part of the exchanged state.
     """
 
     time_poc: Tensor
@@ -194,20 +205,26 @@ class DeformationField(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if name.endswith("deform.3"):
-                    # The last layer of a head: the fine stage starts as the coarse one ended.
+                    # The last layer of a head starts at zero, so that the fine phase starts as the coarse one ended.
                     nn.init.zeros_(module.weight)
                     nn.init.zeros_(module.bias)
         self.timenet.requires_grad_(False)
 
     def forward(self, canonical: Deformed, time: Tensor) -> Deformed:
-        """See `Decoder`."""
+        """The parameters of the Gaussians at a time ([] in [0, 1])."""
         deformed: Deformed = self.deformation_net(canonical, time)
         return deformed
 
     def grids(self) -> list[nn.Parameter]:
-        """The planes."""
+        """The planes of all levels."""
         return [p for name, p in self.named_parameters() if ".grids." in name]
 
     def layers(self) -> list[nn.Parameter]:
         """Weights and biases of the decoder."""
         return [p for name, p in self.deformation_net.named_parameters() if not name.startswith("grid.")]
+
+
+def build_field(config: Dynamic) -> DeformationField:
+    """The untrained deformation field of the settings, on the CPU."""
+    grid = HexPlane(config.multires, config.resolution, config.time_resolution, config.bound, config.time_range)
+    return DeformationField(grid, config.decoder_depth, config.deform_opacity, config.deform_harmonics)

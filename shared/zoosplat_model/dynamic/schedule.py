@@ -1,4 +1,4 @@
-"""What happens at which iteration, as pure functions (4D Gaussian Splatting, arXiv 2310.08528)."""
+"""What happens at which iteration of a dynamic training (4D Gaussian Splatting, arXiv 2310.08528); pure functions."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Literal, NamedTuple
 
 from zoosplat.config.training import Dynamic
 
-Stage = Literal["coarse", "fine"]
-STAGES: tuple[Stage, ...] = ("coarse", "fine")
-SIZE_LIMIT_PX = 20.0
-SH_EVERY = 1000  # iterations of a stage between raises of the degree of the harmonics
-SHOWN = ((1_000, 10), (3_000, 50), (60_000, 100))  # below this iteration of a stage: each how many a picture is kept
+Phase = Literal["coarse", "fine"]
+PHASES: tuple[Phase, ...] = ("coarse", "fine")
+MAX_RADIUS_PX = 20.0  # pixels; radius on the screen above which a Gaussian is pruned (3DGS)
+SH_DEGREE_INTERVAL = 1000  # iterations of a phase after which the degree of the harmonics rises by one (3DGS)
+# Below the first number of iterations of a phase, a picture is kept after each second number of iterations.
+SNAPSHOT_INTERVALS = ((1_000, 10), (3_000, 50), (60_000, 100))
 
 
 class Actions(NamedTuple):
     """What changes the set of Gaussians after an iteration, in this order.
 
     Attributes:
-        collect: gather the statistics of this iteration.
-        densify: clone and split where the gradient reaches `gradient`.
-        prune: remove those below `opacity`, and those too large where there is a `size_px`.
-        grow: add points beside lonely ones whose gradient reaches `gradient`.
-        reset: lower all opacities to 0.01.
-        gradient: threshold on the mean norm of the screen-space gradient, per half the picture's size.
+        collect: whether the statistics of this iteration are accumulated.
+        densify: whether Gaussians whose gradient reaches `gradient` are cloned or split.
+        prune: whether Gaussians fainter than `opacity` or larger than `size_px` are removed.
+        grow: whether Gaussians are added beside lonely ones whose gradient reaches `gradient`.
+        reset: whether all opacities are lowered to 0.01.
+        gradient: threshold on the mean norm of the screen-space gradient, by half the picture's size.
         opacity: threshold of pruning.
-        size_px: radius on the screen above which a Gaussian is pruned; None: no limit on sizes.
+        size_px: radius on the screen above which a Gaussian is pruned, pixels; None: there is no limit on sizes.
     """
 
     collect: bool
@@ -38,11 +39,11 @@ class Actions(NamedTuple):
     size_px: float | None
 
 
-def actions(iteration: int, stage: Stage, count: int, config: Dynamic) -> Actions:
-    """The actions after an iteration (from 1, in each stage anew) that `count` Gaussians took part in."""
+def plan_actions(iteration: int, phase: Phase, count: int, config: Dynamic) -> Actions:
+    """The actions after an iteration in which there are `count` Gaussians; each phase counts iterations from 1."""
     c, on = config, iteration < config.densify_until_iter
     gradient, opacity = c.densify_grad_threshold_coarse, c.opacity_threshold_coarse
-    if stage == "fine":
+    if phase == "fine":
         done = iteration / c.densify_until_iter
         first, last = c.densify_grad_threshold_fine_init, c.densify_grad_threshold_after
         gradient = first - (first - last) * done
@@ -61,19 +62,19 @@ def actions(iteration: int, stage: Stage, count: int, config: Dynamic) -> Action
         reset=on and iteration % c.opacity_reset_interval == 0,
         gradient=gradient,
         opacity=opacity,
-        size_px=SIZE_LIMIT_PX if iteration > c.opacity_reset_interval else None,
+        size_px=MAX_RADIUS_PX if iteration > c.opacity_reset_interval else None,
     )
 
 
-def decayed(first: float, last: float, iteration: int, steps: int) -> float:
-    """Learning rate that falls exponentially from `first` to `last` within `steps` iterations, then stays."""
+def decay_learning_rate(first: float, last: float, iteration: int, steps: int) -> float:
+    """The learning rate that falls exponentially from `first` to `last` within `steps` iterations, and then stays."""
     done = min(max(iteration / steps, 0.0), 1.0)
     return math.exp((1 - done) * math.log(first) + done * math.log(last))
 
 
-def is_shown(iteration: int) -> bool:
-    """Whether a picture of this iteration is kept where `render_process` is on."""
-    for below, every in SHOWN:
+def is_snapshot_iteration(iteration: int) -> bool:
+    """Whether a picture of this iteration of a phase is kept where `render_process` is on."""
+    for below, every in SNAPSHOT_INTERVALS:
         if iteration < below:
             return iteration % every == 0
     return False

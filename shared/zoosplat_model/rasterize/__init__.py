@@ -1,63 +1,32 @@
 """Differentiable rendering of Gaussians: one signature, three implementations that agree in their numbers.
 
-`gsplat` runs gsplat's CUDA kernels, `torch` is plain PyTorch for the CPU (float32 or float64), `reference` is a slow,
-literal transcription of the same rules that the other two are tested against.
+The backend `gsplat` runs gsplat's CUDA kernels, and `torch` is plain PyTorch for the CPU (float32 or float64). The
+backend `reference` is a slow, literal transcription of the same rules, against which the other two are tested.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Pairs", "Rendering", "Screen", "load_kernels", "rasterize"]
+from zoosplat_model.gaussians import Gaussians
+from zoosplat_model.rasterize.types import Cameras, PairBuffer, Rendering, ScreenStatistics
 
-
-class Rendering(NamedTuple):
-    """Rendered views: `rgb` [C, H, W, D] composited on the background, `alpha` [C, H, W] in [0, 1]."""
-
-    rgb: Tensor
-    alpha: Tensor
-
-
-class Pairs(NamedTuple):
-    """Room for the (Gaussian, tile) pairs of a picture in a CUDA graph of the gsplat backend.
-
-    Attributes:
-        most: pairs at most while a graph is recorded and replayed; the picture is wrong where there are more.
-        needed: [] int64 on the device, raised to how many there were: to be compared with `most` now and then.
-    """
-
-    most: int
-    needed: Tensor
-
-
-@dataclass
-class Screen:
-    """What densification watches on the screen; 3D mode, backends gsplat and torch.
-
-    Attributes:
-        offsets: [C, N, 2] pixels, added to the projected centres: zeros with `requires_grad` change nothing, and their
-            gradient is that of the centres.
-        radii: [C, N] set by `rasterize`: half the larger side of what is drawn, pixels; 0 where nothing is.
-    """
-
-    offsets: Tensor
-    radii: Tensor | None = None
+__all__ = ["PairBuffer", "Rendering", "ScreenStatistics", "load_kernels", "rasterize"]
 
 
 def load_kernels(device: torch.device) -> None:
-    """Have at hand what draws on a device, so that the first picture does not wait for it.
+    """Load the rasteriser of a device, so that the first picture does not wait for it.
 
-    Where gsplat finds a CUDA toolkit it compiles its kernels at their first use on a machine, which takes minutes.
+    Where gsplat finds a CUDA toolkit, it compiles its kernels at their first use on a machine, which takes minutes.
 
     Raises:
         UserError: there is no gsplat for this GPU.
     """
     if device.type == "cuda":
-        from . import gsplat_cuda
+        from zoosplat_model.rasterize import gsplat_cuda
 
         gsplat_cuda.load()
 
@@ -76,10 +45,10 @@ def rasterize(
     background: Tensor | None = None,
     mode: Literal["3d", "2d"] = "3d",
     backend: Literal["auto", "gsplat", "torch", "reference"] = "auto",
-    pairs: Pairs | None = None,
-    screen: Screen | None = None,
+    pair_buffer: PairBuffer | None = None,
+    screen_statistics: ScreenStatistics | None = None,
 ) -> Rendering:
-    """Render N Gaussians into C views of `width` x `height` pixels; differentiable in the Gaussians and the background.
+    """Render N Gaussians into C views; the result has a gradient by the Gaussians and by the background.
 
     All tensors share one floating dtype (float32; float64 too except with gsplat) and one device.
 
@@ -91,12 +60,14 @@ def rasterize(
         colors: [N, D] per Gaussian, or [C, N, D] in each view, any D features in any unit.
         world_to_camera: [C, 4, 4] rigid, OpenCV axes: x_camera = R x_world + t.
         intrinsics: [C, 3, 3] in calibration pixels: the centre of the top-left pixel is (0, 0), no skew.
+        width: of the pictures, pixels.
+        height: of the pictures, pixels.
         background: [D] colour behind the Gaussians, the same in all views; None is zeros (black).
         mode: "3d" ellipsoids (3DGS, Kerbl 2023), "2d" surfels (2DGS, Huang 2024, arXiv 2403.17888), which ignore the
             third scale.
-        backend: "auto" is gsplat (arXiv 2409.06765) for CUDA tensors and torch for all others.
-        pairs: the size of gsplat's lists in a CUDA graph; others ignore it.
-        screen: takes part in the projection and gets its radii, see `Screen`.
+        backend: "auto" means gsplat (arXiv 2409.06765) for CUDA tensors and torch for all others.
+        pair_buffer: the size of gsplat's lists in a CUDA graph; other backends ignore it.
+        screen_statistics: takes part in the projection and receives its radii.
 
     Raises:
         UserError: the gsplat backend is wanted and gsplat or CUDA is not there.
@@ -114,10 +85,10 @@ def rasterize(
     }
     if background is not None:
         expected["background"] = (background, (d,))
-    if screen is not None:
+    if screen_statistics is not None:
         if mode != "3d" or backend == "reference":
             raise ValueError("screen needs mode 3d and backend gsplat or torch")
-        expected["screen.offsets"] = (screen.offsets, (c, n, 2))
+        expected["screen.offsets"] = (screen_statistics.offsets, (c, n, 2))
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {shape}")
@@ -130,24 +101,27 @@ def rasterize(
     if backend == "auto":
         backend = "gsplat" if means.is_cuda else "torch"
 
-    # The rasterisers put the centre of the top-left pixel at (0.5, 0.5). This is the only place that converts.
+    # The backends put the centre of the top-left pixel at (0.5, 0.5). This is the only place that converts.
     intrinsics = intrinsics.clone()
     intrinsics[:, :2, 2] += 0.5
-    args = (means, quats, scales, opacities, colors, world_to_camera, intrinsics, width, height)
+    gaussians = Gaussians(means, quats, scales, opacities, colors)
+    cameras = Cameras(world_to_camera, intrinsics, width, height)
     # Autocast would round exponents to bfloat16.
     with torch.autocast(means.device.type, enabled=False):
         if backend == "gsplat":
-            from .gsplat_cuda import render as render_gsplat
+            from zoosplat_model.rasterize import gsplat_cuda
 
-            rgb, alpha = render_gsplat(*args, mode=mode, pairs=pairs, screen=screen)
+            rgb, alpha = gsplat_cuda.render(
+                gaussians, cameras, mode=mode, pair_buffer=pair_buffer, screen_statistics=screen_statistics
+            )
         elif backend == "torch":
-            from .torch_cpu import render as render_torch
+            from zoosplat_model.rasterize import torch_cpu
 
-            rgb, alpha = render_torch(*args, mode=mode, screen=screen)
+            rgb, alpha = torch_cpu.render(gaussians, cameras, mode=mode, screen_statistics=screen_statistics)
         elif backend == "reference":
-            from .reference import render as render_reference
+            from zoosplat_model.rasterize import reference
 
-            rgb, alpha = render_reference(*args, mode=mode)
+            rgb, alpha = reference.render(gaussians, cameras, mode=mode)
         else:
             raise ValueError(f"backend is {backend!r}: choose auto, gsplat, torch or reference")
         if background is not None:

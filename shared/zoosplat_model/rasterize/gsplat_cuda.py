@@ -10,32 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoosplat.errors import UserError
+from zoosplat_model.gaussians import Gaussians
+from zoosplat_model.rasterize.types import Cameras, PairBuffer, ScreenStatistics
 
-from . import Pairs, Screen
-
-TILE_3D = 8  # pixels along an edge: a small animal is then spread over more of the GPU
-TILE_2D = 16  # gsplat cuts surfels off at the borders of their tiles, so this one shows
+TILE_3D = 8  # pixels; small tiles spread a small animal over more of the GPU
+TILE_2D = 16  # pixels; gsplat cuts surfels off at the borders of their tiles, so the number of gsplat itself is kept
 
 
 def render(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    world_to_camera: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
+    gaussians: Gaussians,
+    cameras: Cameras,
     *,
     mode: Literal["3d", "2d"],
-    pairs: Pairs | None = None,
-    screen: Screen | None = None,
+    pair_buffer: PairBuffer | None = None,
+    screen_statistics: ScreenStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Premultiplied colours [C, H, W, D] and alpha [C, H, W]; arguments as in `rasterize`, pixel centres at (.5, .5).
 
-    Raises `UserError` when gsplat is not installed, has no CUDA kernels, or the tensors are not float32 on CUDA.
+    Raises:
+        UserError: gsplat is not installed, has no CUDA kernels, or the tensors are not float32 on CUDA.
     """
+    means, quats, scales, opacities, colors = gaussians
+    world_to_camera, _, width, height = cameras
     instead = 'use backend "torch"'
     if not means.is_cuda:
         raise UserError(f"rasteriser backend gsplat needs CUDA tensors, these are on {means.device}: {instead}")
@@ -46,32 +42,37 @@ def render(
     # gsplat pads the channel counts it was not compiled for with uninitialised memory, whose gradients can be NaN.
     channels, views = colors.shape[-1], len(world_to_camera)
     padded = F.pad(colors, (0, 0 if channels < 5 else (1 << (channels - 1).bit_length()) - channels))
-    looks = (padded.expand(views, -1, -1), opacities.expand(views, -1))
-    camera = (world_to_camera, intrinsics, width, height)
+    appearance = (padded.expand(views, -1, -1), opacities.expand(views, -1))
     if mode == "3d":
         radii, centers, depths, conics, _ = gsplat.fully_fused_projection(
-            means, None, quats, scales, *camera, opacities=opacities
+            means, None, quats, scales, *cameras, opacities=opacities
         )
-        if screen is not None:
-            centers = centers + screen.offsets
-            screen.radii = radii.amax(-1).to(means.dtype)
-        starts, ids, inside = _tile_lists(centers, radii, depths, width, height, TILE_3D, pairs)
+        if screen_statistics is not None:
+            centers = centers + screen_statistics.offsets
+            screen_statistics.radii = radii.amax(-1).to(means.dtype)
+        starts, ids, inside = _tile_lists(centers, radii, depths, width, height, TILE_3D, pair_buffer)
         rgb, alpha = gsplat.rasterize_to_pixels(
-            centers, conics, *looks, width, height, TILE_3D, starts, ids, masks=inside
+            centers, conics, *appearance, width, height, TILE_3D, starts, ids, masks=inside
         )
     else:
-        radii, centers, depths, transforms, normals = gsplat.fully_fused_projection_2dgs(means, quats, scales, *camera)
+        radii, centers, depths, transforms, normals = gsplat.fully_fused_projection_2dgs(means, quats, scales, *cameras)
         radii = radii * (opacities > 0)[:, None]
-        starts, ids, inside = _tile_lists(centers, radii, depths, width, height, TILE_2D, pairs)
+        starts, ids, inside = _tile_lists(centers, radii, depths, width, height, TILE_2D, pair_buffer)
         unused = torch.zeros_like(centers)
         rgb, alpha, *_ = gsplat.rasterize_to_pixels_2dgs(
-            centers, transforms, *looks, normals, unused, width, height, TILE_2D, starts, ids, masks=inside
+            centers, transforms, *appearance, normals, unused, width, height, TILE_2D, starts, ids, masks=inside
         )
     return rgb[..., :channels], alpha[..., 0]
 
 
 def load() -> Any:
-    """gsplat with its kernels. Nothing is drawn on the CPU instead, which takes minutes a frame, unless asked for."""
+    """The module gsplat with its kernels.
+
+    There is no fallback to the CPU, which takes minutes for a frame and so has to be asked for.
+
+    Raises:
+        UserError: gsplat is not installed, or its kernels cannot be compiled or loaded.
+    """
     remedy = "run `zoosplat doctor --build-kernels` on this machine, or set train.device, evaluate.device and "
     remedy += "render.device to cpu"
     try:
@@ -79,7 +80,7 @@ def load() -> Any:
         from gsplat.cuda._backend import _C as kernels
     except ModuleNotFoundError as error:
         raise UserError(f"rasteriser backend gsplat: {error}; install zoosplat[gpu]") from error
-    # Where a CUDA toolkit is found, gsplat compiles at its first import.
+    # gsplat compiles at its first import where it finds a CUDA toolkit.
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"gsplat's kernels cannot be had: {reason}; {remedy}") from error
@@ -96,16 +97,17 @@ def _tile_lists(
     width: int,
     height: int,
     tile: int,
-    pairs: Pairs | None,
+    pair_buffer: PairBuffer | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Gaussians of every tile, near to far, as gsplat's rasteriser takes them.
 
-    gsplat's own `isect_tiles` waits for the device to know how much memory it needs, which no CUDA graph can. Here a
-    graph has the room that `pairs` sets. What is left of it belongs to a row of tiles below the picture.
+    gsplat's own `isect_tiles` waits for the device to learn how much memory it needs, which a CUDA graph cannot do.
+    Here a graph has the capacity that `pair_buffer` sets. Entries that are left over belong to a row of tiles below the
+    picture, which is not drawn.
 
     Returns:
-        Starts [C, down + 1, across] int32 of the tiles' lists, flat Gaussian indices [pairs] int32, and the tiles to
-        draw [C, down + 1, across] bool.
+        The starts [C, down + 1, across] int32 of the tiles' lists, the flat Gaussian indices [pairs] int32 in these
+        lists, and the tiles to draw [C, down + 1, across] bool.
     """
     views, n = depths.shape
     across, down = -(-width // tile), -(-height // tile) + 1
@@ -118,12 +120,12 @@ def _tile_lists(
     columns = (high_x - low_x).flatten()
     count = torch.where(drawn.flatten(), columns * (high_y - low_y).flatten(), 0)
     stop = count.cumsum(0)
-    if pairs is not None:
-        pairs.needed.copy_(torch.maximum(pairs.needed, stop[-1]))
-    recorded = pairs is not None and torch.cuda.is_current_stream_capturing()
-    room = pairs.most if pairs is not None and recorded else int(stop[-1])
+    if pair_buffer is not None:
+        pair_buffer.required.copy_(torch.maximum(pair_buffer.required, stop[-1]))
+    captured = pair_buffer is not None and torch.cuda.is_current_stream_capturing()
+    capacity = pair_buffer.capacity if pair_buffer is not None and captured else int(stop[-1])
 
-    place = torch.arange(room, device=radii.device)
+    place = torch.arange(capacity, device=radii.device)
     owner = torch.searchsorted(stop, place, right=True)
     left_over = owner == views * n
     owner = owner.clamp_max(views * n - 1)
@@ -133,7 +135,7 @@ def _tile_lists(
     x, y = low_x.flatten()[owner] + nth - row * columns, low_y.flatten()[owner] + row
     flat = ((owner // n) * down + y) * across + x
     flat = torch.where(left_over, views * down * across - 1, flat)
-    # Depths are positive, so that their bits have their order.
+    # Positive floats have the order of their bits.
     key = (flat << 32) | depths.flatten()[owner].view(torch.int32)
     key, order = torch.sort(torch.where(left_over, (flat << 32) | 0x7FFFFFFF, key), stable=True)
     tiles = torch.arange(views * down * across, device=radii.device) << 32

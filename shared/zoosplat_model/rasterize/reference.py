@@ -1,7 +1,7 @@
-"""The rules of gsplat 1.5.3 written out for reading: the slow twin that tests compare the fast rasterisers with.
+"""The rules of gsplat 1.5.3 written out for reading; tests compare the fast rasterisers with this slow one.
 
-Every Gaussian meets every pixel, one after another; gradients are autograd's. No formula or code is shared with the
-fast implementations: ellipsoids go through explicit covariances, surfels through the meeting of a ray and a plane.
+Every Gaussian is evaluated at every pixel, one after another, and autograd makes the gradients. No formula or code is
+shared with the fast implementations: ellipsoids use explicit covariances, and surfels intersect a ray with a plane.
 """
 
 from __future__ import annotations
@@ -11,32 +11,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from zoosplat_model.gaussians import Gaussians
+from zoosplat_model.rasterize.types import Cameras
 
-def render(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    world_to_camera: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    *,
-    mode: Literal["3d", "2d"],
-) -> tuple[Tensor, Tensor]:
+
+def render(gaussians: Gaussians, cameras: Cameras, *, mode: Literal["3d", "2d"]) -> tuple[Tensor, Tensor]:
     """Premultiplied colours [C, H, W, D] and alpha [C, H, W]; arguments of `rasterize`, pixel centres at (.5, .5)."""
+    means, quats, scales, opacities, all_colors = gaussians
+    world_to_camera, intrinsics, width, height = cameras
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     pixels = torch.stack([x, y], -1).to(means)  # [H, W, 2]
     sigma_of = _sigma_3d if mode == "3d" else _sigma_2d
     views = []
-    all_colors = colors.expand(len(world_to_camera), -1, -1)
+    all_colors = all_colors.expand(len(world_to_camera), -1, -1)
     for w2c, k, colors in zip(world_to_camera, intrinsics, all_colors, strict=True):
         centers = means @ w2c[:3, :3].T + w2c[:3, 3]
         rgb = colors.new_zeros(height, width, colors.shape[1]) + 0 * colors.sum()
         transmittance = colors.new_ones(height, width)
         is_open = torch.ones(height, width, dtype=torch.bool, device=means.device)
-        # Near to far by float32 depth; equal depths in the order of the Gaussians.
+        # The order is near to far by float32 depth, and that of the Gaussians where depths are equal.
         for i in torch.sort(centers[:, 2].detach().float(), stable=True)[1].tolist():
             axes = w2c[:3, :3] @ _rotation(quats[i])
             drawn = sigma_of(centers[i], axes, scales[i], opacities[i], k, pixels)
@@ -68,7 +61,7 @@ def _touches_image(center: Tensor, radius: Tensor, pixels: Tensor) -> bool:
 
 
 def _in_tiles(center: Tensor, radius: Tensor, pixels: Tensor) -> Tensor:
-    """The pixels of the 16 x 16 tiles that the box touches: all others never see the splat."""
+    """The pixels of the tiles of 16 x 16 that the box touches; gsplat draws a splat in no others."""
     low, high = ((center - radius) / 16).floor() * 16, ((center + radius) / 16).ceil() * 16
     return ((pixels > low) & (pixels < high)).all(-1)
 
@@ -106,13 +99,13 @@ def _sigma_2d(
     """Exponent [H, W] of a surfel and the pixels that it may touch; None if it is culled (2DGS, eq. 5 to 11)."""
     if center[2] <= 0.01 or center[2] >= 1e10:
         return None
-    # Rows x, y, z of the map from the surfel's plane (u, v, 1) to homogeneous pixels.
+    # The rows x, y and z of the map from the surfel's plane (u, v, 1) to homogeneous pixels.
     to_pixel = k @ torch.stack([axes[:, 0] * scale[0], axes[:, 1] * scale[1], center], -1)
     sign = torch.tensor([1.0, 1.0, -1.0]).to(k)
     distance = (sign * to_pixel[2] ** 2).sum()
     if distance == 0:
         return None
-    # Centre and half size of the box of the 1-sigma contour (not the projected centre).
+    # `mean` is the centre of the box of the 1-sigma contour, which is not the projected centre.
     mean = (sign * to_pixel[:2] * to_pixel[2]).sum(-1) / distance
     half = (mean**2 - (sign * to_pixel[:2] ** 2).sum(-1) / distance).detach().clamp_min(1e-4).sqrt()
     radius = torch.ceil(3.33 * half)

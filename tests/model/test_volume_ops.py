@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zoosplat_model import triton_support
-from zoosplat_model.network.volumes import halve, normalize, normalize_plainly
+from zoosplat_model.network.volume_ops import instance_norm_leaky_relu, instance_norm_leaky_relu_reference, max_pool2
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
@@ -27,8 +27,8 @@ def test_kernels_agree_with_plain_functions(channels: int, size: tuple[int, ...]
     weight = torch.randn_like(x) * (y.detach().abs() > 1e-4)
     y = torch.where(y > 0, y, 0.01 * y)
     torch.autograd.backward((y * weight).sum())
-    torch.autograd.backward((normalize(x, gain, shift) * weight).sum())
-    found = [normalize(x, gain, shift), *(v.grad for v in (x, gain, shift))]
+    torch.autograd.backward((instance_norm_leaky_relu(x, gain, shift) * weight).sum())
+    found = [instance_norm_leaky_relu(x, gain, shift), *(v.grad for v in (x, gain, shift))]
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     for value, truth in zip(found, [y, *(v.grad for v in exact)], strict=True):
         assert value is not None
@@ -43,7 +43,7 @@ def test_halving_agrees_with_pooling(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 16, 6, 8, 4, device="cuda").to(dtype).requires_grad_()
     weight = torch.randn(2, 16, 3, 4, 2, device="cuda").to(dtype)
-    found = halve(x)
+    found = max_pool2(x)
     torch.autograd.backward((found * weight).sum())
     assert x.grad is not None
     plain = x.detach().cpu().float().requires_grad_()
@@ -57,7 +57,7 @@ def test_halving_agrees_with_pooling(dtype: torch.dtype) -> None:
 
 def test_plain_functions_normalise_each_volume() -> None:
     x = torch.randn(2, 3, 4, 5, 6) * 7 + 2
-    y = normalize_plainly(x, torch.ones(3), torch.full((3,), 100.0))
+    y = instance_norm_leaky_relu_reference(x, torch.ones(3), torch.full((3,), 100.0))
     assert torch.allclose(y.mean((2, 3, 4)), torch.full((2, 3), 100.0), atol=1e-4)
     assert torch.allclose(y.var((2, 3, 4), correction=0), torch.ones(2, 3), atol=1e-3)
 
@@ -72,7 +72,7 @@ def test_kernels_that_do_not_work_are_a_warning_once() -> None:
             raise RuntimeError("no gcc")
 
     with pytest.warns(UserWarning, match="no gcc.*install a C compiler"):
-        assert not triton_support.work(attempt, 1)
-    assert not triton_support.work(attempt, 1)
-    assert triton_support.work(attempt, 0)
+        assert not triton_support.runs_on(attempt, 1)
+    assert not triton_support.runs_on(attempt, 1)
+    assert triton_support.runs_on(attempt, 0)
     assert tried == [torch.device("cuda", 1), torch.device("cuda", 0)]

@@ -1,7 +1,7 @@
-"""The HexPlane field's samples and its smoothness on a GPU, as Triton kernels.
+"""The samples and the roughness of the HexPlane on a GPU, as Triton kernels.
 
-PyTorch's `grid_sample` takes a launch for each of 24 planes, a thread a point, and 32 scattered reads or atomic
-additions each. Here a launch does a level, and a point's 32 channels are one line of memory.
+PyTorch's `grid_sample` needs a launch for each of 24 planes, and a thread for each point, which makes 32 scattered
+reads or atomic additions. Here one launch covers a level, and the 32 channels of a cell are one line of memory.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from zoosplat_model import triton_support
 try:
     import triton
     import triton.language as tl
-except ImportError:  # CPU builds of torch come without
+except ImportError:  # CPU builds of torch come without Triton
     triton = None
 
-POINTS = 16  # of a block of threads
-ELEMENTS = 1024
+BLOCK_POINTS = 16  # points of a block of threads
+BLOCK_ELEMENTS = 1024  # elements of a plane of a block of threads
 
 
-def works(device: int) -> bool:
-    """Whether the kernels run on this CUDA device."""
-    return triton_support.work(_attempt, device)
+def is_available(device: int) -> bool:
+    """Whether the kernels run on the CUDA device of this number."""
+    return triton_support.runs_on(_probe, device)
 
 
-def _attempt(cuda: torch.device) -> None:
+def _probe(cuda: torch.device) -> None:
     planes = [torch.ones(1, 32, 3, 3, device=cuda).contiguous(memory_format=torch.channels_last) for _ in range(6)]
     sample(torch.zeros(1, 3, device=cuda), torch.zeros((), device=cuda), planes)
 
 
 def sample(places: Tensor, time: Tensor, planes: Sequence[Tensor]) -> Tensor:
-    """Features [N, 32 L]: see `hexplane.sample_plainly`.
+    """Features [N, 32 L], as `hexplane.sample_reference` gives them.
 
     Args:
         places: [N, 3] x, y, z, float32.
-        time: [] t, without gradient.
+        time: [] t; it gets no gradient.
         planes: 6 L planes [1, 32, R_second, R_first], channels last in memory.
     """
     result: Tensor = _Sample.apply(places.contiguous(), time, *planes)
@@ -53,8 +53,8 @@ class _Sample(torch.autograd.Function):
         out = places.new_empty(n, 32 * levels)
         for level in range(levels):
             six = planes[6 * level : 6 * level + 6]
-            _forward[(triton.cdiv(n, POINTS),)](
-                places, time, *six, out, n, six[0].shape[3], six[2].shape[2], 32 * levels, 32 * level, POINTS
+            _forward[(triton.cdiv(n, BLOCK_POINTS),)](
+                places, time, *six, out, n, six[0].shape[3], six[2].shape[2], 32 * levels, 32 * level, BLOCK_POINTS
             )
         ctx.save_for_backward(places, time, *planes)
         return out
@@ -65,7 +65,7 @@ class _Sample(torch.autograd.Function):
         places, time, *planes = ctx.saved_tensors
         grad = grad.contiguous()
         n, levels = len(places), len(planes) // 6
-        # One piece of memory for all planes: one launch sets it to zero.
+        # All planes share one piece of memory, so that one launch sets it to zero.
         whole = places.new_zeros(sum(p.numel() for p in planes))
         grads = [
             part.view(p.shape[2], p.shape[3], 32).permute(2, 0, 1)[None]
@@ -75,23 +75,29 @@ class _Sample(torch.autograd.Function):
         for level in range(levels):
             chosen = slice(6 * level, 6 * level + 6)
             six = planes[chosen]
-            _backward[(triton.cdiv(n, POINTS),)](
+            _backward[(triton.cdiv(n, BLOCK_POINTS),)](
                 places, time, *six, *grads[chosen], grad, of_places[level], n, six[0].shape[3], six[2].shape[2],
-                32 * levels, 32 * level, POINTS,
+                32 * levels, 32 * level, BLOCK_POINTS,
             )  # fmt: skip
         return of_places.sum(0), None, *grads
 
 
 def add_roughness(planes: Sequence[Tensor], axis_is_time: Sequence[bool], weights: tuple[float, float, float]) -> None:
-    """Add to the planes' gradients those of `weights` times what `hexplane.Roughness` holds."""
+    """Add to the planes' gradients those of the weighted sum of the parts of `hexplane.Roughness`.
+
+    Args:
+        planes: with gradients, channels last in memory.
+        axis_is_time: of each plane, whether its second axis is time.
+        weights: of the parts space, time and ones.
+    """
     space, time, ones = weights
     for plane, with_time in zip(planes, axis_is_time, strict=True):
         assert plane.grad is not None
         n, height = plane.numel(), plane.shape[2]
         row = n // height
         smooth = 2 * (time if with_time else space) / max((height - 2) * row, 1)
-        _roughen[(triton.cdiv(n, ELEMENTS),)](
-            plane, plane.grad, n, row, height, smooth, ones / n if with_time else 0.0, ELEMENTS
+        _add_roughness[(triton.cdiv(n, BLOCK_ELEMENTS),)](
+            plane, plane.grad, n, row, height, smooth, ones / n if with_time else 0.0, BLOCK_ELEMENTS
         )
 
 
@@ -99,15 +105,25 @@ if triton is not None:
 
     @triton.jit
     def _cell(x, size):  # type: ignore[no-untyped-def]
-        """Lower and upper cell, weight of the upper one, and whether the place is not cut off at the border."""
+        """Lower and upper cell, weight of the upper one, and whether the place lies inside the plane."""
         at = (x + 1.0) * 0.5 * (size - 1)
         inside = (at > 0.0) & (at < size - 1)
         at = tl.minimum(tl.maximum(at, 0.0), (size - 1) * 1.0)
         low = at.to(tl.int32)
         return low, tl.minimum(low + 1, size - 1), at - low.to(tl.float32), inside
 
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _cells(places, time, i, inside, size, times, points: tl.constexpr):  # type: ignore[no-untyped-def]
+        """What `_cell` gives of the points i along x, y, z and time; time is always inside."""
+        x0, x1, fx, in_x = _cell(tl.load(places + i * 3, mask=inside, other=0.0), size)
+        y0, y1, fy, in_y = _cell(tl.load(places + i * 3 + 1, mask=inside, other=0.0), size)
+        z0, z1, fz, in_z = _cell(tl.load(places + i * 3 + 2, mask=inside, other=0.0), size)
+        t0, t1, ft, _ = _cell(tl.load(time) + tl.zeros((points,), tl.float32), times)
+        return x0, x1, fx, in_x, y0, y1, fy, in_y, z0, z1, fz, in_z, t0, t1, ft
+
     @triton.jit
     def _corners(plane, x0, x1, y0, y1, width, there):  # type: ignore[no-untyped-def]
+        """The 32 channels of the four cells around each place."""
         c = tl.arange(0, 32)[None, :]
         v00 = tl.load(plane + (y0 * width + x0)[:, None] * 32 + c, mask=there, other=0.0)
         v01 = tl.load(plane + (y0 * width + x1)[:, None] * 32 + c, mask=there, other=0.0)
@@ -117,13 +133,14 @@ if triton is not None:
 
     @triton.jit
     def _bilinear(plane, x0, x1, fx, y0, y1, fy, width, there):  # type: ignore[no-untyped-def]
+        """The bilinear samples of a plane, 32 channels each."""
         v00, v01, v10, v11 = _corners(plane, x0, x1, y0, y1, width, there)
         fx, fy = fx[:, None], fy[:, None]
         return (1 - fy) * ((1 - fx) * v00 + fx * v01) + fy * ((1 - fx) * v10 + fx * v11)
 
     @triton.jit
     def _spread(plane, grad, g, x0, x1, fx, y0, y1, fy, width, there):  # type: ignore[no-untyped-def]
-        """Add the gradient of a sample to the plane's; gradients along its axes, in cells."""
+        """Add the gradient of a sample to that of the plane, and return those by the place, in cells."""
         v00, v01, v10, v11 = _corners(plane, x0, x1, y0, y1, width, there)
         c = tl.arange(0, 32)[None, :]
         fx, fy = fx[:, None], fy[:, None]
@@ -139,13 +156,11 @@ if triton is not None:
     def _forward(  # type: ignore[no-untyped-def]
         places, time, xy, xz, xt, yz, yt, zt, out, n, size, times, width, first, points: tl.constexpr
     ):  # fmt: skip
+        """The features of a level: the product of the samples of its six planes."""
         i = tl.program_id(0) * points + tl.arange(0, points)
         inside = i < n
         there = inside[:, None]
-        x0, x1, fx, _ = _cell(tl.load(places + i * 3, mask=inside, other=0.0), size)
-        y0, y1, fy, _ = _cell(tl.load(places + i * 3 + 1, mask=inside, other=0.0), size)
-        z0, z1, fz, _ = _cell(tl.load(places + i * 3 + 2, mask=inside, other=0.0), size)
-        t0, t1, ft, _ = _cell(tl.load(time) + tl.zeros((points,), tl.float32), times)
+        x0, x1, fx, _, y0, y1, fy, _, z0, z1, fz, _, t0, t1, ft = _cells(places, time, i, inside, size, times, points)
         product = _bilinear(xy, x0, x1, fx, y0, y1, fy, size, there)
         product *= _bilinear(xz, x0, x1, fx, z0, z1, fz, size, there)
         product *= _bilinear(xt, x0, x1, fx, t0, t1, ft, size, there)
@@ -159,13 +174,13 @@ if triton is not None:
         places, time, xy, xz, xt, yz, yt, zt, g_xy, g_xz, g_xt, g_yz, g_yt, g_zt, grad, of_places,
         n, size, times, width, first, points: tl.constexpr,
     ):  # fmt: skip
+        """The gradients of a level's planes and places; the letters a to f are the samples of the six planes."""
         i = tl.program_id(0) * points + tl.arange(0, points)
         inside = i < n
         there = inside[:, None]
-        x0, x1, fx, in_x = _cell(tl.load(places + i * 3, mask=inside, other=0.0), size)
-        y0, y1, fy, in_y = _cell(tl.load(places + i * 3 + 1, mask=inside, other=0.0), size)
-        z0, z1, fz, in_z = _cell(tl.load(places + i * 3 + 2, mask=inside, other=0.0), size)
-        t0, t1, ft, _ = _cell(tl.load(time) + tl.zeros((points,), tl.float32), times)
+        x0, x1, fx, in_x, y0, y1, fy, in_y, z0, z1, fz, in_z, t0, t1, ft = _cells(
+            places, time, i, inside, size, times, points
+        )
         a = _bilinear(xy, x0, x1, fx, y0, y1, fy, size, there)
         b = _bilinear(xz, x0, x1, fx, z0, z1, fz, size, there)
         c = _bilinear(xt, x0, x1, fx, t0, t1, ft, size, there)
@@ -187,7 +202,8 @@ if triton is not None:
         tl.store(of_places + i * 3 + 2, tl.where(in_z, (gz1 + gz2 + gz3) * cells, 0.0), mask=inside)
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _roughen(plane, grad, n, row, height, smooth, ones, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _add_roughness(plane, grad, n, row, height, smooth, ones, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Add the gradients of the squared second differences along the first axis, and of |1 - plane|."""
         i = tl.program_id(0) * elements + tl.arange(0, elements)
         inside = i < n
         y = i // row

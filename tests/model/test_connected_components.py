@@ -1,4 +1,4 @@
-"""Pieces of an animal, against SciPy's labels and by hand."""
+"""Connected components of an animal, against SciPy's labels and by hand."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from zoosplat_model.network import pieces
-from zoosplat_model.network.pieces import LOOSE, SOLID, attached, largest_piece
+from zoosplat_model.network import connected_components
+from zoosplat_model.network.connected_components import (
+    MAX_LOOSE_SHARE,
+    SOLID_OPACITY,
+    largest_component,
+    touches_largest_component,
+)
 
 SHAPES = [(6, 7, 5), (20, 9, 40), (17, 20, 70), (1, 1, 1)]
 CORNER, CELL = torch.tensor([0.1, 0.2, 0.3]), 0.5
@@ -34,21 +39,21 @@ def by_scipy(means: torch.Tensor, opacities: torch.Tensor, shape: tuple[int, int
     ndimage = pytest.importorskip("scipy.ndimage")
     cells = ((means - CORNER) / CELL).floor().long().clamp_min(0).minimum(torch.tensor(shape) - 1).numpy()
     solid, around = np.zeros(shape, bool), np.ones((3, 3, 3))
-    solid[tuple(cells[opacities.numpy() > SOLID].T)] = True
+    solid[tuple(cells[opacities.numpy() > SOLID_OPACITY].T)] = True
     labels, _ = ndimage.label(solid, around)
     sizes = np.bincount(labels[solid])
-    piece = labels == sizes.argmax()
-    if sizes.max() < (1 - LOOSE) * solid.sum():
-        piece = np.ones(shape, bool)
-    found: NDArray[np.bool_] = ndimage.binary_dilation(piece, around)[tuple(cells.T)]
+    component = labels == sizes.argmax()
+    if sizes.max() < (1 - MAX_LOOSE_SHARE) * solid.sum():
+        component = np.ones(shape, bool)
+    found: NDArray[np.bool_] = ndimage.binary_dilation(component, around)[tuple(cells.T)]
     return found
 
 
 @pytest.mark.parametrize("loose", [0.003, 0.01, 0.5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_belongs_to_the_animal_is_its_largest_piece(shape: tuple[int, int, int], loose: float) -> None:
+def test_what_belongs_to_the_animal_is_its_largest_component(shape: tuple[int, int, int], loose: float) -> None:
     given = cloud(shape, 0, loose)
-    np.testing.assert_array_equal(attached(*given, CORNER, CELL, shape), by_scipy(*given, shape))
+    np.testing.assert_array_equal(touches_largest_component(*given, CORNER, CELL, shape), by_scipy(*given, shape))
 
 
 def test_a_long_tail_belongs_to_it_and_a_speck_does_not() -> None:
@@ -58,26 +63,26 @@ def test_a_long_tail_belongs_to_it_and_a_speck_does_not() -> None:
     for i in range(26):  # by its corners only
         solid[13 + i, 13 - i % 2, 13] = True
     speck[20, 20, 2:5] = True
-    assert torch.equal(largest_piece(solid), solid)
-    assert torch.equal(largest_piece(solid | speck), solid)
+    assert torch.equal(largest_component(solid), solid)
+    assert torch.equal(largest_component(solid | speck), solid)
 
 
 def test_masks_that_cut_the_animal_take_nothing_from_it() -> None:
     solid = torch.zeros(16, 8, 8, dtype=torch.bool)
     solid[:12], solid[13:] = True, True
-    assert largest_piece(solid).all()
-    assert largest_piece(torch.zeros(4, 4, 4, dtype=torch.bool)).all()
+    assert largest_component(solid).all()
+    assert largest_component(torch.zeros(4, 4, 4, dtype=torch.bool)).all()
 
 
 KERNELS = """
 import sys
 import numpy as np, torch
-from zoosplat_model import pieces
+from zoosplat_model.network import connected_components
 given = np.load(sys.argv[1])
 shape, corner, cell = tuple(given["shape"].tolist()), torch.from_numpy(given["corner"]), float(given["cell"])
 means, opacities = (torch.from_numpy(given[name]) for name in ("means", "opacities"))
-pieces.WORDS = 64  # so that cells take several turns
-np.save(sys.argv[2], pieces._attached(means, opacities, corner, cell, shape))
+connected_components.BLOCK_WORDS = 64  # so that a component takes several rounds
+np.save(sys.argv[2], connected_components._touches_largest_component(means, opacities, corner, cell, shape))
 """
 
 
@@ -100,9 +105,13 @@ def test_kernels_in_triton_s_interpreter(tmp_path: Path, shape: tuple[int, int, 
 def test_kernels_agree_with_plain_functions(shape: tuple[int, int, int]) -> None:
     for seed, loose in enumerate((0.0, 0.001, 0.003, 0.01, 0.5)):
         means, opacities = cloud(shape, seed, loose)
-        expected = attached(means, opacities, CORNER, CELL, shape)
-        found = pieces._attached(means.cuda(), opacities.cuda(), CORNER.cuda(), CELL, shape)
+        expected = touches_largest_component(means, opacities, CORNER, CELL, shape)
+        found = connected_components._touches_largest_component(
+            means.cuda(), opacities.cuda(), CORNER.cuda(), CELL, shape
+        )
         np.testing.assert_array_equal(found.cpu(), expected)
         # The kernels are of float32, so this is the plain function there.
-        slower = attached(means.double().cuda(), opacities.double().cuda(), CORNER.double().cuda(), CELL, shape)
+        slower = touches_largest_component(
+            means.double().cuda(), opacities.double().cuda(), CORNER.double().cuda(), CELL, shape
+        )
         np.testing.assert_array_equal(slower.cpu(), expected)
