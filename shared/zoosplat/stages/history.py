@@ -17,12 +17,12 @@ from zoosplat.stages.run_state import describe_run_state, find_run_state
 from zoosplat.stages.runs import CONFIG, RECORD
 from zoosplat.storage import objects
 
-VIEW_VIEW_GROUPS = ("held_out", "observed")  # The groups of cameras that an evaluation has means of.
+VIEW_GROUPS = ("held_out", "observed")  # The groups of cameras that an evaluation has means of.
 SettingChange = tuple[str, str, str]  # The key, its value before and its value now.
 
 
 @dataclass(frozen=True)
-class HistoryRunEntry:
+class HistoryEntry:
     """A run in the table.
 
     Attributes:
@@ -89,7 +89,7 @@ def find_other_causes(before: Mark, now: Mark) -> list[str]:
         for key, source in new["sources"].items():
             earlier = old["sources"].get(key)
             if earlier is None or earlier["url"] != source["url"]:
-                continue  # Another URL is another setting, and settings are listed anyway.
+                continue  # Another URL is another setting, which is listed among the changes.
             if earlier["fingerprint"] != source["fingerprint"]:
                 causes.append(f"{key}: other contents of {source['url']}")
     return list(dict.fromkeys(causes))
@@ -97,18 +97,14 @@ def find_other_causes(before: Mark, now: Mark) -> list[str]:
 
 def evaluation_means(mark: Mark | None) -> dict[str, dict[str, float | None]]:
     """Means of the held-out and of the observed views, of an evaluation's mark; empty where there is none."""
-    return (
-        {}
-        if mark is None
-        else {group: mark["figures"][group] for group in VIEW_VIEW_GROUPS if group in mark["figures"]}
-    )
+    return {} if mark is None else {group: mark["figures"][group] for group in VIEW_GROUPS if group in mark["figures"]}
 
 
-def read_history(project: Project) -> list[HistoryRunEntry]:
+def read_history(project: Project) -> list[HistoryEntry]:
     """The runs of a project, the oldest first. Raises UserError where there is none."""
     if project.is_legacy():
-        return [_read_legacy_run_entry(project)]
-    found: list[HistoryRunEntry] = []
+        return [_read_legacy_entry(project)]
+    found: list[HistoryEntry] = []
     before: tuple[Mark, dict[str, Any]] | None = None
     for run_id in project.run_ids():
         url = project.path(RUNS, run_id, RECORD)
@@ -117,11 +113,11 @@ def read_history(project: Project) -> list[HistoryRunEntry]:
             if record is None:
                 continue  # The folder is not that of a run, or its record is being written.
             now = record, read_settings(project, run_id)
-            found.append(_read_run_entry(project, *now, before))
+            found.append(_read_entry(project, *now, before))
             before = now
         except (UserError, KeyError) as error:
             damaged = str(error) if isinstance(error, UserError) else f"{url}: is damaged: lacks {error}"
-            found.append(HistoryRunEntry(run_id, "", None, damaged, {}))
+            found.append(HistoryEntry(run_id, "", None, damaged, {}))
             before = None
     if not found:
         raise UserError(f"{project.url}: holds no run; start with `zoosplat run CONFIG --project URL`")
@@ -130,7 +126,7 @@ def read_history(project: Project) -> list[HistoryRunEntry]:
 
 def _read_entry(
     project: Project, record: Mark, values: dict[str, Any], before: tuple[Mark, dict[str, Any]] | None
-) -> HistoryRunEntry:
+) -> HistoryEntry:
     changes = [f"{stage}: made again" for stage in record["forced"]]
     if before is not None:
         changes += [f"{key} {old} -> {new}" for key, old, new in find_setting_changes(before[1], values)]
@@ -141,13 +137,13 @@ def _read_entry(
     if evaluated is not None:
         mark = Result.at(evaluated.get("project") or project.url, "evaluate", evaluated["id"]).mark()
     known = before is not None or bool(changes)
-    return HistoryRunEntry(record["id"], record["created"], changes if known else None, state, evaluation_means(mark))
+    return HistoryEntry(record["id"], record["created"], changes if known else None, state, evaluation_means(mark))
 
 
-def _read_legacy_run_entry(project: Project) -> HistoryRunEntry:
+def _read_legacy_entry(project: Project) -> HistoryEntry:
     run = open_run(project)
     marks = [mark for stage in run.results if (mark := run.read_mark(stage)) is not None]
     finished = max((float(mark["finished"]) for mark in marks), default=None)
     created = "" if finished is None else datetime.fromtimestamp(finished).astimezone().isoformat()
     state = f"of an earlier layout; `zoosplat upgrade {project.url}` adopts it"
-    return HistoryRunEntry(run.id, created, None, state, evaluation_means(run.read_mark("evaluate")))
+    return HistoryEntry(run.id, created, None, state, evaluation_means(run.read_mark("evaluate")))
