@@ -171,7 +171,7 @@ def test_a_project_to_begin_with_is_the_training_that_is_finished_there(trained:
     other = Project.at(str(shutil.copytree(trained.url, tmp_path / "other")))
     shutil.rmtree(other.path("results", "train"))
     with pytest.raises(
-        UserError, match=r"^train\.start_from: \S+other: no project with a finished training"
+        UserError, match=r"^train\.start_from = \S+other: no project with a finished training"
     ) as refused:
         configure(trained, start_from=other.url)
     assert len(str(refused.value).splitlines()) == 1
