@@ -75,7 +75,7 @@ def _shade(axes: Axes, x: Floats, wrong: npt.NDArray[np.bool_]) -> None:
         axes.axvspan(x[start] - half, x[stop - 1] + half, color=RED, alpha=0.25, linewidth=0)
 
 
-def tracking(
+def plot_tracking(
     time_s: Floats, centers_m: Floats, angles_rad: Floats, n_voxels: Floats, valid: npt.NDArray[np.bool_]
 ) -> str:
     """Position, heading and hull size over time, frames without a hull shaded.
@@ -104,7 +104,7 @@ def tracking(
     return plot.svg
 
 
-def top_view(time_s: Floats, centers_m: Floats, angles_rad: Floats) -> str:
+def plot_top_view(time_s: Floats, centers_m: Floats, angles_rad: Floats) -> str:
     """The path seen from above, coloured by time, with the heading at a few moments. Shapes as `tracking`."""
     every = _thin(len(time_s))
     path_cm = 100 * centers_m[every, :2]
@@ -134,7 +134,7 @@ def top_view(time_s: Floats, centers_m: Floats, angles_rad: Floats) -> str:
     return plot.svg
 
 
-def marginals(counts: npt.NDArray[np.int64], ranges: npt.NDArray[np.int64]) -> str:
+def plot_marginals(counts: npt.NDArray[np.int64], ranges: npt.NDArray[np.int64]) -> str:
     """Hull voxels per grid index with the kept range.
 
     Args:
@@ -152,7 +152,7 @@ def marginals(counts: npt.NDArray[np.int64], ranges: npt.NDArray[np.int64]) -> s
     return plot.svg
 
 
-def history(x: Floats, x_label: str, panels: Mapping[str, Mapping[str, Floats]]) -> str:
+def plot_curves(x: Floats, x_label: str, panels: Mapping[str, Mapping[str, Floats]]) -> str:
     """Curves: a panel for each quantity, a line for each of its series.
 
     Args:
@@ -177,7 +177,7 @@ def history(x: Floats, x_label: str, panels: Mapping[str, Mapping[str, Floats]])
     return plot.svg
 
 
-def behaviour_maps(places: Floats, colourings: Mapping[str, Floats]) -> str:
+def plot_maps(places: Floats, colourings: Mapping[str, Floats]) -> str:
     """The map of an embedding, once for each quantity, in its colours.
 
     Args:
@@ -199,7 +199,7 @@ def behaviour_maps(places: Floats, colourings: Mapping[str, Floats]) -> str:
     return plot.svg
 
 
-def explained(shares: Floats) -> str:
+def plot_explained_variance(shares: Floats) -> str:
     """The share of the variance that the first dimensions of an embedding explain together.
 
     Args:
@@ -212,7 +212,7 @@ def explained(shares: Floats) -> str:
     return plot.svg
 
 
-def ethogram(time_s: Floats, states: npt.NDArray[np.int32]) -> str:
+def plot_ethogram(time_s: Floats, states: npt.NDArray[np.int32]) -> str:
     """States over time, a row each, the most frequent one on top.
 
     Args:
