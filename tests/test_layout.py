@@ -60,7 +60,7 @@ def test_every_package_is_packaged() -> None:
 def test_each_stage_is_an_extra() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     assert set(STAGES) <= set(extras)
-    assert extras["all"] == [f"zoosplat[{','.join([*STAGES, 'flows', 'view'])}]"]
+    assert extras["all"] == [f"zoosplat[{','.join([*STAGES, 'flows', 'view', 'notebook'])}]"]
 
 
 def test_mypy_finds_each_stage() -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SH_C0 = 0.28209479177387814  # the constant harmonic, 1 / (2 sqrt(pi))
+from zoosplat.geometry.spherical_harmonics import SH_C0
 
 
 def evaluate_colors(harmonics: Tensor, directions: Tensor, degree: int) -> Tensor:

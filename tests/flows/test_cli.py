@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import load_config
 from zoosplat.stages.results import DONE, PLAN, Result
-from zoosplat.stages.run_state import run_state
+from zoosplat.stages.run_state import find_run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, objects
 from zoosplat_flows.cli.app import app
@@ -175,10 +175,10 @@ def test_status_says_how_the_run_stands_and_what_failed(run: Run, by_hand: ByHan
 
 def test_a_run_whose_stages_are_run_one_by_one_is_done_with_the_last(run: Run, by_hand: ByHand, config: Path) -> None:
     other = by_hand.begin(Path(run.project.url), load_config(str(config), ["crop.ell=0.21"]).experiment, until="crop")
-    assert run_state(run.project, other.record()) == "begun"
+    assert find_run_state(run.project, other.record()) == "begun"
     by_hand.mark(other, "center_rotation")
     by_hand.mark(other, "crop")
-    assert run_state(run.project, other.record()) == "done"
+    assert find_run_state(run.project, other.record()) == "done"
 
 
 def test_a_damaged_mark_costs_its_own_stage_only(run: Run) -> None:

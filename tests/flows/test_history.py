@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
-from zoosplat.stages.history import differences, entries, flat
+from zoosplat.stages.history import find_setting_changes, flatten_settings, read_history
 from zoosplat.stages.projects import Project
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, objects, urls
@@ -95,10 +95,10 @@ def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # -- runs -----------------------------------------------------------------------------------------------------------
 def test_differences_name_what_changed() -> None:
-    before = flat({"a": {"b": 1, "c": [1, 2]}, "d": "x", "gone": {"e": None}})
-    now = flat({"a": {"b": 2, "c": [1, 3]}, "d": "", "new": [1]})
-    assert differences(before, before) == []
-    assert differences(before, now) == [
+    before = flatten_settings({"a": {"b": 1, "c": [1, 2]}, "d": "x", "gone": {"e": None}})
+    now = flatten_settings({"a": {"b": 2, "c": [1, 3]}, "d": "", "new": [1]})
+    assert find_setting_changes(before, before) == []
+    assert find_setting_changes(before, now) == [
         ("a.b", "1", "2"),
         ("a.c[1]", "2", "3"),
         ("d", "x", '""'),
@@ -121,7 +121,7 @@ def test_the_runs_of_a_project_in_order(
     by_hand.begin(folder, other, "ingest", state="failed", until="crop")
     project = Project.at(str(folder))
     mended = f"data.masks[1]: other contents of {tmp_path}/recording/bm.mp4"
-    assert [entry.changes for entry in entries(project)] == [
+    assert [entry.changes for entry in read_history(project)] == [
         None,
         ["name mouse -> three", f"train.epochs {experiment.train.epochs} -> 7"],
         [],
@@ -133,7 +133,12 @@ def test_the_runs_of_a_project_in_order(
         assert text in out, out
     assert out.index("mouse -> three") < out.index("the same") < out.index("other contents")
     with leases.locked(second.path("lease"), lambda: None):
-        assert [entry.state for entry in entries(project)] == ["begun", "running", "done", "failed (ingest to crop)"]
+        assert [entry.state for entry in read_history(project)] == [
+            "begun",
+            "running",
+            "done",
+            "failed (ingest to crop)",
+        ]
     # In a narrow terminal the columns are lines of a word or two, and none is lost.
     narrow = call("runs", project.url, columns=70)[1]
     assert all(run_id in narrow for run_id in project.run_ids())
@@ -146,7 +151,7 @@ def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path, experiment: E
     by_hand.begin(Path(project.url), experiment)
     Path(damaged.path("run.json")).write_text("{")
     Path(project.path("runs", "notes")).mkdir()
-    states = {entry.id: entry.state for entry in entries(project)}
+    states = {entry.id: entry.state for entry in read_history(project)}
     assert len(states) == 2
     assert "run.json: is damaged" in states[damaged.id]
 

@@ -185,7 +185,7 @@ def test_another_gallery_takes_over_the_metrics(
     def measure(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(evaluate.Evaluate, "_measure", measure)
+    monkeypatch.setattr(evaluate.EvaluateStage, "_measure", measure)
     shutil.copytree(whole_project, tmp_path / "project", symlinks=True)
     before = files_of(tmp_path / "project")
     here = Project.at(str(tmp_path / "project"))

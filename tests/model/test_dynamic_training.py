@@ -17,6 +17,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.config.training import Dynamic
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
+from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat.storage import listing, objects, urls
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.gaussian_set import PARAMETER_NAMES, GaussianSet
@@ -124,7 +125,7 @@ class Swing:
 def _round(means: Tensor, colors: Tensor, scale: float, opacity: float) -> Deformed:
     n = len(means)
     harmonics = torch.zeros(n, 16, 3)
-    harmonics[:, 0] = (colors - 0.5) / 0.28209479177387814
+    harmonics[:, 0] = (colors - 0.5) / SH_C0
     log_scales = torch.full((n, 3), math.log(scale))
     logits = torch.full((n, 1), math.log(opacity / (1 - opacity)))
     return Deformed(means, log_scales, torch.tensor([1.0, 0, 0, 0]).repeat(n, 1), logits, harmonics)
@@ -310,7 +311,7 @@ def test_ply_has_the_attributes_of_3dgs(tmp_path: Path) -> None:
     path.write_bytes(data)
     points, colors = files.read_points(str(path))
     assert torch.equal(points, g.xyz)
-    assert torch.allclose(colors, g.f_dc[:, 0] * 0.28209479 + 0.5, atol=1e-6)
+    assert torch.allclose(colors, g.f_dc[:, 0] * SH_C0 + 0.5, atol=1e-6)
 
 
 def test_points_of_other_programs(tmp_path: Path) -> None:

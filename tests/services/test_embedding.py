@@ -72,8 +72,8 @@ def test_what_tells_the_heading_is_removed_and_the_pose_stays() -> None:
     assert found.strength > 0
     assert after <= 0.05
     kept = found(features)
-    assert ops.told(kept, light) <= 0.05
-    assert ops.told(kept, pose) > 0.9
+    assert ops.cross_validated_r2(kept, light) <= 0.05
+    assert ops.cross_validated_r2(kept, pose) > 0.9
 
 
 def test_a_posture_that_coincides_with_a_heading_once_stays() -> None:
@@ -86,7 +86,7 @@ def test_a_posture_that_coincides_with_a_heading_once_stays() -> None:
     features = pose @ rng.normal(size=(4, 40)) + rng.normal(size=(n, 40)) * 0.02
     found = ops.fit(features, heading, np.arange(n) < 200, 10)
     assert found.strength == 0
-    assert ops.told(found(features), pose) > 0.8
+    assert ops.cross_validated_r2(found(features), pose) > 0.8
 
 
 def test_adversarial_axes_of_full_strength_are_uncorrelated_with_the_target() -> None:
@@ -140,7 +140,7 @@ def test_the_more_frames_there_are_the_less_other_animals_count() -> None:
 
 # -- what is alike --------------------------------------------------------------------------------------------------
 def test_neighbours_are_those_of_a_search_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "BLOCK", 7)
+    monkeypatch.setattr(ops, "BLOCK_FRAMES", 7)
     rng = np.random.default_rng(4)
     embedding = rng.normal(size=(40, 3)).astype(np.float32)
     times, recording = np.concatenate([np.arange(25), np.arange(15)]) / 10, np.repeat([0, 1], [25, 15]).astype(np.int32)
@@ -171,7 +171,7 @@ def test_states_and_map_of_separate_clusters() -> None:
 
 
 def test_a_map_of_some_places_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "MOST_MAPPED", 50)
+    monkeypatch.setattr(ops, "MAX_MAPPED", 50)
     rng = np.random.default_rng(6)
     which = np.arange(120) % 2
     embedding = (rng.normal(size=(120, 4)) * 0.1 + 4 * which[:, None]).astype(np.float32)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
+from zoosplat.formats.comparison import draw_comparison, square_around
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
@@ -242,7 +243,7 @@ def test_cameras_that_differ_in_colour(
     # The photographs of one camera are darker by a known map: the plain figures suffer, the corrected ones do not; also
     # where not all frames may be kept for the fit.
     monkeypatch.setattr(stage, "FIT_BYTES", 0)
-    monkeypatch.setattr(stage, "FIT_LEAST", most)
+    monkeypatch.setattr(stage, "MIN_FIT_FRAMES", most)
     rendered: list[int] = []
     gaussians = Predictor.gaussians
     monkeypatch.setattr(Predictor, "gaussians", lambda self, t: rendered.append(t) or gaussians(self, t))  # type: ignore[func-returns-value]
@@ -309,19 +310,14 @@ def test_one_frame_is_shown_once() -> None:
     assert ops.choose_frames(np.array([0.5]), 4) == [(0, "worst")]
 
 
-def test_table_cells() -> None:
-    data = ops.table(["name", "value"], [["a, b", 1 / 3], ["c", math.nan], ["d", 7]])
-    assert data.decode() == 'name,value\n"a, b",0.333333\nc,\nd,7\n'
-
-
 def test_comparison_shows_the_animal_large_and_the_error_dark() -> None:
     # An animal of 10 x 10 px, so the square is 12 px wide: 320 / 12 px a pixel. Truth red, rendering with 0.5 in green.
     mask = np.zeros((40, 50), dtype=bool)
     mask[20:30, 5:15] = True
     truth = np.where(mask[..., None], [1.0, 0.0, 0.0], 1.0)
     rgb = np.where(mask[..., None], [1.0, 0.5, 0.0], 1.0)
-    assert ops.square_around(mask) == (4, 19, 16, 31)
-    picture = ops.comparison(rgb, mask * 1.0, truth, mask)
+    assert square_around(mask) == (4, 19, 16, 31)
+    picture = draw_comparison(rgb, mask * 1.0, truth, mask)
     left, middle, right = picture[160, 160], picture[160, 324 + 160], picture[160, 648 + 160]
     assert left.tolist() == [255, 0, 0]
     assert middle.tolist() == [255, 128, 0]
@@ -336,4 +332,4 @@ def test_comparison_shows_the_animal_large_and_the_error_dark() -> None:
 
 
 def test_nothing_seen_shows_the_window() -> None:
-    assert ops.square_around(np.zeros((40, 50), dtype=bool)) == (0, 0, 50, 40)
+    assert square_around(np.zeros((40, 50), dtype=bool)) == (0, 0, 50, 40)

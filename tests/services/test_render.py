@@ -24,6 +24,7 @@ from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.geometry import projection, rotations
 from zoosplat.geometry.rotations import look_at
+from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat.stages.contract import Context
 from zoosplat.stages.projects import Project
 from zoosplat.storage import listing, objects, urls
@@ -154,7 +155,7 @@ def test_ply_round_trip() -> None:
 
     np.testing.assert_allclose(read("x", "y", "z"), means, rtol=1e-6)
     assert not read("nx", "ny", "nz").any()
-    np.testing.assert_allclose(read("f_dc_0", "f_dc_1", "f_dc_2") * 0.28209479177387814 + 0.5, colors, atol=1e-6)
+    np.testing.assert_allclose(read("f_dc_0", "f_dc_1", "f_dc_2") * SH_C0 + 0.5, colors, atol=1e-6)
     np.testing.assert_allclose(1 / (1 + np.exp(-found["opacity"])), opacities, atol=2e-6)
     assert np.isfinite(found["opacity"]).all()
     np.testing.assert_allclose(np.exp(read("scale_0", "scale_1", "scale_2")), scales, rtol=1e-5)
@@ -166,7 +167,7 @@ def test_ply_of_one_gaussian_worked_out_by_hand() -> None:
     one = np.array([[1.0, 2, 3]])
     data = ops.to_ply(one, np.array([[2.0, 0, 0, 0]]), np.exp(-one), np.array([0.5]), np.array([[0.5, 1, 0]]))
     values = np.frombuffer(data[-17 * 4 :], "<f4")
-    dc = 0.5 / 0.28209479177387814
+    dc = 0.5 / SH_C0
     np.testing.assert_allclose(values, [1, 2, 3, 0, 0, 0, 0, dc, -dc, 0, -1, -2, -3, 1, 0, 0, 0], atol=1e-6)
 
 

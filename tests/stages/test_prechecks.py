@@ -14,7 +14,7 @@ import pytest
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
-from zoosplat.stages.outside_files import check_outside_files
+from zoosplat.stages.outside_file_checks import check_outside_files
 from zoosplat.stages.prechecks import check_before_run, check_kept_frames, check_project_place
 from zoosplat.stages.registry import STAGES
 

@@ -9,7 +9,7 @@ import typer
 
 from zoosplat.errors import UserError
 from zoosplat.stages.registry import PIPELINE, STAGES
-from zoosplat.stages.run_state import run_state
+from zoosplat.stages.run_state import find_run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
 
@@ -52,7 +52,7 @@ def show_logs(run: Run, stage: str | None, follow: bool) -> None:
     logs = [_LogReader(run, name) for name in ([stage] if stage else [spec.name for spec in PIPELINE])]
     printed = 0
     while True:
-        state = run_state(run.project, run.record()) if run.record() else ""
+        state = find_run_state(run.project, run.record()) if run.record() else ""
         # Lines begin with their time. The sort is stable, so lines of one time and stage keep their order.
         lines = sorted(
             ((line, log.stage) for log in logs for line in log.read_new_lines()),

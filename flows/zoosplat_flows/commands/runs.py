@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zoosplat.stages.history import GROUPS, entries
+from zoosplat.stages.history import VIEW_GROUPS, read_history
 from zoosplat.stages.projects import Project
 from zoosplat_flows.commands.status import OTHER_COLOUR, RUN_COLOURS
 
@@ -21,13 +21,13 @@ def format_local_time(iso: str) -> str:
 
 def show_runs(project: Project) -> None:
     """Print the runs of a project as a table. Raises UserError where there is no run."""
-    found = entries(project)
+    found = read_history(project)
     latest = project.latest_id()
     table = Table(title=project.url, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run, when", no_wrap=True)
     table.add_column("against the run before", overflow="fold", ratio=1)
     table.add_column("state", overflow="fold", max_width=28)
-    for group in GROUPS:
+    for group in VIEW_GROUPS:
         table.add_column(f"{group.replace('_', '-')}\nIoU, PSNR", justify="right", no_wrap=True)
     for entry in found:
         shown = f"[bold]{entry.id}[/]" if entry.id == latest else entry.id
@@ -37,7 +37,7 @@ def show_runs(project: Project) -> None:
             f"{shown}\n[dim]{format_local_time(entry.created)}[/]",
             escape(changes),
             f"[{colour}]{escape(entry.state)}[/]",
-            *(_format_means(entry.means.get(group, {})) for group in GROUPS),
+            *(_format_means(entry.means.get(group, {})) for group in VIEW_GROUPS),
         )
     Console().print(table)
 

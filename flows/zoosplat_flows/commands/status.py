@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zoosplat.stages.run_state import in_words, run_state
+from zoosplat.stages.run_state import describe_run_state, find_run_state
 from zoosplat.stages.runs import Run
 from zoosplat_flows.execution.stage_states import stage_failures, stage_states, wall_seconds
 from zoosplat_flows.formatting import format_duration, format_peak_memory
@@ -24,8 +24,8 @@ def show_status(run: Run) -> None:
     record, console = run.record(), Console()
     title = f"{run.project.url}, run {run.id}"
     if record:
-        state = run_state(run.project, record)
-        title += f": [{RUN_COLOURS.get(state, OTHER_COLOUR)}]{in_words(state, record)}[/]"
+        state = find_run_state(run.project, record)
+        title += f": [{RUN_COLOURS.get(state, OTHER_COLOUR)}]{describe_run_state(state, record)}[/]"
     console.print(title, soft_wrap=True, highlight=False)
     table = Table()
     for column in ("stage", "state", "shards", "time", "peak memory", "finished"):

@@ -20,7 +20,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.projects import RUNS, Project
 from zoosplat.stages.registry import STAGES
 from zoosplat.stages.results import DONE, MANIFEST, PLAN, REQUEST, RESULTS, SHARDS, Mark
-from zoosplat.stages.run_state import is_alive
+from zoosplat.stages.run_state import is_run_alive
 from zoosplat.stages.runs import CONFIG, RECORD
 from zoosplat.stages.sources import SOURCES
 from zoosplat.storage import leases, listing, objects, urls
@@ -73,7 +73,7 @@ def find_garbage(project: Project, keep_last: int | None) -> Garbage:
         for run_id in sorted(records)[: max(0, len(records) - keep_last)]:
             if run_id == latest:
                 continue
-            if is_alive(project, run_id):
+            if is_run_alive(project, run_id):
                 found.left[path_in_project(RUNS, run_id)] = "a process works on it"
                 continue
             foreign = _foreign(project.path(RUNS, run_id), (*RUN_FILES, RECORD))
@@ -103,7 +103,7 @@ def remove_garbage(project: Project, found: Garbage) -> Iterator[str]:
         A line for each run and result, when it has been removed or left.
     """
     for run_id, size in found.runs.items():
-        if is_alive(project, run_id) or run_id == project.latest_id():
+        if is_run_alive(project, run_id) or run_id == project.latest_id():
             yield f"{path_in_project(RUNS, run_id)}: left, a process works on it"
             continue
         folder = project.path(RUNS, run_id)

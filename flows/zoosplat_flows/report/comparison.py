@@ -12,14 +12,21 @@ import numpy as np
 
 from zoosplat.errors import UserError
 from zoosplat.formats import media
-from zoosplat.stages.history import GROUPS, Change, differences, flat, means_of, other_causes
+from zoosplat.formats.comparison import split_comparison
+from zoosplat.stages.history import (
+    VIEW_GROUPS,
+    SettingChange,
+    evaluation_means,
+    find_other_causes,
+    find_setting_changes,
+    flatten_settings,
+)
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects, urls
 from zoosplat_flows.report.page import render_page
 from zoosplat_flows.report.pictures import jpeg_data_uri
 from zoosplat_flows.report.values import metric_label
 
-GAP = 4  # grey columns between the pictures of a gallery, see `media.side_by_side`
 MetricMeans = tuple[str, float | None, float | None]  # name of a metric, and its mean in the first and second run
 
 
@@ -42,17 +49,17 @@ class PicturePair:
     scores: tuple[str, str]
 
 
-def compare_settings(first: Run, second: Run) -> list[Change]:
+def compare_settings(first: Run, second: Run) -> list[SettingChange]:
     """Settings that differ between two runs, and other reasons why their results differ."""
-    found = differences(*(flat(run.experiment.model_dump(mode="json")) for run in (first, second)))
-    return found + [(cause, "", "") for cause in other_causes(first.record(), second.record())]
+    found = find_setting_changes(*(flatten_settings(run.experiment.model_dump(mode="json")) for run in (first, second)))
+    return found + [(cause, "", "") for cause in find_other_causes(first.record(), second.record())]
 
 
 def compare_metrics(first: Run, second: Run) -> list[MetricMeans]:
     """Means over views that at least one of the two evaluations has; those of held-out views come first."""
-    a, b = (means_of(run.read_mark("evaluate")) for run in (first, second))
+    a, b = (evaluation_means(run.read_mark("evaluate")) for run in (first, second))
     found: list[MetricMeans] = []
-    for group in GROUPS:
+    for group in VIEW_GROUPS:
         for name in dict.fromkeys([*a.get(group, {}), *b.get(group, {})]):
             title = f"{group.replace('_', '-')} views, {metric_label(name)}"
             found.append((title, a.get(group, {}).get(name), b.get(group, {}).get(name)))
@@ -146,7 +153,7 @@ def _gallery(run: Run) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def _panels(url: str) -> tuple[media.Picture, media.Picture]:
-    """Truth and render of a gallery's picture, which shows truth, render and error, each square."""
+    """Truth and render of a picture of an evaluation, [h, h, 3] each. Raises UserError: it is missing or damaged."""
     try:
         data = objects.read_bytes(url)
     except FileNotFoundError:
@@ -154,9 +161,7 @@ def _panels(url: str) -> tuple[media.Picture, media.Picture]:
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
     if picture is None:
         raise UserError(f"{url}: is damaged; run stage evaluate with --force")
-    side = picture.shape[0]
-    whole = np.asarray(picture, dtype=np.uint8)
-    return whole[:, :side], whole[:, side + GAP : 2 * side + GAP]
+    return split_comparison(np.asarray(picture, dtype=np.uint8))
 
 
 def _score(entry: dict[str, Any]) -> str:

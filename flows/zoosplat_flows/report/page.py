@@ -11,7 +11,7 @@ import jinja2
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.stages.run_state import in_words, run_state
+from zoosplat.stages.run_state import describe_run_state, find_run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects, urls
 from zoosplat_flows.execution.stage_states import StageState, stage_failures, stage_states, wall_seconds
@@ -66,7 +66,7 @@ def build_report(run: Run, state: str = "") -> str:
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             missing[name] = f"Stage {stage} is marked as done, but its output cannot be read: {what}"
     if record:
-        state = in_words(state or run_state(run.project, record), record)
+        state = describe_run_state(state or find_run_state(run.project, record), record)
     page = render_page(
         "report.html.j2",
         experiment=experiment,

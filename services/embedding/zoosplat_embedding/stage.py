@@ -12,23 +12,26 @@ import numpy as np
 
 from zoosplat.config.sections import Embedding, is_weights_file
 from zoosplat.errors import UserError
+from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.runs import Run
 from zoosplat.storage import fingerprints, listing, objects, schema, urls
 from zoosplat_embedding import ops
 
-FEWEST = 2  # training frames with a hull: an embedding of one says nothing
+MIN_TRAINING_FRAMES = 2  # an embedding of one frame says nothing
+CSV_DIGITS = 7  # Significant digits of numbers in the table.
 GROUP, CSV = "embedding.zarr", "embedding.csv"
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What is embedded of a run: descriptors, and where the animal was.
+    """Of a run, the descriptors that are embedded and the positions of the animal.
 
     Attributes:
-        kind: what descriptors must have in common to be embedded together.
+        kind: encoder, radius and weights, which descriptors that are embedded together must have in common.
         features: [T, D] float32, NaN where not valid.
-        valid: [T] bool; those to be fitted to: `train` [T] bool.
+        valid: [T] bool, whether the frame has a visual hull.
+        train: [T] bool, whether the embedding is fitted to the frame.
         centers: [T, 3] m.
         covariances: [T, 3, 3] m^2.
         headings: [T] rad.
@@ -48,7 +51,11 @@ class Recording:
 
     @classmethod
     def read(cls, run: Run, fit_to: Literal["third", "all"]) -> Recording:
-        """Raises UserError where a stage is missing or its group is damaged."""
+        """Read what a run's stages have written.
+
+        Raises:
+            UserError: a stage is missing, its group is damaged, or there are too few training frames.
+        """
         group, tracking, images = (run.open_input(stage) for stage in ("features", "center_rotation", "pack"))
         schema.validate(group, "features.zarr", run.output_url("features"))
         features = schema.read(group, "features")
@@ -57,7 +64,7 @@ class Recording:
             where = run.output_url("features")
             raise UserError(f"{where}: {len(features)} frames, tracking has {len(valid)}; run stage features again")
         train = valid & (np.arange(len(valid)) < (len(valid) if fit_to == "all" else len(valid) // 3))
-        if train.sum() < FEWEST:
+        if train.sum() < MIN_TRAINING_FRAMES:
             part = "" if fit_to == "all" else "the first third of "
             raise UserError(
                 f"{run.project.url}: {train.sum()} of {part}{len(valid)} frames have a visual hull, too few to fit an "
@@ -78,10 +85,10 @@ class Recording:
 
 
 def _kind(attributes: dict[str, Any]) -> dict[str, Any]:
-    """What tells of descriptors whether they are of one kind, from the attributes of their group."""
+    """Encoder, radius and weights of descriptors, from the attributes of their group: see `Recording.kind`."""
     kind: dict[str, Any] = {key: attributes[key] for key in ("encoder", "radius_m", "weights") if key in attributes}
     if is_weights_file(str(kind.get("weights"))):
-        # Groups of earlier versions name the file and not its content. One that is gone is known by its name alone.
+        # Groups of earlier versions name the file and not its content. A file that is gone is known by its name alone.
         with suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
             kind["weights"] = fingerprints.content_fingerprint(urls.normalize(str(kind["weights"])))
     return kind
@@ -90,12 +97,15 @@ def _kind(attributes: dict[str, Any]) -> dict[str, Any]:
 def embed(
     recordings: Sequence[Recording], settings: Embedding, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Embed recordings together: arrays and attributes of embedding.zarr, a row for each kept frame of each.
+    """Embed recordings together.
 
     Args:
         recordings: of one kind; fitted to the first thirds of all, or to all frames of all.
         settings: as in the configuration.
-        progress: told how many of four steps are done.
+        progress: called with how many of four steps are done.
+
+    Returns:
+        The arrays of embedding.zarr, with a row for each kept frame of each recording, and its attributes.
     """
     valid = np.concatenate([r.valid for r in recordings])
     features = np.concatenate([r.features for r in recordings])
@@ -153,7 +163,7 @@ def embed(
 
 
 def _variation(encoder: str, size: int) -> ops.Floats | None:
-    """How descriptors of random animals vary, if they are of this encoder and size: `zoosplat_features.animals`."""
+    """The variation among animals that `zoosplat_features.animals` measured; None for other encoders and sizes."""
     if encoder != "gaussians":
         return None
     with (importlib.resources.files("zoosplat_embedding") / "animals.npz").open("rb") as file:
@@ -162,7 +172,7 @@ def _variation(encoder: str, size: int) -> ops.Floats | None:
 
 
 def write(folder: str, arrays: dict[str, Any], attributes: dict[str, Any]) -> None:
-    """embedding.zarr and embedding.csv into a folder or S3 prefix, the latter last."""
+    """Write embedding.zarr and then embedding.csv into a folder or S3 prefix."""
     n, dimensions = arrays["embedding"].shape
     sizes = {"T": n, "E": dimensions, "k": arrays["neighbours"].shape[1]}
     group = schema.create(urls.join(folder, GROUP), GROUP, sizes, n, attributes)
@@ -178,7 +188,9 @@ def write(folder: str, arrays: dict[str, Any], attributes: dict[str, Any]) -> No
         **{f"map_{axis}": arrays["map"][:, i] for i, axis in enumerate("xy")},
         **{f"e{i:02d}": arrays["embedding"][:, i] for i in range(dimensions)},
     }
-    objects.write_bytes(urls.join(folder, CSV), ops.table(columns))
+    objects.write_bytes(
+        urls.join(folder, CSV), encode_csv(tuple(columns), zip(*columns.values(), strict=True), CSV_DIGITS)
+    )
 
 
 def _warnings(arrays: dict[str, Any], attributes: dict[str, Any]) -> tuple[str, ...]:
@@ -188,13 +200,13 @@ def _warnings(arrays: dict[str, Any], attributes: dict[str, Any]) -> tuple[str, 
         frames = attributes["training_frames"]
         found.append(f"{frames} training frames fit {fitted} of {dimensions} dimensions; the others are 0")
     after = attributes["heading_r2"][1]
-    if after > ops.TELLS:
+    if after > ops.MAX_HEADING_R2:
         found.append(f"the heading can be told from the embedding (R2 {after:.2f} at other times)")
     return tuple(found)
 
 
-class Embed(Stage):
-    """Coordinates of behaviour from the descriptors, a map of them, what is alike, and states."""
+class EmbeddingStage(Stage):
+    """Embed the descriptors, and derive a map, the most similar frames and states of behaviour."""
 
     def prepare(self, ctx: Context) -> Plan:
         recording = Recording.read(ctx.run, ctx.experiment.embedding.fit_to)
@@ -219,13 +231,13 @@ class Embed(Stage):
         )
 
 
-STAGE = Embed("embedding")
+STAGE = EmbeddingStage("embedding")
 
 
 def embed_together(runs: Sequence[Run], output: str) -> list[str]:
     """Embed recordings of several runs together, with the settings of the first.
 
-    Writes embedding.zarr and embedding.csv, the latter last, into `output`, a folder or S3 prefix that holds nothing.
+    Writes embedding.zarr and then embedding.csv into `output`, a folder or S3 prefix that holds nothing.
 
     Returns:
         Warnings.

@@ -1,46 +1,37 @@
-"""Tables, choices and pictures of an evaluation: arrays in, arrays or bytes out."""
+"""Means of metrics, the choice of frames for the gallery, and pictures of an evaluation."""
 
 from __future__ import annotations
 
-import csv
 import io
-import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
-import cv2
 import numpy as np
 import numpy.typing as npt
-
-from zoosplat.formats import media
 
 Values = npt.NDArray[np.float64]
 Kind = Literal["worst", "best", "even"]
 
-GALLERY_SIDE = 320  # pixels of each of the three squares
-MARGIN = 1.2  # side of the square over that of the animal's box
-ERROR_AT_END = 0.5  # mean |error| over the channels that the last colour of the error picture stands for
-
 
 def camera_means(values: Values) -> Values:
-    """[C, M] means over frames of metrics [T, C, M]; those that are not defined in a frame (NaN) are left out."""
+    """Means [C, M] over frames of metrics [T, C, M]. Frames in which a metric is not defined (NaN) do not count."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mean of empty slice", category=RuntimeWarning)
         return np.asarray(np.nanmean(values, axis=0))
 
 
 def group_means(means: Values, cameras: Sequence[int]) -> Values:
-    """[M] means over some cameras of the camera means [C, M]; NaN where no camera has a value."""
+    """Means [M] over some cameras of the camera means [C, M]; NaN where no camera has a value."""
     return camera_means(means[list(cameras)])
 
 
 def choose_frames(iou: Values, count: int) -> list[tuple[int, Kind]]:
-    """Which frames to show: the worst, the best, then `count` evenly spaced ones, none twice.
+    """Choose the frames to show: the worst, the best, then `count` evenly spaced ones, none twice.
 
     Args:
         iou: [T] of each frame; at least one.
-        count: of evenly spaced frames, first and last among them when there are two or more.
+        count: number of evenly spaced frames; the first and the last frame are among them if there are two or more.
     """
     chosen: dict[int, Kind] = {int(np.argmin(iou)): "worst"}
     chosen.setdefault(int(np.argmax(iou)), "best")
@@ -51,59 +42,12 @@ def choose_frames(iou: Values, count: int) -> list[tuple[int, Kind]]:
     return list(chosen.items())
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    """CSV file; floats with 6 significant digits, NaN and None as empty cells."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
-        writer.writerow([_cell(value) for value in row])
-    return text.getvalue().encode()
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return "" if value is None else value
-
-
-def square_around(seen: npt.NDArray[np.bool_]) -> tuple[float, float, float, float]:
-    """The square x0, y0, x1, y1 (pixels, may reach outside) round what is seen [h, w], 1.2 times as large."""
-    ys, xs = np.nonzero(seen)
-    if len(xs) == 0:
-        return 0.0, 0.0, float(seen.shape[1]), float(seen.shape[0])
-    x0, x1, y0, y1 = xs.min(), xs.max() + 1, ys.min(), ys.max() + 1
-    half = MARGIN * max(x1 - x0, y1 - y0) / 2
-    x, y = (x0 + x1) / 2, (y0 + y1) / 2
-    return float(x - half), float(y - half), float(x + half), float(y + half)
-
-
-def comparison(rgb: Values, alpha: Values, truth: Values, mask: npt.NDArray[np.bool_]) -> media.Picture:
-    """Truth, rendering and error beside each other, cut out round the animal and enlarged.
-
-    Args:
-        rgb: [h, w, 3] rendering on white, 0 to 1.
-        alpha: [h, w] its opacity.
-        truth: [h, w, 3] photograph on white.
-        mask: [h, w].
-
-    Returns:
-        [320, 968, 3] uint8. Error is the mean over channels of |rgb - truth|, from white (0) through yellow and red to
-        black (0.5 and more).
-    """
-    error = np.abs(rgb - truth).mean(axis=-1) / ERROR_AT_END
-    heat = cv2.applyColorMap(media.to_uint8(1 - error), cv2.COLORMAP_HOT)[..., ::-1]
-    box = square_around(mask | (alpha > 0.5))
-    pictures = [media.to_uint8(truth), media.to_uint8(rgb), np.asarray(heat, dtype=np.uint8)]
-    return media.side_by_side([media.zoom(p, box, GALLERY_SIDE, GALLERY_SIDE) for p in pictures])
-
-
 def plot_over_time(video_frames: Values, curves: dict[str, tuple[Values, Values]]) -> bytes:
-    """PNG plot of IoU and PSNR over time.
+    """A PNG plot of IoU and PSNR over time.
 
     Args:
         video_frames: [T] indices in the video.
-        curves: by the name of a group of cameras: its mean IoU [T] and PSNR [T] in dB.
+        curves: mean IoU [T] and PSNR [T] in dB, by the name of the group of cameras.
     """
     from matplotlib.figure import Figure
 

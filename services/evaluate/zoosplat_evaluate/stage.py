@@ -12,6 +12,8 @@ from torch import Tensor
 
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.formats.comparison import draw_comparison
+from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import objects, urls
 from zoosplat_evaluate import ops
@@ -22,13 +24,19 @@ from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering
 from zoosplat_model.registry import open_predictor
 
+CSV_DIGITS = 6  # Significant digits of numbers in the tables.
 VALUES = "metrics.npy"  # [T, C, M] float64, NaN where not defined
 IOU, PSNR = METRICS.index("iou"), METRICS.index("psnr")
-FIT_BYTES, FIT_LEAST = 1 << 30, 8  # of renderings that colours are fitted to, and frames at least
+FIT_BYTES = 1 << 30  # bytes of the renderings that colours are fitted to, which are kept for the metrics
+MIN_FIT_FRAMES = 8  # frames that colours are fitted to at least, however large they are
 
 
 def _downsample(ctx: Context, reader: FrameReader) -> int:
-    """Factor from the working resolution to that of the metrics."""
+    """The factor from the working resolution to that of the metrics.
+
+    Raises:
+        UserError: images cannot be averaged to the resolution that is asked for.
+    """
     wanted = ctx.experiment.evaluate.image_downsample or reader.image_downsample
     factor = wanted // reader.image_downsample
     if wanted % reader.image_downsample or min(reader.full_width, reader.full_height) // factor <= SSIM_RADIUS:
@@ -50,7 +58,7 @@ def _render(predictor: Predictor, frame: Frame) -> Rendering:
 
 
 def _measured_before(ctx: Context) -> ops.Values | None:
-    """Metrics that an evaluation with another gallery has taken of the same model; None where there is none."""
+    """Metrics [T, C, M] of an evaluation of the same model with another gallery; None where there is none."""
     earlier = ctx.run.find_sibling("evaluate", ignoring=["evaluate.gallery_frames"])
     if earlier is None:
         return None
@@ -67,7 +75,7 @@ def _to_npy(values: ops.Values) -> bytes:
     return data.getvalue()
 
 
-class Evaluate(Stage):
+class EvaluateStage(Stage):
     """Compare renderings of one split with its photographs, in observed and held-out views."""
 
     def prepare(self, ctx: Context) -> Plan:
@@ -98,13 +106,13 @@ class Evaluate(Stage):
         return Outcome(len(frames), figures=figures)
 
     def _measure(self, ctx: Context, predictor: Predictor, frames: list[int]) -> ops.Values:
-        """Metrics [T, C, M] of the frames, NaN where a camera has no picture."""
+        """The metrics [T, C, M] of the frames; NaN where a camera has no picture."""
         reader = predictor.reader
         factor = _downsample(ctx, reader)
         size = reader.full_width, reader.full_height
         color, kept = self._fit_color(predictor, frames)
         measured = {}
-        # Those that were rendered for the fit first, so that their memory is soon free again.
+        # The frames that were rendered for the fit come first, so that their memory is soon free again.
         for frame in reader.prefetch([*kept, *(t for t in frames if t not in kept)]):
             rgb, alpha = (layer.to(reader.device) for layer in kept.pop(frame.t, None) or _render(predictor, frame))
             images = rgb, alpha, frame.rgb, frame.mask, frame.origin
@@ -115,13 +123,16 @@ class Evaluate(Stage):
         return values
 
     def _fit_color(self, predictor: Predictor, frames: list[int]) -> tuple[Tensor, dict[int, Rendering]]:
-        """Affine map of each camera's colours [C, 4, 3], and the renderings that it was fitted to, on the CPU.
+        """Fit an affine map of each camera's colours.
 
-        Fitted to frames that are evenly spread over the split, as many as memory may hold, so that none is rendered
-        twice: the twelve numbers of a camera are known from a few.
+        The frames are evenly spread over the split, as many as `FIT_BYTES` hold, so that none is rendered twice. A few
+        frames determine the twelve numbers of a camera.
+
+        Returns:
+            The maps [C, 4, 3], and by frame the renderings that they were fitted to, on the CPU.
         """
         reader = predictor.reader
-        most = max(FIT_BYTES // (16 * reader.n_cameras * reader.height * reader.width), FIT_LEAST)
+        most = max(FIT_BYTES // (16 * reader.n_cameras * reader.height * reader.width), MIN_FIT_FRAMES)
         fit, kept = ColorFit(reader.n_cameras), {}
         for frame in reader.prefetch(frames[:: -(-len(frames) // most)]):
             rendering = _render(predictor, frame)
@@ -144,13 +155,17 @@ class Evaluate(Stage):
             if cameras:
                 mean = ops.group_means(means, cameras).tolist()
                 rows.append([f"mean_{name}", int(name == "held_out"), len(frames), *mean])
-        self._write(ctx, f"metrics_{split}.csv", ops.table(["camera", "held_out", "frames", *METRICS], rows))
+        self._write(
+            ctx, f"metrics_{split}.csv", encode_csv(["camera", "held_out", "frames", *METRICS], rows, CSV_DIGITS)
+        )
         each = (
             [t, t * jump, name, held_out[c], *values[i, c].tolist()]
             for i, t in enumerate(frames)
             for c, name in enumerate(reader.camera_names)
         )
-        self._write(ctx, f"frames_{split}.csv", ops.table(["t", "frame", "camera", "held_out", *METRICS], each))
+        self._write(
+            ctx, f"frames_{split}.csv", encode_csv(["t", "frame", "camera", "held_out", *METRICS], each, CSV_DIGITS)
+        )
         curves = {
             name.replace("_", " "): (values[:, cameras, IOU].mean(1), values[:, cameras, PSNR].mean(1))
             for name, cameras in groups.items()
@@ -167,7 +182,7 @@ class Evaluate(Stage):
             layers = (*_render(predictor, frame), frame.composite_on_white(), frame.mask > 0)
             for c in np.flatnonzero(reader.pictured[frame.t]).tolist():
                 file = f"gallery/t{frame.t:06d}_camera{c}.png"
-                picture = ops.comparison(*(layer[c].cpu().numpy() for layer in layers))
+                picture = draw_comparison(*(layer[c].cpu().numpy() for layer in layers))
                 self._write(ctx, file, media.encode_png(picture))
                 entries.append(
                     {
@@ -186,8 +201,8 @@ class Evaluate(Stage):
 
 
 def _named(values: ops.Values) -> dict[str, float | None]:
-    """Metrics by name, as JSON: null where a metric is not defined in any frame."""
+    """Metrics by name; None where a metric is not defined in any frame."""
     return {name: None if math.isnan(v) else round(v, 6) for name, v in zip(METRICS, values.tolist(), strict=True)}
 
 
-STAGE = Evaluate("evaluate")
+STAGE = EvaluateStage("evaluate")

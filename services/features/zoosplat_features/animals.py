@@ -1,4 +1,4 @@
-"""How descriptors of animals differ from each other: how `zoosplat_embedding/animals.npz` was made.
+"""Measure how descriptors of animals differ: how `zoosplat_embedding/animals.npz` was made.
 
     python -m zoosplat_features.animals OUT.npz WEIGHTS.safetensors [--animals 800]
 
@@ -28,13 +28,18 @@ from zoosplat_model.animals import (
 )
 from zoosplat_model.devices import pick_device
 
-DIRECTIONS = 60  # the rest of the variance is noise
+DIRECTIONS = 60  # principal directions that are kept; the rest of the variance is noise
 
 
 def variation(descriptors: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float16], float]:
-    """[60, D] rows whose Gram matrix is, up to a factor, the covariance of descriptors [N, D]; the share that it has.
+    """The main directions in which descriptors vary.
 
-    The factor is such that half precision has room.
+    Args:
+        descriptors: [N, D].
+
+    Returns:
+        [60, D] rows whose Gram matrix is the covariance up to a factor, such that half precision has room; and the
+        share of the variance that they have.
     """
     _, lengths, axes = np.linalg.svd(descriptors - descriptors.mean(0), full_matrices=False)
     rows = lengths[:DIRECTIONS, None] * axes[:DIRECTIONS]

@@ -1,4 +1,4 @@
-"""The two ways to describe an animal, behind one interface."""
+"""The two encoders, `gaussians` and `images`, behind one interface."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from zoosplat_features import ops
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.rasterize import Rendering
 
-CHANNELS = 512  # of a ResNet-18 before its last layer
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, on which the weights were trained
+CHANNELS = 512  # outputs of a ResNet-18 without its last layer
+# Means and deviations of the colours of ImageNet, on which the weights were trained.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Encoder(ABC):
-    """Describes an animal.
+    """Computes a descriptor of an animal.
 
     Attributes:
-        size: numbers in a descriptor.
-        capturable: whether it can be part of a CUDA graph.
+        size: length of a descriptor.
+        capturable: whether the encoder can be part of a CUDA graph.
     """
 
     size: int
@@ -37,7 +38,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def __call__(self, gaussians: Gaussians) -> Tensor:
-        """[size] float32 of Gaussians in the animal's frame. A turn about the vertical does not change it."""
+        """The descriptor [size] float32, unchanged by a turn about the vertical, of Gaussians in the animal's frame."""
 
 
 class GaussiansEncoder(Encoder):
@@ -61,11 +62,11 @@ class Renderer(Protocol):
 
 
 class ImagesEncoder(Encoder):
-    """Pictures from 32 sides, a ResNet-18's view of each, spherical harmonics over the sides, their magnitudes.
+    """Magnitudes of the spherical harmonics, over 32 directions, of what a ResNet-18 sees from each direction.
 
-    As Pose Splatter does (arXiv 2505.18342), except that the cameras stand round the animal's own direction. What a
-    network sees changes so fast with the azimuth that 8 of them alias: magnitudes of coefficients from cameras that
-    stand still in the frame change by half when the animal turns by 20 degrees.
+    This is the descriptor of Pose Splatter (arXiv 2505.18342), except that the cameras stand round the animal's own
+    direction. What a network sees changes so fast with the azimuth that 8 azimuths alias: with cameras that stand still
+    in the frame, the magnitudes change by half when the animal turns by 20 degrees.
     """
 
     size, capturable = len(ops.harmonics()) * CHANNELS, False
@@ -145,7 +146,11 @@ def _download(known: Any, name: str) -> dict[str, Any]:
 
 
 def open_encoder(experiment: Experiment, radius_m: float, render: Renderer, device: torch.device) -> Encoder:
-    """The encoder that an experiment asks for. Raises UserError where its weights cannot be had."""
+    """The encoder that an experiment asks for.
+
+    Raises:
+        UserError: its weights cannot be had.
+    """
     if experiment.features.encoder == "gaussians":
         return GaussiansEncoder(radius_m)
     weights = weights_file(experiment) or experiment.features.weights
@@ -153,7 +158,7 @@ def open_encoder(experiment: Experiment, radius_m: float, render: Renderer, devi
 
 
 def flattened(encode: Callable[[Gaussians], Tensor]) -> Callable[[Gaussians], Tensor]:
-    """For models of flat Gaussians, whose third scale means nothing: it is 0."""
+    """An encoder for models of flat Gaussians, whose third scale means nothing: it is set to 0."""
 
     def of_flat(gaussians: Gaussians) -> Tensor:
         flat = torch.cat([gaussians.scales[:, :2], torch.zeros_like(gaussians.scales[:, 2:])], 1)

@@ -1,4 +1,4 @@
-"""Descriptors that a turn about the vertical leaves as they are: tensors in, tensors out."""
+"""Descriptors of Gaussians that a turn about the vertical does not change."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from torch import Tensor
 
 from zoosplat_model.gaussians import Gaussians
 
-# Coarse on purpose. What is near a frame's place in the descriptor has to move in proportion as the animal moves, and a
-# part of the animal that leaves one narrow ring for the next does not: four radii and three heights tell the keypoints
-# of the synthetic mouse better than eight and six (benchmarks/embedding.py).
-RADII, HEIGHTS, ORDERS = 4, 3, 4
+# The rings are coarse on purpose, because the descriptor has to change in proportion as the animal moves: a part of the
+# animal that leaves one narrow ring for the next changes it suddenly. Four radii and three heights predict the
+# keypoints of the synthetic mouse better than eight and six (benchmarks/embedding.py).
+RADII = 4  # rings from the centre outwards
+HEIGHTS = 3  # rings from below to above
+ORDERS = 4  # Fourier coefficients of each ring besides the mean
 TALLEST = 0.5  # height of the outer rings above and below the centre, over the radius
-CHANNELS = 9
-UNSURE = 0.05  # of a pure direction: below this a direction of reference counts for less
+CHANNELS = 9  # numbers of a Gaussian that are summed, see `_channels`
+UNSURE = 0.05  # length below which a direction of reference counts for less, over that of a pure direction
 
-POLAR, AZIMUTHS, DEGREE = 4, 8, 3
-DISTANCE = 4.0  # of the virtual cameras, over the radius
-PIXELS = 224
+POLAR = 4  # polar angles of the virtual cameras
+AZIMUTHS = 8  # azimuths of the virtual cameras
+DEGREE = 3  # highest degree of the spherical harmonics
+DISTANCE = 4.0  # distance of the virtual cameras from the centre, over the radius
+PIXELS = 224  # side of their pictures: the size that ResNet-18 was trained with
 
 
 # -- the Gaussians themselves ---------------------------------------------------------------------------------------
@@ -32,7 +36,7 @@ def cylinder_size() -> int:
 
 
 def cylinder_descriptor(gaussians: Gaussians, radius_m: float) -> Tensor:
-    """Moments of density, colour and surface orientation on rings about the vertical, whatever the heading.
+    """Moments of density, colour and surface orientation on rings about the vertical, independent of the heading.
 
     On each ring, which is soft in radius and height, density (opacity), colour (less the animal's mean) and the
     covariance of the Gaussians in their local radial, tangential and vertical directions are functions of the azimuth.
@@ -47,7 +51,7 @@ def cylinder_descriptor(gaussians: Gaussians, radius_m: float) -> Tensor:
         radius_m: of the outermost ring, metres; what is beyond counts as on it.
 
     Returns:
-        [`cylinder_size()`], shares of the whole opacity.
+        [`cylinder_size()`] shares of the whole opacity.
     """
     x, y, z, weights = _places(gaussians)
     x, y, z = x / radius_m, y / radius_m, z / radius_m
@@ -70,7 +74,7 @@ def cylinder_descriptor(gaussians: Gaussians, radius_m: float) -> Tensor:
 
 
 def _places(gaussians: Gaussians) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x and y from the opacity's centroid, z as it is, and shares of the opacity, [N] each."""
+    """x and y relative to the opacity's centroid, z as it is, and shares of the opacity, [N] each."""
     weights = gaussians.opacities / gaussians.opacities.sum().clamp_min(1e-12)
     x, y, z = gaussians.means.unbind(1)
     return x - (weights * x).sum(), y - (weights * y).sum(), z, weights
@@ -84,7 +88,7 @@ def _hats(values: Tensor, count: int, lowest: float, highest: float) -> Tensor:
 
 
 def _channels(gaussians: Gaussians, weights: Tensor, turn: Tensor) -> Tensor:
-    """[N, 9] what is summed: 1, three colours, five numbers of the covariance's direction (its trace being 1)."""
+    """The [N, 9] values that are summed: 1, three colours, and five numbers of the covariance scaled to trace 1."""
     colors = gaussians.colors - (weights[:, None] * gaussians.colors).sum(0)
     w, x, y, z = gaussians.quats.unbind(1)
     rows = [
@@ -95,7 +99,7 @@ def _channels(gaussians: Gaussians, weights: Tensor, turn: Tensor) -> Tensor:
     variances = gaussians.scales.square()
     axes = torch.stack([torch.stack(row, 1) for row in rows], 1) * variances.sqrt()[:, None]
     covariance = axes @ axes.transpose(1, 2) / variances.sum(1).clamp_min(1e-20)[:, None, None]
-    # In the local directions: these turn with the place, so that the numbers stay when the animal turns.
+    # The local directions turn with the place, so that the numbers stay the same when the animal turns.
     steep = torch.complex(covariance[:, 0, 2], covariance[:, 1, 2]) * turn
     level = torch.complex((covariance[:, 0, 0] - covariance[:, 1, 1]) / 2, covariance[:, 0, 1]) * turn * turn
     upright = covariance[:, 2, 2] - 1 / 3
@@ -105,7 +109,7 @@ def _channels(gaussians: Gaussians, weights: Tensor, turn: Tensor) -> Tensor:
 
 
 def _directions(x: Tensor, y: Tensor, flat: Tensor, weights: Tensor) -> Tensor:
-    """[1 + orders] complex numbers of about unit length that a turn multiplies as it does the coefficients.
+    """The [1 + orders] complex numbers of about unit length that a turn multiplies as it does the coefficients.
 
     Order 2 is the long axis, which has no front. The side that reaches farther has one, but is less certain: it only
     says which end of the axis is meant.
@@ -121,13 +125,13 @@ def _directions(x: Tensor, y: Tensor, flat: Tensor, weights: Tensor) -> Tensor:
 
 
 def own_direction(gaussians: Gaussians) -> Tensor:
-    """[] radians about +z: the end of the long axis that reaches farther, from the centroid (a tail, as a rule)."""
+    """Radians [] about +z from the centroid to the end of the long axis that reaches farther: mostly a tail."""
     x, y, _, weights = _places(gaussians)
     return -_directions(x, y, x.square() + y.square(), weights)[1].angle()
 
 
 def _unit(value: Tensor, scale: Tensor) -> Tensor:
-    """A complex number at length 1, less where it is small against the scale."""
+    """A complex number scaled to length 1, and to less where it is small against the scale."""
     return value / (value.abs().square() + (UNSURE * scale).square()).sqrt().clamp_min(1e-20)
 
 
@@ -184,7 +188,7 @@ def turned(gaussians: Gaussians, angle: Tensor) -> Gaussians:
 
 
 def upright(gaussians: Gaussians) -> Gaussians:
-    """The Gaussians about their own centroid in x and y, their own direction along x."""
+    """The Gaussians with their own centroid at the origin in x and y, and their own direction along x."""
     x, y, z, _ = _places(gaussians)
     centered = gaussians._replace(means=torch.stack([x, y, z], 1))
     return turned(centered, -own_direction(gaussians))

@@ -14,8 +14,8 @@ from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.registry import open_predictor
 
 
-class Features(Stage):
-    """Describe the animal in every frame, whichever way it heads."""
+class FeaturesStage(Stage):
+    """Compute a descriptor of the animal in every frame that does not depend on its heading."""
 
     def prepare(self, ctx: Context) -> Plan:
         settings = ctx.experiment.features
@@ -24,14 +24,16 @@ class Features(Stage):
             raise UserError("no frame has a visual hull; check the masks and center_rotation.ell")
         sizes = {"gaussians": ops.cylinder_size(), "images": encoders.ImagesEncoder.size}
         if settings.encoder == "images":
-            encoders.resnet18(encoders.weights_file(ctx.experiment) or settings.weights)  # before hours of shards
+            encoders.resnet18(
+                encoders.weights_file(ctx.experiment) or settings.weights
+            )  # an error of the weights shows before hours of shards
         radius_m = reader.ell_m / 2
         if settings.radius is not None:
             unit_m = ctx.run.open_input("pack").attrs["unit_m"] if ctx.experiment.unit == "normalized" else 1.0
             radius_m = settings.radius * float(str(unit_m))
         attributes: dict[str, str | float] = {"encoder": settings.encoder, "radius_m": radius_m}
         if settings.encoder == "images":
-            # A file by its content: where it lies makes no other descriptors.
+            # A file counts by its content, because descriptors do not depend on where it lies.
             file = ctx.run.sources[self.name].get("features.weights")
             attributes["weights"] = settings.weights if file is None else file.fingerprint
         size = sizes[settings.encoder]
@@ -69,4 +71,4 @@ class Features(Stage):
         return Outcome(done)
 
 
-STAGE = Features("features")
+STAGE = FeaturesStage("features")

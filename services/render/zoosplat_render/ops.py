@@ -1,4 +1,4 @@
-"""Views round the animal and Gaussians as PLY: arrays in, arrays or bytes out."""
+"""Views round the animal, paths drawn into pictures, and Gaussians as PLY files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from zoosplat.formats import media, ply
 from zoosplat.geometry.rotations import look_at
+from zoosplat.geometry.spherical_harmonics import SH_C0
 
 Values = npt.NDArray[np.float64]
 
-FILL = 0.6  # of the picture's shorter side that the animal's sphere takes
-ELEVATION_RAD = math.radians(25)
-SEEN = 0.98  # share of the opacity inside the animal's sphere
-SH_C0 = 0.28209479177387814  # the constant spherical harmonic: 1 / (2 sqrt(pi))
+FILL = 0.6  # share of the picture's shorter side that the animal's sphere takes
+ELEVATION_RAD = math.radians(25)  # elevation of an orbit's cameras above the sphere's centre
+SPHERE_OPACITY = 0.98  # share of the opacity inside the animal's sphere
 PLY_PROPERTIES = (
     *("x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity"),
     *("scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"),
@@ -33,7 +33,7 @@ def bounding_sphere(
     distances = np.linalg.norm(means - center, axis=1)
     order = np.argsort(distances, kind="stable")
     # Rounding may leave the sum of all weights below any share close to 1.
-    last = min(int(np.searchsorted(np.cumsum(weights[order]), SEEN)), len(order) - 1)
+    last = min(int(np.searchsorted(np.cumsum(weights[order]), SPHERE_OPACITY)), len(order) - 1)
     return center, max(float(distances[order[last]]), 1e-6)
 
 
@@ -90,7 +90,7 @@ def to_ply(
 
 
 def on_mask(pixels: Values, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
-    """Indices of those of [n, 2] pixels x, y (NaN: nowhere) that lie on a mask [h, w]."""
+    """Indices of the `pixels` [n, 2] (x, y; NaN: nowhere) that lie on a mask [h, w]."""
     x, y = np.rint(np.nan_to_num(pixels, nan=-1)).astype(int).T
     inside = (x >= 0) & (x < mask.shape[1]) & (y >= 0) & (y < mask.shape[0])
     found: npt.NDArray[np.intp] = np.flatnonzero(inside)[mask[y[inside], x[inside]]]
@@ -98,7 +98,7 @@ def on_mask(pixels: Values, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]
 
 
 def draw_tracks(picture: media.Picture, pixels: Values) -> media.Picture:
-    """A picture [h, w, 3] with the paths of n points over F times, their ends dotted, from blue (first) to red (last).
+    """A picture [h, w, 3] with the paths of n points over F times, from blue (first) to red (last), their ends dotted.
 
     Args:
         pixels: [F, n, 2] x, y; NaN where a point is not in front of the camera.

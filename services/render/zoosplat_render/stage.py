@@ -22,9 +22,10 @@ from zoosplat_model.registry import open_predictor
 from zoosplat_model.rotations import rotation_about_z
 from zoosplat_render import ops
 
-SMALLEST = 384  # pixels of the shorter side of a picture whose size is left open
-PATHS, CANDIDATES = 300, 3000  # Gaussians whose paths are shown, at most, and of how many they are chosen
-FPS = 25.0  # of the films, whatever the recording's: most animals are recorded too fast to be watched
+MIN_SIDE = 384  # pixels that the shorter side of a picture has at least where its size is left open
+MAX_PATHS = 300  # Gaussians whose paths are shown at most
+PATH_CANDIDATES = 3000  # Gaussians that these are chosen from
+FILM_FPS = 25.0  # frames a second of the films: most animals are recorded too fast to be watched at that rate
 
 
 def _frames(ctx: Context, reader: FrameReader) -> tuple[int, list[int]]:
@@ -43,7 +44,7 @@ def _frames(ctx: Context, reader: FrameReader) -> tuple[int, list[int]]:
     return wanted, [int(t) for t in valid[valid >= wanted][:count]]
 
 
-class Render(Stage):
+class RenderStage(Stage):
     """Stills, an orbit, a film and a PLY file of the model."""
 
     def prepare(self, ctx: Context) -> Plan:
@@ -61,20 +62,20 @@ class Render(Stage):
     def _run(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         settings = ctx.experiment.render
         predictor = open_predictor(ctx.run, settings.device)
-        artist = _Artist(ctx, predictor, total=shard.stop)
+        pictures = _PictureMaker(ctx, predictor, total=shard.stop)
         t, sequence = plan.values["frame"], plan.values["sequence"]
         frame = predictor.reader.frame(t)
-        gaussians = artist.gaussians(frame)
-        view = artist.camera_view(frame)
+        gaussians = pictures.gaussians(frame)
+        view = pictures.camera_view(frame)
         place = {"t": t, "frame": t * ctx.experiment.ingest.frame_jump}
         camera = {"camera": predictor.reader.camera_names[settings.camera]}
         sphere = ops.bounding_sphere(_numpy(gaussians.means), _numpy(gaussians.opacities))
         offset = {key: getattr(settings, key) for key in ("angle_offset", "delta_x", "delta_y", "delta_z")}
-        ply = f"frame_{t:06d}.ply"
-        still, moved = artist.picture(gaussians, view, settings.camera), moved_in_frame(gaussians, frame, **offset)
+        ply, shown = f"frame_{t:06d}.ply", [sequence[0], sequence[-1]]
+        still, moved = pictures.picture(gaussians, view, settings.camera), moved_in_frame(gaussians, frame, **offset)
         outputs: list[tuple[str, bytes, dict[str, Any]]] = [
             ("still_camera.png", media.encode_png(still), {"kind": "still", **place, **camera}),
-            ("still_free.png", media.encode_png(artist.picture(moved, view)), {"kind": "still", **place, **offset}),
+            ("still_free.png", media.encode_png(pictures.picture(moved, view)), {"kind": "still", **place, **offset}),
             (
                 ply,
                 ops.to_ply(*map(_numpy, gaussians[:5])),
@@ -82,36 +83,42 @@ class Render(Stage):
             ),
             (
                 "orbit.mp4",
-                media.encode_mp4(artist.orbit(gaussians, frame, *sphere), FPS),
-                {"kind": "film", **place, "fps": FPS, "pictures": settings.orbit_frames},
+                media.encode_mp4(pictures.orbit(gaussians, frame, *sphere), FILM_FPS),
+                {"kind": "film", **place, "fps": FILM_FPS, "pictures": settings.orbit_frames},
             ),
             (
                 "sequence.mp4",
-                media.encode_mp4(artist.sequence(sequence), FPS),
-                {"kind": "film", **camera, "fps": FPS, "pictures": len(sequence), "t": [sequence[0], sequence[-1]]},
+                media.encode_mp4(pictures.sequence(sequence), FILM_FPS),
+                {
+                    "kind": "film",
+                    **camera,
+                    "fps": FILM_FPS,
+                    "pictures": len(sequence),
+                    "t": [sequence[0], sequence[-1]],
+                },
             ),
         ]
-        if (tracks := artist.tracks(frame, sequence)) is not None:
-            about = {"kind": "paths", "t": [sequence[0], sequence[-1]]}
+        if (tracks := pictures.tracks(frame, sequence)) is not None:
+            about = {"kind": "paths", "t": shown}
             outputs.append(("trajectories.png", media.encode_png(tracks), about))
         for name, data, _ in outputs:
             objects.write_bytes(urls.join(ctx.run.output_url(self.name), name), data)
         index = {
             "view": {"world_to_camera": _numpy(view[0]).tolist(), "intrinsics": _numpy(view[1]).tolist()},
-            "width": artist.width,
-            "height": artist.height,
+            "width": pictures.width,
+            "height": pictures.height,
             "files": [{"file": name, **about} for name, _, about in outputs],
         }
         objects.write_json(urls.join(ctx.run.output_url(self.name), "index.json"), index)
         return Outcome(len(sequence), figures={"frame": t, "gaussians": len(gaussians.means)})
 
 
-class _Artist:
-    """Makes pictures of one size, and counts them."""
+class _PictureMaker:
+    """Makes pictures of one size, and reports how many are made."""
 
     def __init__(self, ctx: Context, predictor: Predictor, total: int) -> None:
         self.settings, self.predictor, self.reader = ctx.experiment.render, predictor, predictor.reader
-        enlarged = -(-SMALLEST // min(self.reader.full_width, self.reader.full_height))
+        enlarged = -(-MIN_SIDE // min(self.reader.full_width, self.reader.full_height))
         self.width = self.settings.width or self.reader.full_width * enlarged
         self.height = self.settings.height or self.reader.full_height * enlarged
         self._progress, self._done, self._total = ctx.progress, 0, total
@@ -135,7 +142,7 @@ class _Artist:
         it lies on the mask. None where the Gaussians of one frame are not those of another.
         """
         times = [frame.t, *sequence]
-        paths = self.predictor.tracks(times, CANDIDATES)
+        paths = self.predictor.tracks(times, PATH_CANDIDATES)
         if paths is None:
             return None
         there = rotation_about_z(frame.angle)
@@ -153,7 +160,7 @@ class _Artist:
             for picture in (frame.composite_on_white()[camera], 1 - frame.mask[camera, ..., None].expand(-1, -1, 3))
         )
         found = _numpy(pixels).reshape(len(times), -1, 2)
-        kept = ops.on_mask(found[0], outside[..., 0] < 128)[:PATHS]
+        kept = ops.on_mask(found[0], outside[..., 0] < 128)[:MAX_PATHS]
         return ops.draw_tracks(media.to_uint8(0.5 + 0.5 * photo / 255), found[1:, kept])
 
     def picture(self, gaussians: Gaussians, view: tuple[Tensor, Tensor], camera: int | None = None) -> media.Picture:
@@ -211,4 +218,4 @@ def _numpy(values: Tensor) -> ops.Values:
     return values.double().cpu().numpy()
 
 
-STAGE = Render("render")
+STAGE = RenderStage("render")

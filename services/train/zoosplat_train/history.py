@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
+
+from zoosplat.formats.csv_table import encode_csv
 
 Row = dict[str, float]
 
@@ -12,8 +12,4 @@ Row = dict[str, float]
 def history_csv(history: Sequence[Row]) -> bytes:
     """The history as a CSV file; what was not computed in an epoch is an empty cell."""
     keys = list(dict.fromkeys(key for row in history for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return text.getvalue().encode()
+    return encode_csv(keys, ([row.get(key) for key in keys] for row in history))

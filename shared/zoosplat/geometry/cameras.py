@@ -1,4 +1,4 @@
-"""Calibrated cameras: one immutable value that every stage shares. Who reads calibration files: recording.calibration.
+"""Calibrated cameras: one immutable value that every stage shares, and its checks.
 
 Conventions: OpenCV axes (x right, y down, z forward), x_cam = R x_world + t, pixel = K x_cam, distortion in OpenCV's
 order k1 k2 p1 p2 k3; the centre of the top-left pixel is (0, 0).

@@ -6,12 +6,12 @@ import io
 
 import pandas as pd
 
-from zoosplat.stages.history import GROUPS, entries
+from zoosplat.stages.history import VIEW_GROUPS, read_history
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 
-HEADLINE = ("iou", "psnr")  # metrics of an evaluation that the table of runs shows
-NAMES = {"camera": str}  # a camera may be called 0
+HEADLINE = ("iou", "psnr")  # The metrics of an evaluation that the table of runs shows.
+TEXT_COLUMNS = {"camera": str}  # A camera may be called 0, which is no number.
 
 
 def runs_table(project: Project) -> pd.DataFrame:
@@ -24,15 +24,15 @@ def runs_table(project: Project) -> pd.DataFrame:
     Raises:
         UserError: the project holds no run.
     """
-    found, latest = entries(project), open_run(project).id
+    found, latest = read_history(project), open_run(project).id
     columns = {
         "id": [entry.id for entry in found],
-        "created": pd.to_datetime([entry.created or None for entry in found], utc=True),
+        "created": pd.to_datetime([entry.created or None for entry in found], format="ISO8601", utc=True),
         "state": [entry.state for entry in found],
         "latest": [entry.id == latest for entry in found],
         "changes": [tuple(entry.changes or ()) for entry in found],
     }
-    for group in GROUPS:
+    for group in VIEW_GROUPS:
         for metric in HEADLINE:
             means = [entry.means.get(group, {}).get(metric) for entry in found]
             columns[f"{group}_{metric}"] = pd.Series(means, dtype=float)
@@ -41,5 +41,5 @@ def runs_table(project: Project) -> pd.DataFrame:
 
 def metrics_table(csv: bytes) -> pd.DataFrame:
     """The metrics of an evaluation from its `frames_<split>.csv`, a row a frame and view; empty cells are NaN."""
-    table = pd.read_csv(io.BytesIO(csv), dtype=NAMES, keep_default_na=False, na_values=[""])
+    table = pd.read_csv(io.BytesIO(csv), dtype=TEXT_COLUMNS, keep_default_na=False, na_values=[""])
     return table.assign(held_out=table["held_out"].astype(bool))

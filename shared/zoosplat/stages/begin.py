@@ -1,4 +1,4 @@
-"""The one door through which runs begin: everything that can be checked is checked before anything is written."""
+"""Beginning a run: all that can be checked is checked before anything is written."""
 
 from __future__ import annotations
 
@@ -28,18 +28,23 @@ def begin_run(
     force: list[str],
     hashing: Callable[[str], None] = lambda url: None,
 ) -> Iterator[Run]:
-    """A run of the stages, begun after everything that can be checked has been; while the block runs, it is alive.
+    """Check all that can be checked, and begin a run of the stages. While the block runs, the run is alive.
+
+    The same command, given again, goes on with the same run.
 
     Args:
-        project: where its results go.
-        experiment: its configuration.
-        stages: that it is to make; what they read must be done.
-        force: stages whose results are made again; what is made from them follows.
-        hashing: told the URL of each file whose content is about to be read for its fingerprint.
+        project: Where the results go.
+        experiment: The configuration.
+        stages: The stages that the run is to make. The stages that they read must be among them, or be done.
+        force: The stages whose results are made again. What is made from those results follows.
+        hashing: Called with the URL of each file whose content is about to be read for its fingerprint.
+
+    Yields:
+        The run.
 
     Raises:
-        UserError: files that are not ours are in the way, an earlier stage is not done, or the configuration or a file
-            that it names cannot be used.
+        UserError: Files of another program are in the way, an earlier stage is not done, or the configuration or a
+            file that it names cannot be used.
     """
     check_forced(force, stages)
     _check_folder(project)
@@ -54,7 +59,8 @@ def begin_run(
     masks = draft.results.get("ingest")
     masks_url = masks.data_url if masks is not None and masks.is_done() else None
     check_before_run(draft.experiment, todo, masks_url)
-    draft.require(stages)  # after what names all that is wrong with the recording, and not its first file alone
+    # This comes after the checks, because they name every fault of the recording, and this only one missing file.
+    draft.require(stages)
     with hold_run(draft, stages) as run:
         yield run
 
@@ -88,7 +94,7 @@ def _latest_of_command(project: Project, stages: list[str], force: list[str]) ->
 
 
 def check_forced(force: list[str], stages: list[str]) -> None:
-    """Raise UserError where a stage that is to be made again is none, or not among those that run."""
+    """Raise UserError if there is no stage of a name in `force`, or if such a stage is not among those that run."""
     for name in force:
         if name not in STAGES:
             raise UserError(f"there is no stage {name}; the stages are {', '.join(STAGES)}")
@@ -97,6 +103,7 @@ def check_forced(force: list[str], stages: list[str]) -> None:
 
 
 def _check_folder(project: Project) -> None:
+    """Raise UserError if results cannot be written there: a file is in the way, or another program's files are."""
     if not urls.is_s3(project.url):
         place = next(each for each in (Path(project.url), *Path(project.url).parents) if each.exists())
         if not place.is_dir():
@@ -111,7 +118,7 @@ def _check_folder(project: Project) -> None:
 
 
 def check_layout(project: Project) -> None:
-    """Raise UserError where a project is of the earlier layout: it can be looked at, and no stage writes to it."""
+    """Raise UserError if a project has the earlier layout, which can be read but to which no stage writes."""
     if project.is_legacy():
         raise UserError(
             f"{project.url}: has the layout of an earlier version; `zoosplat upgrade {project.url}` adopts its "

@@ -21,6 +21,8 @@ from zoosplat.stages.runs import Run
 from zoosplat.stages.steps import finish, prepare, read_plan, run_shard
 from zoosplat.storage.errors import as_user_error
 
+PROGRESS_S = 0.3  # Seconds between two lines of progress.
+
 
 def parse_shard(text: str) -> tuple[int, int]:
     """`"3/18"` -> (3, 18): shard 3 (from 0) of 18. Raises UserError."""
@@ -34,14 +36,14 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 class _JsonLines:
-    """Progress as JSON lines, a few a second at most."""
+    """Reports progress as JSON lines, at most one every PROGRESS_S seconds and one at the end."""
 
     def __init__(self, stage: str) -> None:
         self.stage, self.last = stage, 0.0
 
     def __call__(self, done: int, total: int, message: str = "") -> None:
         now = time.monotonic()
-        if done >= total or now - self.last > 0.3:
+        if done >= total or now - self.last > PROGRESS_S:
             self.last = now
             event = {"event": "progress", "stage": self.stage, "done": done, "total": total, "message": message}
             print(json.dumps(event), flush=True)
@@ -49,15 +51,15 @@ class _JsonLines:
 
 @contextmanager
 def terminal_progress(stage: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on a terminal, JSON lines otherwise."""
+    """Yield a function that shows progress: as a bar on a terminal, otherwise as JSON lines."""
     if not sys.stdout.isatty():
         yield _JsonLines(stage)
         return
-    from rich.progress import Progress as Bars
+    from rich.progress import Progress as ProgressBar
     from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (*Bars.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
-    with Bars(*columns, TextColumn("{task.fields[message]}")) as bar:
+    columns = (*ProgressBar.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+    with ProgressBar(*columns, TextColumn("{task.fields[message]}")) as bar:
         task = bar.add_task(stage, total=None, message="")
 
         def show(done: int, total: int, message: str = "") -> None:
@@ -67,7 +69,7 @@ def terminal_progress(stage: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def service_parser(stage: str, description: str | None = None) -> argparse.ArgumentParser:
-    """The options that every service has."""
+    """The parser of the options that every service has."""
     parser = argparse.ArgumentParser(prog=f"python -m zoosplat_{stage}", description=description)
     parser.add_argument("--project", required=True, metavar="URL", help="folder or s3://bucket/prefix")
     which = parser.add_mutually_exclusive_group()
@@ -83,7 +85,7 @@ def service_parser(stage: str, description: str | None = None) -> argparse.Argum
 
 
 def select_run(stage: str, args: argparse.Namespace) -> Run:
-    """The run that the options name; with --config or --force a new one, unless the latest is the very same.
+    """The run that the options name. With --config or --force a run is begun, unless one of the newest is the same.
 
     Raises:
         UserError: no such run, or the configuration or a file that it names cannot be read.
@@ -122,8 +124,9 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
     """Entry point of a service.
 
     Returns:
-        Exit status: 0 done or skipped, 2 bad input or configuration (one line on stderr), 1 anything else, which may
-        pass: where the storage does not answer or a process was killed, with one line too.
+        The exit status: 0 if the work is done or was skipped; 2 for bad input or configuration, with one line on
+        standard error; 1 for anything that another try may mend. If the storage does not answer or a process was
+        killed, that is one line too.
     """
     args = service_parser(stage.name, stage.__doc__).parse_args(argv)
     try:
@@ -135,7 +138,7 @@ def main(stage: Stage, argv: list[str] | None = None) -> int:
 
 
 def report_failure(stage: str, error: Exception, url: str) -> int:
-    """Say in one line what went wrong; the exit status. Other errors than the user's are raised again."""
+    """Print in one line what went wrong, and return the exit status. Raises the error if it is not one for the user."""
     known = error if isinstance(error, UserError) else as_user_error(error, url)
     if known is None:
         raise error

@@ -1,4 +1,4 @@
-"""The stage contract: what a stage is given, what it must do, and what it says of its work."""
+"""The contract of a stage: what a stage is given, what it must do, and what it reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ StageProgress = Callable[[int, int, str], None]  # Takes frames or steps done, t
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of work: kept frames `start` to `stop`, the `index`-th of `count`."""
+    """A shard of work: the kept frames from `start` up to but not including `stop`; it is the `index`-th of `count`."""
 
     index: int
     count: int
@@ -26,7 +26,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `prepare` decided: the bounds of the shards (ascending, from 0) and values that shards and finish need."""
+    """What `prepare` decided.
+
+    Attributes:
+        bounds: Shard i is the kept frames from bounds[i] up to but not including bounds[i + 1]; they ascend from 0.
+        values: Values that shards and `finish` need, as JSON has them.
+        warnings: Lines for the user about what is odd.
+    """
 
     bounds: tuple[int, ...]
     values: dict[str, Any] = field(default_factory=dict)
@@ -38,18 +44,25 @@ class Plan:
 
     @property
     def n_shards(self) -> int:
+        """How many shards there are."""
         return len(self.bounds) - 1
 
 
 def shard_bounds(n_frames: int, per_shard: int, multiple: int) -> tuple[int, ...]:
-    """Bounds of shards of about `per_shard` frames whose inner bounds are multiples of `multiple`."""
+    """Bounds of shards of about `per_shard` frames each; the bounds between shards are multiples of `multiple`."""
     step = max(1, per_shard // multiple) * multiple
     return (*range(0, n_frames, step), n_frames)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a shard or finish reports into its mark: frames done, warnings, and figures worth keeping."""
+    """What a shard or `finish` reports; it is kept in the mark.
+
+    Attributes:
+        frames: How many frames were worked on.
+        warnings: Lines for the user about what is odd.
+        figures: Names and JSON values of what is worth keeping, such as a peak of memory.
+    """
 
     frames: int = 0
     warnings: tuple[str, ...] = ()
@@ -70,7 +83,7 @@ class Context:
 
     def open_input(self, stage: str) -> Any:
         """The zarr.Group of a finished earlier stage. Raises UserError where it is missing."""
-        # Not typed as such: what zarr says of attributes and members would have to be narrowed wherever they are read.
+        # The return type is Any, because zarr's own types would have to be narrowed at every read of an attribute.
         return self.run.open_input(stage)
 
 
@@ -85,11 +98,12 @@ class Stage(ABC):
 
     @property
     def name(self) -> str:
+        """The name of the stage and of its service."""
         return self.spec.name
 
     @abstractmethod
     def prepare(self, ctx: Context) -> Plan:
-        """Check the input, create the empty output, return the plan."""
+        """Check the input, create the empty output and return the plan. Raises UserError for what a user can mend."""
 
     @abstractmethod
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:

@@ -13,10 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from zoosplat.config.dnerf_defaults import TRANSFORMS_FILES
 from zoosplat.config.effect import Condition, Effect
 from zoosplat.config.experiment import Experiment
-from zoosplat.recording import dnerf
 from zoosplat.storage import urls
 
 
@@ -40,8 +38,8 @@ def declared_effects() -> dict[str, Effect]:
 def settings_of(stage: str, experiment: Experiment) -> dict[str, Any]:
     """The part of a configuration that determines a stage's result: dotted keys and their JSON values.
 
-    A key that names outside files is absent, see `outside_files`, unless their own names matter too; so is one that the
-    experiment's other choices leave without effect, such as `dynamic.views` where a network is trained.
+    A key that names outside files is absent (see `outside_files`), unless the names of the files matter too. A key that
+    nothing looks at in this experiment is absent as well, such as `dynamic.views` if a network is trained.
     """
     plain = experiment.model_dump(mode="json")
     chosen: dict[str, Any] = {}
@@ -55,7 +53,7 @@ def settings_of(stage: str, experiment: Experiment) -> dict[str, Any]:
 
 
 def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
-    """What lies outside the project and determines a stage's result by its content: the key, and the whole URL.
+    """The files outside the project whose contents determine a stage's result: key of the configuration -> whole URL.
 
     In a list, the key has an index: `data.masks[2]`. The URL of `train.start_from` may be another project. The files of
     a D-NeRF scene are found by reading its transforms; their keys are `data.directory/` and the path in it.
@@ -70,8 +68,11 @@ def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
         if not _names_files(effect, value):
             continue
         if key == "data.directory":
+            # The import is here, because it takes half a second and only D-NeRF scenes need it.
+            from zoosplat.recording.sources import open_source
+
             folder = urls.normalize(value)
-            found |= {f"{key}/{url.removeprefix(folder + '/')}": url for url in _dnerf_files(folder)}
+            found |= {f"{key}/{url.removeprefix(folder + '/')}": url for url in open_source(experiment).list_files()}
         else:
             url_of = experiment.data.url if key.startswith("data.") else urls.normalize
             found |= {place: url_of(name) for place, name in _named_files(key, value)}
@@ -100,11 +101,5 @@ def _value_at(plain: dict[str, Any], key: str) -> Any:
 
 
 def _named_files(key: str, value: str | list[str]) -> list[tuple[str, str]]:
-    """Keys and names of one file or of a list of them."""
+    """The key and name of each file of a key that names one file, or a list of them."""
     return [(key, value)] if isinstance(value, str) else [(f"{key}[{i}]", name) for i, name in enumerate(value)]
-
-
-def _dnerf_files(folder: str) -> list[str]:
-    scene = dnerf.read_scene(folder)
-    pictures = {picture for row in scene.pictures for picture in row if picture is not None}
-    return [urls.join(folder, name) for name in TRANSFORMS_FILES] + sorted(pictures)

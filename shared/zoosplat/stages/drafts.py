@@ -21,15 +21,15 @@ REUSABLE_STAGES = ("ingest", "pack")  # Their results may be read from the proje
 
 @dataclass(frozen=True)
 class Draft:
-    """A run that is not recorded yet: nothing has been written.
+    """A run that is not recorded yet: nothing of it has been written.
 
     Attributes:
-        project: where it will lie.
-        experiment: its configuration, `train.start_from` resolved to the very result that it names.
-        requests: stage -> what determines its result; absent where an outside file is missing.
-        results: stage -> the result of that id.
-        forced: stages that are asked for again although they have been made before.
-        missing: stage -> outside file that is missing, as a line for the user.
+        project: The project that it will lie in.
+        experiment: Its configuration, in which `train.start_from` is the very result that a project's name stood for.
+        requests: stage -> what determines its result. A stage is absent if an outside file is missing.
+        results: stage -> the result of that request.
+        forced: The stages that are to be made again although they have been made before.
+        missing: stage -> a line for the user about an outside file that is missing.
     """
 
     project: Project
@@ -52,7 +52,7 @@ class Draft:
         return [source for request in self.requests.values() for source in request.sources.values()]
 
     def require(self, stages: Collection[str]) -> None:
-        """Raise UserError, a line a file, where an outside file that one of the stages needs is missing."""
+        """Raise UserError, a line for each file, if an outside file that one of the stages needs is missing."""
         lines = [self.missing[stage] for stage in stages if stage in self.missing]
         if lines:
             raise UserError("\n".join(dict.fromkeys(lines)))
@@ -64,19 +64,19 @@ def draft_run(
     force: Collection[str] = (),
     fingerprints: FingerprintCache | None = None,
 ) -> Draft:
-    """Which result each stage has under a configuration. Reads outside files that are not known yet; writes nothing.
+    """Find which result each stage has with a configuration. This reads outside files, and writes nothing.
 
-    An id of an attempt that `--force` began is taken up by the runs after it, finished or not.
+    Of several attempts at a result the newest one is taken, finished or not.
 
     Args:
-        project: where results lie.
-        experiment: the configuration.
-        force: stages to be made again. The newest attempt is gone on with where `--force` began it and it has not
-            finished, so that the same command resumes.
-        fingerprints: those of outside files that are known already; default: those that the project remembers.
+        project: The project that the results lie in.
+        experiment: The configuration.
+        force: The stages to be made again. If `--force` began the newest attempt at a stage and the attempt has not
+            finished, that attempt is taken, so that the same command resumes it.
+        fingerprints: The fingerprints of outside files; default: those that the project remembers.
 
     Raises:
-        UserError: the storage cannot be read, or `reuse` names no project.
+        UserError: The storage cannot be read, or `reuse` names no project.
     """
     fingerprints = fingerprints or FingerprintCache(project)
     experiment, model = pin_start_from(project, experiment)
@@ -123,7 +123,7 @@ def draft_run(
 
 
 def _find_reusable(other: Project, request: Request) -> tuple[Result, Request] | None:
-    """The newest finished attempt of a request in another project, or in the one that this reuses in turn."""
+    """The newest finished attempt at a request in another project, or in the project that the other one reuses."""
     for attempt in sorted(attempts(other, request), reverse=True):
         tried = replace(request, attempt=attempt)
         result = Result.at(other.url, request.stage, tried.id, reused=True)

@@ -13,16 +13,16 @@ from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import RUNS, Project
 from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import Mark, Result
-from zoosplat.stages.run_state import in_words, run_state
+from zoosplat.stages.run_state import describe_run_state, find_run_state
 from zoosplat.stages.runs import CONFIG, RECORD
 from zoosplat.storage import objects
 
-GROUPS = ("held_out", "observed")
-Change = tuple[str, str, str]  # what changed, from what, to what
+VIEW_GROUPS = ("held_out", "observed")  # The groups of cameras that an evaluation has means of.
+SettingChange = tuple[str, str, str]  # The key, its value before and its value now.
 
 
 @dataclass(frozen=True)
-class Entry:
+class HistoryEntry:
     """A run in the table.
 
     Attributes:
@@ -40,17 +40,17 @@ class Entry:
     means: dict[str, dict[str, float | None]]
 
 
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flatten_settings(values: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys of a nested configuration and their values."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+def find_setting_changes(before: dict[str, Any], now: dict[str, Any]) -> list[SettingChange]:
     """Settings that differ between two configurations with dotted keys; of lists of one length, their items."""
-    changes: list[Change] = []
+    changes: list[SettingChange] = []
     for key in dict.fromkeys([*before, *now]):
         old, new = before.get(key), now.get(key)
         if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -65,7 +65,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
-def settings(project: Project, run_id: str) -> dict[str, Any]:
+def read_settings(project: Project, run_id: str) -> dict[str, Any]:
     """A run's configuration with dotted keys, of whatever version. Raises UserError where it is damaged."""
     url = project.path(RUNS, run_id, CONFIG)
     try:
@@ -74,10 +74,10 @@ def settings(project: Project, run_id: str) -> dict[str, Any]:
         raise UserError(f"{url}: is missing") from None
     if not isinstance(values, dict):
         raise UserError(f"{url}: is damaged: holds no settings")
-    return flat(values)
+    return flatten_settings(values)
 
 
-def other_causes(before: Mark, now: Mark) -> list[str]:
+def find_other_causes(before: Mark, now: Mark) -> list[str]:
     """Why results differ between two runs, by their run.json, though no setting does: versions, contents of files."""
     causes: list[str] = []
     for spec in PIPELINE:
@@ -89,59 +89,61 @@ def other_causes(before: Mark, now: Mark) -> list[str]:
         for key, source in new["sources"].items():
             earlier = old["sources"].get(key)
             if earlier is None or earlier["url"] != source["url"]:
-                continue  # a setting that is listed
+                continue  # Another URL is another setting, which is listed among the changes.
             if earlier["fingerprint"] != source["fingerprint"]:
                 causes.append(f"{key}: other contents of {source['url']}")
     return list(dict.fromkeys(causes))
 
 
-def means_of(mark: Mark | None) -> dict[str, dict[str, float | None]]:
+def evaluation_means(mark: Mark | None) -> dict[str, dict[str, float | None]]:
     """Means of the held-out and of the observed views, of an evaluation's mark; empty where there is none."""
-    return {} if mark is None else {group: mark["figures"][group] for group in GROUPS if group in mark["figures"]}
+    return {} if mark is None else {group: mark["figures"][group] for group in VIEW_GROUPS if group in mark["figures"]}
 
 
-def entries(project: Project) -> list[Entry]:
+def read_history(project: Project) -> list[HistoryEntry]:
     """The runs of a project, the oldest first. Raises UserError where there is none."""
     if project.is_legacy():
-        return [_legacy_entry(project)]
-    found: list[Entry] = []
+        return [_read_legacy_entry(project)]
+    found: list[HistoryEntry] = []
     before: tuple[Mark, dict[str, Any]] | None = None
     for run_id in project.run_ids():
         url = project.path(RUNS, run_id, RECORD)
         try:
             record = objects.read_json(url)
             if record is None:
-                continue  # not a run's folder, or one that is being written
-            now = record, settings(project, run_id)
-            found.append(_entry(project, *now, before))
+                continue  # The folder is not that of a run, or its record is being written.
+            now = record, read_settings(project, run_id)
+            found.append(_read_entry(project, *now, before))
             before = now
         except (UserError, KeyError) as error:
             damaged = str(error) if isinstance(error, UserError) else f"{url}: is damaged: lacks {error}"
-            found.append(Entry(run_id, "", None, damaged, {}))
+            found.append(HistoryEntry(run_id, "", None, damaged, {}))
             before = None
     if not found:
         raise UserError(f"{project.url}: holds no run; start with `zoosplat run CONFIG --project URL`")
     return found
 
 
-def _entry(project: Project, record: Mark, values: dict[str, Any], before: tuple[Mark, dict[str, Any]] | None) -> Entry:
+def _read_entry(
+    project: Project, record: Mark, values: dict[str, Any], before: tuple[Mark, dict[str, Any]] | None
+) -> HistoryEntry:
     changes = [f"{stage}: made again" for stage in record["forced"]]
     if before is not None:
-        changes += [f"{key} {old} -> {new}" for key, old, new in differences(before[1], values)]
-        changes += other_causes(before[0], record)
-    state = in_words(run_state(project, record), record)
+        changes += [f"{key} {old} -> {new}" for key, old, new in find_setting_changes(before[1], values)]
+        changes += find_other_causes(before[0], record)
+    state = describe_run_state(find_run_state(project, record), record)
     evaluated = record["results"].get("evaluate")
     mark = None
     if evaluated is not None:
         mark = Result.at(evaluated.get("project") or project.url, "evaluate", evaluated["id"]).mark()
     known = before is not None or bool(changes)
-    return Entry(record["id"], record["created"], changes if known else None, state, means_of(mark))
+    return HistoryEntry(record["id"], record["created"], changes if known else None, state, evaluation_means(mark))
 
 
-def _legacy_entry(project: Project) -> Entry:
+def _read_legacy_entry(project: Project) -> HistoryEntry:
     run = open_run(project)
     marks = [mark for stage in run.results if (mark := run.read_mark(stage)) is not None]
     finished = max((float(mark["finished"]) for mark in marks), default=None)
     created = "" if finished is None else datetime.fromtimestamp(finished).astimezone().isoformat()
     state = f"of an earlier layout; `zoosplat upgrade {project.url}` adopts it"
-    return Entry(run.id, created, None, state, means_of(run.read_mark("evaluate")))
+    return HistoryEntry(run.id, created, None, state, evaluation_means(run.read_mark("evaluate")))

@@ -14,7 +14,7 @@ from zoosplat.storage import urls
 
 
 def link_latest(run: Run) -> None:
-    """Point PROJECT/latest/ to the finished results of a run, if that is the project's latest and on a local disk.
+    """Point PROJECT/latest/ to the finished results of a run, if it is the project's latest run and on a local disk.
 
     Only symbolic links are made, replaced or removed; anything else in that folder is left as it is.
     """
@@ -27,7 +27,7 @@ def link_latest(run: Run) -> None:
         if result.is_done():
             for name in (STAGES[stage].writes, *STAGES[stage].also):
                 targets[name] = urls.join(result.data_folder, name)
-    # A file system without links costs the plain names, not the run; so does another process that does the same.
+    # Without the links a run is still good: the file system may have none, or another process may be writing them.
     with contextlib.suppress(OSError, NotImplementedError):
         folder.mkdir(exist_ok=True)
         here = os.path.realpath(folder)

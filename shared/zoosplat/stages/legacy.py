@@ -21,7 +21,7 @@ MARKS = "_marks"  # The folder of the stages' marks.
 
 @dataclass(frozen=True)
 class LegacyResult(Result):
-    """A stage's result of a project of the earlier layout, with the mark that was found."""
+    """The result of a stage in a project of the layout before runs, with the mark that was found there."""
 
     def is_done(self) -> bool:
         return "done" in self._mark
@@ -34,7 +34,7 @@ class LegacyResult(Result):
 
 
 def legacy_run(project: Project) -> Run:
-    """The one run that a project of the earlier layout amounts to; reading it writes nothing.
+    """The one run that a project of the layout before runs amounts to. Nothing is written.
 
     Raises:
         UserError: its configuration cannot be read.

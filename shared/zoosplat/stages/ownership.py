@@ -1,4 +1,4 @@
-"""Whose files lie in a project's folder: what another program wrote there is never taken for a result."""
+"""Files of other programs in a project's folder, which must not be taken for results or overwritten."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 
 from zoosplat.storage import listing, urls
 
-RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")  # as `record_run` makes them
-# Names below a project that are zoosplat's: those of the results of today's layout, and of the one before.
+RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")  # The form of the ids that `record_run` makes.
+# Names in a project's folder that zoosplat uses: those of today's layout, and those of the layout before runs.
 RESERVED = (
     *("results", "runs", "latest", "latest.json"),
     *("masks.zarr", "tracking.zarr", "crop.zarr", "images.zarr", "model", "evaluation", "renders"),
@@ -40,7 +40,7 @@ def _is_project(project: str, names: list[str]) -> bool:
         return True
     runs = urls.join(project, "runs")
     return "runs" in names and any(
-        # Its name alone tells a run whose begin was killed while its record was written.
+        # The name alone is enough, because a run may have been killed while its record was written.
         RUN_ID.fullmatch(run) or {"run.json", "config.yaml"} <= set(listing.list_names(urls.join(runs, run)))
         for run in listing.list_names(runs)
     )

@@ -1,4 +1,4 @@
-"""What is checked before a run writes anything: a configuration that cannot work must not cost what is there."""
+"""Checks before a run writes anything, so that a configuration that cannot work fails at once and harms nothing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Collection
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
-from zoosplat.stages.outside_files import check_outside_files
+from zoosplat.stages.outside_file_checks import check_outside_files
 from zoosplat.stages.ownership import RESERVED
 from zoosplat.storage import groups, urls
 from zoosplat.storage.errors import damaged_result_error
 
-FEWEST_TRACKED = 2  # frames that a path and a heading can be interpolated between
-FEWEST_EMBEDDED = 2  # frames that an embedding is fitted to
+MIN_TRACKED_FRAMES = 2  # Frames: a path and a heading are interpolated between at least two.
+MIN_EMBEDDED_FRAMES = 2  # Frames: a single one has no variation that an embedding could be fitted to.
 
 
 def check_before_run(
@@ -21,12 +21,12 @@ def check_before_run(
     stages: Collection[str],
     masks_url: str | None,
 ) -> tuple[str, ...]:
-    """Check all that can be checked before these stages run. Videos are probed where ingest or pack is among them.
+    """Check all that can be checked before these stages run. Videos are opened if ingest or pack is among the stages.
 
     Args:
         experiment: the configuration.
-        stages: names of the stages that are to run: neither finished nor left out.
-        masks_url: the finished masks.zarr that they read; None: stage ingest is to make it.
+        stages: Names of the stages that are to run, without those that are finished.
+        masks_url: The finished masks.zarr that they read. None: stage ingest is to make it.
 
     Returns:
         A line for each thing that is odd and does not stop a run.
@@ -37,10 +37,11 @@ def check_before_run(
     problems, warnings, kept = Problems(), tuple[str, ...](), None
     with problems.collect():
         if "ingest" in stages:
-            # Here, because it takes half a second to import what opens videos.
-            from zoosplat.recording.checks import check_recording, kept_frames
+            # The import is here, because it takes half a second and only these stages need it.
+            from zoosplat.recording.facts import kept_frames
+            from zoosplat.recording.sources import open_source
 
-            facts = check_recording(experiment)
+            facts = open_source(experiment).check()
             warnings, kept = facts.warnings, kept_frames(experiment, facts.n_frames)
         elif masks_url is not None and stages:
             kept = _check_finished_masks(experiment, masks_url, also_videos="pack" in stages)
@@ -54,7 +55,7 @@ def check_before_run(
 
 
 def _check_finished_masks(experiment: Experiment, url: str, also_videos: bool) -> int:
-    """Check a configuration, and the videos, against masks that are finished. The number of kept frames."""
+    """Check a configuration, and the videos, against finished masks, and return the number of kept frames."""
     try:
         group = groups.open_group(url)
     except FileNotFoundError:
@@ -66,10 +67,10 @@ def _check_finished_masks(experiment: Experiment, url: str, also_videos: bool) -
     with problems.collect():
         experiment.check(n_cameras, width * d, height * d)
     if also_videos:
-        from zoosplat.recording.checks import check_videos
+        from zoosplat.recording.sources import open_source
 
         with problems.collect():
-            check_videos(experiment).check_against_masks(width * d, height * d, (kept - 1) * jump)
+            open_source(experiment).check_pictures().check_against_masks(width * d, height * d, (kept - 1) * jump)
     problems.report()
     return kept
 
@@ -93,11 +94,11 @@ def check_kept_frames(experiment: Experiment, stages: Collection[str], n_frames:
         )
     third = n_frames // 3
     in_split = {"train": third, "valid": 2 * n_frames // 3 - third, "test": n_frames - 2 * n_frames // 3}
-    # Of a scene of moving cameras any frame trains, and any with a held-out picture tests.
+    # In a scene of moving cameras all frames are trained on, and all frames with a held-out picture are tested on.
     thirds = experiment.ingest.source != "dnerf"
     fits_third = experiment.embedding.fit_to == "third"
     needs = {
-        "center_rotation": (n_frames if thirds else FEWEST_TRACKED, FEWEST_TRACKED, "frames"),
+        "center_rotation": (n_frames if thirds else MIN_TRACKED_FRAMES, MIN_TRACKED_FRAMES, "frames"),
         "train": (
             third if thirds and experiment.train.fit_to == "third" else n_frames,
             1,
@@ -110,7 +111,7 @@ def check_kept_frames(experiment: Experiment, stages: Collection[str], n_frames:
         ),
         "embedding": (
             third if fits_third else n_frames,
-            FEWEST_EMBEDDED,
+            MIN_EMBEDDED_FRAMES,
             "frames in the first third (embedding.fit_to = third)" if fits_third else "frames",
         ),
     }
@@ -177,12 +178,12 @@ def _inputs(experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def _resolved(url: str) -> str:
-    """A URL in the one form that can be compared: of a local path the one without symbolic links."""
+    """The URL in a form that can be compared: a local path has its symbolic links resolved."""
     normal = urls.normalize(url)
     return normal if urls.is_s3(normal) else os.path.realpath(normal)
 
 
 def _below(url: str, folder: str) -> str | None:
-    """The way from a folder to what lies inside it; None where it does not."""
+    """The relative path of `url` in `folder`; None if it does not lie inside."""
     prefix = folder.rstrip("/") + "/"
     return url[len(prefix) :] if url.startswith(prefix) else None

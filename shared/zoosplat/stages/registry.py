@@ -1,7 +1,7 @@
-"""The chain of stages as data: what each stage reads and writes.
+"""The stages of the pipeline, and what each of them reads and writes.
 
-The services implement the stages, the flows chain them; both, and every reader of a result, look here. Which keys of
-the configuration determine a stage's result is declared with the keys: see `zoosplat.stages.dependencies`.
+The services implement the stages, and the flows chain them. Which keys of the configuration determine a stage's result
+is declared with the keys: see `zoosplat.stages.dependencies`.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ PIPELINE: tuple[StageSpec, ...] = (
     StageSpec("embedding", 1, ("features", "center_rotation", "pack"), "embedding.zarr", ("embedding.csv",)),
 )
 STAGES: dict[str, StageSpec] = {spec.name: spec for spec in PIPELINE}
-# What comes before the model: the same bytes on every machine.
+# The stages before the model. Their results have the same bytes on every machine.
 PREPROCESSING: tuple[StageSpec, ...] = tuple(itertools.takewhile(lambda spec: not spec.gpu, PIPELINE))
 
 
 def downstream(names: Iterable[str]) -> set[str]:
-    """Stages and all that are made from them."""
+    """The given stages, and all stages that read their results, directly or not."""
     found = set(names)
     for spec in PIPELINE:
         if found & set(spec.reads):
@@ -59,7 +59,7 @@ def downstream(names: Iterable[str]) -> set[str]:
 
 
 def upstream(names: Iterable[str]) -> set[str]:
-    """Stages and all that they are made from."""
+    """The given stages, and all stages whose results they read, directly or not."""
     found = set(names)
     for spec in reversed(PIPELINE):
         if spec.name in found:

@@ -1,15 +1,15 @@
-"""Results: what a stage made, in a folder of its own that is written once and never changed.
+"""Results: what a stage has made, in a folder of its own that is written once and never changed.
 
     PROJECT/results/<stage>/<result id>/
         request.json   what was asked for: settings, ids of inputs, contents of outside files
         plan.json      what `prepare` decided: shards and their bounds
-        shards/        a mark for each shard that is done, and the leases of those that are at work
+        shards/        a mark for each shard that is done, and the leases of shards that are worked on
         masks.zarr     the data, under the plain name of the stage's output
         manifest.json  path and size of every file that belongs to a complete result
         done.json      written last; a result without it is not read by any stage
 
-An id follows from everything that determines the result, so it is known before anything runs, and equal ids mean equal
-results, in whichever project they lie.
+The id of a result is a hash of everything that determines the result. So it is known before anything runs, and equal
+ids mean equal results, in whichever project they lie.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from zoosplat.storage import objects, urls
 
 Mark = dict[str, Any]
 RESULTS = "results"  # The folder of all results in a project.
+# Names in the folder of a result.
 DONE, PLAN, REQUEST, MANIFEST, SHARDS = "done.json", "plan.json", "request.json", "manifest.json", "shards"
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, the first 128 bits in hexadecimal."""
+    """The first 128 bits of the SHA-256 of a JSON value, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -71,7 +72,7 @@ class Request:
 
     @property
     def base(self) -> str:
-        """What the ids of all attempts begin with."""
+        """What the ids of all attempts at the request begin with: 16 hexadecimal digits."""
         contents = {key: source.fingerprint for key, source in self.sources.items()}
         return json_digest([self.stage, self.version, self.settings, self.inputs, contents])[:16]
 
@@ -94,12 +95,12 @@ class Request:
 
 
 def is_result_id(name: str) -> bool:
-    """Whether a folder's name is an id that follows from a request; those of adopted results do not."""
+    """Whether the name of a folder is the id of a request. Results that were adopted may have other names."""
     return re.fullmatch(r"[0-9a-f]{16}(?:-[1-9]\d*)?", name) is not None
 
 
 def parse_attempt(name: str, base: str) -> int | None:
-    """Number of the attempt that a folder's name says, from 0; None where it is of another request."""
+    """The number of the attempt, from 0, that has the id `name`; None if that is the id of another request."""
     found = re.fullmatch(rf"{base}(?:-([1-9]\d*))?", name)
     if found is None:
         return None
@@ -137,13 +138,14 @@ class Result:
         found = cls(stage, result_id, folder, folder, reused)
         try:
             mark = found.mark()
-        except UserError:  # whoever reads it is told; a damaged mark of one result must not cost the others
+        except UserError:  # Whoever reads the mark gets the error; until then the run's other results can be read.
             return found
         if mark is None or "data" not in mark:
             return found
         data = str(mark["data"])
         whole = data if data.startswith(("/", "s3://")) else urls.join(project_url, data)
-        # What is read from a mark is checked as what a user writes is: a container must not be sent to its own files.
+        # The mark may come from someone else, so its URL is checked like one that a user writes: a container must not
+        # be led to files of its own.
         return cls(stage, result_id, folder, urls.normalize(whole), reused)
 
     @property
@@ -173,7 +175,7 @@ class Result:
             objects.write_json(self.file(REQUEST), request.to_json())
 
     def mark(self) -> Mark | None:
-        """Its success mark, None before it is finished. Raises UserError where the mark is of another result."""
+        """Its success mark; None before it is finished. Raises UserError if the mark belongs to another result."""
         if "done" not in self._mark:
             mark = objects.read_json(self.file(DONE))
             if mark is None:
@@ -206,7 +208,7 @@ class Result:
         return sum(objects.exists(self.shard_mark_url(i, count)) for i in range(count)), count
 
     def require(self) -> Mark:
-        """Its success mark. Raises UserError where the result is not finished, or no longer there."""
+        """Its success mark. Raises UserError if the result is not finished or no longer there."""
         mark = self.mark()
         if mark is not None:
             return mark

@@ -24,7 +24,7 @@ MAX_RUNS_SEARCHED = 10  # The newest runs, among which a command finds the run t
 
 
 def _record_content(draft: Draft) -> tuple[str, dict[str, Any]]:
-    """Text of config.yaml and the entry `results` of run.json."""
+    """The text of config.yaml, and the value of `results` in run.json."""
     entries: dict[str, Any] = {}
     for stage, result in draft.results.items():
         request = draft.requests.get(stage)
@@ -42,15 +42,15 @@ def record_run(draft: Draft, stages: Collection[str], state: str = "begun") -> R
     """Write a new run's record and make it the project's latest.
 
     Args:
-        draft: from `draft_run`.
-        stages: those that the run is to make; kept for display.
-        state: of the run.
+        draft: What the run is to make.
+        stages: The stages that the run is to make; they are kept for display.
+        state: The state of the run in its record.
     """
     project = draft.project
     text, entries = _record_content(draft)
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     for stage in draft.forced & draft.requests.keys():
-        # The attempt is taken now: a run that is stopped before this stage begins leaves it to the next one.
+        # The attempt is claimed now, so that it is found by the next run if this run stops before the stage begins.
         draft.results[stage].claim(draft.requests[stage])
     objects.write_bytes(project.path(RUNS, run_id, CONFIG), text.encode())
     objects.write_json(
@@ -73,10 +73,10 @@ def record_run(draft: Draft, stages: Collection[str], state: str = "begun") -> R
 
 @contextmanager
 def hold_run(draft: Draft, stages: Collection[str]) -> Iterator[Run]:
-    """A recorded run that no other process works on: a new one, or one of the newest that was to do the same.
+    """Record a run, or take a recorded run of the same draft on which no other process works, and hold its lease.
 
-    So the same command, given again after a crash, goes on with the same run, which is then the latest again. While the
-    block runs, others see that the run is alive.
+    So the same command, given again after a crash, goes on with the same run, which becomes the latest again. While the
+    block runs, other processes see that the run is alive.
     """
     with contextlib.ExitStack() as held:
         run = next(filter(lambda run: held.enter_context(leases.try_locked(run.path("lease"))), _runs_of(draft)), None)
@@ -92,9 +92,9 @@ def hold_run(draft: Draft, stages: Collection[str]) -> Iterator[Run]:
 
 
 def _runs_of(draft: Draft) -> Iterator[Run]:
-    """Recorded runs with the configuration and the results of a draft, the newest first, among the newest."""
+    """The recorded runs of a draft, the newest first. Only the newest runs of the project are searched."""
     for run_id in reversed(draft.project.run_ids()[-MAX_RUNS_SEARCHED:]):
-        with contextlib.suppress(UserError):  # a damaged record is left to whoever looks at it
+        with contextlib.suppress(UserError):  # A damaged record is reported to whoever opens that run.
             run = Run.load(draft.project, run_id)
             if is_run_of(run, draft):
                 yield run

@@ -8,12 +8,12 @@ from zoosplat.stages.results import DONE, Mark, Result
 from zoosplat.storage import leases, objects
 
 
-def is_alive(project: Project, run_id: str) -> bool:
+def is_run_alive(project: Project, run_id: str) -> bool:
     """Whether a process, of any machine, works on a run now."""
     return leases.is_held(project.path(RUNS, run_id, "lease"))
 
 
-def run_state(project: Project, record: Mark) -> str:
+def find_run_state(project: Project, record: Mark) -> str:
     """How a run stands, by what its run.json holds.
 
     Returns:
@@ -23,7 +23,7 @@ def run_state(project: Project, record: Mark) -> str:
     state = str(record["state"])
     if state not in ("begun", "running"):
         return state
-    if is_alive(project, record["id"]):
+    if is_run_alive(project, record["id"]):
         return "running"
     if state == "running":
         return "interrupted"
@@ -36,7 +36,7 @@ def run_state(project: Project, record: Mark) -> str:
     return "done" if finished else "begun"
 
 
-def in_words(state: str, record: Mark) -> str:
+def describe_run_state(state: str, record: Mark) -> str:
     """A run's state, with the stages that it was to make unless those are all."""
     selected = record["selected"]
     if len(selected) in (0, len(PIPELINE)):

@@ -22,7 +22,7 @@ def _no_progress(done: int, total: int, message: str) -> None:
     return None
 
 
-_queue: Any = None  # of a worker process: where its progress goes
+_queue: Any = None  # In a worker process: the queue to which it reports its progress.
 
 
 def _start_worker(queue: Any) -> None:
@@ -36,14 +36,14 @@ def _shard_in_worker(stage: Stage, url: str, run_id: str, index: int, plan: Plan
         ctx = Context(open_run(Project.at(url), run_id), lambda done, total, text: _queue.put((index, done)))
         run_shard(stage, ctx, index, plan)
     except Exception as error:
-        # Here and not in the parent: exceptions of other libraries do not always survive the way between processes.
+        # It is converted here, because exceptions of other libraries cannot always be pickled for the parent.
         raise as_user_error(error, url) or error from error
 
 
 def run_stage(stage: Stage, run: Run, *, workers: int = 1, progress: StageProgress = _no_progress) -> bool:
-    """Run a whole stage here: skip it if done, else prepare, run the missing shards in processes, finish.
+    """Run a whole stage on this machine: skip it if it is done, else prepare it, run the missing shards, and finish it.
 
-    Where another process is at it, this waits, and skips what that has done.
+    While another process works on the stage, this one waits, and then skips what the other one has done.
 
     Returns:
         Whether anything was computed.
@@ -60,7 +60,7 @@ def run_stage(stage: Stage, run: Run, *, workers: int = 1, progress: StageProgre
             return False
         plan = prepare_held(stage, ctx, result)
         todo = [i for i in range(plan.n_shards) if not shard_is_done(result, plan.shard(i))]
-        if workers == 1 or len(todo) <= 1 or stage.spec.gpu:  # one process has a GPU, or all the cores, for itself
+        if workers == 1 or len(todo) <= 1 or stage.spec.gpu:  # A stage on a GPU has the whole GPU for itself.
             for i in todo:
                 run_shard(stage, ctx, i, plan)
         else:
@@ -92,7 +92,7 @@ def _run_in_processes(stage: Stage, ctx: Context, plan: Plan, todo: list[int], w
                 error = None if future.cancelled() else future.exception()
                 if error is not None:
                     errors[index] = error
-                    # The others' finished work is kept; what has not begun is not begun.
+                    # Shards that run are left to finish, so that their work is kept; the others are not begun.
                     for other in futures:
                         other.cancel()
             ctx.progress(before + sum(done.values()), total, "")
@@ -104,5 +104,5 @@ def _run_in_processes(stage: Stage, ctx: Context, plan: Plan, todo: list[int], w
                 f"a worker process of stage {stage.name} was killed, as the system does when memory runs out; lower "
                 f"--workers (now {workers}) and run again, finished shards are kept"
             )
-        # Of those that ran at the same time the first is named, not whichever was quicker.
+        # The first shard is named, so that the message does not depend on which shard was quicker.
         raise errors[min(i for i, error in errors.items() if not isinstance(error, BrokenProcessPool))]

@@ -5,7 +5,7 @@
     PROJECT/runs/<run id>/report/       the page
     PROJECT/runs/<run id>/logs/         what the stages printed
 
-A stage is told the project and the run, and it knows everything else from the run's record.
+A stage is given the project and the run, and it reads everything else from the run's record.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ CONFIG, RECORD, REPORT, LOGS = "config.yaml", "run.json", "report", "logs"
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a configuration and the result that each stage has, or is to make, under it.
+    """One run: a configuration, and the result that each stage has, or is to make, with that configuration.
 
     Attributes:
-        project: where it lies.
-        id: its id.
-        experiment: its configuration.
-        results: stage -> result; a stage is absent where a file that determines its result could not be read.
-        sources: stage -> files outside the project that determine its result.
-        versions: stage -> version of the stage that the result is of.
+        project: The project that it lies in.
+        id: Its id.
+        experiment: Its configuration.
+        results: stage -> result. A stage is absent if a file that determines its result could not be read.
+        sources: stage -> key of the configuration -> file outside the project that determines the stage's result.
+        versions: stage -> version of the stage whose result it is.
     """
 
     project: Project
@@ -52,7 +52,7 @@ class Run:
 
     @classmethod
     def load(cls, project: Project, run_id: str) -> Run:
-        """A run from its record. Raises UserError where the record is missing or damaged."""
+        """The run of a record. Raises UserError if the record is missing or damaged."""
         where = project.path(RUNS, run_id)
         record = objects.read_json(urls.join(where, RECORD))
         try:
@@ -68,7 +68,7 @@ class Run:
         except UserError as error:
             raise UserError("\n".join(f"{where}/{CONFIG}: {line}" for line in str(error).splitlines())) from None
         results, sources, versions = {}, {}, {}
-        for stage in STAGES:  # in the order of the pipeline
+        for stage in STAGES:  # The order is that of the pipeline.
             entry = record["results"].get(stage)
             if entry is None:
                 continue
@@ -84,7 +84,7 @@ class Run:
         return self.project.path(RUNS, self.id, *parts)
 
     def record(self) -> dict[str, Any]:
-        """What `run.json` holds: results, and state and times of the stages."""
+        """What `run.json` holds: the results, and the states and times of the stages."""
         return objects.read_json(self.path(RECORD)) or {}
 
     def result(self, stage: str) -> Result:
@@ -101,7 +101,7 @@ class Run:
         return self.results[stage]
 
     def request(self, stage: str) -> Request:
-        """What determines the result of a stage. Raises UserError as `result`."""
+        """What determines the result of a stage. Raises UserError like `result`."""
         result = self.result(stage)
         base = result.id.partition("-")[0]
         return Request(
@@ -114,7 +114,7 @@ class Run:
         )
 
     def older_version(self, stage: str) -> int | None:
-        """The newest earlier version of a stage that has a finished result of this request; None: none has."""
+        """The newest earlier version of a stage with a finished result for the same request; None if there is none."""
         request = self.request(stage)
         for version in range(request.version - 1, 0, -1):
             older = replace(request, version=version, attempt=0)
@@ -126,11 +126,11 @@ class Run:
         return None
 
     def find_sibling(self, stage: str, ignoring: Collection[str]) -> Result | None:
-        """A finished result of a stage that differs from this run's in some keys of the configuration alone.
+        """A finished result of a stage whose request differs from this run's in some keys at most, or None.
 
         Args:
-            stage: its name.
-            ignoring: dotted keys that may differ.
+            stage: The name of the stage.
+            ignoring: The dotted keys of the configuration that may differ.
         """
 
         def rest(request: Mark) -> Mark:
@@ -147,21 +147,21 @@ class Run:
         return None
 
     def read_mark(self, stage: str) -> Mark | None:
-        """Success mark of a stage's result; None before it is finished."""
+        """The success mark of a stage's result; None before it is finished."""
         return self.results[stage].mark() if stage in self.results else None
 
     def output_url(self, stage: str) -> str:
-        """URL of the group or folder that a stage writes, finished or not."""
+        """The URL of the group or folder that a stage writes, finished or not."""
         return self.result(stage).data_url
 
     def input_url(self, stage: str) -> str:
-        """URL of what a stage has written. Raises UserError where it has not finished."""
+        """The URL of what a stage has written. Raises UserError if the stage has not finished."""
         result = self.result(stage)
         result.require()
         return result.data_url
 
     def open_input(self, stage: str) -> zarr.Group:
-        """A finished stage's zarr group, for reading; a block of it that is missing is an error, never a fill value.
+        """The zarr group of a finished stage, for reading. A missing block is an error, and never read as fill values.
 
         Raises:
             UserError: the stage has not finished, or its group is gone.

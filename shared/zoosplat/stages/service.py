@@ -9,7 +9,10 @@ from zoosplat.stages.stopping import run_stoppable
 
 
 def run_service(stage: str) -> NoReturn:
-    """`__main__` of a service: the command line of the stage that `zoosplat_<stage>` has as `stage.STAGE`."""
+    """Run the command line of a service, and exit. The stage is `STAGE` in the module `zoosplat_<stage>.stage`.
+
+    Both are imported here and not above, because a service can also be stopped while it imports them.
+    """
 
     def main() -> int:
         command = importlib.import_module("zoosplat.stages.command")

@@ -1,6 +1,7 @@
-"""Processes that a stage spawns: they end with it, and a Ctrl-C on the terminal does not reach them.
+"""Processes that a stage spawns: they end when the stage ends, and Ctrl-C on the terminal does not reach them.
 
-This imports the standard library alone, since a new process must be watched before it imports what takes seconds.
+This module imports the standard library alone, because a new process must watch its parent before it imports packages
+that take seconds.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any
 
 @contextmanager
 def spawning() -> Iterator[None]:
-    """Around the start of processes: Ctrl-C on a terminal then reaches the stage alone, which ends them."""
-    resource_tracker.ensure_running()  # multiprocessing's helper: its start would undo the next line
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # they inherit it
+    """Protect processes that are started in the block from Ctrl-C: it reaches the stage alone, which ends them."""
+    # multiprocessing starts this helper when it needs it, and the start would unblock the signal.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # The new processes inherit the mask.
     try:
         yield
     finally:
@@ -29,18 +31,18 @@ def spawning() -> Iterator[None]:
 
 
 def pack_call(function: Callable[..., None], *arguments: Any) -> bytes:
-    """What `run_spawned` is to do, packed: what it needs is imported when the new process is already watched."""
+    """A call for `run_spawned`, pickled, so that its modules are imported only after the process watches its parent."""
     return pickle.dumps((function, arguments))
 
 
 def run_spawned(call: bytes, *handles: Any) -> None:
-    """In a spawned process: call a function with its arguments and handles, and end as soon as the parent has ended.
+    """Make a call in a spawned process, which ends as soon as its parent has ended.
 
-    A stage that is killed would leave it waiting for ever, or writing beside the processes of the next run.
+    Otherwise a process whose stage was killed would wait for ever, or write beside the processes of the next run.
 
     Args:
-        call: of `pack_call`.
-        handles: further arguments, queues and pipes, which can be handed over only when a process starts.
+        call: What `pack_call` returned.
+        handles: Further arguments of the call: queues and pipes, which can be passed only when a process starts.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -50,5 +52,6 @@ def run_spawned(call: bytes, *handles: Any) -> None:
 
 
 def kill_spawned() -> None:
+    """Kill every process that this process has spawned."""
     for process in multiprocessing.active_children():
         process.kill()

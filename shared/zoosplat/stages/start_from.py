@@ -16,9 +16,9 @@ from zoosplat.storage import urls
 
 
 def trained_result(url: str) -> Result | None:
-    """The finished training that a URL names, of a result's folder or of a project; None: there is none.
+    """The finished training that a URL names, which is a result's folder or a project; None if there is none.
 
-    Of a project it is that of the newest run which has one.
+    In a project it is the training of the newest run that has a finished one.
     """
     url = urls.normalize(url)
     parent, _, name = url.rpartition("/")
@@ -27,8 +27,9 @@ def trained_result(url: str) -> Result | None:
         result = Result.at(home.removesuffix(f"/{RESULTS}"), "train", name)
         return result if result.is_done() else None
     project = Project.at(url)
-    for run_id in (None, *reversed(project.run_ids())):  # None is the latest, or what an earlier version left
-        with contextlib.suppress(UserError):  # a damaged record, or no run at all
+    # None stands for the latest run, or for the one run of a project of the layout before runs.
+    for run_id in (None, *reversed(project.run_ids())):
+        with contextlib.suppress(UserError):  # The record may be damaged, or there may be no run at all.
             found = open_run(project, run_id).results.get("train")
             if found is not None and found.is_done():
                 return found
@@ -36,9 +37,9 @@ def trained_result(url: str) -> Result | None:
 
 
 def pin_start_from(project: Project, experiment: Experiment) -> tuple[Experiment, Source | None]:
-    """The configuration with `train.start_from` as the very result that it names, and that result's identity.
+    """The configuration with `train.start_from` replaced by the very result that it names, and that result as a source.
 
-    It is left as it is, and the identity None, where it names no project, or one without a finished training.
+    If it names no project, or a project without a finished training, the configuration is returned as it is, with None.
     """
     files = dependencies.outside_files("train", experiment)
     url = files.get("train.start_from")
@@ -59,9 +60,10 @@ def _with_start_from(experiment: Experiment, url: str) -> Experiment:
 
 
 def _source_of_unfinished(project: Project, experiment: Experiment, url: str) -> Source | None:
-    """What the latest run's training began from, where that is the same training and has not ended; else None.
+    """What the latest run's training starts from, if that run has this configuration and its training is not finished.
 
-    The same command then goes on with it, whatever has been trained since in the project at `url`.
+    The same command then goes on with that training, whatever has been trained since in the project at `url`. In any
+    other case it is None.
     """
     latest = project.latest_id()
     try:

@@ -23,10 +23,12 @@ from zoosplat.stages.results import DONE, MANIFEST, PLAN, Mark, Result
 from zoosplat.stages.sources import refresh
 from zoosplat.storage import conditional, groups, leases, listing, objects, schema, urls, writing
 
+# Packages whose versions a mark records.
 PACKAGES = ("zoosplat", "numpy", "zarr", "av", "opencv-python-headless", "scipy", "torch", "gsplat")
 
 
 def _versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a result depends on, for its mark."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -38,6 +40,8 @@ def _versions() -> dict[str, str]:
 
 @dataclass
 class _Measured:
+    """When a step began, how long it took, and the largest memory of a process until its end."""
+
     started: float
     seconds: float = 0.0
     peak_bytes: int = 0
@@ -57,9 +61,9 @@ def _measured() -> Iterator[_Measured]:
 
 @contextmanager
 def hold_alone(url: str, ctx: Context) -> Iterator[leases.Held]:
-    """Hold the lease of a result or of a shard of it; says so while another process has it.
+    """Hold the lease of a result, or of a shard of it, while the block runs. Waits while another process has it.
 
-    Whoever loses it, having been asleep for so long that it was taken for dead, writes nothing more.
+    A process that sleeps for longer than its lease lasts loses the lease, and then writes nothing more.
     """
     with (
         leases.locked(url, lambda: ctx.progress(0, 1, "another run is at work on it; waiting")) as lease,
@@ -69,13 +73,13 @@ def hold_alone(url: str, ctx: Context) -> Iterator[leases.Held]:
 
 
 def _write_once(url: str, value: Mark) -> None:
-    """Write what says that a step is done. Raises LockLost where another process has done so meanwhile."""
+    """Write the mark of a step that is done. Raises LockLost if another process has written one meanwhile."""
     if not conditional.create_json(url, value):
         raise LockLost(f"{url}: another run has taken this work over; run again, finished work is kept")
 
 
 def prepare(stage: Stage, ctx: Context) -> Plan | None:
-    """Make the stage ready for its shards; None where its result is done. What an earlier try finished is kept."""
+    """Make the stage ready for its shards, unless an earlier try did. The plan, or None if the result is done."""
     result = ctx.run.result(stage.name)
     if result.is_done():
         return None
@@ -84,6 +88,7 @@ def prepare(stage: Stage, ctx: Context) -> Plan | None:
 
 
 def prepare_held(stage: Stage, ctx: Context, result: Result) -> Plan:
+    """Do the work of `prepare`, for who holds the lease of the result."""
     _check_version(stage, ctx)
     if result.plan() is not None:
         return read_plan(stage, ctx)
@@ -104,7 +109,7 @@ def prepare_held(stage: Stage, ctx: Context, result: Result) -> Plan:
 
 
 def _check_version(stage: Stage, ctx: Context) -> None:
-    """Raise UserError where what this process would make is not what the run's record says."""
+    """Raise UserError if this process would make another result than the one that the run's record names."""
     request = ctx.run.request(stage.name)
     if request.version != stage.spec.version:
         raise UserError(
@@ -118,7 +123,7 @@ def _check_version(stage: Stage, ctx: Context) -> None:
 
 
 def read_plan(stage: Stage, ctx: Context) -> Plan:
-    """The plan that `prepare` wrote. Raises UserError where there is none."""
+    """The plan that `prepare` wrote. Raises UserError if there is none."""
     plan = ctx.run.result(stage.name).plan()
     if plan is None:
         raise UserError(f"{ctx.run.project.url}: stage {stage.name} is not prepared; run it with --prepare first")
@@ -126,14 +131,14 @@ def read_plan(stage: Stage, ctx: Context) -> Plan:
 
 
 def shard_is_done(result: Result, shard: Shard) -> bool:
-    """Whether the mark of a shard is there."""
+    """Whether a shard has its mark."""
     return objects.exists(result.shard_mark_url(shard.index, shard.count))
 
 
 def run_shard(stage: Stage, ctx: Context, index: int, plan: Plan) -> None:
-    """Run one shard unless it is done; its mark is written after its data.
+    """Run one shard unless it is done. Its mark is written after its data.
 
-    One process at a time works on a shard: another one waits, and skips what that has done.
+    One process at a time works on a shard. Another one waits, and then finds the shard done.
     """
     result, shard = ctx.run.result(stage.name), plan.shard(index)
     if result.is_done() or shard_is_done(result, shard):
@@ -143,7 +148,7 @@ def run_shard(stage: Stage, ctx: Context, index: int, plan: Plan) -> None:
             return
 
         def progress(done: int, total: int, message: str) -> None:
-            lease.check()  # a process that was asleep for long must not write beside the one that took its place
+            lease.check()  # A process that slept for long must not write beside the one that took its place.
             ctx.progress(done, total, message)
 
         try:
@@ -151,7 +156,7 @@ def run_shard(stage: Stage, ctx: Context, index: int, plan: Plan) -> None:
                 outcome = stage.run_shard(Context(ctx.run, progress), shard, plan)
         except Exception as error:
             if shard.count > 1:
-                # As the argument of --shard.
+                # The numbers are written as the argument of --shard.
                 error.add_note(f"in shard {index}/{shard.count}, kept frames {shard.start} to {shard.stop - 1}")
             raise
         _write_once(
@@ -170,7 +175,7 @@ def run_shard(stage: Stage, ctx: Context, index: int, plan: Plan) -> None:
 
 
 def finish(stage: Stage, ctx: Context, plan: Plan) -> None:
-    """Check that every shard is done, write what needs them all, then the success mark: the last write."""
+    """Check that every shard is done, write what needs them all, and last the success mark."""
     result = ctx.run.result(stage.name)
     if result.is_done():
         return
@@ -180,6 +185,7 @@ def finish(stage: Stage, ctx: Context, plan: Plan) -> None:
 
 
 def finish_held(stage: Stage, ctx: Context, plan: Plan, result: Result) -> None:
+    """Do the work of `finish`, for who holds the lease of the result."""
     _check_version(stage, ctx)
     marks = [objects.read_json(result.shard_mark_url(i, plan.n_shards)) for i in range(plan.n_shards)]
     missing = [i for i, mark in enumerate(marks) if mark is None]
@@ -218,7 +224,7 @@ def finish_held(stage: Stage, ctx: Context, plan: Plan, result: Result) -> None:
 
 
 def _check_sources(stage: Stage, ctx: Context) -> None:
-    """Raise UserError where a file that determines the result has been written since the run was begun."""
+    """Raise UserError if a file that determines the result was changed after the run was begun."""
     for source in ctx.run.sources.get(stage.name, {}).values():
         if not source.state:
             continue
@@ -231,7 +237,7 @@ def _check_sources(stage: Stage, ctx: Context) -> None:
 
 
 def _complete_files(stage: Stage, result: Result) -> dict[str, int]:
-    """Path below the result's data folder and bytes of every file that the stage has written.
+    """The files that the stage has written: path below the result's data folder -> bytes.
 
     Raises:
         UserError: a block of a group is missing although its shard is marked as done.

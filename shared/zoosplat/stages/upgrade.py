@@ -17,7 +17,7 @@ from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runs import Run
 from zoosplat.storage import fingerprints, objects
 
-# Which part of the configuration a stage's digest was made from: sections and keys, those with a `-` taken out again.
+# The sections and keys that the digest of a stage was made from; those with a `-` are taken out of their sections.
 SETTINGS = {
     "ingest": (
         "data.camera_names",
@@ -41,11 +41,11 @@ SETTINGS = {
 
 
 def upgrade(project: Project) -> tuple[Run, dict[str, str]]:
-    """Adopt the results of a project of the earlier layout: write a run that refers to them where they are.
+    """Adopt the results of a project of the layout before runs: write a run that refers to them where they are.
 
-    A result is adopted under the id that a run of today has for it, if the digest in its mark shows that it was made
-    from the files and settings as they are now; then the next run takes it for done. Any other keeps an id of its own:
-    it can be looked at, and the next run makes a new one beside it.
+    If the digest in the mark of a result shows that it was made from the present files and settings, the result gets
+    the id that a new run would give it, and the next run takes it as done. Any other result gets an id of its own: it
+    can be looked at, and the next run makes a new one beside it.
 
     Returns:
         The run, and stage -> why its result keeps an id of its own.
@@ -79,7 +79,7 @@ def upgrade(project: Project) -> tuple[Run, dict[str, str]]:
 
 
 def _why_not_current(spec: StageSpec, mark: Mark, old: Run, draft: Draft, kept: dict[str, str]) -> str:
-    """Why a run of today would not make this very result; empty where it would."""
+    """Why a new run would not make this very result; empty if it would."""
     above = [name for name in spec.reads if name in kept]
     if above:
         return f"was made from a result of stage {above[0]} that is not of today's files and settings"
@@ -112,7 +112,7 @@ def _settings(stage: str, experiment: Experiment) -> dict[str, Any]:
 
 
 def _source_urls(stage: str, experiment: Experiment) -> list[str]:
-    """Files whose fingerprints a digest was made from, in their order then."""
+    """The files whose fingerprints a digest was made from, in the order of then."""
     files = dependencies.outside_files(stage, experiment)
     if stage == "ingest" and experiment.ingest.source == "dnerf":
         return [url for key, url in files.items() if key.endswith(".json")]
@@ -125,7 +125,7 @@ def _source_urls(stage: str, experiment: Experiment) -> list[str]:
 
 
 def _request_of(spec: StageSpec, mark: Mark, results: dict[str, Result]) -> Mark:
-    """What a result that no run of today would make was made from, as far as its mark tells."""
+    """The request of a result that no new run would make, as far as its mark tells."""
     return {
         "stage": spec.name,
         "id": f"adopted-{mark['digest'][:16]}",

@@ -24,11 +24,11 @@ from torch import Tensor
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import ply
+from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat.storage import listing, objects, urls
 from zoosplat_model.dynamic.gaussian_set import GaussianSet
 from zoosplat_model.dynamic.hexplane import DeformationField
 from zoosplat_model.dynamic.schedule import Phase
-from zoosplat_model.spherical_harmonics import SH_C0
 
 CHECKPOINT_NAME = re.compile(r"chkpnt_(coarse|fine)_(\d+)\.pth")
 

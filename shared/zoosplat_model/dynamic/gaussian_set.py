@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat_model.dynamic.hexplane import Deformed
 from zoosplat_model.rotations import rotate_vectors
-from zoosplat_model.spherical_harmonics import SH_C0
 
 INITIAL_OPACITY = 0.1  # opacity of a new set's Gaussians (3DGS)
 RESET_OPACITY = 0.01  # limit to which a reset lowers opacities (3DGS)

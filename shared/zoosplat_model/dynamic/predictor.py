@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat.stages.runs import Run
 from zoosplat_model.dynamic import files
 from zoosplat_model.dynamic.gaussian_set import GaussianSet
@@ -20,7 +21,7 @@ from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering, rasterize
 from zoosplat_model.rasterize.types import Cameras
 from zoosplat_model.rotations import animal_to_world
-from zoosplat_model.spherical_harmonics import SH_C0, evaluate_colors
+from zoosplat_model.spherical_harmonics import evaluate_colors
 
 TRACK_SEED = 0  # of the draw of the Gaussians that `tracks` follows
 

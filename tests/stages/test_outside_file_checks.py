@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from zoosplat.stages.outside_files import _architecture, _read_shapes
+from zoosplat.stages.outside_file_checks import read_architecture, read_shapes
 from zoosplat_model.network.unet import UNetStack
 from zoosplat_model.published import PublishedStack
 
@@ -25,7 +25,7 @@ def test_architecture_of_a_header(
     path = tmp_path / "weights.safetensors"
     tensors = {f"refine.{name}": value.contiguous() for name, value in stack.state_dict().items()}
     safetensors.torch.save_file(tensors, path)
-    assert dict(_architecture(_read_shapes("train.start_from", str(path)))) == {
+    assert dict(read_architecture(read_shapes("train.start_from", str(path)))) == {
         "network": network,
         "num_unets": num_unets,
         "base_filters": base_filters,

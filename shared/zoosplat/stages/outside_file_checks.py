@@ -1,6 +1,6 @@
-"""Files besides the recording that a configuration names: whether a stage will be able to read them, by their headers.
+"""Checks of the files that a configuration names besides the recording, by reading their headers.
 
-A training that is told to begin with weights which are not there would otherwise say so after hours of preprocessing.
+Otherwise a training whose initial weights are missing would fail only after hours of preprocessing.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from zoosplat.config.sections import is_weights_file
 from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import Problems, UserError
 from zoosplat.formats import ply
-from zoosplat.stages.start_from import trained_result
+from zoosplat.stages.memory import PUBLISHED_BOTTLENECK
+from zoosplat.stages.start_from import no_training, trained_result
 from zoosplat.storage import objects, urls
 
+# Names of the checkpoints of the dynamic trainer.
 CHECKPOINT = re.compile(r"chkpnt_(coarse|fine)_\d+\.pth")
-MAX_HEADER = 100 << 20  # of a .safetensors file, as its own readers have it
-PLY_HEADER = 1 << 16
-BOTTLENECK = 512  # of the published network, where model.bottleneck is 0
-
+MAX_HEADER = 100 << 20  # Bytes of a .safetensors header; its own readers have the same limit.
+PLY_HEADER = 1 << 16  # Bytes that are read to find the end of a PLY header, which has a few hundred.
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -82,12 +82,9 @@ def _check_start(experiment: Experiment) -> None:
     value = experiment.train.start_from
     if not value.endswith(".safetensors"):
         if trained_result(urls.normalize(value)) is None:
-            raise UserError(
-                f"train.start_from = {value}: no project with a finished training; name one, a .safetensors file, "
-                f"{ANIMALS} or {RANDOM}"
-            )
+            raise UserError(no_training(value))
         return
-    found = dict(_architecture(_read_shapes("train.start_from", value)))
+    found = dict(read_architecture(read_shapes("train.start_from", value)))
     if not found:
         raise UserError(
             f"train.start_from = {value}: not the weights of a network of zoosplat; name a file that `python -m "
@@ -97,7 +94,7 @@ def _check_start(experiment: Experiment) -> None:
     for key, there in found.items():
         here = getattr(experiment.model, key)
         if key == "bottleneck" and here == 0 and experiment.model.network == "published":
-            here = BOTTLENECK
+            here = PUBLISHED_BOTTLENECK
         if here != there:
             problems.append(
                 f"model.{key} = {here}: train.start_from = {value} holds weights of a network with {there}; set it so, "
@@ -107,7 +104,7 @@ def _check_start(experiment: Experiment) -> None:
         raise UserError("\n".join(problems))
 
 
-def _read_shapes(key: str, value: str) -> Shapes:
+def read_shapes(key: str, value: str) -> Shapes:
     """Shapes of the tensors of a .safetensors file, by its header: 8 bytes of length, then JSON."""
     n_bytes = _size(key, value)
     try:
@@ -125,8 +122,8 @@ def _read_shapes(key: str, value: str) -> Shapes:
     return shapes
 
 
-def _architecture(shapes: Shapes) -> Iterator[tuple[str, Any]]:
-    """The keys of `model` that decide which tensors a network has, as those of a file tell them."""
+def read_architecture(shapes: Shapes) -> Iterator[tuple[str, Any]]:
+    """The keys of `model` that decide which tensors a network has, and their values by the tensors of a file."""
     first = "refine.unets.0.down."
     levels = {name.removeprefix(first).partition(".")[0] for name in shapes if name.startswith(first)}
     for network, tensor, halvings, doubled in (
@@ -165,7 +162,7 @@ def _check_checkpoint(key: str, value: str) -> None:
 
 def _check_weights(key: str, value: str) -> None:
     if value.endswith(".safetensors"):
-        shapes = _read_shapes(key, value)
+        shapes = read_shapes(key, value)
         if not sum(math.prod(shape) for shape in shapes.values()):
             raise UserError(f"{key} = {value}: holds no tensors; save the network's state_dict")
     else:
@@ -173,7 +170,7 @@ def _check_weights(key: str, value: str) -> None:
 
 
 def _check_torch_file(key: str, value: str) -> None:
-    """What torch.save writes: a ZIP file, whose end lists its parts, or before version 1.6 a pickle."""
+    """Check a file of torch.save: a ZIP file, whose end lists its parts, or a pickle if torch is older than 1.6."""
     _size(key, value)
     with objects.open_read(urls.normalize(value)) as file:
         begins = file.read(1)
