@@ -68,8 +68,8 @@ def check_shown(project: Project) -> None:
     page = Path(call("report", project.url)[1].strip()).read_text()
     assert 'class="missing"' not in page
     assert page.count("truth, render and error of camera") == 4
-    viewer = pytest.importorskip("zoosplat_flows.viewer.data")
-    scene = viewer.Scene(project.url)
+    viewer = pytest.importorskip("zoosplat_flows.viewer.project_data")
+    scene = viewer.ProjectData(project.url)
     scene.load_model("cpu")
     assert (scene.notes, scene.n_frames, scene.training) == ([], 12, False)
     assert scene.embedding is not None

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,11 @@ from zoosplat_train import dynamic_loop
 from zoosplat_train.stage import STAGE as TRAIN
 
 viewer = pytest.importorskip("zoosplat_flows.viewer.app", reason="viser is not installed; pip install zoosplat[view]")
-from zoosplat_flows.viewer import data, embedding_map  # noqa: E402
-from zoosplat_flows.viewer.data import Camera, Scene, state  # noqa: E402
+from zoosplat_flows.viewer import embedding_map  # noqa: E402
+from zoosplat_flows.viewer.camera_frustum import CameraFrustum  # noqa: E402
+from zoosplat_flows.viewer.newest_task_thread import NewestTaskThread  # noqa: E402
+from zoosplat_flows.viewer.project_data import ProjectData, project_state  # noqa: E402
+from zoosplat_flows.viewer.result_cache import ResultCache  # noqa: E402
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -104,8 +108,8 @@ def add(trained: Path, folder: Path, *stages: str, done: bool = True) -> None:
 
 
 @pytest.fixture(scope="module")
-def scene(trained: Path) -> Scene:
-    opened = Scene(str(trained))
+def scene(trained: Path) -> ProjectData:
+    opened = ProjectData(str(trained))
     opened.load_model("cpu")
     return opened
 
@@ -114,17 +118,17 @@ def scene(trained: Path) -> Scene:
 def test_shows_what_is_done(trained: Path, tmp_path: Path) -> None:
     """A run as it goes on: each stage adds something, and `state` says so."""
     copy = begun(trained, tmp_path / "project")
-    seen = {state(str(copy))}
+    seen = {project_state(str(copy))}
 
-    def after(*stages: str, done: bool = True) -> Scene:
+    def after(*stages: str, done: bool = True) -> ProjectData:
         add(trained, copy, *stages, done=done)
-        seen.add(state(str(copy)))
-        opened = Scene(str(copy))
+        seen.add(project_state(str(copy)))
+        opened = ProjectData(str(copy))
         opened.load_model("cpu")
         assert opened.notes == []
         return opened
 
-    assert Scene(str(copy)).n_frames == 0
+    assert ProjectData(str(copy)).n_frames == 0
     scene = after("ingest")
     assert (scene.n_frames, len(scene.cameras), scene.centers) == (36, 4, None)
     assert [set(np.unique(picture)) >= {90, 255} for picture in scene.pictures(7)] == [True] * 4
@@ -142,7 +146,7 @@ def test_shows_what_is_done(trained: Path, tmp_path: Path) -> None:
     best = output(copy, "train") / "best.json"
     text = best.read_text()
     best.write_text(text.replace('"valid_loss": ', '"valid_loss": 1'))
-    assert state(str(copy)) not in seen
+    assert project_state(str(copy)) not in seen
     best.write_text(text)
     scene = after("train", "embedding")
     assert scene.training is False
@@ -157,9 +161,9 @@ def test_any_run_of_a_project_is_shown(trained: Path, tmp_path: Path) -> None:
     first = open_run(project)
     more = first.experiment.train.model_copy(update={"epochs": 2})
     record_run(draft_run(project, first.experiment.model_copy(update={"train": more})), ["train"])
-    assert Scene(str(copy)).has_model is False
-    assert Scene(str(copy), first.id).has_model is True
-    assert state(str(copy)) != state(str(copy), first.id)
+    assert ProjectData(str(copy)).has_model is False
+    assert ProjectData(str(copy), first.id).has_model is True
+    assert project_state(str(copy)) != project_state(str(copy), first.id)
 
 
 def test_shows_what_dynamic_gaussians_have_come_to(
@@ -173,8 +177,8 @@ def test_shows_what_dynamic_gaussians_have_come_to(
     few |= {"multires": (1,), "resolution": 8, "time_resolution": 4}
     train, changed = old.train.model_copy(update={"method": "dynamic"}), old.dynamic.model_copy(update=few)
     run = record_run(draft_run(project, old.model_copy(update={"train": train, "dynamic": changed})), ["train"])
-    before = state(str(copy))
-    assert not Scene(str(copy)).has_model
+    before = project_state(str(copy))
+    assert not ProjectData(str(copy)).has_model
     monkeypatch.setattr(dynamic_loop, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(dynamic_loop, "REPORT_ITERATIONS", 1)
 
@@ -184,15 +188,15 @@ def test_shows_what_dynamic_gaussians_have_come_to(
 
     with pytest.raises(KeyboardInterrupt):
         run_stage(TRAIN, run, progress=stop)
-    opened = Scene(str(copy))
+    opened = ProjectData(str(copy))
     opened.load_model("cpu")
     assert (opened.notes, opened.training, opened.has_gaussians(7)) == ([], True, True)
     assert opened.predictor is not None
     assert opened.predictor.step == 9
-    now = state(str(copy))
+    now = project_state(str(copy))
     assert now != before
     (output(copy, "train") / "chkpnt_fine_10.pth").touch()  # while the one of iteration 3 is kept
-    assert state(str(copy)) != now
+    assert project_state(str(copy)) != now
 
 
 def test_what_cannot_be_shown_is_said(trained: Path, tmp_path: Path) -> None:
@@ -201,7 +205,7 @@ def test_what_cannot_be_shown_is_said(trained: Path, tmp_path: Path) -> None:
     add(trained, copy, *(spec.name for spec in PIPELINE if spec.name not in ("render", "features")))
 
     def notes() -> list[str]:
-        opened = Scene(str(copy))
+        opened = ProjectData(str(copy))
         opened.load_model("cpu")
         assert (opened.n_frames, len(opened.cameras)) == (36, 4)
         return opened.notes
@@ -232,7 +236,7 @@ def test_bad_urls_are_one_line(trained: Path, tmp_path: Path) -> None:
 def test_picture_is_symmetric_about_the_axis() -> None:
     """A pixel's ray is the same by the frustum's angle and aspect as by the calibration."""
     intrinsics = np.array([[700.0, 0, 301.3], [0, 650.0, 111.8], [0, 0, 1]])
-    camera = Camera.of("a", False, np.eye(4), intrinsics, 640, 480)
+    camera = CameraFrustum.from_calibration("a", False, np.eye(4), intrinsics, 640, 480)
     assert camera.width >= 640
     assert camera.height >= 480
     for x, y in ((0, 0), (639, 479), (20, 300)):
@@ -248,7 +252,7 @@ def test_picture_is_symmetric_about_the_axis() -> None:
         np.testing.assert_allclose([across[0] * up * camera.aspect, across[1] * up], ray[:2], atol=0.51 / 650)
 
 
-def test_hull_is_the_outside_of_all_voxels_in_enough_masks(scene: Scene, trained: Path) -> None:
+def test_hull_is_the_outside_of_all_voxels_in_enough_masks(scene: ProjectData, trained: Path) -> None:
     t = 30
     run = open_run(Project.at(str(trained)))
     masks, tracking, crop = (run.open_input(stage) for stage in ("ingest", "center_rotation", "crop"))
@@ -275,7 +279,7 @@ def test_hull_is_the_outside_of_all_voxels_in_enough_masks(scene: Scene, trained
     np.testing.assert_allclose(found[np.lexsort(found.T[::-1])], expected[np.lexsort(expected.T[::-1])], atol=1e-7)
 
 
-def test_splats_are_the_gaussians_in_voxels(scene: Scene) -> None:
+def test_splats_are_the_gaussians_in_voxels(scene: ProjectData) -> None:
     assert scene.predictor is not None
     drawn = scene.predictor.gaussians(20)
     gaussians = type(drawn)(*(value[drawn.opacities >= 1 / 255] for value in drawn))
@@ -291,11 +295,11 @@ def test_splats_are_the_gaussians_in_voxels(scene: Scene) -> None:
     assert np.float16(splats.covariances).min(axis=0).diagonal().min() > 6e-5  # normal half floats
 
 
-def test_picture_from_a_camera_shows_what_it_saw(scene: Scene, trained: Path) -> None:
+def test_picture_from_a_camera_shows_what_it_saw(scene: ProjectData, trained: Path) -> None:
     t = 30
     camera = scene.cameras[HELD_OUT]
     size = camera.width, camera.height
-    picture = scene.from_anywhere(t, camera.position, camera.to_world, camera.fov_rad, *size)
+    picture = scene.render_from(t, camera.position, camera.to_world, camera.fov_rad, *size)
     mask = schema.read(groups.open_group(str(output(trained, "ingest"))), "mask", t, t + 1)[0, HELD_OUT]
     seen = np.zeros(size[::-1], bool)
     x, y = camera.offset
@@ -305,7 +309,7 @@ def test_picture_from_a_camera_shows_what_it_saw(scene: Scene, trained: Path) ->
 
 
 def test_memory_is_bounded() -> None:
-    cache, made = data.Cache(most_bytes=100), []
+    cache, made = ResultCache(max_bytes=100), []
 
     def make(i: int) -> int:
         made.append(i)
@@ -320,20 +324,24 @@ def test_memory_is_bounded() -> None:
 
 def test_only_the_newest_request_is_worked_on() -> None:
     failures: list[Exception] = []
-    worker = viewer.Newest(failures.append)
-    entered, go, done = threading.Event(), threading.Event(), []
+    worker = NewestTaskThread(failures.append)
+    entered, go = threading.Event(), threading.Event()
+    done: list[int] = []
 
     def first() -> None:
         entered.set()
         go.wait()
-        assert worker.overtaken("frame")
-        assert not worker.overtaken("other")
+        assert worker.is_requested("frame")
+        assert not worker.is_requested("other")
 
-    worker.ask("frame", first)
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    worker.request("frame", first)
     entered.wait()
     for i in range(100):
-        worker.ask("frame", lambda i=i: done.append(i))
-    worker.ask("fails", lambda: 1 / 0)
+        worker.request("frame", partial(done.append, i))
+    worker.request("fails", fail)
     assert not worker.wait(0)
     go.set()
     assert worker.wait(30)
@@ -344,7 +352,7 @@ def test_only_the_newest_request_is_worked_on() -> None:
 
 def test_page_follows_a_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page opened before there is anything, and left open until there is a model."""
-    monkeypatch.setattr(viewer, "LOOK_S", 0.05)
+    monkeypatch.setattr(viewer, "WATCH_EVERY_S", 0.05)
     copy = begun(trained, tmp_path / "project")
     page = viewer.Viewer(str(copy), "localhost", 8201, "cpu")
     try:
@@ -369,16 +377,16 @@ def test_page_follows_a_run(trained: Path, tmp_path: Path, monkeypatch: pytest.M
         page.stop()
 
 
-def test_the_same_on_s3(scene: Scene, trained: Path, s3_here: S3) -> None:
+def test_the_same_on_s3(scene: ProjectData, trained: Path, s3_here: S3) -> None:
     bucket = s3_here.bucket()
     s3_here.put_folder(trained, bucket, "project")
-    there = Scene(f"s3://{bucket}/project")
+    there = ProjectData(f"s3://{bucket}/project")
     there.load_model("cpu")
     assert there.notes == []
     assert there.embedding is not None
     np.testing.assert_array_equal(there.pictures(30), scene.pictures(30))
     np.testing.assert_array_equal(there.comparison(30, HELD_OUT), scene.comparison(30, HELD_OUT))
-    assert state(f"s3://{bucket}/project") == state(str(trained))
+    assert project_state(f"s3://{bucket}/project") == project_state(str(trained))
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
@@ -477,7 +485,7 @@ def test_another_camera(page: Page, trained: Path) -> None:
     wait_for_picture(page, gallery(trained, HELD_OUT)[t])
 
 
-def test_click_in_the_map_goes_to_the_frame(page: Page, trained: Path, scene: Scene) -> None:
+def test_click_in_the_map_goes_to_the_frame(page: Page, trained: Path, scene: ProjectData) -> None:
     assert scene.embedding is not None
     unit = embedding_map.unit_places(scene.embedding)
     t, picture = max(gallery(trained, HELD_OUT).items())

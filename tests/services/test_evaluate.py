@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
+from zoosplat.formats.comparison import draw_comparison, square_around
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
@@ -315,8 +316,8 @@ def test_comparison_shows_the_animal_large_and_the_error_dark() -> None:
     mask[20:30, 5:15] = True
     truth = np.where(mask[..., None], [1.0, 0.0, 0.0], 1.0)
     rgb = np.where(mask[..., None], [1.0, 0.5, 0.0], 1.0)
-    assert ops.square_around(mask) == (4, 19, 16, 31)
-    picture = ops.comparison(rgb, mask * 1.0, truth, mask)
+    assert square_around(mask) == (4, 19, 16, 31)
+    picture = draw_comparison(rgb, mask * 1.0, truth, mask)
     left, middle, right = picture[160, 160], picture[160, 324 + 160], picture[160, 648 + 160]
     assert left.tolist() == [255, 0, 0]
     assert middle.tolist() == [255, 128, 0]
@@ -331,4 +332,4 @@ def test_comparison_shows_the_animal_large_and_the_error_dark() -> None:
 
 
 def test_nothing_seen_shows_the_window() -> None:
-    assert ops.square_around(np.zeros((40, 50), dtype=bool)) == (0, 0, 50, 40)
+    assert square_around(np.zeros((40, 50), dtype=bool)) == (0, 0, 50, 40)

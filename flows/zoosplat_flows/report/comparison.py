@@ -12,6 +12,7 @@ import numpy as np
 
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.formats.comparison import split_comparison
 from zoosplat.stages.history import (
     VIEW_GROUPS,
     SettingChange,
@@ -26,7 +27,6 @@ from zoosplat_flows.report.page import render_page
 from zoosplat_flows.report.pictures import jpeg_data_uri
 from zoosplat_flows.report.values import metric_label
 
-GAP = 4  # grey columns between the pictures of a gallery, see `media.side_by_side`
 MetricMeans = tuple[str, float | None, float | None]  # name of a metric, and its mean in the first and second run
 
 
@@ -153,7 +153,7 @@ def _gallery(run: Run) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def _panels(url: str) -> tuple[media.Picture, media.Picture]:
-    """Truth and render of a gallery's picture, which shows truth, render and error, each square."""
+    """Truth and render of a picture of an evaluation, [h, h, 3] each. Raises UserError: it is missing or damaged."""
     try:
         data = objects.read_bytes(url)
     except FileNotFoundError:
@@ -161,9 +161,7 @@ def _panels(url: str) -> tuple[media.Picture, media.Picture]:
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
     if picture is None:
         raise UserError(f"{url}: is damaged; run stage evaluate with --force")
-    side = picture.shape[0]
-    whole = np.asarray(picture, dtype=np.uint8)
-    return whole[:, :side], whole[:, side + GAP : 2 * side + GAP]
+    return split_comparison(np.asarray(picture, dtype=np.uint8))
 
 
 def _score(entry: dict[str, Any]) -> str:

@@ -1,1 +1,1 @@
-"""`zoosplat view`: an experiment in the browser, while it runs or when it is done."""
+"""The page that shows a project in the browser."""

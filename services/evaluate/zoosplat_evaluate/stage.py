@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.formats.comparison import draw_comparison
 from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import objects, urls
@@ -181,7 +182,7 @@ class EvaluateStage(Stage):
             layers = (*_render(predictor, frame), frame.composite_on_white(), frame.mask > 0)
             for c in np.flatnonzero(reader.pictured[frame.t]).tolist():
                 file = f"gallery/t{frame.t:06d}_camera{c}.png"
-                picture = ops.comparison(*(layer[c].cpu().numpy() for layer in layers))
+                picture = draw_comparison(*(layer[c].cpu().numpy() for layer in layers))
                 self._write(ctx, file, media.encode_png(picture))
                 entries.append(
                     {

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 Picture = npt.NDArray[np.uint8]  # [h, w, 3], R, G, B
 
+GAP = 4  # pixels between pictures that stand beside each other
+
 
 def to_uint8(rgb: npt.ArrayLike) -> Picture:
     """Picture [..., 3] uint8 of colours 0 to 1 (float, clamped)."""
@@ -132,9 +134,9 @@ def zoom(picture: Picture, box: Sequence[float], width: int, height: int) -> Pic
     return np.asarray(enlarged, dtype=np.uint8)
 
 
-def side_by_side(pictures: Sequence[Picture], gap: int = 4) -> Picture:
-    """Pictures of one height beside each other, `gap` grey columns between them."""
+def side_by_side(pictures: Sequence[Picture]) -> Picture:
+    """Pictures of one height beside each other, with `GAP` grey columns between them."""
     height = pictures[0].shape[0]
-    line = np.full((height, gap, 3), 128, dtype=np.uint8)
+    line = np.full((height, GAP, 3), 128, dtype=np.uint8)
     parts = [part for picture in pictures for part in (line, picture)][1:]
     return np.concatenate(parts, axis=1)

@@ -1,12 +1,9 @@
-"""What an experiment has to show, frame by frame: as much as its stages have finished."""
+"""Reads what a project has to show, frame by frame, as far as its stages are done."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -16,11 +13,15 @@ import zarr
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
+from zoosplat.formats.comparison import draw_comparison
 from zoosplat.geometry import visual_hull
+from zoosplat.geometry.rotations import matrix_from_quaternion
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.runs import Run
 from zoosplat.storage import listing, objects, schema, urls
+from zoosplat_flows.viewer.camera_frustum import CameraFrustum
+from zoosplat_flows.viewer.result_cache import ResultCache
 
 if TYPE_CHECKING:
     from zoosplat_model.gaussians import Gaussians
@@ -28,75 +29,26 @@ if TYPE_CHECKING:
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
-T = TypeVar("T")
 
+# Stages whose results the page shows.
 STAGES_SHOWN = ("ingest", "center_rotation", "crop", "pack", "train", "embedding")
-PICTURE_SIDE = 320  # pixels of a camera's picture in the scene
-CACHE_BYTES = 256 << 20
-FLOOR_DEVIATIONS = 2.0  # of the hull below its mean: where the ground is drawn
-
-
-@dataclass(frozen=True)
-class Camera:
-    """A camera of the recording, for drawing it.
-
-    Attributes:
-        name: as in the configuration.
-        held_out: never seen in training.
-        world_to_camera: [4, 4] metres.
-        intrinsics: [3, 3] pixels of the whole frame.
-        width, height: of its picture, whole pixels: the frame, widened until the optical axis meets its middle, as
-            frusta are drawn symmetric.
-        offset: x, y of the frame's first pixel in that picture.
-    """
-
-    name: str
-    held_out: bool
-    world_to_camera: F64
-    intrinsics: F64
-    width: int
-    height: int
-    offset: tuple[int, int]
-
-    @classmethod
-    def of(cls, name: str, held_out: bool, world_to_camera: F64, intrinsics: F64, width: int, height: int) -> Camera:
-        sides, offsets = [], []
-        for principal, n in ((intrinsics[0, 2], width), (intrinsics[1, 2], height)):
-            half = math.ceil(max(principal + 0.5, n - 0.5 - principal))
-            sides.append(2 * half)
-            offsets.append(round(half - 0.5 - principal))
-        return cls(name, held_out, world_to_camera, intrinsics, sides[0], sides[1], (offsets[0], offsets[1]))
-
-    @property
-    def position(self) -> F64:
-        """[3] metres."""
-        return np.asarray(-self.world_to_camera[:3, :3].T @ self.world_to_camera[:3, 3])
-
-    @property
-    def to_world(self) -> F64:
-        """[3, 3] rotation from the camera's axes (x right, y down, z forwards) to the world's."""
-        return np.asarray(self.world_to_camera[:3, :3].T)
-
-    @property
-    def fov_rad(self) -> float:
-        """Angle from the lower to the upper edge of its picture."""
-        return 2 * math.atan(self.height / 2 / self.intrinsics[1, 1])
-
-    @property
-    def aspect(self) -> float:
-        return float(self.width / self.intrinsics[0, 0] / (self.height / self.intrinsics[1, 1]))
+PICTURE_SIDE = 320  # pixels of the longer side of a camera's picture in the scene
+FLOOR_DEVIATIONS = 2.0  # standard deviations of the hull from its centre down to where the ground is drawn
+LEAST_OPACITY = 1 / 255  # of a Gaussian that is drawn: a smaller one changes no colour of 8 bits
 
 
 class Splats(NamedTuple):
-    """N Gaussians for drawing, in voxels from a point.
+    """N Gaussians for drawing, in voxels from an origin.
+
+    The browser gets half floats, in which the covariances of a mouse in metres would be 0.
 
     Attributes:
-        means: [N, 3] float32.
-        covariances: [N, 3, 3] float32. In voxels: the browser gets half floats, to which a mouse's are 0 in metres.
+        means: [N, 3] float32, voxels.
+        covariances: [N, 3, 3] float32, square voxels.
         opacities: [N, 1] float32, 0 to 1.
         colors: [N, 3] float32, 0 to 1.
-        origin: [3] the point, metres.
-        voxel_m: metres.
+        origin: [3] in the world, metres.
+        voxel_m: side of a voxel, metres.
     """
 
     means: F32
@@ -119,42 +71,27 @@ class Hull(NamedTuple):
     voxel_m: float
 
 
-class Embedding(NamedTuple):
-    """The map of `embedding.zarr`: place [T, 2] float32 of each frame, and which frames have one [T] bool."""
+class EmbeddingMap(NamedTuple):
+    """The map of an embedding.
+
+    Attributes:
+        place: [T, 2] float32, the place of each frame in the map, without unit.
+        valid: [T], whether a frame has a place.
+    """
 
     place: F32
     valid: npt.NDArray[np.bool_]
 
 
-class Cache:
-    """The results that were asked for last, up to a number of bytes."""
-
-    def __init__(self, most_bytes: int = CACHE_BYTES) -> None:
-        self._most, self._held = most_bytes, 0
-        self._results: OrderedDict[object, tuple[Any, int]] = OrderedDict()
-
-    def get(self, key: object, make: Callable[[], T], size: Callable[[T], int]) -> T:
-        if key in self._results:
-            self._results.move_to_end(key)
-        else:
-            made = make()
-            self._results[key] = made, size(made)
-            self._held += self._results[key][1]
-            while self._held > self._most and len(self._results) > 1:
-                self._held -= self._results.popitem(last=False)[1][1]
-        found: T = self._results[key][0]
-        return found
-
-
-def state(url: str, run_id: str | None = None) -> tuple[object, ...]:
-    """Something that changes when there is more to see in a project, or other things; a few small reads."""
+def project_state(url: str, run_id: str | None = None) -> tuple[object, ...]:
+    """A value that changes when there is more, or something else, to see in a project. It takes a few small reads."""
     run = open_run(Project.at(url), run_id)
     done = [run.id, *(run.read_mark(stage) is not None for stage in STAGES_SHOWN)]
     return (*done, *_checkpoints(run))
 
 
 def _checkpoints(run: Run) -> tuple[object, object]:
-    """What a training that has not ended has to show so far, of pose_splatter and of dynamic; None: nothing yet."""
+    """A value for the checkpoints of the method pose_splatter, and one for those of dynamic; None: there are none."""
     if "train" not in run.results:
         return None, None
     url = run.output_url("train")
@@ -164,37 +101,48 @@ def _checkpoints(run: Run) -> tuple[object, object]:
     return shown, tuple(dynamic) or None
 
 
-class Scene:
-    """A project as far as it is done; its model once it is loaded, which takes seconds. For one thread at a time.
+class ProjectData:
+    """A project as far as it is done. Its methods may be called from one thread at a time.
 
     Attributes:
-        experiment: its configuration.
-        notes: what is there and cannot be shown, and why, a line each.
-        n_frames: kept frames T; 0 before stage ingest is done.
-        times_s: [T] seconds from the recording's start; video_frames: [T] indices in the video.
-        cameras: of the recording.
-        centers: [T, 3] metres, angles: [T] radians, valid: [T] bool: the tracking; None before it is done.
-        floor_m: height of the ground under the animal, about.
-        predictor: the model; None before `load_model`, and before there is a checkpoint.
-        has_model: whether there is one to load: a checkpoint, also of a training that has not ended.
+        experiment: the configuration.
+        notes: what is there but cannot be shown, and why, a line each.
+        n_frames: number T of kept frames; 0 before stage ingest is done.
+        times_s: [T] seconds from the recording's start.
+        video_frames: [T] indices in the video.
+        cameras: the cameras of the recording.
+        centers: [T, 3] the animal's centres in the world, metres; None before stage center_rotation is done.
+        angles: [T] headings, radians; None as `centers`.
+        valid: [T] whether a frame has a hull; None as `centers`.
+        floor_m: approximate height of the ground under the animal, metres.
+        predictor: the model; None before `load_model`, which takes seconds, and before there is a checkpoint.
+        has_model: whether there is a checkpoint to load, also one of a training that has not ended.
         training: whether the training has not ended.
-        embedding: None where there is none.
+        embedding: the map of the embedding; None where there is none.
     """
 
     def __init__(self, url: str, run_id: str | None = None) -> None:
-        """A run of a project; None: the latest. Raises UserError where there is none."""
+        """Open a run of a project.
+
+        Args:
+            url: path or URL of the project.
+            run_id: id of a run, or its beginning; None: the latest run.
+
+        Raises:
+            UserError: there is no such run.
+        """
         self.run = open_run(Project.at(url), run_id)
         self.experiment: Experiment = self.run.experiment
         self.notes: list[str] = []
-        self.n_frames, self.cameras = 0, list[Camera]()
+        self.n_frames, self.cameras = 0, list[CameraFrustum]()
         self.times_s = self.video_frames = np.zeros(0)
         self.centers: F64 | None = None
         self.angles: F64 | None = None
         self.valid: npt.NDArray[np.bool_] | None = None
         self.floor_m = 0.0
-        self.embedding: Embedding | None = None
+        self.embedding: EmbeddingMap | None = None
         self.predictor: Predictor | None = None
-        self._cache = Cache()
+        self._cache = ResultCache()
         self._masks, self._tracking = self._open("ingest"), self._open("center_rotation")
         self._crop, self._images = self._open("crop"), self._open("pack")
         if self._masks is not None:
@@ -208,7 +156,7 @@ class Scene:
         self.has_model = ready and (not self.training or found is not None)
 
     def _open(self, stage: str) -> zarr.Group | None:
-        """A stage's group; None where it is not there yet, or (with a note) cannot be read."""
+        """The group of a stage's result; None where it does not exist yet, or where it cannot be read (it is noted)."""
         if self.run.read_mark(stage) is None:
             return None
         try:
@@ -225,7 +173,7 @@ class Scene:
         self.times_s = self.video_frames / attributes["fps"]
         intrinsics, world_to_camera = schema.read(masks, "intrinsics"), schema.read(masks, "world_to_camera")
         self.cameras = [
-            Camera.of(
+            CameraFrustum.from_calibration(
                 str(attributes["camera_names"][c]),
                 c in self.experiment.holdout_views,
                 world_to_camera[c],
@@ -252,15 +200,22 @@ class Scene:
         except UserError as error:
             self.notes.append(str(error))
             return
-        except Exception as error:  # whatever a damaged group leads to; the page shows the rest
+        except Exception as error:  # a damaged group leads to any error, and the page shows the rest
             where = self.run.output_url("embedding")
             self.notes.append(f"{where}: damaged ({type(error).__name__}: {error}); run stage embedding with --force")
             return
         if len(place) == self.n_frames and valid.any():
-            self.embedding = Embedding(place.astype(np.float32), valid.astype(bool) & np.isfinite(place).all(1))
+            self.embedding = EmbeddingMap(place.astype(np.float32), valid.astype(bool) & np.isfinite(place).all(1))
 
     def load_model(self, device: str) -> None:
-        """The best checkpoint, of dynamic Gaussians the newest; a note where none fits. UserError: no such device."""
+        """Load the best checkpoint, or the newest one for the method dynamic, and note why none can be loaded.
+
+        Args:
+            device: auto, cpu, cuda or cuda:0.
+
+        Raises:
+            UserError: the device does not exist.
+        """
         if not self.has_model:
             return
         from zoosplat_model.devices import pick_device
@@ -274,7 +229,7 @@ class Scene:
 
     # -- frames -------------------------------------------------------------------------------------------------
     def pictures(self, t: int) -> list[media.Picture]:
-        """Each camera's picture of frame t, white away from the animal; silhouettes before stage pack is done."""
+        """The picture of each camera in frame t, white around the animal; silhouettes before stage pack is done."""
         return self._cache.get(("pictures", t), lambda: self._pictures(t), lambda made: sum(p.nbytes for p in made))
 
     def _pictures(self, t: int) -> list[media.Picture]:
@@ -296,10 +251,11 @@ class Scene:
         return made
 
     def has_hull(self, t: int) -> bool:
+        """Whether frame t has a hull, and the grid of the hull is known."""
         return self._crop is not None and self.valid is not None and bool(self.valid[t])
 
     def hull(self, t: int) -> Hull:
-        """The visual hull of a frame that has one, of the observed views, as the model is given it."""
+        """The visual hull of a frame that has one, from the observed views as in training."""
         return self._cache.get(("hull", t), lambda: self._hull(t), lambda made: made.points.nbytes)
 
     def _hull(self, t: int) -> Hull:
@@ -332,6 +288,7 @@ class Scene:
         return Hull(points, float(axis[1] - axis[0]))
 
     def has_gaussians(self, t: int) -> bool:
+        """Whether the model is loaded and predicts frame t."""
         return self.predictor is not None and bool(self.predictor.reader.valid[t])
 
     def _gaussians(self, t: int) -> Gaussians:
@@ -341,8 +298,8 @@ class Scene:
             ("gaussians", t), lambda: predictor.gaussians(t), lambda made: sum(v.nbytes for v in made)
         )
 
-    def _for_closeness(self, t: int) -> Gaussians:
-        """Gaussians of frame t in the world, fit to be seen from closer than in training, as in stage render."""
+    def _smoothed_gaussians(self, t: int) -> Gaussians:
+        """Gaussians of frame t in the world, smoothed for views from closer than the cameras, as in stage render."""
         assert self.predictor is not None
         reader = self.predictor.reader
         return self._gaussians(t).with_low_pass(reader.pixel_size_m(reader.frame(t)))
@@ -350,13 +307,13 @@ class Scene:
     def splats(self, t: int) -> Splats:
         """The Gaussians of a frame that has a hull."""
         assert self.predictor is not None
-        means, quats, scales, opacities, colors = (v.cpu().numpy() for v in self._for_closeness(t))
-        drawn = opacities >= 1 / 255
+        means, quats, scales, opacities, colors = (v.cpu().numpy() for v in self._smoothed_gaussians(t))
+        drawn = opacities >= LEAST_OPACITY
         means, quats, scales, opacities, colors = (v[drawn] for v in (means, quats, scales, opacities, colors))
         voxel_m, origin = self.predictor.reader.voxel_size_m, self.predictor.reader.pose(t)[0].cpu().numpy()
         if self.experiment.flat_gaussians:
             scales = scales * np.array([1, 1, 0], np.float32)
-        axes = _rotations(quats) * (scales / voxel_m)[:, None]
+        axes = matrix_from_quaternion(quats) * (scales / voxel_m)[:, None]
         return Splats(
             ((means - origin) / voxel_m).astype(np.float32),
             (axes @ axes.transpose(0, 2, 1)).astype(np.float32),
@@ -371,8 +328,6 @@ class Scene:
         return self._cache.get(("comparison", t, camera), lambda: self._comparison(t, camera), lambda made: made.nbytes)
 
     def _comparison(self, t: int, camera: int) -> media.Picture:
-        from zoosplat_evaluate import ops
-
         assert self.predictor is not None
         reader, frame = self.predictor.reader, self.predictor.reader.frame(t)
         view = slice(camera, camera + 1)
@@ -385,22 +340,22 @@ class Scene:
             cameras=[camera],
         )
         layers = rgb[0], alpha[0], frame.composite_on_white()[camera], frame.mask[camera] > 0
-        return ops.comparison(*(layer.cpu().numpy() for layer in layers))
+        return draw_comparison(*(layer.cpu().numpy() for layer in layers))
 
-    def from_anywhere(
+    def render_from(
         self, t: int, position: F64, to_world: F64, fov_rad: float, width: int, height: int
     ) -> media.Picture:
-        """The model's own picture [height, width, 3] of a frame that has a hull.
+        """Render a frame that has a hull from any viewpoint, [height, width, 3].
 
         Args:
             t: kept frame.
-            position: [3] of the eye, metres.
-            to_world: [3, 3] rotation from the eye's axes (x right, y down, z forwards) to the world's.
+            position: [3] of the viewpoint, metres.
+            to_world: [3, 3] rotation from the view's axes (x right, y down, z forwards) to the world's.
             fov_rad: angle from the picture's lower to its upper edge.
             width, height: pixels.
         """
         assert self.predictor is not None
-        gaussians = self._for_closeness(t)
+        gaussians = self._smoothed_gaussians(t)
         focal = height / 2 / math.tan(fov_rad / 2)
         pose = np.eye(4)
         pose[:3, :3], pose[:3, 3] = to_world.T, -to_world.T @ position
@@ -412,20 +367,9 @@ class Scene:
 
 
 def _paste(whole: media.Picture, window: media.Picture, x: int, y: int) -> None:
-    """Put a picture into a larger one, its first pixel at (x, y); what lies outside is left out."""
+    """Copy a picture into a larger one, its first pixel to (x, y). Pixels that would lie outside are left out."""
     height, width = whole.shape[:2]
     x0, y0 = max(x, 0), max(y, 0)
     x1, y1 = min(x + window.shape[1], width), min(y + window.shape[0], height)
     if x0 < x1 and y0 < y1:
         whole[y0:y1, x0:x1] = window[y0 - y : y1 - y, x0 - x : x1 - x]
-
-
-def _rotations(quats: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Rotation matrices [N, 3, 3] of unit quaternions [N, 4] (w, x, y, z)."""
-    w, x, y, z = quats.T
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.stack([np.stack(row, -1) for row in rows], -2)
