@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def without_blas_choice(env: Mapping[str, str]) -> dict[str, str]:
-    """An environment without the choice of BLAS kernels: containers do not know it, and others would round otherwise."""
+    """An environment without the choice of BLAS kernels. Containers do not know it, and others round otherwise."""
     return {key: value for key, value in env.items() if key != "OPENBLAS_CORETYPE"}
 
 
