@@ -253,7 +253,7 @@ def _serve() -> None:
     import s3fs  # noqa: F401
     import scipy.io  # noqa: F401
 
-    import zoosplat.recording.checks
+    import zoosplat.recording.sources
     import zoosplat.stages.command  # noqa: F401
     from zoosplat.stages.registry import PREPROCESSING
 

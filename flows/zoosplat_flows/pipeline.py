@@ -1,19 +1,16 @@
-"""The pipeline as a Prefect flow: a task a stage, for deployments and wherever a Prefect server is named."""
+"""The pipeline as a Prefect flow with a task for each stage, for deployments and where a Prefect server is named."""
 
 from __future__ import annotations
 
 import re
-import threading
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar, copy_context
-from typing import Any, Literal, cast
+from contextvars import ContextVar
+from typing import Any, Literal
 
 import httpx
 from prefect import flow, runtime, task
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
@@ -38,6 +35,7 @@ from zoosplat_flows.execution.executor import (
     is_worth_retrying,
     select_stages,
 )
+from zoosplat_flows.execution.progress_artifact import ProgressArtifact
 from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent, keep_record
 from zoosplat_flows.report.refresh import ensure_report
 from zoosplat_flows.runners.containers import ContainerRunner
@@ -48,8 +46,7 @@ from zoosplat_flows.runners.kubernetes.settings import ClusterSettings
 from zoosplat_flows.runners.local import LocalRunner
 from zoosplat_flows.runners.protocol import Interrupted, Runner
 
-ARTIFACT_EVERY_S = 5.0
-PLACEMENT = "placement"  # key of the table of pods, in Prefect's interface
+PLACEMENT = "placement"  # key of the artifact that says where pods have run, in Prefect's interface
 RunnerName = Literal["local", "containers", "kubernetes"]
 
 _listener: ContextVar[EventListener | None] = ContextVar("listener", default=None)
@@ -57,7 +54,7 @@ _listener: ContextVar[EventListener | None] = ContextVar("listener", default=Non
 
 @contextmanager
 def listening(listener: EventListener) -> Iterator[None]:
-    """Hand the events of pipelines that run in this block, in this process, to `listener` (from their threads)."""
+    """Call `listener`, from any thread, with the events of flow runs of this process while the block runs."""
     token = _listener.set(listener)
     try:
         yield
@@ -65,58 +62,25 @@ def listening(listener: EventListener) -> Iterator[None]:
         _listener.reset(token)
 
 
-class _Artifact:
-    """A stage's progress bar in Prefect's interface, moved every few seconds.
+class _FlowContext:
+    """What the tasks of a flow run share.
 
-    From threads: each call to a server that has stopped takes minutes, which no stage shall wait for.
+    It is not a dataclass: Prefect looks into dataclasses among the parameters of a task for futures.
     """
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-        self.id: uuid.UUID | None = None
-        self.last = 0.0
-        self.thread: threading.Thread | None = None
-
-    def __call__(self, percent: float) -> None:
-        now = time.monotonic()
-        if percent >= 100 and self.thread is not None:
-            self.thread.join(timeout=ARTIFACT_EVERY_S)
-        early = percent < 100 and now - self.last < ARTIFACT_EVERY_S
-        if self.thread is not None and (early or self.thread.is_alive()):
-            return
-        self.last = now
-        # With the context, which says whose artifact it is.
-        self.thread = threading.Thread(target=copy_context().run, args=(self._send, percent), daemon=True)
-        self.thread.start()
-        if percent >= 100:
-            self.thread.join(timeout=ARTIFACT_EVERY_S)
-
-    def _send(self, percent: float) -> None:
-        # A picture of the progress is not worth a stage.
-        with suppress(httpx.HTTPError):
-            if self.id is None:
-                key = self.stage.replace("_", "-")
-                self.id = cast(uuid.UUID, create_progress_artifact(percent, key=key, description=self.stage))
-            else:
-                update_progress_artifact(self.id, percent)
-
-
-class _Work:
-    """What the tasks of a flow have in common. Not a dataclass: Prefect walks through those of a task's parameters."""
 
     def __init__(self, run: Run, runner: Runner, workers: int | None, recorder: RunRecorder) -> None:
         self.run, self.runner, self.workers, self.recorder = run, runner, workers, recorder
         self._listener = _listener.get()
 
     def tell(self, event: StageEvent) -> None:
-        """Record an event, and hand it to who listens."""
+        """Record an event, and hand it to the listener."""
         self.recorder(event)
         if self._listener is not None:
             self._listener(event)
 
 
-def _may_pass(_task: Any, _run: Any, state: Any) -> bool:
-    """Whether another try may help."""
+def _is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
+    """Whether another try of a task may help, from the state of the last try."""
     try:
         state.result()
     except Exception as error:
@@ -127,39 +91,43 @@ def _may_pass(_task: Any, _run: Any, state: Any) -> bool:
 @task(
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=_may_pass,
+    retry_condition_fn=_is_worth_retrying,
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def run_stage(stage: str, work: _Work) -> State[str]:
-    """One stage. Its result is what `execution.attempt` returns; all but `done` in the state Cached.
+def run_stage(stage: str, context: _FlowContext) -> State[str]:
+    """Task of one stage.
 
-    Raises as `execution.attempt`.
+    Returns:
+        A state whose result is that of `attempt_stage`. It is named Cached for all results but `done`: so Prefect's
+        interface shows what was computed and what was not.
+
+    Raises:
+        Exception: as `attempt_stage`.
     """
     tries = int(task_run.run_count or 1)
-    artifact = _Artifact(stage)
-    artifact(0.0)
+    artifact = ProgressArtifact(stage)
+    artifact.update(0.0)
 
-    def heard(event: StageEvent) -> None:
-        work.tell(event)
+    def tell(event: StageEvent) -> None:
+        context.tell(event)
         if event.state == "running" and event.total:
-            artifact(100.0 * event.done / event.total)
+            artifact.update(100.0 * event.done / event.total)
 
     def log(line: str, source: str = "", at: str = "") -> None:
-        work.recorder.log(stage, line, source, at)
+        context.recorder.log(stage, line, source, at)
 
     try:
-        state = attempt_stage(stage, work.run, work.runner, work.workers, heard, log)
+        state = attempt_stage(stage, context.run, context.runner, context.workers, tell, log)
     except Interrupted:
-        work.tell(StageEvent(stage, "stopped"))
+        context.tell(StageEvent(stage, "stopped"))
         raise
     except Exception as error:
         again = is_worth_retrying(error) and tries <= RETRIES
-        work.tell(StageEvent(stage, "retrying" if again else "failed", message=str(error)))
+        context.tell(StageEvent(stage, "retrying" if again else "failed", message=str(error)))
         raise
-    artifact(100.0)
-    work.tell(StageEvent(stage, state))
-    # So that Prefect's interface shows what was computed and what was not.
+    artifact.update(100.0)
+    context.tell(StageEvent(stage, state))
     return Completed(name="Completed" if state == "done" else "Cached", data=state)
 
 
@@ -168,19 +136,27 @@ def run_stage(stage: str, work: _Work) -> State[str]:
     task_run_name="report",
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=_may_pass,
+    retry_condition_fn=_is_worth_retrying,
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def report(work: _Work) -> str:
-    """The report page of what is done. Returns its URL."""
-    return ensure_report(work.run, work.recorder, work.tell)
+def report(context: _FlowContext) -> str:
+    """Task of the report page. Returns its URL."""
+    return ensure_report(context.run, context.recorder, context.tell)
 
 
 # -- where it runs ------------------------------------------------------------------------------------------------
-def place(project: str | None, config: str | None) -> str:
-    """URL of the project: the given one, or that which a config of the published tool names, or the config's without
-    its suffix (s3://lab/mouse.yaml: s3://lab/mouse). Raises UserError where neither is given."""
+def project_url_for(project: str | None, config: str | None) -> str:
+    """URL of the project of a flow run.
+
+    Args:
+        project: the project, where one is given.
+        config: URL of the configuration. Where no project is given, its own `project_directory` is the project, or else
+            its URL without the suffix: s3://lab/mouse for s3://lab/mouse.yaml.
+
+    Raises:
+        UserError: neither is given, or the configuration is not valid.
+    """
     if project:
         return Project.at(project).url
     if not config:
@@ -191,7 +167,7 @@ def place(project: str | None, config: str | None) -> str:
 def _profile_for(
     profile: str | None, project: Project, stages: list[str], experiment: Experiment
 ) -> tuple[ClusterSettings, KubernetesApi, str | None, Experiment]:
-    """Settings and cluster, the profile of the GPU stages, and the experiment as that changes it."""
+    """Settings and API of the cluster, the profile of the GPU stages, and the experiment as the profile changes it."""
     if not urls.is_s3(project.url):
         raise UserError(f"{project.url}: the pods of a cluster share no folder; use a project at s3://bucket/prefix")
     settings = ClusterSettings.read()
@@ -205,18 +181,21 @@ def _profile_for(
 
 
 @contextmanager
-def _in_cluster(settings: ClusterSettings, api: KubernetesApi, profile: str | None) -> Iterator[KubernetesRunner]:
-    with KubernetesRunner(settings, profile, api, str(runtime.flow_run.get_id())) as jobs:
+def _cluster_runner(settings: ClusterSettings, api: KubernetesApi, profile: str | None) -> Iterator[KubernetesRunner]:
+    """A runner whose placements become an artifact of the flow run, also where stages fail."""
+    with KubernetesRunner(settings, profile, api, str(runtime.flow_run.get_id())) as runner:
         try:
-            yield jobs
+            yield runner
         finally:
-            if jobs.placements:
+            if runner.placements:
                 with suppress(httpx.HTTPError):
-                    create_table_artifact(jobs.placements, key=PLACEMENT, description="where each shard and stage ran")
+                    create_table_artifact(
+                        runner.placements, key=PLACEMENT, description="where each shard and stage ran"
+                    )
 
 
-def _end_children(flow: Any, flow_run: Any, state: Any) -> None:
-    """Hook of a run that was cancelled, crashed or failed: its process may have been killed before it could do this."""
+def _delete_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
+    """Hook of a flow run that was cancelled, crashed or failed: a process that is killed leaves its Jobs behind."""
     if flow_run.parameters.get("runner") == "kubernetes":
         delete_jobs(str(flow_run.id))
 
@@ -225,9 +204,9 @@ def _end_children(flow: Any, flow_run: Any, state: Any) -> None:
     name="pipeline",
     task_runner=ThreadPoolTaskRunner(max_workers=len(PIPELINE)),  # type: ignore[arg-type]
     persist_result=False,
-    on_cancellation=[_end_children],
-    on_crashed=[_end_children],
-    on_failure=[_end_children],
+    on_cancellation=[_delete_jobs_of],
+    on_crashed=[_delete_jobs_of],
+    on_failure=[_delete_jobs_of],
 )
 def pipeline(
     project: str | None = None,
@@ -245,7 +224,7 @@ def pipeline(
     A stage starts as soon as those that it reads have ended: packing images runs beside tracking and cropping.
 
     Args:
-        project: folder or s3:// URL; None: see `place`.
+        project: folder or s3:// URL; None: see `project_url_for`.
         from_stage: first stage to run; what comes before must be done.
         until_stage: last stage to run.
         force: stages to make again; what is made from them follows.
@@ -262,17 +241,17 @@ def pipeline(
 
     Raises:
         UserError: bad input or configuration, found by this or by a stage.
-        Failed: stages failed three times.
+        StagesFailed: stages failed at each of their tries.
     """
     stages = select_stages(from_stage, until_stage)
-    where = Project.at(place(project, config))
+    where = Project.at(project_url_for(project, config))
     if run is not None:
         with LocalRunner() as processes:
             return _run_stages(open_run(where, run), stages, processes, workers)
     experiment = load_config(config).experiment if config else open_run(where).experiment
     if runner == "kubernetes":
         settings, api, chosen_profile, experiment = _profile_for(profile, where, stages, experiment)
-        placed: Any = _in_cluster(settings, api, chosen_profile)
+        placed: Any = _cluster_runner(settings, api, chosen_profile)
     elif profile is not None:
         raise UserError(f"profile {profile}: profiles are kinds of nodes; use it with the runner kubernetes")
     else:
@@ -284,28 +263,28 @@ def pipeline(
 def _run_stages(run: Run, stages: list[str], runner: Runner, workers: int | None) -> dict[str, str]:
     futures: dict[str, PrefectFuture[Any]] = {}
     with keep_record(run, stages) as recorder:
-        work = _Work(run, runner, workers, recorder)
+        context = _FlowContext(run, runner, workers, recorder)
         for stage in stages:
             futures[stage] = run_stage.with_options(name=stage, task_run_name=stage).submit(
                 stage,
-                work,
+                context,
                 return_state=False,
                 wait_for=[futures[name] for name in STAGES[stage].reads if name in futures],
             )
         for future in futures.values():
             future.wait()
-        _raise_failures(futures, work)
+        _raise_failures(futures, context)
         results = {stage: future.result() for stage, future in futures.items()}
-        results["report"] = report(work)
+        results["report"] = report(context)
     return results
 
 
-def _raise_failures(futures: dict[str, PrefectFuture[Any]], work: _Work) -> None:
-    """Raise what the stages that failed said, all of them; those that were not begun for it say nothing."""
+def _raise_failures(futures: dict[str, PrefectFuture[Any]], context: _FlowContext) -> None:
+    """Raise the errors of all stages that failed. Stages that were not begun because of them raise none."""
     errors = []
     for stage, future in futures.items():
         if future.state.is_pending():
-            work.tell(StageEvent(stage, "blocked"))
+            context.tell(StageEvent(stage, "blocked"))
         elif not future.state.is_completed():
             try:
                 future.result()

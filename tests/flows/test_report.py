@@ -421,7 +421,7 @@ def test_long_recordings_stay_small_plots() -> None:
     time_s = np.arange(n) / 100
     centers = np.stack([np.cos(time_s), np.sin(time_s), 0 * time_s], 1)
     valid = np.ones(n, bool)
-    svg = plots.tracking(time_s, centers, time_s, np.full(n, 500.0), valid)
+    svg = plots.plot_tracking(time_s, centers, time_s, np.full(n, 500.0), valid)
     assert len(svg) < 500_000
     assert "currentColor" in svg
     assert plots.INK not in svg

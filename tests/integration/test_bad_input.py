@@ -22,7 +22,7 @@ import zarr
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.recording.checks import check_recording
+from zoosplat.recording.sources import open_source
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.results import Result
@@ -183,12 +183,12 @@ def test_recording(case: str, recording: Recording, stages: Stages, tmp_path: Pa
     # What is checked before a run says the same.
     experiment = Experiment.model_validate(recording.config(folder))
     if case in BY_DECODING:
-        check_recording(experiment)
+        open_source(experiment).check()
     else:
         # What is found before a run begins leaves nothing behind.
         assert [path.name for path in Path(project).iterdir()] == ["tested.yaml"]
         with pytest.raises(UserError) as early:
-            check_recording(experiment)
+            open_source(experiment).check()
         assert all(word in str(early.value) for word in words), early.value
     numbers = r"(frames?|shard) [\d/]+( to \d+)?"
     assert re.sub(numbers, r"\1", again) == re.sub(numbers, r"\1", line)

@@ -26,6 +26,7 @@ from zoosplat.notebook import PinholeCamera
 from zoosplat.notebook.project import ProjectReader
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
+from zoosplat.storage import schema
 from zoosplat.storage.group_store import GroupStore
 
 if TYPE_CHECKING:
@@ -107,17 +108,28 @@ def test_datasets_hold_the_arrays_with_units_and_coordinates(name: str, p: Proje
         assert dataset["axis"].values.tolist() == ["x", "y", "z"]
 
 
-def test_frames_are_those_of_the_recording_where_some_were_left_out(tmp_path: Path, recording: Recording) -> None:
-    from zoosplat.notebook.datasets import Axes
-    from zoosplat.storage import schema
-
+def masks_of_moving_cameras(url: str) -> zarr.Group:
+    """Four kept frames, every fifth of a recording of 60 frames a second, of two cameras."""
     sizes = {"T": 4, "C": 2, "h": 8, "w": 8}
     attributes = {"fps": 60.0, "frame_jump": 5, "camera_names": ["left", "right"]}
-    masks = schema.create(str(tmp_path / "masks.zarr"), "masks.zarr", sizes, 64, attributes)
+    masks = schema.create(url, "masks.zarr", sizes, 64, attributes)
     schema.array(masks, "frame")[...] = [0, 5, 10, 15]
-    axes = Axes.of(masks)
-    np.testing.assert_allclose(axes.times_s, [0, 1 / 12, 1 / 6, 1 / 4])
-    assert axes.camera_names == ("left", "right")
+    poses = np.arange(128.0).reshape(4, 2, 4, 4)
+    schema.add_moving(masks, {"time": [0, 0.1, 0.4, 1], "pose": poses, "pictured": np.ones((4, 2), bool)})
+    return masks
+
+
+def test_frames_that_were_left_out_and_cameras_that_move(tmp_path: Path) -> None:
+    from zoosplat.notebook.datasets import Axes, read_dataset
+
+    masks = masks_of_moving_cameras(str(tmp_path / "masks.zarr"))
+    dataset = read_dataset(masks, "masks.zarr", "here", Axes.of(masks), lazy=True)
+    np.testing.assert_allclose(dataset["time"], [0, 1 / 12, 1 / 6, 1 / 4])
+    assert dataset["frame"].values.tolist() == [0, 5, 10, 15]
+    assert dataset["t"].values.tolist() == [0, 1, 2, 3]
+    pose = dataset["pose"].sel(camera="right").swap_dims(time="frame").sel(frame=10)
+    np.testing.assert_array_equal(pose, np.arange(128.0).reshape(4, 2, 4, 4)[2, 1])
+    assert dataset["pictured"].dims == ("time", "camera")
 
 
 def test_tracking_is_where_the_mouse_was(p: ProjectReader, recording: Recording) -> None:

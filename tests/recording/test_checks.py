@@ -17,7 +17,8 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Unreachable, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.calibration.hdf5 import write_hdf5
-from zoosplat.recording.checks import check_recording, check_videos, kept_frames
+from zoosplat.recording.facts import kept_frames
+from zoosplat.recording.sources import open_source
 from zoosplat.storage import s3_client
 
 if TYPE_CHECKING:
@@ -98,12 +99,12 @@ def configured(directory: Path | str, **changes: Any) -> Experiment:
 
 def problems(experiment: Experiment) -> list[str]:
     with pytest.raises(UserError) as refused:
-        check_recording(experiment)
+        open_source(experiment).check()
     return str(refused.value).splitlines()
 
 
 def test_facts_of_a_sound_recording(folder: Path) -> None:
-    facts = check_recording(configured(folder))
+    facts = open_source(configured(folder)).check()
     assert facts.cameras.names == ("a", "b", "c")
     assert facts.up.tolist() == [0, 0, 1]
     assert (facts.width, facts.height, facts.n_frames, facts.fps, facts.warnings) == (WIDTH, HEIGHT, FRAMES, 50.0, ())
@@ -158,7 +159,7 @@ def test_one_line_for_one_problem(case: str, folder: Path) -> None:
     damage, message = DAMAGED[case]
     damage(folder)
     with pytest.raises(UserError, match=message) as refused:
-        check_recording(configured(folder, data__calibration_unit="m"))
+        open_source(configured(folder, data__calibration_unit="m")).check()
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -172,7 +173,7 @@ def test_damaged_bytes_are_one_line_or_harmless(name: str, folder: Path) -> None
             data[at] = rng.integers(256)
         (folder / name).write_bytes(data)
         try:
-            check_recording(experiment)
+            open_source(experiment).check()
         except UserError as error:
             refusals.append(str(error))
     assert len(refusals) > 8
@@ -199,7 +200,7 @@ def test_all_files_cut_off_alike_are_found(folder: Path) -> None:
     found = problems(configured(folder))
     assert len(found) == 6
     assert all("is truncated: 8 of its 12 frames are there" in line for line in found)
-    facts = check_recording(configured(folder, ingest__on_short="truncate"))
+    facts = open_source(configured(folder, ingest__on_short="truncate")).check()
     assert facts.n_frames == 8
     assert [(info.n_frames, info.n_declared) for info in (*facts.masks, *facts.videos)] == [(8, 12)] * 6
     (warning,) = facts.warnings
@@ -212,7 +213,7 @@ def test_masks_shorter_than_the_videos(folder: Path) -> None:
         "masks/c.mp4 (mask of camera c) has 10 frames, masks/a.mp4 (mask of camera a) has 12; export it again, or set "
         "ingest.on_short: truncate"
     ]
-    facts = check_recording(configured(folder, ingest__on_short="truncate"))
+    facts = open_source(configured(folder, ingest__on_short="truncate")).check()
     assert {info.n_frames for info in (*facts.masks, *facts.videos)} == {10}
 
 
@@ -220,9 +221,9 @@ def test_frame_rate_is_that_of_the_videos(folder: Path) -> None:
     for name in "abc":
         film(folder / "masks" / f"{name}.mp4", fps=25)
     film(folder / "videos/c.mp4", fps=60)
-    facts = check_recording(configured(folder))
+    facts = open_source(configured(folder)).check()
     assert facts.fps == 50
-    assert check_recording(configured(folder, data__fps=200.0)).fps == 200
+    assert open_source(configured(folder, data__fps=200.0)).check().fps == 200
     assert sum("25 frames/s" in line and "(mask of camera" in line for line in facts.warnings) == 3
     assert sum("videos/c.mp4" in line and "60 frames/s" in line for line in facts.warnings) == 1
 
@@ -230,7 +231,7 @@ def test_frame_rate_is_that_of_the_videos(folder: Path) -> None:
 def test_videos_alone_are_compared_with_masks_that_are_finished(folder: Path) -> None:
     for name in "abc":
         (folder / "masks" / f"{name}.mp4").unlink()
-    footage = check_videos(configured(folder))
+    footage = open_source(configured(folder)).check_pictures()
     assert (footage.masks, len(footage.videos), footage.n_frames) == ((), 3, FRAMES)
     footage.check_against_masks(WIDTH, HEIGHT, FRAMES - 1)
     with pytest.raises(UserError) as refused:
@@ -240,13 +241,13 @@ def test_videos_alone_are_compared_with_masks_that_are_finished(folder: Path) ->
     assert "12 frames, but the masks need 13" in length
     cut(folder / "videos/b.mp4", 5)
     with pytest.raises(UserError, match=r"videos/b\.mp4 \(video of camera b\) is truncated"):
-        check_videos(configured(folder))
+        open_source(configured(folder)).check_pictures()
 
 
 def test_recording_on_s3(folder: Path, s3_here: S3) -> None:
     bucket = s3_here.bucket()
     s3_here.put_folder(folder, bucket, "lab/mouse")
-    facts = check_recording(configured(f"s3://{bucket}/lab/mouse"))
+    facts = open_source(configured(f"s3://{bucket}/lab/mouse")).check()
     assert (facts.n_frames, facts.up.tolist()) == (FRAMES, [0, 0, 1])
     for key in ("lab/mouse/up.npz", "lab/mouse/masks/a.mp4"):
         s3_here.client.delete_object(Bucket=bucket, Key=key)
@@ -277,7 +278,7 @@ def nothing_listens(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_server_that_does_not_answer_is_no_problem_of_the_recording() -> None:
     """It may pass, so a runner tries again, which it does not after bad input."""
     with pytest.raises(Unreachable) as refused:
-        check_recording(configured("s3://bucket/recording"))
+        open_source(configured("s3://bucket/recording")).check()
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -307,10 +308,9 @@ def of_scene(folder: Path, **ingest: Any) -> Experiment:
 
 
 def test_pictures_of_a_scene_are_checked_by_their_headers(scene: Path) -> None:
-    facts = check_recording(of_scene(scene))
+    facts = open_source(of_scene(scene)).check()
     assert (facts.width, facts.height, facts.n_frames, facts.masks, facts.videos) == (24, 24, 4, (), ())
-    assert facts.scene is not None
-    assert check_videos(of_scene(scene)).n_frames == 4
+    assert open_source(of_scene(scene)).check_pictures().n_frames == 4
     (scene / "train/r_1.png").unlink()
     write_png(scene / "train/r_2.png", size=(32, 24))
     write_png(scene / "train/r_3.png", channels=3)
@@ -326,4 +326,4 @@ def test_pictures_of_a_scene_are_checked_by_their_headers(scene: Path) -> None:
     ):
         assert sum(name in line and what in line for line in found) == 1, found
     # Pictures of frames that are not kept are never read.
-    assert check_recording(of_scene(scene, max_frames=1)).n_frames == 4
+    assert open_source(of_scene(scene, max_frames=1)).check().n_frames == 4

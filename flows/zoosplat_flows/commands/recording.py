@@ -12,7 +12,8 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.calibration.reader import Format, Unit, read_cameras
-from zoosplat.recording.checks import check_recording, kept_frames
+from zoosplat.recording.facts import kept_frames
+from zoosplat.recording.sources import open_source
 from zoosplat.stages.outside_file_checks import check_outside_files
 from zoosplat.stages.prechecks import check_kept_frames
 from zoosplat.stages.registry import STAGES
@@ -69,7 +70,7 @@ def check_experiment(experiment: Experiment) -> None:
     """
     problems, facts = Problems(), None
     with problems.collect():
-        facts = check_recording(experiment)
+        facts = open_source(experiment).check()
     with problems.collect():
         check_outside_files(experiment, STAGES)
     if facts is not None:
@@ -79,7 +80,7 @@ def check_experiment(experiment: Experiment) -> None:
     assert facts is not None
     for warning in facts.warnings:
         typer.echo(f"note: {warning}", err=True)
-    if facts.scene is not None:
+    if not facts.videos:
         typer.echo(f"{facts.n_frames} times, pictures of {facts.width} x {facts.height} pixels")
         typer.echo("the configuration fits the scene")
         return

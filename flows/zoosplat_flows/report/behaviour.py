@@ -50,10 +50,10 @@ def behaviour_section(run: Run, experiment: Experiment, stages: dict[str, StageS
     state_values = [_state_values(album, state, time_s, k) for k in range(int(state.max(initial=-1)) + 1)]
     return {
         "facts": facts,
-        "explained": plots.explained(shares),
-        "maps": plots.behaviour_maps(places[valid], {name: values[valid] for name, values in colourings.items()}),
+        "explained": plots.plot_explained_variance(shares),
+        "maps": plots.plot_maps(places[valid], {name: values[valid] for name, values in colourings.items()}),
         "alike": alike,
-        "ethogram": plots.ethogram(time_s, state),
+        "ethogram": plots.plot_ethogram(time_s, state),
         "states": state_values,
     }
 

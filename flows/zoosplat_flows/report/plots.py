@@ -1,5 +1,7 @@
-"""Plots of the report as inline SVG: transparent, in the page's own font and text colour, so that they fit light and
-dark pages."""
+"""Plots of the report as inline SVG.
+
+They are transparent and have the font and text colour of the page, so that they fit light and dark pages.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
-INK = "#010203"  # stands for the page's text colour
+INK = "#010203"  # is replaced by the text colour of the page when the SVG is finished
 COLOURS = ("#3b82d0", "#e0813a", "#3f9d63", "#b45fc4", "#c8a02c", "#48a9b5")
-RED = "#d9534f"
-MAX_POINTS = 2000
+RED = "#d9534f"  # marks frames without a hull
+MAX_POINTS = 2000  # about the most points of a curve: more are not seen and make the page large
+FEW_POINTS = 40  # below so many points of a curve each gets a marker
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "zoosplat",
@@ -39,7 +42,7 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 class Plot:
-    """A figure that becomes SVG when its `with` block ends."""
+    """A figure, and its SVG once the `with` block of `_plot` has ended."""
 
     def __init__(self, figure: Figure) -> None:
         self.figure = figure
@@ -48,6 +51,7 @@ class Plot:
 
 @contextmanager
 def _plot(width: float, height: float) -> Iterator[Plot]:
+    """A figure of a size in inches to draw in; it becomes SVG when the block ends."""
     with mpl.rc_context(STYLE):
         plot = Plot(Figure(figsize=(width, height), layout="constrained"))
         yield plot
@@ -59,18 +63,19 @@ def _plot(width: float, height: float) -> Iterator[Plot]:
 
 
 def _thin(n: int) -> slice:
+    """Every k-th of n points, so that about `MAX_POINTS` are left."""
     return slice(None, None, max(1, n // MAX_POINTS))
 
 
 def _shade(axes: Axes, x: Floats, wrong: npt.NDArray[np.bool_]) -> None:
-    """Mark runs of frames that are wrong."""
+    """Shade the spans of x in which `wrong` holds."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], wrong, [False])).astype(int)))
     half = (x[1] - x[0]) / 2 if len(x) > 1 else 0.5
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         axes.axvspan(x[start] - half, x[stop - 1] + half, color=RED, alpha=0.25, linewidth=0)
 
 
-def tracking(
+def plot_tracking(
     time_s: Floats, centers_m: Floats, angles_rad: Floats, n_voxels: Floats, valid: npt.NDArray[np.bool_]
 ) -> str:
     """Position, heading and hull size over time, frames without a hull shaded.
@@ -99,7 +104,7 @@ def tracking(
     return plot.svg
 
 
-def top_view(time_s: Floats, centers_m: Floats, angles_rad: Floats) -> str:
+def plot_top_view(time_s: Floats, centers_m: Floats, angles_rad: Floats) -> str:
     """The path seen from above, coloured by time, with the heading at a few moments. Shapes as `tracking`."""
     every = _thin(len(time_s))
     path_cm = 100 * centers_m[every, :2]
@@ -129,7 +134,7 @@ def top_view(time_s: Floats, centers_m: Floats, angles_rad: Floats) -> str:
     return plot.svg
 
 
-def marginals(counts: npt.NDArray[np.int64], ranges: npt.NDArray[np.int64]) -> str:
+def plot_marginals(counts: npt.NDArray[np.int64], ranges: npt.NDArray[np.int64]) -> str:
     """Hull voxels per grid index with the kept range.
 
     Args:
@@ -147,12 +152,12 @@ def marginals(counts: npt.NDArray[np.int64], ranges: npt.NDArray[np.int64]) -> s
     return plot.svg
 
 
-def history(x: Floats, x_label: str, panels: Mapping[str, Mapping[str, Floats]]) -> str:
+def plot_curves(x: Floats, x_label: str, panels: Mapping[str, Mapping[str, Floats]]) -> str:
     """Curves: a panel for each quantity, a line for each of its series.
 
     Args:
         x: [N].
-        x_label: what x is.
+        x_label: label of the x axis.
         panels: quantity -> series name -> [N], NaN where nothing was measured.
     """
     columns = min(3, len(panels))
@@ -164,7 +169,7 @@ def history(x: Floats, x_label: str, panels: Mapping[str, Mapping[str, Floats]])
         for axes, (title, series) in zip(grid, panels.items(), strict=False):
             for name, values in series.items():
                 there = np.isfinite(values)
-                mark = "o" if there.sum() < 40 else ""
+                mark = "o" if there.sum() < FEW_POINTS else ""
                 axes.plot(x[there], values[there], label=name, marker=mark, markersize=2.5)
             axes.set(title=title, xlabel=x_label)
             if len(series) > 1:
@@ -172,16 +177,17 @@ def history(x: Floats, x_label: str, panels: Mapping[str, Mapping[str, Floats]])
     return plot.svg
 
 
-def behaviour_maps(places: Floats, colourings: Mapping[str, Floats]) -> str:
+def plot_maps(places: Floats, colourings: Mapping[str, Floats]) -> str:
     """The map of an embedding, once for each quantity, in its colours.
 
     Args:
         places: [N, 2].
-        colourings: what, with its unit -> [N].
+        colourings: label of a quantity, with its unit -> [N].
     """
     with _plot(3.4 * len(colourings), 3.2) as plot:
         for axes, (name, values) in zip(plot.figure.subplots(1, len(colourings)), colourings.items(), strict=True):
-            # Without outliers, which would leave all others one colour; as a picture, which stays small.
+            # Outliers are left out of the range of colours, or all others would have one colour. The points become a
+            # picture, which is smaller than as many SVG elements.
             low, high = np.percentile(values, [1, 99]) if len(values) else (0, 1)
             limits = {"vmin": low, "vmax": high} if high > low else {}
             points = axes.scatter(*places.T, c=values, s=4, linewidths=0, cmap="viridis", rasterized=True, **limits)
@@ -193,8 +199,12 @@ def behaviour_maps(places: Floats, colourings: Mapping[str, Floats]) -> str:
     return plot.svg
 
 
-def explained(shares: Floats) -> str:
-    """Share of the variance that the first dimensions of an embedding explain together. `shares` [E], falling."""
+def plot_explained_variance(shares: Floats) -> str:
+    """The share of the variance that the first dimensions of an embedding explain together.
+
+    Args:
+        shares: [E] share of each dimension, falling.
+    """
     with _plot(4.2, 2.6) as plot:
         axes = plot.figure.subplots()
         axes.plot(np.arange(1, len(shares) + 1), 100 * np.cumsum(shares), marker="o", markersize=2.5)
@@ -202,8 +212,13 @@ def explained(shares: Floats) -> str:
     return plot.svg
 
 
-def ethogram(time_s: Floats, states: npt.NDArray[np.int32]) -> str:
-    """States over time, a row each, the most frequent on top. `time_s` [T], `states` [T], -1: none."""
+def plot_ethogram(time_s: Floats, states: npt.NDArray[np.int32]) -> str:
+    """States over time, a row each, the most frequent one on top.
+
+    Args:
+        time_s: [T].
+        states: [T] number of the state; -1 where a frame has none.
+    """
     count = int(states.max(initial=0)) + 1
     with _plot(10, 0.9 + 0.22 * count) as plot:
         axes = plot.figure.subplots()

@@ -98,8 +98,8 @@ def tracking_section(run: Run, experiment: Experiment, stages: dict[str, StageSt
     }
     return {
         "facts": facts,
-        "plot": plots.tracking(time_s, centers, angles, n_voxels, valid),
-        "top_view": plots.top_view(time_s, centers, angles),
+        "plot": plots.plot_tracking(time_s, centers, angles, n_voxels, valid),
+        "top_view": plots.plot_top_view(time_s, centers, angles),
     }
 
 
@@ -115,7 +115,7 @@ def crop_section(run: Run, experiment: Experiment, stages: dict[str, StageState]
         "box": " x ".join(f"{100 * n * voxel_m:.1f}" for n in lengths) + " cm",
         "chosen": "given in the configuration" if experiment.crop.volume_idx else "by the stage",
     }
-    return {"facts": facts, "plot": plots.marginals(counts, ranges)}
+    return {"facts": facts, "plot": plots.plot_marginals(counts, ranges)}
 
 
 def training_section(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Section:
@@ -154,7 +154,7 @@ def _plot_history(rows: list[dict[str, str]]) -> str:
     if not panels:
         return ""
     x = "epoch" if "epoch" in rows[0] else "step"
-    return plots.history(np.array([float(row[x]) for row in rows]), x, panels)
+    return plots.plot_curves(np.array([float(row[x]) for row in rows]), x, panels)
 
 
 def evaluation_section(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Section:
@@ -187,7 +187,7 @@ def _plot_over_time(rows: list[dict[str, str]]) -> str:
             means = np.array([np.mean(values[frame]) if values[frame] else np.nan for frame in frames])
             if np.isfinite(means).any():
                 panels.setdefault(metric_label(metric), {})[name] = means
-    return plots.history(np.array(frames, float), "frame of the video", panels) if panels else ""
+    return plots.plot_curves(np.array(frames, float), "frame of the video", panels) if panels else ""
 
 
 def _metrics_table(rows: list[dict[str, str]]) -> Section:

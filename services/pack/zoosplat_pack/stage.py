@@ -1,8 +1,9 @@
-"""Stage pack: RGB videos, masks.zarr -> images.zarr."""
+"""Stage pack: pictures of a recording, masks.zarr -> images.zarr."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,24 +14,24 @@ import numpy.typing as npt
 import zarr
 
 from zoosplat.geometry.cameras import Cameras
-from zoosplat.recording import dnerf, video
-from zoosplat.recording.checks import check_videos
+from zoosplat.recording.sources import open_source
+from zoosplat.recording.video import VideoInfo
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
-from zoosplat.storage import groups, schema, urls
+from zoosplat.storage import groups, schema
 from zoosplat_pack import ops
 
 
 class Pack(Stage):
-    """Read the RGB videos into windows round the animal."""
+    """Read the pictures of a recording into windows round the animal."""
 
     def prepare(self, ctx: Context) -> Plan:
         masks = ctx.open_input("ingest")
         width, height, d = (int(masks.attrs[key]) for key in ("full_width", "full_height", "image_downsample"))
-        footage = check_videos(ctx.experiment)
+        footage = open_source(ctx.experiment).check_pictures()
         footage.check_against_masks(width * d, height * d, int(schema.read(masks, "frame")[-1]))
         return self._create(ctx, masks, footage.videos)
 
-    def _create(self, ctx: Context, masks: zarr.Group, infos: Sequence[video.VideoInfo]) -> Plan:
+    def _create(self, ctx: Context, masks: zarr.Group, infos: Sequence[VideoInfo]) -> Plan:
         """Create the empty group and plan the shards."""
         full: Any = masks.attrs["full_width"], masks.attrs["full_height"]
         n_frames, n_cameras = schema.array(masks, "mask").shape[:2]
@@ -55,25 +56,18 @@ class Pack(Stage):
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         masks = ctx.open_input("ingest")
         group = groups.open_group(ctx.run.output_url(self.name), write=True)
-        if ctx.experiment.ingest.source == "dnerf":
-            return self._pack_scene(ctx, group, shard, plan)
-        infos = [video.VideoInfo(**i) for i in plan.values["infos"]]
+        infos = [VideoInfo(**info) for info in plan.values["infos"]]
         cameras = Cameras.from_json(masks.attrs["cameras"])
-        jump, d = int(masks.attrs["frame_jump"]), int(masks.attrs["image_downsample"])
         full = int(masks.attrs["full_width"]), int(masks.attrs["full_height"])
         width, height = plan.values["size"]
-        maps = [
-            cameras.undistort_maps(c, infos[c].width, infos[c].height) if cameras.distortion[c].any() else None
-            for c in range(len(cameras))
-        ]
-        readers = [video.read_frames(i, shard.start * jump, (shard.stop - 1) * jump + 1, jump) for i in infos]
-        with ThreadPoolExecutor(min(len(infos), cv2.getNumberOfCPUs())) as pool:
+        readers = open_source(ctx.experiment).read_pictures(infos, cameras, shard.start, shard.stop)
+        with ThreadPoolExecutor(min(len(readers), cv2.getNumberOfCPUs())) as pool:
             for start in range(shard.start, shard.stop, plan.values["block"]):
                 stop = min(start + plan.values["block"], shard.stop)
                 whole = schema.read(masks, "mask", start, stop)
                 origins = ops.window_origins(schema.read(masks, "box", start, stop), (width, height), full)
 
-                rgb = np.empty((len(whole), len(infos), height, width, 3), np.uint8)
+                rgb = np.empty((len(whole), len(readers), height, width, 3), np.uint8)
                 small = np.empty(rgb.shape[:-1], bool)
 
                 def windows(
@@ -83,40 +77,14 @@ class Pack(Stage):
                     rgb: npt.NDArray[np.uint8] = rgb,
                     small: ops.Bool = small,
                 ) -> None:
-                    frames = (video.planes(next(readers[c])) for _ in range(len(whole)))
-                    ops.read_windows(frames, whole[:, c], origins[:, c], d, maps[c], rgb[:, c], small[:, c])
+                    pictures = itertools.islice(readers[c], len(whole))
+                    ops.read_windows(pictures, whole[:, c], origins[:, c], rgb[:, c], small[:, c])
 
-                list(pool.map(windows, range(len(infos))))
+                list(pool.map(windows, range(len(readers))))
                 schema.write_block(group, "rgb", start, rgb)
                 schema.write_block(group, "mask", start, small)
                 schema.write_block(group, "origin", start, origins)
                 ctx.progress(stop - shard.start, shard.stop - shard.start, "")
-        return Outcome(shard.stop - shard.start)
-
-    def _pack_scene(self, ctx: Context, group: zarr.Group, shard: Shard, plan: Plan) -> Outcome:
-        """Windows of the pictures of a D-NeRF scene, on white."""
-        masks = ctx.open_input("ingest")
-        scene = dnerf.read_scene(urls.normalize(ctx.experiment.data.directory))
-        frames, full = schema.read(masks, "frame"), (int(masks.attrs["full_width"]), int(masks.attrs["full_height"]))
-        width, height = plan.values["size"]
-        for start in range(shard.start, shard.stop, plan.values["block"]):
-            stop = min(start + plan.values["block"], shard.stop)
-            whole = schema.read(masks, "mask", start, stop)
-            origins = ops.window_origins(schema.read(masks, "box", start, stop), (width, height), full)
-            rgb = np.full((*whole.shape[:2], height, width, 3), 255, np.uint8)
-            small = np.zeros(rgb.shape[:-1], bool)
-            for i, c in np.ndindex(*whole.shape[:2]):
-                url = scene.pictures[frames[start + i]][c]
-                if url is None:
-                    continue
-                x, y = (int(v) for v in origins[i, c])
-                picture = dnerf.read_picture(url, int(masks.attrs["image_downsample"]))
-                rgb[i, c] = np.rint(255 * picture[y : y + height, x : x + width, :3])
-                small[i, c] = whole[i, c, y : y + height, x : x + width]
-            schema.write_block(group, "rgb", start, rgb)
-            schema.write_block(group, "mask", start, small)
-            schema.write_block(group, "origin", start, origins)
-            ctx.progress(stop - shard.start, shard.stop - shard.start, "")
         return Outcome(shard.stop - shard.start)
 
     def finish(self, ctx: Context, plan: Plan) -> Outcome:

@@ -14,7 +14,7 @@ from xarray.core import indexing
 
 from zoosplat.storage import schema
 
-# Dimensions of `schema.GROUPS`, as a Dataset names them.
+# The dimensions of `schema.GROUPS` and what a Dataset calls them.
 DIMENSIONS = {
     "T": "time",
     "C": "camera",
@@ -27,7 +27,7 @@ DIMENSIONS = {
 AXIS = ("axis", ("x", "y", "z"))
 SECOND_AXIS = ("second_axis", ("x", "y", "z"))
 PIXEL_AXIS = ("pixel_axis", ("x", "y"))
-# What the unnamed dimensions of an array are: a name, and the label of each index; no labels where there are none.
+# The dimensions of an array that `schema.GROUPS` gives as a number: a name, and the label of each index if it has one.
 UNNAMED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "box": (("edge", ("x0", "y0", "x1", "y1")),),
     "hull_mean": (AXIS,),
@@ -41,7 +41,7 @@ UNNAMED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "center": (AXIS,),
     "pose": (("row", ()), ("column", ())),
 }
-# Arrays that are coordinates already, or that `ProjectReader.cameras` gives.
+# A Dataset has these arrays as coordinates, or `ProjectReader.cameras` gives them.
 LEFT_OUT = ("time", "t", "frame", "intrinsics", "world_to_camera")
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from zoosplat.notebook.datasets import Axes
 
-MODEL_STAGES = ("pack", "center_rotation", "crop", "train")  # that a reconstruction reads
+MODEL_STAGES = ("pack", "center_rotation", "crop", "train")  # A reconstruction reads their results.
 
 
 class ProjectReader:

@@ -10,8 +10,8 @@ from zoosplat.stages.history import VIEW_GROUPS, read_history
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 
-HEADLINE = ("iou", "psnr")  # metrics of an evaluation that the table of runs shows
-NAMES = {"camera": str}  # a camera may be called 0
+HEADLINE = ("iou", "psnr")  # The metrics of an evaluation that the table of runs shows.
+TEXT_COLUMNS = {"camera": str}  # A camera may be called 0, which is no number.
 
 
 def runs_table(project: Project) -> pd.DataFrame:
@@ -41,5 +41,5 @@ def runs_table(project: Project) -> pd.DataFrame:
 
 def metrics_table(csv: bytes) -> pd.DataFrame:
     """The metrics of an evaluation from its `frames_<split>.csv`, a row a frame and view; empty cells are NaN."""
-    table = pd.read_csv(io.BytesIO(csv), dtype=NAMES, keep_default_na=False, na_values=[""])
+    table = pd.read_csv(io.BytesIO(csv), dtype=TEXT_COLUMNS, keep_default_na=False, na_values=[""])
     return table.assign(held_out=table["held_out"].astype(bool))

@@ -13,10 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from zoosplat.config.dnerf_defaults import TRANSFORMS_FILES
 from zoosplat.config.effect import Condition, Effect
 from zoosplat.config.experiment import Experiment
-from zoosplat.recording import dnerf
 from zoosplat.storage import urls
 
 
@@ -70,8 +68,11 @@ def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
         if not _names_files(effect, value):
             continue
         if key == "data.directory":
+            # The import is here, because it takes half a second and only D-NeRF scenes need it.
+            from zoosplat.recording.sources import open_source
+
             folder = urls.normalize(value)
-            found |= {f"{key}/{url.removeprefix(folder + '/')}": url for url in _dnerf_files(folder)}
+            found |= {f"{key}/{url.removeprefix(folder + '/')}": url for url in open_source(experiment).list_files()}
         else:
             url_of = experiment.data.url if key.startswith("data.") else urls.normalize
             found |= {place: url_of(name) for place, name in _named_files(key, value)}
@@ -102,9 +103,3 @@ def _value_at(plain: dict[str, Any], key: str) -> Any:
 def _named_files(key: str, value: str | list[str]) -> list[tuple[str, str]]:
     """The key and name of each file of a key that names one file, or a list of them."""
     return [(key, value)] if isinstance(value, str) else [(f"{key}[{i}]", name) for i, name in enumerate(value)]
-
-
-def _dnerf_files(folder: str) -> list[str]:
-    scene = dnerf.read_scene(folder)
-    pictures = {picture for row in scene.pictures for picture in row if picture is not None}
-    return [urls.join(folder, name) for name in TRANSFORMS_FILES] + sorted(pictures)

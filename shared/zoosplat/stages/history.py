@@ -89,7 +89,7 @@ def find_other_causes(before: Mark, now: Mark) -> list[str]:
         for key, source in new["sources"].items():
             earlier = old["sources"].get(key)
             if earlier is None or earlier["url"] != source["url"]:
-                continue  # a setting that is listed
+                continue  # Another URL is another setting, which is listed among the changes.
             if earlier["fingerprint"] != source["fingerprint"]:
                 causes.append(f"{key}: other contents of {source['url']}")
     return list(dict.fromkeys(causes))
@@ -111,7 +111,7 @@ def read_history(project: Project) -> list[HistoryEntry]:
         try:
             record = objects.read_json(url)
             if record is None:
-                continue  # not a run's folder, or one that is being written
+                continue  # The folder is not that of a run, or its record is being written.
             now = record, read_settings(project, run_id)
             found.append(_read_entry(project, *now, before))
             before = now

@@ -9,12 +9,14 @@ from zoosplat.stages.runs import Run
 
 
 def open_run(project: Project, run_id: str | None = None) -> Run:
-    """A project's run by its id or the beginning of it; None: the latest one.
+    """The run of a project with a given id. A project of the layout before runs is read as if it held one run.
 
-    A project of the layout before runs is read as if it held one run.
+    Args:
+        project: Where the run lies.
+        run_id: Its id, or the beginning of the id; None stands for the run that was begun last.
 
     Raises:
-        UserError: there is no such run.
+        UserError: There is no such run, or there are several.
     """
     if run_id is None:
         latest = project.latest_id()

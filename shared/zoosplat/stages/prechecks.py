@@ -38,9 +38,10 @@ def check_before_run(
     with problems.collect():
         if "ingest" in stages:
             # The import is here, because it takes half a second and only these stages need it.
-            from zoosplat.recording.checks import check_recording, kept_frames
+            from zoosplat.recording.facts import kept_frames
+            from zoosplat.recording.sources import open_source
 
-            facts = check_recording(experiment)
+            facts = open_source(experiment).check()
             warnings, kept = facts.warnings, kept_frames(experiment, facts.n_frames)
         elif masks_url is not None and stages:
             kept = _check_finished_masks(experiment, masks_url, also_videos="pack" in stages)
@@ -66,10 +67,10 @@ def _check_finished_masks(experiment: Experiment, url: str, also_videos: bool) -
     with problems.collect():
         experiment.check(n_cameras, width * d, height * d)
     if also_videos:
-        from zoosplat.recording.checks import check_videos
+        from zoosplat.recording.sources import open_source
 
         with problems.collect():
-            check_videos(experiment).check_against_masks(width * d, height * d, (kept - 1) * jump)
+            open_source(experiment).check_pictures().check_against_masks(width * d, height * d, (kept - 1) * jump)
     problems.report()
     return kept
 

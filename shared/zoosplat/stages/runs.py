@@ -68,7 +68,7 @@ class Run:
         except UserError as error:
             raise UserError("\n".join(f"{where}/{CONFIG}: {line}" for line in str(error).splitlines())) from None
         results, sources, versions = {}, {}, {}
-        for stage in STAGES:  # in the order of the pipeline
+        for stage in STAGES:  # The order is that of the pipeline.
             entry = record["results"].get(stage)
             if entry is None:
                 continue

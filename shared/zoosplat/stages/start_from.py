@@ -27,10 +27,8 @@ def trained_result(url: str) -> Result | None:
         result = Result.at(home.removesuffix(f"/{RESULTS}"), "train", name)
         return result if result.is_done() else None
     project = Project.at(url)
-    for run_id in (
-        None,
-        *reversed(project.run_ids()),
-    ):  # None stands for the latest run, or for a project of the layout before runs.
+    # None stands for the latest run, or for the one run of a project of the layout before runs.
+    for run_id in (None, *reversed(project.run_ids())):
         with contextlib.suppress(UserError):  # The record may be damaged, or there may be no run at all.
             found = open_run(project, run_id).results.get("train")
             if found is not None and found.is_done():
