@@ -17,6 +17,7 @@ from zoosplat_model.cuda_graph import CudaGraph
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.rasterize import Rendering
+from zoosplat_model.rasterize.types import Cameras
 
 CONCURRENT_FRAMES = 4  # frames that a GPU computes at a time where the kernels of one are too small to fill it
 SMALL_VOLUME = 1 << 21  # voxels; the kernels of a volume up to this size do not fill a GPU
@@ -54,7 +55,7 @@ class Predictor(ABC):
         """
         return None
 
-    @abstractmethod
+    @torch.no_grad()
     def render(
         self,
         gaussians: Gaussians,
@@ -75,6 +76,11 @@ class Predictor(ABC):
             cameras: [C] the recording's camera to which each view belongs, for its learned colour. None (for a view or
                 for all) and held-out cameras mean the colour of the average camera.
         """
+        return self._render(gaussians, Cameras(world_to_camera, intrinsics, width, height), cameras)
+
+    @abstractmethod
+    def _render(self, gaussians: Gaussians, views: Cameras, cameras: Sequence[int | None] | None) -> Rendering:
+        """As `render`, with the views in one piece."""
 
     def map_frames(
         self, frames: Iterable[int], function: Callable[[Gaussians], Tensor], *, capture: bool = True

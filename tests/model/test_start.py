@@ -234,7 +234,7 @@ def test_what_is_carved_is_what_a_rig_of_these_views_alone_would_carve(
     model = PartialRigSplatter.from_reader(animals, small)
     volume = model.carve(model.observe(frame), used)
     alone = build_splatter(animals, small)
-    alone.seen = torch.tensor(carved)
+    alone.observed_index = torch.tensor(carved)
     torch.testing.assert_close(volume, alone.carve(alone.observe(frame)), rtol=1e-5, atol=1e-5)
     assert volume[0].max() > 0.9
 

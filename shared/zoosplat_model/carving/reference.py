@@ -74,13 +74,7 @@ def carve(
 
 
 def prepare_silhouette_evidence(
-    hull: Tensor,
-    views: ObservedViews,
-    points: Tensor,
-    voxel_size_m: float,
-    slope: float,
-    middle: float,
-    used: Tensor,
+    hull: Tensor, views: ObservedViews, points: Tensor, voxel_size_m: float, slope: float, middle: float, used: Tensor
 ) -> Callable[[Tensor], Tensor]:
     """As `carving.prepare_silhouette_evidence`."""
     _, mask, world_to_camera, intrinsics = views

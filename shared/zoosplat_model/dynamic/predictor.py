@@ -19,6 +19,7 @@ from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering, rasterize
+from zoosplat_model.rasterize.types import Cameras
 from zoosplat_model.rotations import animal_to_world
 from zoosplat_model.spherical_harmonics import evaluate_colors
 
@@ -108,26 +109,15 @@ class DynamicPredictor(Predictor):
         deformed: Deformed = self._field(self._canonical, torch.tensor(self.reader.times[t], device=self.reader.device))
         return deformed
 
-    @torch.no_grad()
-    def render(
-        self,
-        gaussians: Gaussians,
-        world_to_camera: Tensor,
-        intrinsics: Tensor,
-        width: int,
-        height: int,
-        cameras: Sequence[int | None] | None = None,
-    ) -> Rendering:
-        """As `Predictor.render`; all cameras have the same colours."""
+    def _render(self, gaussians: Gaussians, views: Cameras, cameras: Sequence[int | None] | None) -> Rendering:
+        world_to_camera = views.world_to_camera  # `cameras` has no effect, because all have the same colours
         colors = gaussians.colors
         if isinstance(gaussians, ShadedGaussians):
             eyes = -(world_to_camera[:, :3, :3].mT @ world_to_camera[:, :3, 3:]).mT
             directions = (gaussians.means - eyes) @ gaussians.axes
             colors = evaluate_colors(gaussians.harmonics, directions, self._degree)
         white = gaussians.means.new_ones(3)
-        rgb, alpha = rasterize(
-            *gaussians[:4], colors, world_to_camera, intrinsics, width, height, background=white, mode="3d"
-        )
+        rgb, alpha = rasterize(*gaussians[:4], colors, *views, background=white, mode="3d")
         return Rendering(rgb.clamp(0, 1), alpha)
 
     @torch.no_grad()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.network.splatter import PoseSplatter
 from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering
+from zoosplat_model.rasterize.types import Cameras
 
 
 class SplatterPredictor(Predictor):
@@ -29,14 +27,5 @@ class SplatterPredictor(Predictor):
         gaussians: Gaussians = self.model([frame])[0]
         return gaussians
 
-    @torch.no_grad()
-    def render(
-        self,
-        gaussians: Gaussians,
-        world_to_camera: Tensor,
-        intrinsics: Tensor,
-        width: int,
-        height: int,
-        cameras: Sequence[int | None] | None = None,
-    ) -> Rendering:
-        return self.model.render(gaussians, world_to_camera, intrinsics, width, height, cameras=cameras)
+    def _render(self, gaussians: Gaussians, views: Cameras, cameras: Sequence[int | None] | None) -> Rendering:
+        return self.model.render(gaussians, *views, cameras=cameras)

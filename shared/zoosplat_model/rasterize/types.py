@@ -9,11 +9,12 @@ from torch import Tensor
 
 
 class Cameras(NamedTuple):
-    """C views, as the backends take them.
+    """C views.
 
     Attributes:
         world_to_camera: [C, 4, 4] rigid, OpenCV axes: x_camera = R x_world + t.
-        intrinsics: [C, 3, 3] pixels; the centre of the top-left pixel is (0.5, 0.5), no skew.
+        intrinsics: [C, 3, 3] pixels, no skew. The centre of the top-left pixel is (0, 0), but for the backends it is
+            (0.5, 0.5).
         width: of the pictures, pixels.
         height: of the pictures, pixels.
     """
