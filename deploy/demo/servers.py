@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +29,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def without_blas_choice(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the choice of BLAS kernels. Containers do not know it, and others round otherwise."""
+    return {key: value for key, value in env.items() if key != "OPENBLAS_CORETYPE"}
 
 
 def program(name: str, *folders: Path, hint: str) -> str:
@@ -125,8 +130,7 @@ class Servers:
 
     def run(self, *command: str, quiet: bool = True) -> str:
         """Run a command of the environment. Raises SystemExit with what it has printed where it fails."""
-        env = {**os.environ, **self.env}
-        env.pop("OPENBLAS_CORETYPE", None)  # containers do not know it, and other BLAS kernels round otherwise
+        env = without_blas_choice({**os.environ, **self.env})
         done = subprocess.run(
             command,
             env=env,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from servers import free_port
+from servers import free_port, without_blas_choice
 
 from zoosplat.errors import UserError
 from zoosplat.stages.lookup import open_run
@@ -120,8 +120,7 @@ class Run:
         self._files = [folder / f"{time.monotonic_ns()}.{kind}" for kind in ("out", "err")]
         self.mark = f"ZOOSPLAT_TEST_RUN={self._files[0].stem}"
         key, _, value = self.mark.partition("=")
-        env = {**os.environ, **env, "OMP_NUM_THREADS": "1", key: value}
-        env.pop("OPENBLAS_CORETYPE", None)  # not known in containers: other kernels round otherwise
+        env = without_blas_choice({**os.environ, **env, "OMP_NUM_THREADS": "1", key: value})
         with self._files[0].open("w") as out, self._files[1].open("w") as err:
             self.process = subprocess.Popen(command, env=env, stdout=out, stderr=err)
 

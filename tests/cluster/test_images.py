@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from servers import without_blas_choice
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
@@ -190,8 +191,7 @@ def test_the_same_objects_as_without_a_container(
     inspected(engine, stage)
     config = tmp_path / "config.yaml"
     config.write_bytes(s3.read(bucket, "p.yaml"))
-    env = {**os.environ, **s3.env}
-    env.pop("OPENBLAS_CORETYPE", None)  # not known in there: other kernels round otherwise
+    env = without_blas_choice({**os.environ, **s3.env})
     for name in CPU[: CPU.index(stage) + 1]:
         command = [sys.executable, "-m", f"zoosplat_{name}", "--project", str(tmp_path / "p"), "--config", str(config)]
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)

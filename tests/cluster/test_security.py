@@ -259,17 +259,23 @@ def test_a_container_reads_no_local_file(
     assert "stages in containers read and write S3 alone; use s3://bucket/prefix" in line
 
 
-@pytest.mark.parametrize("place", ["recording", "~/recording", "file:///recording", "/recording"])
-def test_a_recorded_configuration_cannot_send_a_container_to_a_local_folder(
-    place: str, s3: S3, recording: Recording, stages: Stages
-) -> None:
-    """A run's configuration has whole URLs; someone has put another place into it."""
+def prepare_ingest(s3: S3, recording: Recording, stages: Stages) -> tuple[str, str]:
+    """A bucket with a recording and a project `p`, whose run has its plan of ingest; and the id of the run."""
     name = s3.bucket()
     s3.put_folder(recording.folder, name, "recording")
     config = json.dumps(recording.config(f"s3://{name}/recording")).encode()
     s3.client.put_object(Bucket=name, Key=f"p/{CONFIG}", Body=config)
     assert stages("ingest", f"s3://{name}/p", "--prepare", env=s3.env).status == 0
     run = json.loads(s3.read(name, "p/latest.json"))["run"]
+    return name, run
+
+
+@pytest.mark.parametrize("place", ["recording", "~/recording", "file:///recording", "/recording"])
+def test_a_recorded_configuration_cannot_send_a_container_to_a_local_folder(
+    place: str, s3: S3, recording: Recording, stages: Stages
+) -> None:
+    """A run's configuration has whole URLs; someone has put another place into it."""
+    name, run = prepare_ingest(s3, recording, stages)
     s3.client.delete_object(Bucket=name, Key=result_key(s3, name, run, "plan.json"))
     recorded = s3.read(name, f"p/runs/{run}/config.yaml").decode()
     changed = recorded.replace(f"s3://{name}/recording", place)
@@ -281,12 +287,7 @@ def test_a_recorded_configuration_cannot_send_a_container_to_a_local_folder(
 
 def test_a_plan_cannot_send_a_container_to_a_local_file(s3: S3, recording: Recording, stages: Stages) -> None:
     """It holds the places of the videos, for the shards."""
-    name = s3.bucket()
-    s3.put_folder(recording.folder, name, "recording")
-    config = json.dumps(recording.config(f"s3://{name}/recording")).encode()
-    s3.client.put_object(Bucket=name, Key=f"p/{CONFIG}", Body=config)
-    assert stages("ingest", f"s3://{name}/p", "--prepare", env=s3.env).status == 0
-    run = json.loads(s3.read(name, "p/latest.json"))["run"]
+    name, run = prepare_ingest(s3, recording, stages)
     local = str(recording.folder / "masks" / "0.mp4")
     plan = result_key(s3, name, run, "plan.json")
     change_json(s3, name, plan, lambda value: value["values"]["infos"][0].update(url=local))

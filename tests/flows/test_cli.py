@@ -14,7 +14,7 @@ import av
 import h5py
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command_line import TWO_CAMERAS, call
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import load_config
@@ -22,7 +22,6 @@ from zoosplat.stages.results import DONE, PLAN, Result
 from zoosplat.stages.run_state import find_run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, objects
-from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands.run import summarize_metrics
 from zoosplat_flows.execution.recorder import RunRecorder, StageEvent
 from zoosplat_flows.execution.stage_states import stage_states
@@ -31,23 +30,7 @@ from zoosplat_flows.formatting import format_duration
 if TYPE_CHECKING:
     from tests.conftest import ByHand, Recording
 
-CONFIG = """
-name: two cameras
-data:
-  directory: recording
-  videos: [a.mp4, b.mp4]
-  masks: [am.mp4, bm.mp4]
-  calibration: cameras.h5
-center_rotation: {ell: 0.3}
-crop: {ell: 0.2}
-"""
-
-
-def call(*arguments: str, columns: int = 200) -> tuple[int, str, str]:
-    result = CliRunner(env={"COLUMNS": str(columns), "TERM": "dumb"}).invoke(app, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+CONFIG = f"\nname: two cameras{TWO_CAMERAS}"
 
 
 @pytest.fixture

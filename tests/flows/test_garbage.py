@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from command_line import TWO_CAMERAS
 from typer.testing import CliRunner
 
 from zoosplat.config.experiment import Experiment
@@ -28,15 +29,6 @@ from zoosplat_flows.formatting import format_size
 if TYPE_CHECKING:
     from tests.conftest import S3, ByHand
 
-CONFIG = """
-data:
-  directory: recording
-  videos: [a.mp4, b.mp4]
-  masks: [am.mp4, bm.mp4]
-  calibration: cameras.h5
-center_rotation: {ell: 0.3}
-crop: {ell: 0.2}
-"""
 NAMES = [spec.name for spec in PIPELINE]
 LATER = NAMES[NAMES.index("train") :]
 
@@ -62,7 +54,7 @@ def make(run: Run, by_hand: ByHand, *stages: str) -> None:
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Experiment:
-    return Experiment.from_yaml(CONFIG.replace("directory: ", f"directory: {tmp_path}/"))
+    return Experiment.from_yaml(TWO_CAMERAS.replace("directory: ", f"directory: {tmp_path}/"))
 
 
 def with_epochs(experiment: Experiment, epochs: int) -> Experiment:

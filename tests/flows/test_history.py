@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import command_line
 import cv2
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
@@ -21,7 +22,6 @@ from zoosplat.stages.history import find_setting_changes, flatten_settings, read
 from zoosplat.stages.projects import Project
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, objects, urls
-from zoosplat_flows.cli.app import app
 from zoosplat_flows.commands.compare import compare_runs
 from zoosplat_flows.report.comparison import picture_pairs
 
@@ -44,11 +44,7 @@ COLOURS = (90, 90, 90), (220, 30, 30), (30, 30, 220)
 TRUTH, RED, BLUE = (np.full((SIDE, SIDE, 3), colour, np.uint8) for colour in COLOURS)
 
 
-def call(*arguments: str, columns: int = 160) -> tuple[int, str, str]:
-    result = CliRunner(env={"COLUMNS": str(columns), "TERM": "dumb"}).invoke(app, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+call = functools.partial(command_line.call, columns=160)
 
 
 @pytest.fixture

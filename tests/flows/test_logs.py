@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from command_line import TWO_CAMERAS
 from typer.testing import CliRunner
 
 from zoosplat.config.experiment import Experiment
@@ -20,16 +21,6 @@ from zoosplat_flows.execution.recorder import keep_record
 if TYPE_CHECKING:
     from tests.conftest import S3, ByHand
 
-CONFIG = """
-data:
-  directory: recording
-  videos: [a.mp4, b.mp4]
-  masks: [am.mp4, bm.mp4]
-  calibration: cameras.h5
-center_rotation: {ell: 0.3}
-crop: {ell: 0.2}
-"""
-
 
 def logs(*arguments: str) -> tuple[int, list[str], str]:
     done = CliRunner(env={"TERM": "dumb"}).invoke(app, ["logs", *arguments])
@@ -40,7 +31,7 @@ def logs(*arguments: str) -> tuple[int, list[str], str]:
 
 @pytest.fixture
 def run(tmp_path: Path, by_hand: ByHand) -> Run:
-    experiment = Experiment.from_yaml(CONFIG.replace("directory: ", f"directory: {tmp_path}/"))
+    experiment = Experiment.from_yaml(TWO_CAMERAS.replace("directory: ", f"directory: {tmp_path}/"))
     begun: Run = by_hand.begin(tmp_path / "project", experiment)
     return begun
 

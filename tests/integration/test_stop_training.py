@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from process_groups import group_exists, wait_for_group
 
 from zoosplat.stages.registry import PREPROCESSING
 
@@ -33,14 +33,6 @@ def command(recording: Recording, stages: Stages, tmp_path: Path) -> list[str]:
     return [sys.executable, "-m", "zoosplat_train", *options]
 
 
-def left(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize(
     ("number", "everyone"), [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["SIGTERM", "^C"]
 )
@@ -58,13 +50,9 @@ def test_it_leaves_nothing(command: list[str], number: signal.Signals, everyone:
         # Both processes have met by the end of an epoch.
         assert any('"done": 1' in line for line in process.stdout), process.communicate()[1]
         (os.killpg if everyone else os.kill)(process.pid, number)
-        deadline = time.monotonic() + 5
-        _, errors = process.communicate(timeout=5)
-        while left(process.pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        errors = wait_for_group(process)
     finally:
-        if left(process.pid):
+        if group_exists(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert (process.returncode, errors) == (128 + number, LINE)

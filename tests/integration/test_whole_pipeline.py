@@ -47,7 +47,8 @@ def test_every_stage_is_done_and_reported(whole_project: Path) -> None:
     assert 'src="http' not in page
     rows = list(csv.DictReader((whole_project / "latest" / "evaluation" / "metrics_test.csv").open()))
     assert [row["camera"] for row in rows][-2:] == ["mean_observed", "mean_held_out"]
-    assert 0.2 < float(rows[-1]["iou"]) <= 1
+    observed, held_out = (float(row["iou"]) for row in rows[-2:])
+    assert (observed > 0.75, held_out > 0.7) == (True, True), (observed, held_out)  # 0.79 and 0.74 on one CPU
     assert sorted(p.name for p in (whole_project / "latest" / "renders").glob("*.mp4")) == ["orbit.mp4", "sequence.mp4"]
 
 

@@ -9,40 +9,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
+from trainings import configure, latest
 
 from zoosplat.errors import UserError
 from zoosplat.stages import command
 from zoosplat.stages.command import main
-from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, schema
-from zoosplat_model import checkpoints
 from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_train.ranks import Ranks
 from zoosplat_train.stage import STAGE
 
 EPOCHS = 4
-
-
-def configure(project: Project, force: bool = False, **train: Any) -> Run:
-    """A run with other settings of training; with `force` one that trains again."""
-    old = open_run(project).experiment
-    new = old.model_copy(update={"train": old.train.model_copy(update=train)})
-    return record_run(draft_run(project, new, ["train"] if force else []), ["train"])
-
-
-def latest(project: Project) -> Checkpoint:
-    found = checkpoints.load(open_run(project).output_url("train"), "latest")
-    assert found is not None
-    return found
 
 
 @pytest.fixture

@@ -15,21 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from trainings import configure, latest
 
 from zoosplat.config.training import Train
 from zoosplat.errors import LockLost, UserError
 from zoosplat.stages.command import main
 from zoosplat.stages.contract import Context, Stage
-from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
-from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
 from zoosplat_evaluate.stage import STAGE as EVALUATE
 from zoosplat_model import checkpoints
-from zoosplat_model.checkpoints import Checkpoint
 from zoosplat_model.frames import FrameReader, open_reader
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.losses import frame_losses, soft_iou
@@ -47,19 +44,6 @@ from zoosplat_train.trainer import NetworkTrainer
 @pytest.fixture(autouse=True)
 def _as_often_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network_loop, "MAX_TIME_SHARE", math.inf)  # these epochs are shorter than a plot takes
-
-
-def configure(project: Project, force: bool = False, **train: Any) -> Run:
-    """A run with other settings of training; with `force` one that trains again."""
-    old = open_run(project).experiment
-    new = old.model_copy(update={"train": old.train.model_copy(update=train)})
-    return record_run(draft_run(project, new, ["train"] if force else []), ["train"])
-
-
-def latest(project: Project) -> Checkpoint:
-    found = checkpoints.load(open_run(project).output_url("train"), "latest")
-    assert found is not None
-    return found
 
 
 class Stopper:

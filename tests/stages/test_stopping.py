@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from process_groups import wait_for_group
 
 from zoosplat.stages.stopping import GRACE_S
 
@@ -101,29 +102,6 @@ def started(stage: Path) -> subprocess.Popen[str]:
     return process
 
 
-def left(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def ended(process: subprocess.Popen[str], within_s: float = 5) -> str:
-    """What it printed on standard error. Neither it nor a process that it has spawned is there afterwards."""
-    deadline = time.monotonic() + within_s
-    try:
-        _, errors = process.communicate(timeout=within_s)
-        while left(process.pid):  # those that have just been killed
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        if left(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return errors
-
-
 @pytest.mark.parametrize(
     ("number", "everyone"),
     [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)],
@@ -133,7 +111,7 @@ def test_a_stage_that_is_told_to_stop(stage: Path, number: signal.Signals, every
     process = started(stage)
     began = time.monotonic()
     (os.killpg if everyone else os.kill)(process.pid, number)
-    assert ended(process) == LINE
+    assert wait_for_group(process) == LINE
     assert process.returncode == 128 + number
     # What takes longer, as it may on a busy machine, is not waited for; the others may come to it too late anyway.
     if time.monotonic() - began < GRACE_S and "multiprocessing" in (stage / "zoosplat_idle" / "stage.py").read_text():
@@ -143,4 +121,4 @@ def test_a_stage_that_is_told_to_stop(stage: Path, number: signal.Signals, every
 def test_spawned_processes_do_not_outlive_a_stage_that_is_killed(stage: Path) -> None:
     process = started(stage)
     process.kill()
-    ended(process, 15)  # one of them may just have begun, and the machine be busy
+    wait_for_group(process, 15)  # one of them may just have begun, and the machine be busy

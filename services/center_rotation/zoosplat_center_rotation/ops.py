@@ -1,4 +1,4 @@
-"""Where the animal is and which way it heads: arrays in, arrays out (method: arXiv 2505.18342, section 3.1)."""
+"""Centre and heading of the animal from its visual hulls (method: arXiv 2505.18342, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from zoosplat.geometry.transport import gaussian_transport_map
 F64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 
-MIN_AGREED = 0.25  # share of the hull that all views must see for its statistics to be taken there
+# Smallest share of the hull's voxels that all views must see, for the statistics to be those of these voxels.
+MIN_SHARE_OF_ALL_VIEWS = 0.25
 
 
 def mask_medoid(mask: Bool) -> F64:
@@ -96,10 +97,10 @@ def frame_hull(
     )
     if len(cells) < 4:
         return nothing
-    # Voxels on which all views agree are free of the bulges that one missing view leaves below the body: on synthetic
-    # truth they halve the error of centre and heading. Where a mask fails, what all but one see has to do.
-    agreed = votes == len(observed)
-    chosen = cells[agreed] if agreed.sum() >= MIN_AGREED * len(cells) else cells
+    # One missing view leaves bulges below the body. Voxels that all views see have none, which halves the error of
+    # centre and heading on synthetic recordings. Where a mask fails, all voxels of the hull are used.
+    seen_by_all = votes == len(observed)
+    chosen = cells[seen_by_all] if seen_by_all.sum() >= MIN_SHARE_OF_ALL_VIEWS * len(cells) else cells
     points = axis[chosen] + center
     return FrameHull(points.mean(axis=0), np.cov(points.T, bias=True), len(cells), shift)
 
@@ -114,7 +115,7 @@ def headings(means: F64, covs: F64, valid: Bool) -> F64:
 
     The axis of the body is the principal axis of each frame's hull. Its sign is carried from frame to frame: the
     point mean + axis moves by the optimal-transport map between the two Gaussians, and the new axis takes the side on
-    which it lands. At last the whole track is turned round if it runs against the displacement.
+    which it lands. In the end the whole track is reversed if it runs against the displacement.
 
     Args:
         means: [T, 3] metres.

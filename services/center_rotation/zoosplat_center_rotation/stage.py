@@ -11,7 +11,8 @@ from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard
 from zoosplat.storage import groups, schema
 from zoosplat_center_rotation import ops
 
-SMALL_HULL = 0.2  # of the median number of voxels: below, the views do not agree on where the animal is
+# Share of the median number of voxels below which a hull is discarded, because the masks do not meet.
+SMALL_HULL = 0.2
 
 
 class CenterRotation(Stage):
@@ -54,7 +55,7 @@ class CenterRotation(Stage):
         return Outcome(shard.stop - shard.start)
 
     def _in_place(self, group: zarr.Group, shard: Shard, plan: Plan) -> Outcome:
-        """Cameras that move show a time once: no hull, so the scene stays where it is."""
+        """Write constant tracking: moving cameras see a time once, so there is no hull and the scene stays in place."""
         n, cameras = shard.stop - shard.start, schema.array(group, "principal_shift").shape[1]
         variance = (plan.values["ell_m"] / 4) ** 2
         for start in range(0, n, schema.SMALL_BLOCK):

@@ -1,4 +1,4 @@
-"""The box round the animal: arrays in, arrays out."""
+"""The box round the animal, from the voxels of its visual hulls."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def index_range(counts: I64, min_voxels: int, multiple: int) -> tuple[int, int]:
 
     Args:
         counts: [n] voxels per index, summed over frames.
-        min_voxels: what is enough.
+        min_voxels: smallest number of voxels of an index that counts.
         multiple: the length is a multiple of this; n is at least one multiple.
 
     Returns:
-        The range, as nearly centred on the animal as the grid allows. Indices beyond the last whole multiple of the
-        grid cannot all be held: then the range that holds most voxels.
+        The range, as nearly centred on the animal as the grid allows. Where the animal is longer than the last whole
+        multiple of the grid, it is the range that holds most voxels.
 
     Raises:
         ValueError: no index has enough voxels.

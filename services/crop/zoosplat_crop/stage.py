@@ -11,14 +11,15 @@ from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import groups, schema
 from zoosplat_crop import ops
 
+# Largest number of frames whose hulls are computed.
 MAX_FRAMES = 5000
 
 
 class Crop(Stage):
     """Choose the part of the model's cube that holds the animal in all frames.
 
-    All frames count, evenly thinned to 5,000, not only the training third: a rearing animal of the last third must
-    fit too. Only observed views are used, so nothing of the held-out views is seen.
+    All frames count, evenly thinned to MAX_FRAMES, and not only the training third, because a rearing animal of the
+    last third must fit too. Only observed views are used, so nothing is learned from the held-out views.
     """
 
     def prepare(self, ctx: Context) -> Plan:

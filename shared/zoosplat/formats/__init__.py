@@ -1,1 +1,1 @@
-"""formats."""
+"""File formats of outputs: pictures, films, tables and point clouds."""

@@ -1,1 +1,1 @@
-"""geometry."""
+"""Cameras, projection, rotations, optimal transport and visual hulls, in NumPy."""

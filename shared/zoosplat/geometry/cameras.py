@@ -16,6 +16,7 @@ import numpy.typing as npt
 from zoosplat.errors import UserError
 from zoosplat.geometry.rotations import FloatArray, rotation_between
 
+# Largest deviation of R R^T from the identity at which R counts as a rotation.
 ROTATION_TOLERANCE = 1e-3
 
 
@@ -23,8 +24,11 @@ ROTATION_TOLERANCE = 1e-3
 class WorldTransform:
     """From the world of the calibration file to the oriented world: x_oriented = R (x - origin_m) / metres_per_unit.
 
-    rotation [3, 3], origin_m [3] float64 (calibration frame, metres), metres_per_unit: 1 in metres, the distance of
-    the farthest camera from the mean camera centre in the classic, normalised unit.
+    Attributes:
+        rotation: [3, 3] float64 R.
+        origin_m: [3] float64, calibration frame, metres.
+        metres_per_unit: 1 where the oriented world is in metres; the distance of the farthest camera from the mean
+            camera centre where it is in the classic, normalised unit.
     """
 
     rotation: FloatArray
@@ -63,11 +67,16 @@ class WorldTransform:
 
 @dataclass(frozen=True, eq=False)
 class Cameras:
-    """C calibrated cameras. All arrays float64.
+    """C calibrated cameras, with float64 arrays.
 
-    names: C camera names. intrinsics [C, 3, 3]: K in pixels. rotation [C, 3, 3] and translation_m [C, 3]: world to
-    camera. distortion [C, 5]: k1 k2 p1 p2 k3, zeros when none. After `oriented(up, unit="normalized")` lengths are in
-    the normalised unit instead of metres.
+    After `oriented(up, unit="normalized")` lengths are in the normalised unit instead of metres.
+
+    Attributes:
+        names: C camera names.
+        intrinsics: [C, 3, 3] K, pixels.
+        rotation: [C, 3, 3] world to camera.
+        translation_m: [C, 3] world to camera.
+        distortion: [C, 5] k1 k2 p1 p2 k3; zeros for lenses without distortion.
     """
 
     names: tuple[str, ...]

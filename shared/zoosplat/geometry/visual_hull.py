@@ -1,7 +1,7 @@
-"""Visual hull of a frame on a regular grid, by projecting blocks of voxels before voxels.
+"""Visual hull of a frame on a regular grid, by projecting blocks of voxels before single voxels.
 
-A block whose projection meets no mask pixel in too many views holds no hull voxel; the animal fills a few percent of
-the volume, so almost all of the grid is never looked at. The result is that of projecting every voxel.
+A block whose projection meets no mask pixel in too many views holds no voxel of the hull. The animal fills a few
+percent of the volume, so most voxels are never projected. The result is the same as that of projecting every voxel.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from zoosplat.geometry.rotations import rotation_about_z
 
 F64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
+# Sides in voxels of the blocks that are projected one after the other.
 BLOCKS = (16, 4, 1)
 
 
@@ -111,14 +112,14 @@ def _blocks_meeting_masks(
     votes = np.zeros(len(cells), dtype=np.int8)
     for matrix, table in zip(to_pixels, tables, strict=True):
         h, w = table.shape[0] - 1, table.shape[1] - 1
-        # Corners of a box are sums of one of two terms an axis: 6 products a block instead of 24.
+        # The projection of a corner is a sum of one of two terms an axis, so a block takes 6 products instead of 24.
         terms = [[matrix[:, k, None] * side[k] for side in (low, high)] for k in range(3)]
         behind = np.zeros(len(cells), dtype=bool)
         bounds: list[tuple[F64, F64]] = []
         for i in range(8):
             x, y, z = terms[0][i & 1] + terms[1][i >> 1 & 1] + terms[2][i >> 2] + matrix[:, 3:]
             behind |= z <= 0
-            z[z <= 0] = 1.0  # its bounds do not matter
+            z[z <= 0] = 1.0  # A block behind a camera is kept in any case.
             bounds.append((x / z + 0.5, y / z + 0.5))
         u, v = ([b[k] for b in bounds] for k in (0, 1))
         x0, x1 = (np.clip(np.floor(reduce(u)), -1, w) for reduce in (np.minimum.reduce, np.maximum.reduce))

@@ -1,1 +1,1 @@
-"""What was recorded: whether its files fit each other and the configuration."""
+"""Recordings: their sources, calibration and videos, and the checks of their files."""

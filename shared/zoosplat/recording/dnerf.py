@@ -26,9 +26,12 @@ from zoosplat.config.dnerf_defaults import TRANSFORMS_FILES
 from zoosplat.errors import UserError
 from zoosplat.storage import objects, urls
 
+# Largest difference of times, in units of the scene, at which two pictures belong to one time.
 SAME_TIME = 1e-6
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-HAS_ALPHA = 4  # a bit of a PNG's kind of colours
+# Bit of the color type in a PNG's header that says that there is an alpha channel.
+HAS_ALPHA = 4
+# Bytes from the beginning of a PNG in which its header and its chunk of transparency are searched.
 HEADER_BYTES = 1 << 16
 NO_PICTURE = "no such picture, or not a PNG of 8 bits with transparency"
 F64 = npt.NDArray[np.float64]
@@ -36,7 +39,7 @@ F64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DnerfScene:
-    """T times and two cameras.
+    """The pictures and poses of a scene at T times, for two cameras.
 
     Attributes:
         width, height: of the pictures, pixels.
@@ -116,7 +119,7 @@ def read_scene(folder: str) -> DnerfScene:
 
 
 def _pose(matrix: Any, where: str) -> F64:
-    """World to camera in OpenCV's axes from camera to world in OpenGL's."""
+    """World to camera [4, 4] in OpenCV's axes, from camera to world in OpenGL's axes."""
     camera_to_world = np.array(matrix, dtype=np.float64)
     if camera_to_world.shape != (4, 4) or not np.isfinite(camera_to_world).all():
         raise UserError(f"{where}: transform_matrix is not a 4 x 4 matrix of numbers")
@@ -141,7 +144,7 @@ def picture_size(url: str) -> tuple[int, int]:
     except (FileNotFoundError, IsADirectoryError):
         head = b""
     is_png = head.startswith(PNG_SIGNATURE) and head[12:16] == b"IHDR" and len(head) > 25
-    # Palettes and plain colours can have a chunk of transparency, which stands before the pixels.
+    # Pictures without an alpha channel can have a chunk of transparency, which stands before the pixels.
     if not is_png or head[24] > 8 or not (head[25] & HAS_ALPHA or b"tRNS" in head.partition(b"IDAT")[0]):
         raise UserError(f"{url}: {NO_PICTURE}")
     width, height = struct.unpack(">II", head[16:24])

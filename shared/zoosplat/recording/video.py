@@ -1,6 +1,6 @@
-"""Reading videos frame by frame with PyAV, without ever misaligning a frame; YUV planes stay planes.
+"""Reading videos frame by frame with PyAV, so that every frame has its right number.
 
-Colour conversion happens after cropping and area averaging (both commute with the linear YUV to RGB map), so a frame
+Colours are converted after cropping and area averaging. Both commute with the linear map from YUV to RGB, so a frame
 costs little more than its decoding.
 """
 
@@ -23,29 +23,30 @@ from zoosplat.storage import objects
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
-# (Kr to R, Ku to G, Kv to G, Kb to B) for full-range chroma in -0.5 .. 0.5: ITU-R BT.601 and BT.709.
+# Factors from chroma in -0.5 .. 0.5 to colours: V to R, U to G, V to G, U to B (ITU-R BT.601 and BT.709).
 _MATRIX = {601: (1.402, -0.344136, -0.714136, 1.772), 709: (1.5748, -0.187324, -0.468124, 1.8556)}
-# Playlists (HLS, concat, SDP) name further files, of this machine or another: nothing but the file itself is opened.
+# Playlists (HLS, concat, SDP) name further files, of this machine or another. With this option none is opened.
 ALONE = {"protocol_whitelist": "none"}
-_BT709 = 1  # AVCOL_SPC_BT709
+# FFmpeg's AVCOL_SPC_BT709.
+_BT709 = 1
 
 
 def _open(file: Any) -> InputContainer:
-    """A container for reading. Titles and comments, which cameras write in any encoding, are no reason to refuse it."""
+    """A container for reading. Titles and comments may be in any encoding, since cameras write them so."""
     container: InputContainer = av.open(file, "r", options=ALONE, metadata_errors="replace")
     return container
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video's container says.
+    """Facts from the header and the index of a video.
 
     Attributes:
-        url: where it is.
-        label: how to name it in messages, such as `videos/3.mp4 (camera 3)`.
+        url: path or URL of the file.
+        label: name of the video in messages, such as `videos/3.mp4 (camera 3)`.
         width, height: pixels.
-        n_frames: frames whose bytes are all there.
-        n_declared: frames that the container declares; more than `n_frames` in a truncated file.
+        n_frames: number of frames whose bytes are all there.
+        n_declared: number of frames that the container declares; more than `n_frames` in a truncated file.
         fps: mean frame rate, 1/s.
         step: ticks between frames where all are equally far apart (then seeking is exact), else None.
     """
@@ -86,13 +87,13 @@ def probe(url: str, label: str) -> VideoInfo:
                 first_pts, before = _first_packets(container, stream, min(missing, default=None))
                 there = before if missing else len(index)
             else:
-                # No complete index in the container: one pass over the packets, still without decoding.
+                # Without a complete index in the container, one pass over the packets is needed. It decodes nothing.
                 times = [(p.pts, p.dts) for p in container.demux(stream) if p.size]
                 first_pts = times[0][0] if times and all(pts is not None for pts, _ in times) else None
                 ticks = np.array(sorted((dts if pts is None else pts) or 0 for pts, dts in times), dtype=np.float64)
                 there = len(ticks)
             step = float(ticks[-1] - ticks[0]) / (len(ticks) - 1) if len(ticks) > 1 else None
-            # AVI stores no times of display for B-frames, and those that are made up do not begin with the stream.
+            # AVI stores no display times for B-frames. Those that FFmpeg makes up do not begin with the stream.
             timed = first_pts is not None and first_pts == stream.start_time
             even = timed and step and np.abs(ticks - ticks[0] - step * np.arange(len(ticks))).max() < 0.45 * step
             size = stream.width, stream.height
@@ -109,10 +110,10 @@ def probe(url: str, label: str) -> VideoInfo:
 
 
 def _first_packets(container: Any, stream: Any, first_missing: int | None) -> tuple[int | None, int]:
-    """When the first packet is shown, and how many are shown before the decoding time of the first that is cut off.
+    """Display time of the first packet, and the number of packets that are shown before the first one that is cut off.
 
-    Packets lie in the order of decoding: behind a packet that is there, one that is shown before it may be missing.
-    None that is missing is shown before it is decoded.
+    Packets lie in the order of decoding, so behind a packet that is there, one that is shown earlier may be missing. No
+    packet is shown before it is decoded.
     """
     first, count = None, 0
     for packet in container.demux(stream):
@@ -152,9 +153,9 @@ def _numbered(info: VideoInfo, start: int) -> Iterator[tuple[int, av.VideoFrame]
         with objects.open_read(info.url) as file, _open(file) as container:
             stream = container.streams.video[0]
             stream.codec_context.options = {"err_detect": "explode"}
-            stream.codec_context.thread_count = 1  # cameras are decoded in parallel instead
+            stream.codec_context.thread_count = 1  # The cameras are decoded in parallel instead.
             if seeking:
-                # Indices hold decoding times, which precede the times shown by the reordering, 16 frames at most.
+                # The index holds decoding times, which precede the display times by 16 frames at most (H.264).
                 back = start - 0.5 - (16 if stream.codec_context.has_b_frames else 0)
                 container.seek(int((stream.start_time or 0) + max(0, back) * (info.step or 0)), stream=stream)
             for packet in container.demux(stream):
@@ -193,7 +194,13 @@ def _plane(frame: av.VideoFrame, index: int) -> U8:
 
 @dataclass(frozen=True)
 class Planes:
-    """One frame as planes: luma [H, W], chroma [H/s, W/s] each, and how to turn them to RGB."""
+    """One frame as planes: luma [H, W], chroma [H/s, W/s] each or None, and the way to convert them to RGB.
+
+    Attributes:
+        y, u, v: uint8 planes.
+        full_range: whether luma spans 0 to 255 instead of 16 to 235.
+        matrix: 601 or 709, the standard of the conversion to RGB.
+    """
 
     y: U8
     u: U8 | None
@@ -294,7 +301,7 @@ def window_rgb(
         r_v, g_u, g_v, b_u = (k * chroma for k in _MATRIX[frame.matrix])
         matrix = np.array([[scale, 0, r_v, 0], [scale, g_u, g_v, 0], [scale, b_u, 0, 0]])
         matrix[:, 3] = -matrix[:, :3] @ (frame.black, 128, 128)
-    # Rounds and saturates.
+    # cv2.transform rounds and saturates.
     return np.asarray(cv2.transform(cv2.merge(planes_small), matrix))
 
 

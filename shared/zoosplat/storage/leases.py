@@ -1,7 +1,7 @@
 """Locks that processes of any machine can hold: a file that is locked, or on S3 an object that is renewed.
 
-A lock guards against work that is done twice. Who holds one and cannot renew its object on S3 for LEASE_S, because it
-was stopped or cut off from a server that others reach, loses it to whoever waits for it. It learns so from `Held`.
+A lock prevents work from being done twice. A process that cannot renew its object on S3 for LEASE_S, because it was
+stopped or cut off from the server, loses the lock to a process that waits for it. `Held` tells it so.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from pathlib import Path
 from zoosplat.errors import LockLost
 from zoosplat.storage import conditional, objects, urls
 
-# A lock on S3 whose holder has not renewed it for so long is taken over.
+# Time in s without a renewal after which a lock on S3 is taken over.
 LEASE_S = 10
+# Time in s between two renewals.
 RENEW_S = 2
-MARGIN_S = 3  # more than a renewal takes; servers tell the time of an object in whole seconds
+# Time in s that is added to LEASE_S before a lock counts as free. It covers a renewal that is under way and the
+# resolution of an object's time, which is 1 s.
+MARGIN_S = 3
+# Time in s between two attempts to take a lock.
 POLL_S = 0.5
-LOOKED_AT_S = 1.0  # so long at most who takes a lock waits for those who only look whether it is held
+# Longest time in s for which taking a lock waits for processes that only look whether it is held.
+LOOKED_AT_S = 1.0
 
 
 class Held(ABC):
@@ -40,7 +45,9 @@ class Held(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """To be called before something is written that another holder may be writing too. It rarely costs a request.
+        """Raise unless the lock is held. Callers ask before they write what another holder may be writing too.
+
+        It rarely costs a request.
 
         Raises:
             LockLost: another process has taken the lock over.
@@ -50,10 +57,13 @@ class Held(ABC):
 
 @contextmanager
 def locked(url: str, waiting: Callable[[], None]) -> Iterator[Held]:
-    """Hold the lock of this name while no other process does, of any machine; `waiting` is called twice a second.
+    """Hold the lock of this name, once no other process of any machine holds it.
 
-    A file that is locked, or on S3 an object that exists. The lock of a process that was killed is free at once, on S3
-    after LEASE_S unless it ran on this machine.
+    The lock of a process that was killed is free at once; on S3 after LEASE_S, unless the process ran on this machine.
+
+    Args:
+        url: a file that is locked, or on S3 an object that exists while the lock is held.
+        waiting: called twice a second while another process holds the lock.
     """
     lock = _lock(url)
     try:
@@ -67,10 +77,10 @@ def locked(url: str, waiting: Callable[[], None]) -> Iterator[Held]:
 
 @contextmanager
 def try_locked(url: str) -> Iterator[Held | None]:
-    """As `locked`, or None at once where another process holds the lock.
+    """As `locked`, but yield None at once where another process holds the lock.
 
-    On S3 one that was killed on another machine counts as if it did, however long ago that was: who wants its lock must
-    wait for it with `locked`.
+    On S3 a process that was killed on another machine counts as a holder, however long ago that was. Only `locked` can
+    take its lock over.
     """
     lock = _lock(url)
     try:
@@ -80,10 +90,10 @@ def try_locked(url: str) -> Iterator[Held | None]:
 
 
 def is_held(url: str) -> bool:
-    """Whether a process, of any machine, holds the lock of this name now. Nothing is taken, made or removed.
+    """Whether a process of any machine holds the lock of this name now. Nothing is taken, made or removed.
 
-    On S3 a lock counts as held for LEASE_S and a little after its last renewal. Nobody can be seen to hold one on a
-    file system without locks.
+    On S3 a lock counts as held until LEASE_S + MARGIN_S after its last renewal. On a file system without locks it never
+    counts as held.
     """
     return _lease_is_held(url) if urls.is_s3(url) else _file_is_held(url)
 
@@ -93,7 +103,8 @@ def _lock(url: str) -> _Lease | _FileLock:
 
 
 # -- files --------------------------------------------------------------------------------------------------------
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without them
+# Error numbers of a file system without locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class _FileLock(Held):
@@ -106,20 +117,23 @@ class _FileLock(Held):
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
-            return False  # who held it removed its folder in between
+            return False  # The last holder has removed the folder meanwhile.
         if self._is_locked() and not self.lost:
             return True
-        os.close(self._file)  # held, or removed by the one that held it
+        os.close(self._file)  # Another process holds the file, or the last holder has removed it.
         self._file = -1
         return False
 
     def _is_locked(self) -> bool:
-        """Lock the file. A shared lock can be had only where the others are shared too, of those who look."""
+        """Try to lock the file, and return whether it is locked.
+
+        Where only a shared lock is granted, the other locks are shared too. They belong to processes that only look.
+        """
         deadline = time.monotonic() + LOOKED_AT_S
         while not self._flock(fcntl.LOCK_EX):
             if not self._flock(fcntl.LOCK_SH) or time.monotonic() > deadline:
                 return False
-            # Two who want the lock may see each other's shared ones: they try again at different times.
+            # Two processes that want the lock may see each other's shared locks. Random times resolve this.
             fcntl.flock(self._file, fcntl.LOCK_UN)
             time.sleep(random.uniform(0, 0.002))
         return True
@@ -144,7 +158,7 @@ class _FileLock(Held):
 
     @property
     def lost(self) -> bool:
-        """Whether the file was removed: then others lock a new one."""
+        """Whether the file was removed, so that other processes lock a new one."""
         try:
             there, ours = os.stat(self._path), os.fstat(self._file)
         except FileNotFoundError:
@@ -174,15 +188,15 @@ def _file_is_held(path: str) -> bool:
 
 
 # -- objects on S3 ------------------------------------------------------------------------------------------------
-# Goes on while a machine is suspended, where the system has such a clock.
+# A clock that goes on while the machine is suspended, where the system has one.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class _Lease(Held):
-    """An object that holds its owner's token, put with conditions only, so that no two owners put it both.
+    """An object on S3 that holds its owner's token. It is put with conditions only, so two owners never both put it.
 
-    The answer to a put may be lost, though the object was put. So whatever a put comes to, except for success, the
-    object is read: who finds the own token there has the lock, and the ETag.
+    The answer to a put may be lost although the object was put. After every put without success the object is therefore
+    read, and if it holds the own token, the lock is held.
     """
 
     def __init__(self, url: str) -> None:
@@ -190,7 +204,7 @@ class _Lease(Held):
         self._token = f"{_machine()} {os.getpid()} {uuid.uuid4().hex}"
         self._renewals = 0
         self._etag = ""
-        self._confirmed: float = 0  # when the last put that arrived was sent
+        self._confirmed: float = 0  # Time at which the last put that arrived was sent.
         self._lost = False
         self._seen = b""
         self._unchanged: float = 0
@@ -201,7 +215,7 @@ class _Lease(Held):
 
     def take(self) -> bool:
         try:
-            # In this order: what is put in its place is put in place of these bytes or not at all.
+            # The ETag is read first, so that a put replaces the bytes that are read here or does nothing.
             etag = conditional.etag(self._url)
             body = objects.read_bytes(self._url)
         except FileNotFoundError:
@@ -219,8 +233,8 @@ class _Lease(Held):
         self._released.set()
         self._keeper.join()
         self._keeper = None
-        with suppress(Exception):  # without us it runs out
-            # Renewed first: it lasts until the request that removes it has been answered.
+        with suppress(Exception):  # A lease that is not removed runs out.
+            # The renewal makes the lease last until the request that removes it has been answered.
             if not self._lost and self._put(self._etag):
                 conditional.delete_if(self._url, self._etag)
 
@@ -236,7 +250,7 @@ class _Lease(Held):
 
     def _keep(self) -> None:
         while not self._released.wait(RENEW_S) and not self._lost:
-            with suppress(Exception):  # the next try may succeed, also one that is sent after LEASE_S
+            with suppress(Exception):  # The next attempt may succeed, even after LEASE_S.
                 self._renew()
 
     def _renew(self) -> None:
@@ -245,7 +259,7 @@ class _Lease(Held):
                 self._lost = True
 
     def _put(self, etag: str | None) -> bool:
-        """Put the object in place of the one with that ETag, None: where there is none; whether it is ours now."""
+        """Put the object in place of the one with this ETag, or of none with None. Return whether it is ours now."""
         sent = time.clock_gettime(_CLOCK)
         self._renewals += 1
         body = f"{self._token} {self._renewals}".encode()
@@ -263,7 +277,7 @@ class _Lease(Held):
         return there is not None
 
     def _find_ours(self) -> bytes | None:
-        """The object if our token is in it; takes its ETag."""
+        """The object's content if it holds our token, whose ETag is noted; else None."""
         try:
             etag = conditional.etag(self._url)
             body = objects.read_bytes(self._url)
@@ -276,7 +290,7 @@ class _Lease(Held):
 
     def _is_abandoned(self, body: bytes) -> bool:
         now = time.monotonic()
-        # A look that took long was held up by the server, which then did not let the holder renew it either.
+        # A look that took long was held up by the server, which may have held up the holder's renewal as well.
         self._unchanged = self._unchanged + min(now - self._looked, 2 * POLL_S) if body == self._seen else 0
         self._seen, self._looked = body, now
         return self._unchanged > LEASE_S or _has_died(body)
@@ -290,14 +304,14 @@ def _lease_is_held(url: str) -> bool:
 
 
 def _has_died(body: bytes) -> bool:
-    """Whether the holder of a lease is known to live no more, as it ran on this machine."""
+    """Whether the holder of a lease ran on this machine and has ended."""
     machine, process = body.decode().split()[:2]
     return machine == _machine() and not _is_alive(int(process))
 
 
 @lru_cache(maxsize=1)
 def _machine() -> str:
-    """Names the processes whose numbers mean here what they mean there: a container's are its own."""
+    """Name of the set of processes whose numbers are comparable: those of one boot and one PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

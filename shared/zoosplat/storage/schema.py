@@ -1,8 +1,8 @@
-"""What each zarr group holds: arrays, dimensions, types, units; how time is cut into storage blocks.
+"""Schemas of the zarr groups: arrays, dimensions, types, units, and how time is cut into storage blocks.
 
 Dimensions: T kept frames, C cameras, h x w working pixels (images: window pixels), n grid points an axis,
 S shards of work. Arrays with a T axis that shards write are cut there every `block` frames; image arrays are
-zarr shards of `block` frames with one chunk a frame. All are zstd-compressed with a crc32c on every chunk.
+zarr shards of `block` frames with one chunk a frame. All chunks are compressed with zstd and end with a CRC32C.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from zoosplat.storage import groups
 from zoosplat.storage.errors import damaged_result_error
 from zoosplat.storage.group_store import ABSENT, GroupStore
 
-BLOCK_BYTES = 48 << 20  # upper bound of what a writer holds of one array; also a good object size on S3
+# Largest number of bytes of an array that a writer holds at once. It is also a good size of an object on S3.
+BLOCK_BYTES = 48 << 20
+# Largest number of frames in a storage block.
 SMALL_BLOCK = 64
 COMPRESSORS = (ZstdCodec(level=3), Crc32cCodec())
 
@@ -109,11 +111,11 @@ def create(url: str, name: str, sizes: dict[str, int], block: int, attributes: d
     """Create an empty group of a known kind in place of whatever is at `url`.
 
     Args:
-        url: where.
+        url: folder or prefix of the group.
         name: key of `GROUPS`.
         sizes: length of every named dimension.
         block: frames in a storage block.
-        attributes: JSON values, deterministic (no times: groups of equal input are equal byte for byte).
+        attributes: JSON values. They hold no times, so that groups of equal input are equal byte for byte.
     """
     group = groups.create_group(url, {**attributes, "block": block})
     for key, spec in GROUPS[name].items():
@@ -143,6 +145,7 @@ def create(url: str, name: str, sizes: dict[str, int], block: int, attributes: d
     return group
 
 
+# Further arrays of masks.zarr and images.zarr for cameras that move.
 MOVING: dict[str, ArraySpec] = {
     "time": ArraySpec(("T",), "float64", "", "0 to 1", "whole"),
     "pose": ArraySpec(("T", "C", 4, 4), "float64", "m", "world to camera in each frame", "whole"),
@@ -151,7 +154,7 @@ MOVING: dict[str, ArraySpec] = {
 
 
 def add_moving(group: zarr.Group, values: dict[str, Any]) -> None:
-    """Add to masks.zarr or images.zarr what cameras that move have besides: the arrays of `MOVING`."""
+    """Add the arrays of `MOVING` to masks.zarr or images.zarr, for cameras that move."""
     for key, spec in MOVING.items():
         value = np.asarray(values[key], spec.dtype)
         meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
@@ -167,7 +170,7 @@ def add_moving(group: zarr.Group, values: dict[str, Any]) -> None:
 
 
 def array(group: zarr.Group, key: str) -> zarr.Array[Any]:
-    """An array of a group, typed. Raises UserError where the group has none of this name."""
+    """An array of a group. Raises UserError where the group has none of this name."""
     try:
         found = group[key]
     except KeyError:
@@ -192,7 +195,7 @@ def read(group: zarr.Group, key: str, start: int | None = None, stop: int | None
 
 
 def expected_files(group: zarr.Group) -> set[str]:
-    """Paths, relative to the group, of all files that it has when it is complete, from what its arrays are."""
+    """Paths, relative to the group, of all files of a complete group with these arrays."""
     names = {"zarr.json"}
     for key, found in group.arrays():
         names.add(f"{key}/zarr.json")
@@ -204,8 +207,9 @@ def expected_files(group: zarr.Group) -> set[str]:
 class FrameArray:
     """A `sharded` array that is read a frame at a time, from any thread.
 
-    Without zarr, which takes milliseconds of Python a frame; after its specification (v3, codec sharding_indexed): at
-    the end of a shard stand offset and length of each chunk, uint64, and their crc32c; a chunk ends with its own.
+    It does not read through zarr, which takes milliseconds of Python a frame, but follows its specification (v3, codec
+    sharding_indexed): a shard ends with its index, which holds offset and length of each chunk as uint64 and a CRC32C.
+    A chunk ends with a CRC32C of its own.
     """
 
     def __init__(self, group: zarr.Group, key: str) -> None:
@@ -214,7 +218,7 @@ class FrameArray:
         assert isinstance(self._array.store, GroupStore)
         self._store = self._array.store
         self.shape, self._per_shard = self._array.shape, self._array.shards[0]
-        self._tables: dict[str, Any] = {}  # of the shards read from so far
+        self._indexes: dict[str, Any] = {}  # The index [frames, 2] of every shard that was read from.
 
     def __getitem__(self, t: int) -> Any:
         """Frame t as a new numpy array. Raises UserError as `read`."""
@@ -222,14 +226,14 @@ class FrameArray:
         number, within = divmod(t, self._per_shard)
         key = self._array.metadata.encode_chunk_key((number,) + (0,) * frame.ndim)
         key = f"{self._array.path}/{key}"
-        if key not in self._tables:
+        if key not in self._indexes:
             size = 16 * self._per_shard + 4
             try:
-                table = np.frombuffer(groups.read_part(self._store, key, -size, size)[:-4], "<u8")
+                index = np.frombuffer(groups.read_part(self._store, key, -size, size)[:-4], "<u8")
             except FileNotFoundError:
-                table = np.full(2 * self._per_shard, ABSENT)
-            self._tables[key] = table.reshape(-1, 2)
-        offset, length = self._tables[key][within]
+                index = np.full(2 * self._per_shard, ABSENT)
+            self._indexes[key] = index.reshape(-1, 2)
+        offset, length = self._indexes[key][within]
         if offset == ABSENT:
             if self._store.complete:
                 raise damaged_result_error(f"{self._store.url}/{key}", f"has no frame {t}")
@@ -256,7 +260,7 @@ def write_block(group: zarr.Group, key: str, start: int, values: Any) -> None:
         raise ValueError(f"{key}[{start}:{stop}] is not whole blocks of {step}")
     for i in range(start, stop, step):
         if target.shards is not None:
-            # zarr merges what it writes into a shard that is there: a damaged one would fail every later write.
+            # zarr merges a write into a shard that exists, so a damaged shard would fail every later write.
             key_of_shard = target.metadata.encode_chunk_key((i // step,) + (0,) * (target.ndim - 1))
             sync((target.store_path / key_of_shard).delete())
         target[i : min(i + step, stop)] = values[i - start : min(i + step, stop) - start]

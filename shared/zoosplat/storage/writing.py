@@ -1,6 +1,6 @@
-"""What must hold while this process writes results: it is asked before each write.
+"""Conditions that are checked before each write of this process, such as that it still holds its lock.
 
-A process that was asleep for long may have lost its lease, and the result may be finished by another one meanwhile.
+A process that was suspended may have lost its lock, and another process may have finished the result meanwhile.
 """
 
 from __future__ import annotations
@@ -26,6 +26,6 @@ def only_while(condition: Callable[[], None]) -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise what a condition raises that holds no more. For the functions that write."""
+    """Call all conditions, which raise where nothing may be written any more. Functions that write call this."""
     for condition in tuple(_conditions):
         condition()
