@@ -97,6 +97,7 @@ def test_nothing_outside_the_prefix(s3: S3, bucket: str, finished: Path) -> None
     assert outside == videos | {
         "recording/camera_params.h5",
         "recording/vertical_lines.npz",
+        "recording/truth.npz",
         "labs/one/tiny project neighbour/experiment.yaml",
     }
     inside = {key.removeprefix(f"{PREFIX}/") for key in keys - outside}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import av
 import cv2
@@ -28,7 +28,7 @@ from zoosplat.geometry.spherical_harmonics import SH_C0
 from zoosplat.stages.contract import Context
 from zoosplat.stages.projects import Project
 from zoosplat.storage import listing, objects, urls
-from zoosplat_model.frames import Frame
+from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.rasterize import Rendering, rasterize
 from zoosplat_render import ops, stage
@@ -233,6 +233,9 @@ class Reader(SimpleNamespace):
 
     def prefetch(self, frames: Iterable[int]) -> Iterator[Frame]:
         return map(self.frame, frames)
+
+    def pixel_size_m(self, frame: Frame) -> float:
+        return FrameReader.pixel_size_m(cast(FrameReader, self), frame)
 
     def split(self, name: str) -> list[int]:
         assert name == "test"
