@@ -27,18 +27,6 @@ from zoosplat.storage import leases, listing, objects
 if TYPE_CHECKING:
     from tests.conftest import Recording
 
-SMALL: dict[str, Any] = {
-    "model": {
-        "num_unets": 1,
-        "base_filters": 2,
-        "bottleneck": 16,
-        "poolings": 1,
-        "max_gaussians": 64,
-        "min_gaussians": 16,
-    },
-    "train": {"start_from": "random", "device": "cpu"},
-    "evaluate": {"gallery_frames": 1, "device": "cpu"},
-}
 EPOCHS = (1, 2)
 KINDS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 # Stages after whose begin a command is killed; with the empty one before, as it starts.
@@ -51,11 +39,11 @@ FINISHES_WITHIN_S = 540.0
 class Command:
     """`zoosplat run` with a number of epochs, on the common project, again and again."""
 
-    def __init__(self, folder: Path, recording: Recording, epochs: int) -> None:
+    def __init__(self, folder: Path, recording: Recording, settings: dict[str, Any], epochs: int) -> None:
         self.epochs = epochs
         config = folder / f"{epochs}.yaml"
-        train = {**SMALL["train"], "epochs": epochs}
-        config.write_text(json.dumps(recording.config(**{**SMALL, "train": train})))
+        train = {**settings["train"], "epochs": epochs}
+        config.write_text(json.dumps(recording.config(**{**settings, "train": train})))
         zoosplat = str(Path(sys.executable).with_name("zoosplat"))
         self._command = [zoosplat, "run", str(config), "--project", str(folder / "project"), "--until", "evaluate"]
         self._env = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
@@ -125,7 +113,8 @@ def check_own(run: Run, epochs: int) -> None:
 def test_two_runs_at_once_killed_at_random(
     kills: int,
     recording: Recording,
-    finished: Path,
+    whole_settings: dict[str, Any],
+    whole_project: Path,
     check_same: Callable[[str, Path, Path], None],
     tmp_path: Path,
 ) -> None:
@@ -137,7 +126,7 @@ def test_two_runs_at_once_killed_at_random(
         rounds += 1
         folder = tmp_path / str(rounds)
         folder.mkdir()
-        commands = [Command(folder, recording, epochs) for epochs in EPOCHS]
+        commands = [Command(folder, recording, whole_settings, epochs) for epochs in EPOCHS]
         try:
             while killed.total() < kills and any(command.process.poll() is None for command in commands):
                 number = KINDS[killed.total() % len(KINDS)]
@@ -151,12 +140,12 @@ def test_two_runs_at_once_killed_at_random(
             for command in commands:
                 command.process.kill()
                 command.process.wait()
-        check_round(folder, commands, finished, check_same)
+        check_round(folder, commands, whole_project, check_same)
     print(f"{killed.total()} kills in {rounds} rounds and {time.monotonic() - began:.0f} s: {dict(killed)}")
 
 
 def check_round(
-    folder: Path, commands: list[Command], finished: Path, check_same: Callable[[str, Path, Path], None]
+    folder: Path, commands: list[Command], undisturbed: Path, check_same: Callable[[str, Path, Path], None]
 ) -> None:
     path = folder / "project"
     project = Project.at(str(path))
@@ -174,7 +163,7 @@ def check_round(
     for stage, count in {"train": 2, "evaluate": 2, **{spec.name: 1 for spec in PREPROCESSING}}.items():
         assert len(list((path / "results" / stage).iterdir())) == count, stage
     for spec in PREPROCESSING:
-        check_same(spec.name, path, finished)
+        check_same(spec.name, path, undisturbed)
     assert not [each for each in path.rglob("*.partial") if "results" in each.relative_to(path).parts]
     assert not [each for each in path.rglob("*lease") if "results" in each.relative_to(path).parts]
     assert not [each for each in path.rglob("*lease") if leases.is_held(str(each))]

@@ -121,7 +121,11 @@ def run(stage: str, project: Path) -> list[str]:
     return [sys.executable, "-m", f"zoosplat_{stage}", "--project", str(project)]
 
 
-@pytest.mark.parametrize("stage", ["train", "evaluate", "render", "features", "embedding"])
+# Render and features are resumed by the same code as evaluate.
+@pytest.mark.parametrize(
+    "stage",
+    ["train", "evaluate", "embedding", *(pytest.param(s, marks=pytest.mark.slow) for s in ("render", "features"))],
+)
 def test_killed_and_run_again(
     stage: str, whole_project: Path, tmp_path: Path, check_same: Callable[[str, Path, Path], None]
 ) -> None:
