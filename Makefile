@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 export PYTHON
 
-.PHONY: help install demo demo-containers demo-kubernetes test lint minio images bench cluster-tools test-cluster clean
+.PHONY: help install demo demo-containers demo-kubernetes test test-slow lint minio images bench cluster-tools test-cluster clean
 # Before anything is built: what a target needs of this machine.
 CHECKED := $(addprefix check-,demo-containers demo-kubernetes test-cluster)
 .PHONY: $(CHECKED)
@@ -27,6 +27,9 @@ demo: install    ## a synthetic recording from videos to the report, in ./demo
 
 test: install minio lint  ## linters, types and all tests
 	$(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+
+test-slow: install minio  ## tests of many minutes, which `make test` leaves out
+	$(BIN)/pytest -q -m slow
 
 lint: install    ## ruff, mypy --strict and who may import whom
 	$(BIN)/ruff check .
