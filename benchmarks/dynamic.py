@@ -1,9 +1,10 @@
-"""Iterations a second of the dynamic trainer on one GPU, stage fine, planes of 35.7 million parameters.
+"""Measures the iterations a second of the dynamic trainer on one GPU, in stage fine.
 
     python benchmarks/dynamic.py [GAUSSIANS ...]
 
-100,000 Gaussians (default) that fill an ellipsoid, pictures of 288 x 256 pixels; statistics are gathered, nothing is
-added. Prints a JSON line for each number of Gaussians and of views an iteration.
+The Gaussians, 100,000 by default, fill an ellipsoid, and the pictures have 288 x 256 pixels. The planes have 35.7
+million parameters. Statistics for densification are gathered, but no Gaussian is added. The benchmark prints a JSON
+line for each number of Gaussians and of views an iteration.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WARM, TIMED = 50, 300
 
 
 def scene(device: torch.device) -> DynamicScene:
-    """Grey pictures of four cameras at a distance of 6, whose field of view holds what lies within 1.3."""
+    """A scene of grey pictures. Its cameras stand at a distance of 6, and each sees all that lies within 1.3."""
     poses = torch.eye(4).repeat(FRAMES, VIEWS, 1, 1)
     for v in range(VIEWS):
         a = 2 * np.pi * v / VIEWS

@@ -1,15 +1,18 @@
-"""What an embedding tells of the pose and of the heading, on a recording whose keypoints are known.
+"""Measures what an embedding tells of the pose and of the heading, on a recording whose keypoints are known.
 
     python benchmarks/embedding.py PROJECT [PROJECT...] --truth truth.npz
 
 `truth.npz` holds keypoints [frames of the video, K, 3] (any unit, any origin), heading [frames] (radians about up) and
-up [3] (optional, default +z). Ridge regression from the 50 dimensions to the keypoints in the animal's frame (less
-their mean, turned by the heading) and to the heading's cosine and sine. R2 of all coordinates together, on five folds:
-`fifths` leaves out a fifth of the recording at a time, which may be the only one in which the animal does something;
-`half seconds` deals blocks of half a second out to the folds. The penalty is chosen on the other folds in the same way.
+up [3] (optional, default +z). Ridge regression predicts two things from the 50 dimensions: the keypoints in the
+animal's frame (less their mean, turned by the heading), and the heading's cosine and sine.
 
-Beside the embeddings of the projects: PCA of the keypoints themselves (the ceiling) and PCA of occupancy grids of the
-visual hulls in the animal's frame (what a descriptor has to beat), both fitted on the first third as the embedding is.
+The figure is the R2 of all coordinates together, on five folds. `fifths` leaves out a fifth of the recording at a time;
+that fifth may be the only one in which the animal shows some behaviour. `half seconds` distributes blocks of half a
+second over the folds. The penalty is chosen by the same cross-validation within the other folds.
+
+Two embeddings are measured for comparison. PCA of the keypoints themselves is the upper limit. PCA of occupancy grids
+of the visual hulls, in the animal's frame, is what a descriptor has to beat. Both are fitted to the first third, as the
+embedding is.
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ from zoosplat.storage import schema
 
 Floats = npt.NDArray[np.floating[Any]]
 DIMENSIONS = 50
-PENALTIES = np.logspace(-6, 0, 13)  # over the sum of squares
-CELLS = 32  # along an edge of the occupancy grid
+PENALTIES = np.logspace(-6, 0, 13)  # penalties of the ridge regression that are tried, over the sum of squares
+CELLS = 32  # cells along an edge of the occupancy grid
 
 
 def ridge(x: Floats, y: Floats, at: Floats, penalties: Floats) -> list[Floats]:
-    """Predictions at rows `at` of a ridge regression fitted to x, y, one for each penalty."""
+    """Predictions, one array for each penalty, at the rows `at` by a ridge regression that is fitted to x and y."""
     mean, aim = x.mean(0), y.mean(0)
     left, lengths, right = np.linalg.svd(x - mean, full_matrices=False)
     onto, scores = left.T @ (y - aim), (at - mean) @ right.T
@@ -42,7 +45,7 @@ def ridge(x: Floats, y: Floats, at: Floats, penalties: Floats) -> list[Floats]:
 
 
 def r2(x: Floats, y: Floats, fold: npt.NDArray[np.int64]) -> float:
-    """Cross-validated R2 of all columns of y together. `fold` [N] is which fold a row belongs to."""
+    """Cross-validated R2 of all columns of y together. `fold` [N] names the fold that each row belongs to."""
     found = np.zeros_like(y)
     penalties = PENALTIES * ((x - x.mean(0)) ** 2).sum()
     for k in np.unique(fold):
@@ -57,14 +60,14 @@ def r2(x: Floats, y: Floats, fold: npt.NDArray[np.int64]) -> float:
 
 
 def principal(values: Floats, train: npt.NDArray[np.bool_]) -> Floats:
-    """[N, 50] principal components of the training rows."""
+    """[N, 50] scores of all rows on the principal components of the training rows."""
     centered = values - values[train].mean(0)
     axes = np.linalg.svd(centered[train], full_matrices=False)[2][:DIMENSIONS]
     return np.asarray(centered @ axes.T)
 
 
 def occupancy(run: Run) -> Floats:
-    """[T, 32^3] which cells of the model's cube, in the animal's frame, the observed views' visual hull fills."""
+    """[T, 32^3] occupancy: which cells of the model's cube, in the animal's frame, lie in the observed views' hull."""
     images, tracking, crop = (run.open_input(stage) for stage in ("pack", "center_rotation", "crop"))
     observed = list(run.experiment.observed_views(len(schema.read(images, "intrinsics"))))
     axis = visual_hull.grid_axis(float(str(crop.attrs["ell_m"])), CELLS)

@@ -1,9 +1,9 @@
-"""Frames a second that the stage features describes, from a trained model, its inference included.
+"""Measures how many frames a second the stage features describes, the inference of the trained model included.
 
     python benchmarks/features.py PROJECT [--frames 300] [--encoders gaussians images]
 
-Frames are in memory, as they are after the first reading; `reading` is without. The ResNet-18 of `images` has random
-weights, which take as long as any. Prints JSON lines.
+Frames are in memory, as they are after the first reading; `reading` is the speed of that first reading. The ResNet-18
+of `images` has random weights, because the time does not depend on the weights. The benchmark prints JSON lines.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     results = {"reading": len(frames) / (synchronize() - began)}
     for name in args.encoders:
         encoder = chosen[name]
-        for _ in range(2):  # at the first, kernels are chosen and graphs captured
+        for _ in range(2):  # the first pass also chooses kernels and captures graphs
             began = synchronize()
             for _, _ in predictor.map_frames(frames, encoder, capture=encoder.capturable):
                 pass

@@ -1,8 +1,9 @@
-"""Time of reconstructing a frame on one GPU: carved volume to rendered views, and with carving.
+"""Measures the time of reconstructing a frame on one GPU, from the carved volume to rendered views and with carving.
 
     python benchmarks/inference.py [--set model.base_filters=16 ...]
 
-The scene of `train_step.py`: 96 x 80 x 64 voxels to 6 views of 288 x 256 pixels. Prints JSON lines.
+The scene is that of `train_step.py`: 96 x 80 x 64 voxels and 6 views of 288 x 256 pixels. The benchmark prints JSON
+lines.
 """
 
 from __future__ import annotations

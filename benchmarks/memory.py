@@ -1,10 +1,11 @@
-"""GPU memory and time of training steps of many configurations, beside the prediction of `zoosplat plan`.
+"""Measures GPU memory and time of training steps of many configurations, beside the prediction of `zoosplat plan`.
 
     python benchmarks/memory.py [12gb 24gb step ...]
 
-The frames are those of train_step.py: an animal made up of numbers, four of six views observed. Each configuration
-takes a dozen steps of which PyTorch may hold no more than its cap, then prints a line; without arguments, all do.
-`allocated` is what tensors take at most, `used` also counts what PyTorch holds besides, and CUDA.
+The frames are those of train_step.py: a computed animal of which four of six views are observed. Each configuration
+takes a dozen steps, in which PyTorch may hold no more memory than the cap, and then prints a line. Without arguments
+all configurations are measured. `allocated` is the most memory that tensors took. `used` also counts what PyTorch
+reserved besides, and what CUDA took.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from zoosplat.stages.memory import GIB, TrainingSizes, training_memory
 from zoosplat_flows.profiles import profile_overrides
 from zoosplat_train.trainer import NetworkTrainer
 
-CAPS = {"12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB
+CAPS = {"12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB that PyTorch may hold, by profile
 WIDTH, HEIGHT = 1152, 1024
 OTHERS = {
     "step": ["ingest.image_downsample=4"],
@@ -80,7 +81,7 @@ def main() -> None:
     torch.zeros(1, device=device)
     known = {name: profile_overrides(name) for name in CAPS} | OTHERS
     print("name        cap Mvoxel predicted first    allocated     used  ms/step  predicted/used")
-    measure("warm up", settings(OTHERS["step"]), 76, 0, device)  # loads kernels and libraries
+    measure("warm up", settings(OTHERS["step"]), 76, 0, device)  # the first steps load kernels and libraries
     for name in sys.argv[1:] or known:
         gc.collect()
         torch.cuda.empty_cache()

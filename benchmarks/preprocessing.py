@@ -1,8 +1,9 @@
-"""CPU stages on a recording, each as its own process, against ffmpeg decoding the same videos in the same run.
+"""Measures the CPU stages on a recording, each as its own process, against ffmpeg decoding the same videos.
 
     python benchmarks/preprocessing.py [CONFIG]
 
-Without a configuration it makes a synthetic recording. Prints wall seconds, peak memory a process, and the ratio.
+Without a configuration, a synthetic recording is made. The benchmark prints wall seconds, the peak memory of a process,
+and the ratio to the time of decoding, which is measured in the same run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ crop: {{ell: 0.22}}
 
 
 def decode_seconds(experiment: Experiment) -> float:
-    """Wall seconds of `ffmpeg -i VIDEO -f null -` over all videos, one after the other; through PyAV without ffmpeg."""
+    """Wall seconds of `ffmpeg -i VIDEO -f null -` over all videos in turn. PyAV decodes where ffmpeg is missing."""
     files = [experiment.data.url(n) for n in (*experiment.data.masks, *experiment.data.videos)]
     start = time.monotonic()
     for file in files:

@@ -1,11 +1,11 @@
-"""The profiles proved on one GPU: each trains, evaluates and renders a recording under its cap of memory.
+"""Tests the profiles on one GPU: each trains, evaluates and renders a recording under its cap of memory.
 
     python benchmarks/profiles.py CONFIG [--folder profiles] [--minutes 1] [default 12gb 24gb 48gb 80gb]
 
-`default` is the configuration as it is. All train for the same time, each in a process of its own that PyTorch allows
-no more memory than the cap, and their metrics are taken on pictures of the same size. Prints the table of
-docs/benchmarks.md: the most memory that PyTorch held plus what CUDA took, beside the prediction of `zoosplat plan`.
-What is done is not done again.
+`default` is the configuration without a profile. All train for the same time, each in a process of its own in which
+PyTorch may hold no more memory than the cap. Their metrics are computed on pictures of the same size. The benchmark
+prints the table of docs/benchmarks.md: the most memory that PyTorch held plus what CUDA took, beside the prediction of
+`zoosplat plan`. Stages that are done already are not run again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from zoosplat.stages.runs import Run
 from zoosplat_flows.profiles import profile_overrides
 from zoosplat_model.registry import open_predictor
 
-CAPS = {"default": 11, "12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB
+CAPS = {"default": 11, "12gb": 11, "24gb": 22, "48gb": 45, "80gb": 76}  # GiB that PyTorch may hold
 CPU_STAGES: tuple[Stage, ...] = (
     zoosplat_ingest.stage.STAGE,
     zoosplat_center_rotation.stage.STAGE,
@@ -54,7 +54,7 @@ GPU_STAGES: tuple[Stage, ...] = (
     zoosplat_evaluate.stage.STAGE,
     zoosplat_render.stage.STAGE,
 )
-FRAMES = 40  # whose reconstruction is timed
+FRAMES = 40  # number of frames whose reconstruction is timed
 HEADER = """
 | | cap | predicted | peak of training | evaluation | rendering | ms a step | frames/s trained | \
 frames/s reconstructed | held-out IoU | PSNR | SSIM | observed IoU | PSNR |
@@ -62,7 +62,7 @@ frames/s reconstructed | held-out IoU | PSNR | SSIM | observed IoU | PSNR |
 
 
 def experiments(config: str, names: list[str], overrides: list[str]) -> dict[str, Experiment]:
-    """The configuration under each profile, measured on pictures that all of them can be averaged to."""
+    """The configuration under each profile. All measure on pictures of a size that each can be averaged to."""
     sets = {name: [*([] if name == "default" else profile_overrides(name)), *overrides] for name in names}
     read = [read_config(config, given) for given in sets.values()]
     coarsest = math.lcm(*(e.ingest.image_downsample for e in read), *(e.evaluate.image_downsample or 1 for e in read))
@@ -116,12 +116,12 @@ def line(name: str, row: dict[str, Any], batch: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("config")
-    parser.add_argument("names", nargs="*", metavar="PROFILE", help=f"of {', '.join(CAPS)}; default: all")
-    parser.add_argument("--folder", type=Path, default=Path("profiles"), help="where the projects go")
-    parser.add_argument("--minutes", type=float, default=1.0, help="of training")
+    parser.add_argument("names", nargs="*", metavar="PROFILE", help=f"any of {', '.join(CAPS)}; default: all")
+    parser.add_argument("--folder", type=Path, default=Path("profiles"), help="folder of the projects")
+    parser.add_argument("--minutes", type=float, default=1.0, help="minutes that each training takes")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--prepare", action="store_true", help="only the stages that need no GPU")
-    parser.add_argument("--measure", metavar="PROFILE", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--prepare", action="store_true", help="run only the stages that need no GPU")
+    parser.add_argument("--measure", metavar="PROFILE", help=argparse.SUPPRESS)  # this program starts itself with it
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure, open_run(Project.at(str(args.folder / args.measure))))))
@@ -130,7 +130,7 @@ def main() -> None:
     names = args.names or list(CAPS)
     long = [f"train.max_minutes={args.minutes}", "train.epochs=100000", "train.plot_every=1000"]
     found = experiments(args.config, names, [*long, *args.overrides])
-    prepared: dict[int, str] = {}  # pictures are the same for profiles of one resolution
+    prepared: dict[int, str] = {}  # resolution -> project; profiles of one resolution share it
     for name, experiment in found.items():
         project = Project.at(str((args.folder / name).resolve()))
         before = prepared.setdefault(experiment.ingest.image_downsample, project.url)

@@ -1,4 +1,4 @@
-"""Median time of a rasteriser's forward and backward pass, for example
+"""Measures the median time of a rasteriser's forward and backward pass.
 
 OMP_WAIT_POLICY=passive python benchmarks/rasterize.py --gaussians 4000 --views 4 --size 144 128
 """

@@ -1,11 +1,11 @@
-"""What 100 recordings of 18,000 frames take: measured here for one, multiplied out, printed as the tables of
-docs/scaling.md.
+"""Measures what one recording takes, and prints the tables of docs/scaling.md for 100 recordings of 18,000 frames.
 
     python benchmarks/scaling.py [CONFIG] [--measurements FILE]
 
-Runs the CPU stages of a recording (without a configuration a synthetic one of 6 cameras) a process a step, as pods do,
-against a MinIO that counts requests, and pipelines of empty stages against a Prefect server on PostgreSQL. Both are
-started here. FILE keeps what was measured; where it is there, nothing is measured again.
+The CPU stages of a recording run with one process for each step, as pods do, against a MinIO that counts requests.
+Without a configuration the recording is a synthetic one of 6 cameras. Pipelines of empty stages run against a Prefect
+server on PostgreSQL. This program starts both servers. FILE keeps the measurements; where FILE exists, nothing is
+measured again.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
 
 STAGES = tuple(spec.name for spec in PREPROCESSING)
 RENDERED, REPEATED = 128, 8  # frames of the synthetic recording, and how often they are played
-FRAMES_READ = 1000
-METRICS_S = 11.0  # MinIO counts anew after 10 s
+FRAMES_READ = 1000  # frames of the long video that a shard reads
+METRICS_S = 11.0  # seconds after which MinIO's counts are up to date; it updates them every 10 s
 BATCHES = ((1, 0), (10, 0), (30, 0), (30, 10))  # pipelines at once, seconds a stage
-PROBE_S = 0.2
+PROBE_S = 0.2  # seconds between the requests that measure the latency of Prefect's API
 
 # -- assumed ------------------------------------------------------------------------------------------------------
-RECORDINGS, FRAMES = 100, 18_000
+RECORDINGS, FRAMES = 100, 18_000  # recordings of the plan, and frames of each
 SIZES = (1000, 4000)  # frames a shard
-CORES = 50  # a shard has one
-GPUS = 4
+CORES = 50  # CPU cores of the cluster; each shard uses one
+GPUS = 4  # GPUs of the cluster
 CORE_HOUR, GPU_HOUR = 0.04, 4.00  # USD: a general-purpose core, an H200
 PUT_1000, GET_1000, GB_MONTH = 0.005, 0.0004, 0.023  # USD: S3, standard class
 # -- measured elsewhere: docs/experiments.md, a step of one frame, four or five cameras, three runs on an H200 -------
@@ -62,7 +62,10 @@ SCHEDULED = 200 / 69  # pods/s: 40 simulated nodes, all of Kubernetes on two cor
 
 @dataclass(frozen=True)
 class Step:
-    """One pod: CPU and wall seconds, peak memory, S3 requests that write or list (the dear ones) and others, bytes."""
+    """What one pod takes: CPU and wall seconds, peak memory, bytes, and S3 requests.
+
+    Requests that write or list are counted apart from the others, because they cost more.
+    """
 
     frames: int
     cpu_s: float
@@ -76,7 +79,7 @@ class Step:
 
 # -- stages -------------------------------------------------------------------------------------------------------
 def counts(endpoint: str) -> tuple[int, int, float, float]:
-    """Requests that write or list, other requests, MB sent and received by MinIO, as of METRICS_S ago or later."""
+    """Requests that write or list, other requests, MB sent and MB received by MinIO, all at most METRICS_S old."""
     with urllib.request.urlopen(f"{endpoint}/minio/v2/metrics/node") as answer:
         text = answer.read().decode()
     found = {m[1]: float(m[2]) for m in re.finditer(r'^minio_s3_requests_total\{api="(\w+)".*\} (\S+)$', text, re.M)}
@@ -89,7 +92,7 @@ def counts(endpoint: str) -> tuple[int, int, float, float]:
 
 
 def measure(endpoint: str, stage: str, url: str, words: list[str], frames: int) -> Step:
-    """One step of a stage in a process of its own; nothing else uses the server."""
+    """What one step of a stage takes in a process of its own, while nothing else uses the server."""
     before, began = counts(endpoint), time.monotonic()
     command = [sys.executable, "-m", f"zoosplat_{stage}", "--project", url, *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -106,12 +109,12 @@ def measure(endpoint: str, stage: str, url: str, words: list[str], frames: int) 
 
 
 def synthetic(folder: Path) -> str:
-    """A configuration of a synthetic recording: 6 cameras, 1152 x 1024 pixels, read at a quarter."""
+    """A configuration of a synthetic recording of 6 cameras, 1152 x 1024 pixels, read at a quarter of that size."""
     from preprocessing import SYNTHETIC
 
     from zoosplat.synthetic.recording import make_recording
 
-    # In another process: what this one has held at most would count as the stages' own.
+    # Another process makes it, because the peak memory of this one would count as that of the stages.
     size = {"n_frames": RENDERED, "width": 1152, "height": 1024}
     renderer = multiprocessing.get_context("spawn").Process(target=make_recording, args=(folder,), kwargs=size)
     renderer.start()
@@ -127,7 +130,7 @@ def synthetic(folder: Path) -> str:
 
 
 def measure_stages(config: str | None) -> dict[str, Any]:
-    """The steps of each CPU stage; shards are one of many frames and one of few."""
+    """What the steps of each CPU stage take; of its shards, one of many frames and one of few are measured."""
     import boto3
 
     from zoosplat.config.load import read_config
@@ -166,9 +169,9 @@ def measure_stages(config: str | None) -> dict[str, Any]:
 
 
 def measure_video(servers: Servers, source: str) -> dict[str, float]:
-    """One video of FRAMES: its size, and the MB that a shard of FRAMES_READ reads of it: index and frames.
+    """Size in MB of one video of FRAMES, and the MB (index and frames) that a shard of FRAMES_READ reads of it.
 
-    Read-ahead fetches 4 MiB wherever a file is looked into, of which a short recording has no more than one.
+    Read-ahead fetches 4 MiB at each place where a file is read. A short recording is too small to show this.
     """
     import boto3
 
@@ -189,7 +192,7 @@ def measure_video(servers: Servers, source: str) -> dict[str, float]:
 
 # -- Prefect ------------------------------------------------------------------------------------------------------
 class Empty:
-    """A runner whose stages take a while, report each second, and make results without data."""
+    """A runner whose stages wait for a given time, report every second, and make results without data."""
 
     seconds = 0
 
@@ -213,7 +216,7 @@ class Empty:
 
 
 def cpu_seconds(names: tuple[str, ...]) -> float:
-    """CPU seconds of the children of this process whose command holds one of the names, and of theirs."""
+    """CPU seconds of those children of this process whose command holds one of the names, and of their children."""
     rows = subprocess.run(["ps", "-eo", "pid,ppid,cputimes,args"], capture_output=True, text=True, check=True).stdout
     table = [row.split(None, 3) for row in rows.splitlines()[1:]]
     own = {pid for pid, parent, _, args in table if parent == str(os.getpid()) and any(n in args for n in names)}
@@ -223,7 +226,7 @@ def cpu_seconds(names: tuple[str, ...]) -> float:
 
 
 def measure_prefect() -> list[dict[str, float]]:
-    """Pipelines at once against one server: seconds until all have ended, CPU of the server, latency of its API."""
+    """What pipelines that run at once take: seconds until all have ended, CPU of the server, latency of its API."""
     with Servers() as servers:
         servers.prefect()
         os.environ |= servers.env | {
@@ -292,7 +295,7 @@ def measure_prefect() -> list[dict[str, float]]:
 
 # -- multiplied out -----------------------------------------------------------------------------------------------
 class Line:
-    """What the shards of one stage take, by a straight line through one of many frames and one of few."""
+    """What shards of one stage take, on the straight line through a shard of many frames and a shard of few."""
 
     def __init__(self, steps: dict[str, Step]) -> None:
         shards = [step for name, step in steps.items() if name.startswith("shard")]
@@ -300,7 +303,7 @@ class Line:
         self._others = [steps["prepare"], steps["finish"]]
 
     def recording(self, key: str, shards: int) -> float:
-        """A recording of FRAMES in so many shards, with the steps before and after them."""
+        """What a recording of FRAMES takes in so many shards, with the steps before and after the shards."""
         many, few = float(getattr(self.many, key)), float(getattr(self._few, key))
         frame = (many - few) / (self.many.frames - self._few.frames)
         others = sum(float(getattr(step, key)) for step in self._others)
@@ -308,16 +311,16 @@ class Line:
 
 
 def read_mb(measured: dict[str, Any], stage: str, line: Line, shards: int) -> float:
-    """MB that the shards of a stage read of a recording, whose videos are longer than those that were measured."""
+    """MB that all shards of a stage read of a recording, corrected for videos longer than the measured ones."""
     if stage not in ("ingest", "pack"):
         return line.recording("read_mb", shards)
     video = measured["video"]
-    a_shard = video["read_mb"] - video["mb"] * FRAMES_READ / FRAMES  # besides its frames
+    a_shard = video["read_mb"] - video["mb"] * FRAMES_READ / FRAMES  # MB that a shard reads besides its frames
     return float(measured["cameras"] * (shards * a_shard + video["mb"]))
 
 
 def show_shards(measured: dict[str, Any], lines: dict[str, Line]) -> None:
-    """A shard of each stage, as it was measured."""
+    """Print what a shard of each stage takes, as it was measured."""
     print("\n| stage | frames of a shard | CPU s | peak MiB | requests put, list / get | MB read / written |")
     print("|---|---|---|---|---|---|")
     for stage, line in lines.items():
@@ -330,7 +333,7 @@ def show_shards(measured: dict[str, Any], lines: dict[str, Line]) -> None:
 
 
 def show_sizes(measured: dict[str, Any], lines: dict[str, Line]) -> None:
-    """All recordings, by the number of frames in a shard."""
+    """Print what all recordings take, by the number of frames in a shard."""
     print("\n| frames a shard | pods | CPU s a pod | pods/s to keep the cores busy | core-hours | hours | USD | "
           "S3 requests/s | MB/s read |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for size in SIZES:

@@ -1,9 +1,10 @@
-"""Time of a training step and of the reconstruction of a frame on one GPU, of an animal made up of numbers.
+"""Measures the time of a training step and of the reconstruction of a frame on one GPU, with a computed animal.
 
     python benchmarks/train_step.py [--set model.base_filters=16 ...]
 
-One step is one frame, carved from and compared with four views of 288 x 256 pixels, 96 x 80 x 64 voxels of a grid of
-112, 16,000 Gaussians. Before it is timed, the recorded step is compared with the plain one. Prints JSON lines.
+A step takes one frame, which is carved from four views of 288 x 256 pixels and compared with them. The volume has
+96 x 80 x 64 voxels of a grid of 112, and 16,000 of them become Gaussians. Before the timing, the step that is recorded
+as a CUDA graph is compared with the plain one. The benchmark prints JSON lines.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from zoosplat_model.frames import Frame
 from zoosplat_train.trainer import TRAIN_FIGURES, NetworkTrainer
 
 CAMERAS, OBSERVED = 6, [0, 2, 3, 4]
-AXES_M = (0.062, 0.026, 0.024)  # half axes of the animal, an ellipsoid: more than 16,000 voxels
+AXES_M = (0.062, 0.026, 0.024)  # metres; half axes of the animal, an ellipsoid that holds more than 16,000 voxels
 
 
 class Scene:
-    """Frames of a chequered ellipsoid; it has of a FrameReader what a Trainer needs."""
+    """Frames of a chequered ellipsoid; it has those parts of a FrameReader that a Trainer uses."""
 
     observed, held_out, n_cameras = OBSERVED, [1, 5], CAMERAS
     ell_m = 0.22
@@ -119,8 +120,9 @@ def main() -> None:
     frames = [scene.frame(t) for t in range(4)]
     views = [OBSERVED, OBSERVED[1:], OBSERVED[:2] + OBSERVED[3:], OBSERVED]
 
-    # The same steps, recorded and plain, from the same start; at a higher rate, rounding would soon tell. It does here
-    # too: of more than 16,000 voxels that are surely inside, it decides which become Gaussians.
+    # Recorded and plain steps begin with the same weights. The learning rate is low, because rounding errors grow with
+    # it. They still have an effect: more than 16,000 voxels are surely inside, and rounding decides which of these
+    # become Gaussians.
     both = []
     for plain in (False, True):
         trainer = NetworkTrainer(scene, experiment, device)  # type: ignore[arg-type]

@@ -1,13 +1,14 @@
-"""Trainings of a recording from where its files lie, on one GPU or several: frames a second, and how busy they are.
+"""Measures trainings of a recording on one GPU or several: frames a second, and how busy the GPUs are.
 
     python benchmarks/training.py --gpus 1 2 4                        # does the speed grow with the GPUs?
     python benchmarks/training.py --same --gpus 1 1 2 4               # is the result that of one GPU? 1 1: rounding
     python benchmarks/training.py --frames 1300 --url s3://bucket/it  # do the GPUs wait for frames? Local by default
     python benchmarks/training.py --frames 1300 --latency 30          # the same, each request answered 30 ms later
 
-The recording is the animal of train_step.py: six views of 288 x 256 pixels, with noise as a camera's. It is made once.
-1300 frames are too many to stay on the GPU, so that each is read again in every epoch. Prints JSON lines. Every epoch
-but the first counts, in which libraries choose their kernels and steps are recorded; it is a third of the frames.
+The recording shows the animal of train_step.py in six views of 288 x 256 pixels, with noise like that of a camera. It
+is made once. 1300 frames are too many to stay on the GPU, so each is read again in every epoch. An epoch is a third of
+the frames. The first epoch does not count, because libraries choose their kernels and steps are recorded in it. The
+benchmark prints JSON lines.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from zoosplat_model.frames import Frame
 from zoosplat_train.stage import STAGE
 
 WIDTH, HEIGHT = 288, 256
-POSES = 48  # different ones; noise makes each frame another
-NOISE = 5  # of 255
+POSES = 48  # number of different poses; noise makes frames of the same pose differ
+NOISE = 5  # strength of the noise, grey levels of 255
 NEVER = 1_000_000
 
 
@@ -51,7 +52,7 @@ def pose(number: int) -> Frame:
 
 
 def write_block(url: str, start: int, stop: int, empty: bool) -> None:
-    """Frames `start` to `stop` of images.zarr, of which nothing is seen where they are to be empty."""
+    """Write frames `start` to `stop` of images.zarr; where they are to be `empty`, they show no animal."""
     torch.set_num_threads(1)
     group = groups.open_group(url, write=True)
     if empty:
@@ -71,7 +72,7 @@ def write_block(url: str, start: int, stop: int, empty: bool) -> None:
 
 
 def write_group(url: str, n_frames: int, block: int, attributes: dict[str, Any], values: dict[str, Any]) -> None:
-    """A group without its pictures: what is not given of it is the arrays' fill value."""
+    """Write a group without its pictures; values that are not given are the arrays' fill value."""
     scene = Scene(torch.device("cpu"), WIDTH, HEIGHT)
     sizes = {"T": n_frames, "C": CAMERAS, "h": HEIGHT, "w": WIDTH, "n": scene.grid_size, "S": 1}
     name = url.rpartition("/")[2]
@@ -83,9 +84,10 @@ def write_group(url: str, n_frames: int, block: int, attributes: dict[str, Any],
 
 
 def make(url: str, n_frames: int, experiment: Experiment) -> tuple[Project, Experiment]:
-    """A project whose stages before training are done, and the configuration that says where its recording would be.
+    """A project whose stages before training are done, and the configuration that names its recording.
 
-    What is there already is not made again. The last third of its frames is empty.
+    The recording itself does not exist. Data that exist already are not made again. The last third of the frames is
+    empty.
     """
     project = Project.at(url)
     data = experiment.data.model_copy(update={"directory": project.path("recording")})
@@ -124,7 +126,7 @@ def make(url: str, n_frames: int, experiment: Experiment) -> tuple[Project, Expe
 
 
 def answer_late(milliseconds: float) -> None:
-    """Let every read of frames wait, as for a storage that is far away."""
+    """Delay every read of frames, as a storage that is far away does."""
     at_once = groups.read_part
 
     def late(store: Store, key: str, start: int, length: int) -> bytes:
@@ -141,14 +143,14 @@ def history(run: Run) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--url", help="where the project is or is made; default: a temporary folder")
+    parser.add_argument("--url", help="the project, made if absent; default: a temporary folder")
     parser.add_argument("--frames", type=int, default=600)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
-    parser.add_argument("--each", type=int, default=1, help="frames of a step that a GPU takes")
-    parser.add_argument("--read", action="store_true", help="every frame in every epoch: for one GPU")
-    parser.add_argument("--same", action="store_true", help="the same step for all: --each times the most GPUs")
+    parser.add_argument("--each", type=int, default=1, help="frames that each GPU takes in a step")
+    parser.add_argument("--read", action="store_true", help="read every frame in every epoch; one GPU only")
+    parser.add_argument("--same", action="store_true", help="take equal steps: --each times the most GPUs")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--latency", type=float, default=0.0, metavar="MS", help="of a request; for one GPU")
+    parser.add_argument("--latency", type=float, default=0.0, metavar="MS", help="delay of a request; one GPU only")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     args = parser.parse_args()
     folder = tempfile.TemporaryDirectory()
