@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds MinIO (S3 server for the tests) once, from source, into ~/.cache/zoosplat/bin; nothing where there is one.
+# Build MinIO, the S3 server of the tests, from source into ~/.cache/zoosplat/bin. Do nothing where it is there already.
 set -eu
 
 version=v0.0.0-20260212201848-7aac2a2c5b7c
@@ -19,7 +19,7 @@ if ! command -v go >/dev/null; then
 fi
 mkdir -p "$bin"
 echo "minio: building $version, about 3 minutes"
-# Built beside and renamed: an interrupted build leaves nothing that looks finished.
+# The build goes beside its place and is then renamed, so that an interrupted build leaves nothing that looks finished.
 building=$(mktemp -d "$bin/building.XXXXXX")
 trap 'rm -rf "$building"' EXIT
 GOBIN="$building" GOFLAGS=-buildvcs=false go install "github.com/minio/minio@$version"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# requirements.sh TARGET: look for all that a make target needs of this machine, before the target works for minutes. Prints
-# a line for each thing that is missing and then the one command that installs Debian's packages; the exit status is then 2.
+# requirements.sh TARGET: check that this machine has all that a make target needs, before the target works for minutes.
+# Where something is missing, it prints a line for each such thing and then the one command that installs Debian's
+# packages, and the exit status is 2.
 # TARGET is images, cluster-tools, demo-containers, demo-kubernetes or test-cluster.
 set -euo pipefail
 target=$1
@@ -24,7 +25,7 @@ lines=() install=()
 
 missing() { lines+=("$1"); }
 
-found() {  # COMMAND: also in the folders of Debian's packages that are not on every user's PATH
+found() {  # COMMAND: it looks also in the folders of Debian's packages that are not on every user's PATH
   local folder
   command -v "$1" >/dev/null && return
   for folder in /usr/sbin /usr/lib/cni /usr/lib/postgresql/*/bin; do
@@ -91,7 +92,7 @@ need_engine() {
 }
 
 need_images() {
-  [ ${#engine[@]} -gt 0 ] || return 0  # what is missing then is the engine
+  [ ${#engine[@]} -gt 0 ] || return 0  # the missing engine is reported elsewhere
   local there image lacking=""
   there=$("${engine[@]}" images --format '{{.Repository}}:{{.Tag}}') || there=""
   for image in "${IMAGES[@]}"; do

@@ -14,7 +14,7 @@ if [ -z "$python" ]; then
   exit 2
 fi
 if ! "$python" -c 'import ensurepip' 2>/dev/null; then
-  # Debian and Ubuntu keep what makes environments in a package of its own.
+  # Debian and Ubuntu have a package of its own for the module that makes environments.
   package="$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     apt-get update -qq && apt-get install -y -qq "$package"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Build a Kubernetes, etcd, kwok and helm from source into ~/.cache/zoosplat/bin, once a machine; needs Go. About 8 minutes on
-# two cores the first time, nothing where they are there.
+# Build Kubernetes, etcd, kwok and helm from source into ~/.cache/zoosplat/bin. This needs Go and takes about 8 minutes
+# on two cores. Do nothing where they are there already.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
 kubernetes=v1.36.3
 version=k8s.io/component-base/version
-# Clients cannot parse the version of a build that was not told it.
+# The build must be told its version, because clients cannot parse the default one.
 told="-s -w -X $version.gitVersion=$kubernetes -X $version.gitMajor=1 -X $version.gitMinor=36"
 missing=()
 for name in kube-apiserver kube-controller-manager kube-scheduler kubectl kubelet etcd kwok kwok-stages.yaml helm; do
@@ -18,7 +18,7 @@ if [ ${#missing[@]} -eq 0 ]; then
 fi
 ../requirements.sh cluster-tools
 mkdir -p "$BIN"
-# Built beside and renamed: an interrupted build leaves nothing that looks finished.
+# The build goes beside its place and is then renamed, so that an interrupted build leaves nothing that looks finished.
 building=$(mktemp -d "$BIN/building.XXXXXX")
 trap 'rm -rf "$building"' EXIT
 cp go.mod tools.go "$building"

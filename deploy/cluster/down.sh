@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Stop all that up.sh and node.sh started: pods, kubelets, containerds, control plane; unmount, remove cgroups and data.
+# Stop all that up.sh and node.sh started: pods, kubelets, containerds and the control plane. Then unmount their file
+# systems and remove their cgroups and data.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
 [ -d "$RUN" ] || exit 0
-# Kubelets first: they would start again what is stopped.
+# Kubelets are stopped first, because they would start stopped pods again.
 for pid in "$NODES"/*/kubelet.pid; do [ -e "$pid" ] && stop "$pid"; done
 for node in "$NODES"/*/; do
   [ -S "$node/containerd.sock" ] && alive "$node/containerd.pid" || continue
@@ -12,7 +13,7 @@ for node in "$NODES"/*/; do
   for task in $(ctr tasks list -q); do ctr tasks kill -s SIGKILL -a "$task" || true; done
   for container in $(ctr containers list -q); do ctr tasks delete -f "$container" > /dev/null || true; done
 done
-# Shims outlive their containerd.
+# containerd's shims go on after containerd has ended, so they are stopped too.
 for cmdline in /proc/[0-9]*/cmdline; do
   if tr '\0' ' ' < "$cmdline" 2>/dev/null | grep -q "containerd-shim.* -address $NODES/"; then
     kill -9 "$(basename "$(dirname "$cmdline")")" 2>/dev/null || true
@@ -20,7 +21,7 @@ for cmdline in /proc/[0-9]*/cmdline; do
 done
 for pid in "$NODES"/*/containerd.pid; do [ -e "$pid" ] && stop "$pid"; done
 for name in kwok scheduler controllers apiserver etcd; do [ -e "$RUN/$name.pid" ] && stop "$RUN/$name.pid"; done
-# The innermost mounts first.
+# The innermost mounts come first, because a mount that holds others cannot be unmounted.
 awk -v under="$NODES/" 'index($2, under) == 1 {print $2}' /proc/mounts | sort -r | while read -r mount; do umount -l "$mount" || true; done
 for node in "$NODES"/*/; do
   [ -d "$node" ] || continue

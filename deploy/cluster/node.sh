@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # node.sh NAME PORT [--labels K=V,...] [--gpus N] [--taint K=V:EFFECT] [IMAGE.tar...]
-# Add a real node: a containerd and a kubelet of its own, so that several fit on one machine. As root, with Debian's
-# containerd, runc and containernetworking-plugins. PORT is the kubelet's. Pods use the host's network. Does nothing to a
-# node that runs, except to import images.
+# Add a real node. It has a containerd and a kubelet of its own, so that several nodes fit on one machine. The script
+# needs root and Debian's containerd, runc and containernetworking-plugins. PORT is the kubelet's. Pods use the host's
+# network. To a node that runs already, the script only imports images.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
@@ -20,7 +20,7 @@ while [[ "${1:-}" == --* ]]; do
 done
 node="$NODES/$name"
 mkdir -p "$node/cni" "$RUN/tmp"
-# The image of the process that every pod is built round: one static program, nothing else.
+# Make the image of the pause process, which every pod contains. It holds one static program.
 if [ ! -s "$RUN/pause.tar" ]; then
   work=$(mktemp -d "$RUN/tmp/pause.XXXXXX")
   CGO_ENABLED=0 GO111MODULE=off go build -trimpath -ldflags '-s -w' -o "$work/pause" pause/main.go
@@ -33,7 +33,7 @@ if [ ! -s "$RUN/pause.tar" ]; then
   mv "$RUN/pause.part" "$RUN/pause.tar"
   rm -rf "$work"
 fi
-# The API server finds a kubelet by its host name, for logs.
+# The API server finds a kubelet by its host name when it asks for logs.
 grep -q " $name # zoosplat\$" /etc/hosts || echo "127.0.0.1 $name # zoosplat" >> /etc/hosts
 cat > "$node/containerd.toml" <<END
 version = 2
@@ -51,10 +51,11 @@ state = "$node/state"
     conf_dir = "$node/cni"
 END
 echo '{"cniVersion":"0.4.0","name":"lo","plugins":[{"type":"loopback"}]}' > "$node/cni/10-lo.conflist"
-# Unpacking gigabytes takes minutes: the next node with these images starts with links to what the first one unpacked.
+# Unpacking gigabytes takes minutes. So the next node with these images begins with hard links to the files that the
+# first one unpacked.
 unpacked="$RUN/unpacked/$([ $# -eq 0 ] || stat -c '%n %s %y' "$@" | sha256sum | cut -c1-16)"
 fresh=$([ -d "$node/data" ] || echo yes)
-linked() {  # FROM TO: a copy of containerd's folder, whose files never change, but for its databases
+linked() {  # FROM TO: link containerd's folder; only its databases change, so they are copied
   cp -al "$1" "$2"
   find "$2" -name '*.db' -exec cp -p {} {}.own \; -exec mv -f {}.own {} \;
 }
@@ -68,11 +69,11 @@ ctr() { command ctr --address "$node/containerd.sock" -n k8s.io "$@"; }
 for _ in $(seq 60); do ctr version > /dev/null 2>&1 && break; sleep 0.5; done
 for image in ${given[@]+"${given[@]}"}; do
   ctr images import "$image" > /dev/null
-  # Pods run on the unpacked layers; the packed ones, gigabytes for a node with GPU images, are not needed again.
+  # Pods run on the unpacked layers. The packed ones are removed, because a node with GPU images has gigabytes of them.
   ctr content ls | awk '$2 ~ /[MG]i?B$/ {print $1}' | while read -r digest; do ctr content rm "$digest" > /dev/null; done
 done
 if [ $# -gt 0 ] && [ -n "$fresh" ] && [ ! -d "$unpacked" ]; then
-  sleep 2  # it still removes what the loop above has
+  sleep 2  # containerd is still removing the layers that the loop has deleted
   mkdir -p "$RUN/unpacked"
   linked "$node/data" "$unpacked.part"
   mv "$unpacked.part" "$unpacked"
@@ -105,7 +106,7 @@ start kubelet "$node" "$BIN/kubelet" --config "$node/kubelet.yaml" --kubeconfig 
 for _ in $(seq 120); do "$BIN/kubectl" get node "$name" > /dev/null 2>&1 && break; sleep 0.5; done
 "$BIN/kubectl" wait --for=condition=Ready "node/$name" --timeout=90s > /dev/null
 if [ "$gpus" != 0 ]; then
-  # What a device plugin would report; the kubelet leaves resources that are not its own alone.
+  # This is what a device plugin would report. The kubelet leaves resources alone that are not its own.
   "$BIN/kubectl" patch node "$name" --subresource=status --type=merge > /dev/null \
     -p "{\"status\": {\"capacity\": {\"nvidia.com/gpu\": \"$gpus\"}, \"allocatable\": {\"nvidia.com/gpu\": \"$gpus\"}}}"
 fi

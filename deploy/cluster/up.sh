@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Start a Kubernetes control plane on loopback: etcd, API server, controller manager, scheduler, and kwok for simulated nodes
-# (those annotated kwok.x-k8s.io/node=fake). Does nothing to what runs. KUBECONFIG is then ~/.cache/zoosplat/cluster/kubeconfig.
+# (those annotated kwok.x-k8s.io/node=fake). What runs already is left alone. KUBECONFIG is
+# ~/.cache/zoosplat/cluster/kubeconfig.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
@@ -14,7 +15,7 @@ if [ ! -s pki/serving.crt ]; then
   openssl req -newkey rsa:2048 -nodes -keyout pki/serving.key -out pki/serving.csr -subj /CN=localhost 2>/dev/null
   openssl x509 -req -in pki/serving.csr -CA pki/ca.crt -CAkey pki/ca.key -CAcreateserial -days 3650 -out pki/serving.part \
     -extfile <(echo "subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:kubernetes.default.svc") 2>/dev/null
-  # With which the API server asks kubelets for logs.
+  # The API server asks kubelets for logs with this certificate.
   openssl req -newkey rsa:2048 -nodes -keyout pki/client.key -out pki/client.csr -subj /O=system:masters/CN=apiserver 2>/dev/null
   openssl x509 -req -in pki/client.csr -CA pki/ca.crt -CAkey pki/ca.key -CAcreateserial -days 3650 -out pki/client.crt 2>/dev/null
   mv pki/serving.part pki/serving.crt
@@ -34,7 +35,7 @@ END
 fi
 etcd=http://127.0.0.1:$((PORT + 1))
 peers=http://127.0.0.1:$((PORT + 2))
-# Its data does not outlive down.sh, so it need not wait for the disk.
+# etcd does not wait for the disk, because down.sh removes its data.
 start etcd . "$BIN/etcd" --data-dir "$RUN/etcd" --listen-client-urls "$etcd" --advertise-client-urls "$etcd" \
   --listen-peer-urls "$peers" --initial-advertise-peer-urls "$peers" --initial-cluster "default=$peers" --unsafe-no-fsync
 start apiserver . "$BIN/kube-apiserver" --etcd-servers="$etcd" --service-account-key-file="$RUN/pki/sa.pub" \

@@ -1,6 +1,6 @@
-"""The demo on what deploy/compose.yaml has started: its recording goes to MinIO, the worker runs it in containers.
+"""Runs the demo on the services of deploy/compose.yaml: its recording goes to MinIO, its stages run in containers.
 
-AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are those of deploy/.env; they may make buckets.
+AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are those of deploy/.env; their user must be allowed to make buckets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     import boto3
 
     client = boto3.Session().client("s3")
-    with Servers() as files:  # it starts none
+    with Servers() as files:  # compose has started the servers, so this object starts none
         with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
             client.create_bucket(Bucket=files.bucket)
         config = files.demo_recording()

@@ -1,7 +1,7 @@
 """`make demo-kubernetes`: the demo on a Kubernetes of this machine with two CPU nodes and two GPU nodes.
 
-The nodes are real (a containerd and a kubelet each), their GPUs are not: the stages rasterise on the CPU. Needs root,
-the images, and what `make cluster-tools` builds.
+The nodes are real: each has a containerd and a kubelet. Their GPUs are not real, so the stages rasterise on the CPU.
+The demo needs root, the images, and what `make cluster-tools` builds.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Cluster:
 
     Args:
         servers: with MinIO and Prefect started; their environment gets KUBECONFIG.
-        folder: of the cluster's files; its path must be short, for sockets.
-        port: of the API server; etcd has the two after it.
-        prefix: of the names of nodes.
-        kubelet_port: of the first node.
+        folder: folder of the cluster's files; its path must be short, because paths of sockets are limited.
+        port: port of the API server; etcd uses the next two.
+        prefix: beginning of the names of the nodes.
+        kubelet_port: port of the first node's kubelet.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Cluster:
         }
 
     def __enter__(self) -> Cluster:
-        self.script("down.sh")  # what a run that was killed has left
+        self.script("down.sh")  # removes what a killed run has left
         try:
             self.script("up.sh")
             self._nodes()
@@ -81,7 +81,7 @@ class Cluster:
 
     def _nodes(self) -> None:
         words = find_engine()
-        # podman puts one image into an archive unless it is told otherwise, docker all.
+        # podman puts only one image into an archive unless it is told otherwise; docker puts all into it.
         save = [*words, "save", *(["-q", "--multi-image-archive"] if Path(words[0]).name == "podman" else [])]
         gpu = ["--gpus", "1", "--taint", "nvidia.com/gpu=present:NoSchedule"]
         kinds: list[tuple[list[str], list[str], dict[str, str]]] = [
@@ -90,7 +90,7 @@ class Cluster:
         ]
         port = self.kubelet_port
         for images, options, nodes in kinds:
-            with tempfile.TemporaryDirectory(dir=BIN.parent) as folder:  # gigabytes: /tmp may be in memory
+            with tempfile.TemporaryDirectory(dir=BIN.parent) as folder:  # not /tmp, which may be in memory
                 archive = f"{folder}/images.tar"
                 names = [f"localhost/zoosplat-{image}:dev" for image in images]
                 self.servers.run(*save, "-o", archive, *names)
@@ -102,13 +102,13 @@ class Cluster:
     def _install(self) -> None:
         servers = self.servers
         self.kubectl("create", "namespace", NAMESPACE)
-        secret = servers.folder / "secret"  # on a command line everyone on the machine could read it
+        secret = servers.folder / "secret"  # on a command line, every user could read it
         secret.touch(mode=0o600)
         secret.write_text(
             "".join(f"{key}={servers.env[key]}\n" for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
         )
         self.kubectl("create", "secret", "generic", "zoosplat-s3", f"--from-env-file={secret}")
-        # The chart's Job registers the deployments in pools that must be there; one pool's template is the chart's.
+        # The chart's Job registers the deployments in pools that must exist before. The chart has the template of one.
         servers.run(prefect(), "work-pool", "create", "zoosplat", "--type", "process")
         servers.run(prefect(), "work-pool", "create", "kubernetes", "--type", "kubernetes")
         values = [
@@ -126,7 +126,7 @@ class Cluster:
 
 
 def placements(api: str) -> list[dict[str, Any]]:
-    """Where shards and stages of all flow runs have run: the tables that the flow leaves in Prefect."""
+    """Where shards and stages of all flow runs have run, from the tables that the flow leaves in Prefect."""
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
@@ -169,7 +169,7 @@ def main() -> None:
         with Cluster(servers):
             project = f"s3://{servers.bucket}/cluster"
             servers.pipeline("kubernetes", f"config={config}", f"project={project}", "profile=24gb")
-            # One stage by its own deployment, on the other kind of node.
+            # One stage runs by its own deployment on the other kind of node.
             servers.pipeline("render", f"project={project}", "profile=12gb", 'force=["render"]', quiet=True)
             rows = placements(servers.env["PREFECT_API_URL"])
         local = [config, "--project", f"s3://{servers.bucket}/local", "--until", "pack"]

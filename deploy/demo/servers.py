@@ -1,4 +1,4 @@
-"""MinIO, PostgreSQL, Prefect's server and a worker for one demonstration or test, stopped again at its end."""
+"""Starts MinIO, PostgreSQL, Prefect's server and a worker for one demonstration or test, and stops them at its end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 
 BIN = Path.home() / ".cache" / "zoosplat" / "bin"
-READY_S = 180.0
-# Of a PostgreSQL from a distribution's package, newest first.
+READY_S = 180.0  # seconds that a server may take until it is ready
+# Folders of the programs of a distribution's PostgreSQL packages, the newest version first.
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: -float(p.parent.name))
 
 
@@ -32,7 +32,10 @@ def free_port() -> int:
 
 
 def without_blas_choice(env: Mapping[str, str]) -> dict[str, str]:
-    """An environment without the choice of BLAS kernels. Containers do not know it, and others round otherwise."""
+    """A copy of an environment without the choice of BLAS kernels.
+
+    Containers do not have this choice, and results are compared with theirs: other kernels round otherwise.
+    """
     return {key: value for key, value in env.items() if key != "OPENBLAS_CORETYPE"}
 
 
@@ -58,7 +61,7 @@ class Servers:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="zoosplat-demo-"))
-        self.folder.chmod(0o755)  # PostgreSQL is another user
+        self.folder.chmod(0o755)  # PostgreSQL runs as another user
         self.bucket = "demo"
         self.env: dict[str, str] = {
             "PREFECT_HOME": str(self.folder / "prefect"),
@@ -70,7 +73,7 @@ class Servers:
 
     def __enter__(self) -> Servers:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through __exit__
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that __exit__ runs
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -144,7 +147,7 @@ class Servers:
 
     # -- servers
     def minio(self) -> None:
-        """An S3 server with an empty bucket."""
+        """Start an S3 server with an empty bucket."""
         import boto3
 
         port, user, password = free_port(), "demo", secrets.token_hex(16)
@@ -162,11 +165,11 @@ class Servers:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
         os.environ |= {key: value for key, value in self.env.items() if key.startswith("AWS_")}
-        # A session of its own: boto3 keeps the credentials of its default one.
+        # The client has a session of its own, because boto3 keeps the credentials of its default session.
         boto3.Session().client("s3").create_bucket(Bucket=self.bucket)
 
     def prefect(self) -> None:
-        """Prefect's server on a PostgreSQL of its own."""
+        """Start Prefect's server on a PostgreSQL of its own."""
         hint = "install PostgreSQL (Debian: apt-get install postgresql)"
         initdb = program("initdb", *POSTGRES, hint=hint)
         postgres = str(Path(initdb).resolve().parent / "postgres")
@@ -175,14 +178,14 @@ class Servers:
         secret.write_text(password)
         secret.chmod(0o600)
         data.mkdir()
-        # It refuses to run as root.
+        # PostgreSQL refuses to run as root.
         become = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"] if os.geteuid() == 0 else []
         if become:
             shutil.chown(data, "nobody", "nogroup")
             shutil.chown(secret, "nobody", "nogroup")
         options = ["--username=prefect", f"--pwfile={secret}", "--auth=scram-sha-256", "--encoding=UTF8", "--no-sync"]
         self.run(*become, initdb, "-D", str(data), *options)
-        # What is demonstrated does not outlive the machine, so nothing waits for the disk.
+        # The data need not survive a crash of the machine, so PostgreSQL does not wait for the disk.
         fast = ["-c", "fsync=off", "-c", "full_page_writes=off"]
         where = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-p", str(port)]
         self.start("postgres", [*become, postgres, "-D", str(data), *where, *fast], end=signal.SIGINT)
@@ -195,7 +198,7 @@ class Servers:
         self.wait("prefect", self.answers(f"http://127.0.0.1:{api}/api/health"))
 
     def worker(self, pool: str, kind: str, env: dict[str, str] | None = None) -> None:
-        """A worker of a work pool that is there."""
+        """Start a worker of a work pool that exists."""
         command = [prefect(), "worker", "start", "--pool", pool, "--type", kind, "--install-policy", "never"]
         self.start("worker", command, {"PREFECT_WORKER_QUERY_SECONDS": "2", **(env or {})}, end=signal.SIGINT)
 
@@ -218,7 +221,7 @@ class Servers:
 
     # -- the recording
     def demo_recording(self, frames: int = 120) -> str:
-        """The demo's recording and its configuration on S3; the URL of the configuration."""
+        """Put the demo's recording and its configuration on S3. Returns the URL of the configuration."""
         import importlib.resources
 
         from zoosplat.storage import objects

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# base.sh ROOT_TAR: Debian bookworm with Python as a tar file, for machines that reach no registry. As root.
-# `podman import ROOT_TAR IMAGE` makes an image of it; build.sh does so by itself.
+# base.sh ROOT_TAR: make a tar file of Debian bookworm with Python, for machines that reach no registry. It needs root.
+# `podman import ROOT_TAR IMAGE` turns the file into an image; build.sh does so by itself.
 set -euo pipefail
 command -v debootstrap >/dev/null || { echo "base: needs debootstrap; apt-get install debootstrap" >&2; exit 2; }
 folder=$(mktemp -d)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # build.sh [IMAGE...]: build the images (stages, gpu-base, flows, worker, minio; default: stages and flows) with podman or docker.
 #   REGISTRY, TAG             names of the images: REGISTRY/zoosplat-STAGE:TAG (localhost, dev)
-#   BASE_IMAGE                what they stand on; default python:3.12-slim-bookworm, or made by base.sh without a registry
+#   BASE_IMAGE                default python:3.12-slim-bookworm; without a registry, base.sh makes it
 #   GSPLAT_ARCHS              CUDA architectures to compile gsplat for ("8.0 8.6 8.9 9.0 12.0"); "" for CPU only
-#   MAX_JOBS                  compiler processes (2)
+#   MAX_JOBS                  number of compiler processes (2)
 #   ZOOSPLAT_CONTAINER_ENGINE the engine's command, as for the runner
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -16,7 +16,7 @@ options=(--network host)
 if [[ ${engine[0]} == *podman ]]; then
   cache=$HOME/.cache/zoosplat/containers/cache
   mkdir -p "$cache"
-  home=~root  # of the builder's user, the same in the image
+  home=~root  # home of the builder's user, which is the same in the image
   options+=(--isolation chroot --format docker --volume "$cache:$home/.cache")
   # Where a proxy signs the connections, the builder must trust this machine's authorities; the images never hold them.
   ca=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
@@ -63,7 +63,7 @@ gpu_base() {
   build gpu-base deploy/images/gpu-base.Dockerfile --build-arg "GSPLAT_ARCHS=$archs" --build-arg "MAX_JOBS=${MAX_JOBS:-2}"
 }
 
-# Calibrations of MATLAB and rotations are all that ingest takes from scipy.
+# Ingest uses scipy only to read calibrations of MATLAB and for rotations.
 INGEST_UNUSED=$(printf 'scipy/%s ' cluster datasets differentiate fft fftpack integrate interpolate ndimage odr optimize \
   signal stats)
 INGEST_LATE_MODULES="h5py, scipy.io, scipy.spatial.transform"

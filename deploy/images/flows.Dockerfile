@@ -1,4 +1,4 @@
-# The flow and the `zoosplat` command: the worker that starts stages elsewhere. No stage is in it.
+# The image of the flow and of the `zoosplat` command, which start stages in other containers. It holds no stage.
 ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
 
 FROM ${BASE_IMAGE} AS builder
@@ -7,8 +7,8 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q "$(grep '^uv==' constraints.txt)" \
     && /tmp/tools/bin/uv venv -q --python "$(command -v python3)" /opt/venv
-# Dependencies first: they change less often than the code. What no stage uses goes: tests, symbols for debuggers, other
-# services of AWS.
+# Dependencies come first, because they change less often than the code. What no stage uses is removed: tests, symbols
+# for debuggers, other services of AWS.
 RUN /tmp/tools/bin/uv pip install -q --python /opt/venv -c constraints.txt -r pyproject.toml --extra flows \
     && find /opt/venv -type d \( -name tests -o -name test \) -prune -exec rm -rf {} + \
     && find /opt/venv/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
@@ -19,7 +19,7 @@ COPY README.md LICENSE ./
 COPY shared/zoosplat shared/zoosplat
 COPY flows flows
 RUN /tmp/tools/bin/uv pip install -q --python /opt/venv --no-deps . \
-    # Writes the byte code of what is imported: nothing can be written later.
+    # This import writes the byte code, which cannot be written later: the file system of a container is read-only.
     && /opt/venv/bin/python -c 'import boto3, s3fs, prefect.server.api.server, zoosplat_flows.pipeline, zoosplat_flows.cli.app'
 
 FROM ${BASE_IMAGE}

@@ -1,9 +1,10 @@
-# torch, gsplat and what else train, evaluate, render and features need, once for the four. The kernels are compiled here, with
-# NVIDIA's compiler from PyPI, so that no pod compiles at first use and none holds a compiler.
+# The image that train, evaluate, render and features share: torch, gsplat and their other dependencies. gsplat's
+# kernels are compiled here with NVIDIA's compiler from PyPI, so that no pod compiles at first use and none holds a
+# compiler.
 ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
 
-# What is to be installed, in a file that changes with nothing else: then the kernels are not compiled again for a new
-# linter or a line of the README.
+# The dependencies are listed in a file that changes with nothing else. So a new linter or a changed README does not
+# make the kernels compile again.
 FROM ${BASE_IMAGE} AS requirements
 ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt UV_LINK_MODE=copy
 WORKDIR /src
@@ -17,12 +18,13 @@ RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q "$(grep '^uv==' 
 FROM ${BASE_IMAGE} AS builder
 ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt UV_LINK_MODE=copy
 COPY --from=requirements /wanted /wanted
-# Dependencies alone: the code comes with each stage, so that this image and its gigabytes are shared.
+# Only dependencies are installed here. Each stage adds its own code, so that all share the gigabytes of this image.
 RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q -r /wanted/uv.txt \
     && /tmp/tools/bin/uv venv -q --python "$(command -v python3)" /opt/venv \
     && /tmp/tools/bin/uv pip install -q --python /opt/venv --no-deps -r /wanted/requirements.txt
 
-# Architectures, such as "9.0" or "8.0 8.6 8.9 9.0 12.0"; none: no kernels, the images rasterise on the CPU alone.
+# CUDA architectures, such as "9.0" or "8.0 8.6 8.9 9.0 12.0". Without any, no kernels are compiled, and the images
+# rasterise on the CPU only.
 ARG GSPLAT_ARCHS="8.0 8.6 8.9 9.0 12.0"
 ARG MAX_JOBS=2
 COPY shared/zoosplat/errors.py shared/zoosplat/machine.py /build/zoosplat/
@@ -33,7 +35,7 @@ RUN if [ -n "$GSPLAT_ARCHS" ]; then \
         fi \
         && PATH="/tmp/tools/bin:$PATH" PYTHONPATH=/build /opt/venv/bin/python /build/kernels.py $GSPLAT_ARCHS; \
     fi
-# Some packages hold templates that are not Python: what cannot be compiled is no failure.
+# Some packages hold templates that are not valid Python, so a file that cannot be compiled is no failure.
 RUN /tmp/tools/bin/uv pip uninstall -q --python /opt/venv ninja \
     && find /opt/venv -type d \( -name tests -o -name test \) -prune -exec rm -rf {} + \
     && find /opt/venv -name '*.a' -delete \
@@ -42,7 +44,7 @@ RUN /tmp/tools/bin/uv pip uninstall -q --python /opt/venv ninja \
 FROM ${BASE_IMAGE}
 COPY --from=builder /opt/venv /opt/venv
 RUN echo 'zoosplat:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo 'zoosplat:x:10001:' >> /etc/group
-# The NVIDIA container runtime gives what these name.
+# The NVIDIA container runtime reads from these variables which GPUs and driver libraries a container gets.
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001

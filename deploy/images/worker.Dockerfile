@@ -1,5 +1,5 @@
-# The flows image and a client of the container engine: a worker that starts stages beside itself, by the engine's socket,
-# which may be docker's or podman's. No engine is in it.
+# The image of a worker that starts stages as containers beside its own: the flows image and a client of the container
+# engine. The client uses the engine's socket, which may be docker's or podman's. The image holds no engine.
 ARG FLOWS_IMAGE=localhost/zoosplat-flows:dev
 ARG CLIENT_IMAGE=docker.io/library/docker:28-cli
 
