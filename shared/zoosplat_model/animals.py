@@ -20,8 +20,8 @@ from zoosplat_model.frames import Frame, FrameReader, copy_to_device
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.network.splatter import PoseSplatter
 
-RIGS = 32  # rigs; each films an equal share of the animals
-VIEWS_PER_FRAME = 6  # views of a frame
+RIGS = 32  # number of rigs; each films an equal share of the animals
+VIEWS_PER_FRAME = 6  # number of views of a frame
 CARVED_COUNTS = (3, 4, 4, 5)  # numbers of views that a frame is carved from, each equally often
 MIN_CAMERAS = 4  # cameras that a real rig has; where three views are carved from, one has been left out
 WIDEST_GAP = {3: 6, 4: 5, 5: 5}  # by number of carved views: the widest gap between neighbours, in cameras of the rig
@@ -31,7 +31,7 @@ ELL_M = 0.22  # metres; edge of the cubic grid
 GRID_SIZE = 112  # grid points along its edge
 CROP = ((8, 104), (16, 96), (24, 88))  # (start, stop) of the kept grid points along x, y, z
 MAX_TESTED = 200  # animals that are never trained on, at most
-LEARNING_RATE = 5e-4  # of pretraining
+LEARNING_RATE = 5e-4  # learning rate of Adam in pretraining
 
 
 def film_rigs(animals: int, first: int = 0) -> list[Film]:

@@ -14,7 +14,7 @@ from zoosplat.stages.runs import Run
 from zoosplat_model.gaussians import Gaussians
 from zoosplat_model.registry import open_predictor
 
-CACHED_FRAMES = 4  # whose Gaussians stay in memory, for more views of the same frames
+CACHED_FRAMES = 4  # number of frames whose Gaussians stay in memory, for more views of the same frames
 
 
 class ModelReconstructor:

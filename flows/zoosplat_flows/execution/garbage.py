@@ -128,7 +128,7 @@ def _remove_result(project: Project, stage: str, name: str, found: Garbage) -> b
             if mark is not None:
                 objects.write_bytes(done, mark)
             return False
-        # The request last: by it the next call knows what a call that was killed has left.
+        # The request is removed last, because from it the next call knows what a killed call has left.
         for part in ((*_data_names(stage), MANIFEST, PLAN, SHARDS, "*.partial"), (REQUEST, LEASE)):
             _remove(folder, part)
         _remove_empty(folder)

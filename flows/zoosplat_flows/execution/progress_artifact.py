@@ -43,7 +43,7 @@ class ProgressArtifact:
             self._thread.join(timeout=UPDATE_EVERY_S)
 
     def _send(self, percent: float) -> None:
-        # A progress bar is not worth a stage.
+        # A stage must not fail because its progress bar cannot be updated.
         with suppress(httpx.HTTPError):
             if self._id is None:
                 key = self._stage.replace("_", "-")

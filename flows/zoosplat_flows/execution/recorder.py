@@ -80,7 +80,7 @@ class _GrowingText:
                 self._write_object()
 
     def _write_object(self) -> None:
-        # A log is not worth a stage: where the server is away for a moment, a later write brings all lines.
+        # A stage must not fail because of its log. When a write fails, a later one brings all lines.
         with contextlib.suppress(Exception):
             objects.write_bytes(self._url, self._text.encode())
         self._last_write = time.monotonic()

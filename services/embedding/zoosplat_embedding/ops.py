@@ -21,8 +21,8 @@ VARIANCE_FLOOR = 10.0
 MAX_HEADING_R2 = 0.05  # R2 of the heading above which the heading is removed
 REMOVAL_STRENGTHS = (0.0, 1.0, 10.0, 1e6)  # weights of the removal that are tried, in this order
 VARIATION_FRAMES = 1.0  # the variation among animals counts as much as so many training frames
-RIDGE_PENALTY = 1e-3  # penalty of the ridge regression, over the sum of squares
-SPEED_SECONDS = 0.1  # time over which speed is taken
+RIDGE_PENALTY = 1e-3  # penalty of the ridge regression, divided by the sum of squares
+SPEED_SECONDS = 0.1  # seconds over which speed is measured
 MAX_MAPPED = 20_000  # frames that make the map; further frames are placed among them
 BLOCK_FRAMES = 1024  # frames whose distances to all others are in memory at once
 

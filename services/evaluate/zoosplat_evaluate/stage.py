@@ -64,7 +64,7 @@ def _measured_before(ctx: Context) -> ops.Values | None:
         return None
     try:
         data = objects.read_bytes(urls.join(earlier.data_url, VALUES))
-    except FileNotFoundError:  # of a version that did not keep them
+    except FileNotFoundError:  # the result is of a version that did not keep them
         return None
     return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
 

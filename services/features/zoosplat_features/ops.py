@@ -41,14 +41,14 @@ def cylinder_descriptor(gaussians: Gaussians, radius_m: float) -> Tensor:
     On each ring, which is soft in radius and height, density (opacity), colour (less the animal's mean) and the
     covariance of the Gaussians in their local radial, tangential and vertical directions are functions of the azimuth.
     Their Fourier coefficients are sums over the Gaussians in closed form, without bins of the angle, so that a turn by
-    `a` multiplies the coefficient of order n by exp(-i n a) exactly. What is kept is unchanged by it: each coefficient
-    relative to directions of the animal's own, its long axis and the side of it that reaches farther (as a bispectrum
-    is; both real and imaginary part, of which the latter tells left from right), and the density's magnitudes, which
-    stay where those directions are uncertain.
+    `a` multiplies the coefficient of order n by exp(-i n a) exactly. The descriptor keeps what such a turn leaves
+    unchanged. One part is each coefficient relative to the animal's own directions, as in a bispectrum; these are its
+    long axis and the side of it that reaches farther. The imaginary part of such a coefficient tells left from right.
+    The other part is the magnitudes of the density's coefficients, which remain where those directions are uncertain.
 
     Args:
         gaussians: N, in the animal's frame: z up, the origin anywhere near the animal. Float32 or float64.
-        radius_m: of the outermost ring, metres; what is beyond counts as on it.
+        radius_m: radius of the outermost ring, metres; Gaussians beyond it count as if they were on it.
 
     Returns:
         [`cylinder_size()`] shares of the whole opacity.
@@ -56,7 +56,7 @@ def cylinder_descriptor(gaussians: Gaussians, radius_m: float) -> Tensor:
     x, y, z, weights = _places(gaussians)
     x, y, z = x / radius_m, y / radius_m, z / radius_m
     flat = x.square() + y.square()
-    # Not exp(-i phi) itself, which is no smooth function on the axis.
+    # exp(-i phi) itself is not used, because it is not smooth on the axis.
     turn = torch.complex(x, -y) / (flat + (0.5 / (RADII - 1)) ** 2).sqrt()
     rings = (_hats(flat.sqrt(), RADII, 0.0, 1.0)[:, :, None] * _hats(z, HEIGHTS, -TALLEST, TALLEST)[:, None]).flatten(1)
     powers = [torch.ones_like(turn)]
@@ -64,7 +64,7 @@ def cylinder_descriptor(gaussians: Gaussians, radius_m: float) -> Tensor:
         powers.append(powers[-1] * turn)
     phases = torch.view_as_real(torch.stack(powers, 1))  # [N, 1 + orders, 2]
     values = _channels(gaussians, weights, turn)[:, :, None, None] * phases[:, None]
-    # Products of real matrices: one kernel.
+    # Products of real matrices take a single kernel.
     sums = ((rings * weights[:, None]).T @ values.flatten(1)).view(-1, CHANNELS, 1 + ORDERS, 2)
     coefficients = torch.view_as_complex(sums.contiguous())
     relative = coefficients * _directions(x, y, flat, weights).conj()

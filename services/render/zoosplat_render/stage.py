@@ -136,10 +136,11 @@ class _PictureMaker:
         return frame.world_to_camera[camera], zoom @ frame.intrinsics[camera]
 
     def tracks(self, frame: Frame, sequence: list[int]) -> media.Picture | None:
-        """Where Gaussians go during the film, over the photograph of a held-out view: body motion, not the walk.
+        """The paths of Gaussians during the film, drawn over the photograph of a held-out view.
 
-        Each path is that of a Gaussian beside the animal's centre and heading, put where it is in `frame`; there
-        it lies on the mask. None where the Gaussians of one frame are not those of another.
+        A path shows the motion of the body without the walk: it is relative to the animal's centre and heading, and
+        placed where the Gaussian is in `frame`, in which it lies on the mask. Returns None where the Gaussians of one
+        frame are not those of another.
         """
         times = [frame.t, *sequence]
         paths = self.predictor.tracks(times, PATH_CANDIDATES)

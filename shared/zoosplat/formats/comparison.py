@@ -9,7 +9,7 @@ import numpy.typing as npt
 from zoosplat.formats import media
 
 SQUARE_SIDE = 320  # pixels of each of the three squares
-MARGIN = 1.2  # side of the square that is cut out, over that of the animal's box
+MARGIN = 1.2  # side of the square that is cut out, over the longer side of the animal's box
 ERROR_AT_END = 0.5  # mean |error| over the channels that the last colour of the error picture stands for
 OPAQUE = 0.5  # opacity from which a pixel of the rendering belongs to the animal
 

@@ -1,8 +1,8 @@
-"""Animals that nobody filmed: random bodies, poses and coats, seen from all around, with exact silhouettes.
+"""Random animals: computed bodies, poses and coats, seen from all around, with exact silhouettes.
 
 A network that has learned from thousands of them what four-footed animals look like has less to learn from a recording
-(`zoosplat_train.pretrain`). Every number below is a range to draw from, so that real animals lie inside it, and none is
-measured on a recording. Lengths in metres, the floor at z = 0; a body is about as long as a mouse's.
+(`zoosplat_train.pretrain`). The ranges below, from which random values are drawn, are wide enough to hold real animals.
+None is measured on a recording. Lengths are in metres, and the floor is z = 0; a body is about as long as a mouse's.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from zoosplat.synthetic.solids import COAT, EAR, EYE, LIMB, PINK, Floats, Solids
 from zoosplat.synthetic.traits import Traits
 
 VIEWS, WIDTH, HEIGHT = 10, 288, 256
-PIXELS_PER_M = 1024.0  # at the target
-TARGET_HEIGHT = 0.03
+PIXELS_PER_M = 1024.0  # scale of the pictures at the target, pixels per metre
+TARGET_HEIGHT = 0.03  # metres; height above the floor of the point that all cameras look at
 UP = np.array([0.0, 0.0, 1.0])
-STATIONS = 18  # along the spine
+STATIONS = 18  # number of stations along the spine
 FIRST_S, LENGTH_S = -0.036, 0.0865  # the coat's pattern along the spine, as in `synthetic`
 TAIL = 14
 
@@ -121,7 +121,7 @@ class _Body:
             texture = (float(self.pattern_s[i]), 0.0, 0.0, LENGTH_S / self.length)
             solids.cone(self.points[i], self.points[i + 1], self.radii[i], self.radii[i + 1], self.axes[i, 2], COAT,
                         texture)  # fmt: skip
-        for _ in range(self.rng.integers(0, 4)):  # so that trunks are not all round
+        for _ in range(self.rng.integers(0, 4)):  # these make some trunks less round
             centre, axes, _ = self.at(self.rng.uniform(0.1, 0.62), 0, self.rng.uniform(-0.3, 0.2))
             sizes = [self.girth * self.rng.uniform(*r) for r in ((0.8, 1.7), (0.75, 1.15), (0.75, 1.15))]
             solids.ellipsoid(centre, axes, sizes, COAT, (float(self.pattern_s[7]), 0, 0, 1))
@@ -231,7 +231,7 @@ def film(seed: int, n: int) -> Film:
         solids.a, solids.b = ([turn @ p + shift for p in points] for points in (solids.a, solids.b))
         solids.axes = [axes @ turn.T for axes in solids.axes]
         centers[i] = centroid(solids, 3e-3)
-        exposure = rng.uniform(0.15, 0.6) if rng.random() < 0.5 else 1.0  # half of them dark
+        exposure = rng.uniform(0.15, 0.6) if rng.random() < 0.5 else 1.0  # half of the animals are dark
         for c, view in enumerate(views):
             drawn = view.cast(solids, traits)
             if drawn is None:
