@@ -290,8 +290,8 @@ def _raise_failures(futures: dict[str, PrefectFuture[Any]], context: _FlowContex
                 future.result()
             except Exception as error:
                 errors.append(error)
-    if len(errors) == 1:
+    if len(errors) == 1 and not isinstance(errors[0], (UserError, RuntimeError)):
         raise errors[0]
     if errors:
         kind = UserError if all(isinstance(error, UserError) for error in errors) else StagesFailed
-        raise kind("\n".join(str(error) for error in errors))
+        raise kind("\n".join(str(error) for error in errors)) from errors[0]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from zoosplat.errors import LockLost, UserError
-from zoosplat.stages import command, dependencies, runner
+from zoosplat.stages import command, dependencies, runner, steps
 from zoosplat.stages.begin import begin_run
 from zoosplat.stages.command import select_run, service_parser
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
@@ -315,6 +315,21 @@ class Asleep(Counting):
     def finish(self, ctx: Context, plan: Plan) -> Outcome:
         self._sleep("finish")
         return super().finish(ctx, plan)
+
+
+def test_what_a_killed_process_has_left_of_its_lease_goes(url: str) -> None:
+    """It was killed between the mark of its shard and the end of its lease; nobody takes that lease any more."""
+    stage, run = Counting(), begin(url)
+    ctx, result = Context(run, lambda done, total, message: None), run.result("ingest")
+    plan = steps.prepare(stage, ctx)
+    assert plan is not None
+    for index in range(3):
+        steps.run_shard(stage, ctx, index, plan)
+    left = Path(result.shard_lease_url(1, 3))
+    left.touch()
+    steps.finish(stage, ctx, plan)
+    assert result.is_done()
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("step", ["prepare", "shard 1", "finish"])

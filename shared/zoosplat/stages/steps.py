@@ -19,7 +19,7 @@ from zoosplat.errors import LockLost, UserError
 from zoosplat.machine import peak_memory_bytes
 from zoosplat.stages.contract import Context, Plan, Shard, Stage
 from zoosplat.stages.latest_links import link_latest
-from zoosplat.stages.results import DONE, MANIFEST, PLAN, Mark, Result
+from zoosplat.stages.results import DONE, MANIFEST, PLAN, SHARDS, Mark, Result
 from zoosplat.stages.sources import refresh
 from zoosplat.storage import conditional, groups, leases, listing, objects, schema, urls, writing
 
@@ -192,6 +192,10 @@ def finish_held(stage: Stage, ctx: Context, plan: Plan, result: Result) -> None:
     if missing:
         raise UserError(f"{ctx.run.project.url}: shards {missing} of stage {stage.name} are not done; run them first")
     objects.remove_partials(result.folder)
+    # Left by processes that were killed between a shard's mark and the end of its lease. Nobody needs them any more.
+    for name in listing.list_names(result.file(SHARDS)):
+        if name.endswith(".lease"):
+            objects.delete(result.file(SHARDS, name))
     with _measured() as measured:
         outcome = stage.finish(ctx, plan)
     _check_sources(stage, ctx)
