@@ -100,7 +100,9 @@ class LocalRunner:
             for line in process.stdout:
                 event = parse_progress(line)
                 if event is not None:
-                    progress(*event)
+                    # What only shows the progress must not end the work.
+                    with contextlib.suppress(ValueError, KeyError, TypeError):
+                        progress(*event)
                 if event is None or time.monotonic() - last_logged > PROGRESS_LOG_S:
                     log(line.rstrip())
                     last_logged = last_logged if event is None else time.monotonic()

@@ -57,11 +57,14 @@ def read_windows(
         origins: [n, 2].
         rgb: [n, h, w, 3], out: the window, white farther than the margin from the mask.
         mask: [n, h, w], out.
+
+    Raises:
+        ValueError: there are not n pictures.
     """
     height, width = mask.shape[1:]
     near = np.ones((2 * MARGIN + 1, 2 * MARGIN + 1), np.uint8)
     rgb[...] = 255
-    for i, picture in enumerate(pictures):
+    for i, picture in zip(range(len(masks)), pictures, strict=True):
         x, y = (int(v) for v in origins[i])
         mask[i] = masks[i, y : y + height, x : x + width]
         u, v, w, h = cv2.boundingRect(mask[i].view(np.uint8))

@@ -7,7 +7,6 @@ import io
 import pandas as pd
 
 from zoosplat.stages.history import VIEW_GROUPS, read_history
-from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 
 HEADLINE = ("iou", "psnr")  # The metrics of an evaluation that the table of runs shows.
@@ -24,7 +23,8 @@ def runs_table(project: Project) -> pd.DataFrame:
     Raises:
         UserError: the project holds no run.
     """
-    found, latest = read_history(project), open_run(project).id
+    found = read_history(project)
+    latest = project.latest_id() or found[-1].id  # a project of the layout before runs has one
     columns = {
         "id": [entry.id for entry in found],
         "created": pd.to_datetime([entry.created or None for entry in found], format="ISO8601", utc=True),
