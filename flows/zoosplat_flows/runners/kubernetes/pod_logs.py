@@ -10,8 +10,7 @@ from zoosplat_flows.runners.kubernetes.objects import container_end, final_condi
 from zoosplat_flows.runners.protocol import Log
 from zoosplat_flows.runners.stage_output import PROGRESS_LOG_S, parse_progress
 
-# Seconds by which the next reading of a log reaches back before the last one, so that no line is lost between the two;
-# a line that is read twice is known by its time.
+# Seconds by which the next reading of a log reaches back before the last one, so that no line is lost between the two.
 LOG_OVERLAP_S = 5
 
 
@@ -23,7 +22,7 @@ class PodLogReader:
 
     def __init__(self, api: KubernetesApi, log: Log) -> None:
         self._api, self._log = api, log
-        self._last_line: dict[str, str] = {}  # pod -> time of the last line that was handed on
+        self._last_lines: dict[str, frozenset[str]] = {}  # pod -> the lines of its last reading, each with its time
         self._last_reading: dict[str, float] = {}  # pod -> when its log was read last, by time.monotonic
         self._last_progress: dict[str, datetime] = {}  # pod -> time of the last line of progress that was handed on
         self._complete: set[str] = set()  # pods whose whole log has been handed on
@@ -59,16 +58,18 @@ class PodLogReader:
         name, source, now = pod["metadata"]["name"], log_source(pod), time.monotonic()
         since = None if name not in self._last_reading else int(now - self._last_reading[name]) + LOG_OVERLAP_S
         last_progress = None
-        for text in self._api.read_log(name, since).splitlines():
+        lines = self._api.read_log(name, since).splitlines()
+        known = self._last_lines.get(name, frozenset())
+        for text in lines:
             at, _, line = text.partition(" ")
             progress = parse_progress(line)
             last_progress = progress or last_progress
-            if at <= self._last_line.get(name, "") or not line.strip():
+            # The times of a container's two streams are in no order, so a time alone does not say what is new.
+            if text in known or not line.strip():
                 continue
-            self._last_line[name] = at
             if progress is None or self._is_progress_due(name, at):
                 self._log(line, source, at)
-        self._last_reading[name] = now
+        self._last_reading[name], self._last_lines[name] = now, frozenset(lines)
         return last_progress
 
     def _is_progress_due(self, name: str, at: str) -> bool:
