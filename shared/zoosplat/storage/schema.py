@@ -70,7 +70,7 @@ GROUPS: dict[str, dict[str, ArraySpec]] = {
         "volume_idx": ArraySpec((3, 2), "int64", "", "index range kept along x, y, z", "whole"),
     },
     "images.zarr": {
-        "rgb": ArraySpec(("T", "C", "h", "w", 3), "uint8", "", "window, white away from the animal", "sharded"),
+        "rgb": ArraySpec(("T", "C", "h", "w", 3), "uint8", "", "window, white away from the animal unless there is a plate", "sharded"),
         "mask": ArraySpec(("T", "C", "h", "w"), "bool", "", "window", "sharded"),
         "origin": ArraySpec(("T", "C", 2), "int32", "px", "x, y of the window's corner in the whole frame", "blocks"),
         "intrinsics": ArraySpec(("C", 3, 3), "float64", "px", "whole frame, as in masks.zarr", "whole"),
@@ -153,20 +153,37 @@ MOVING: dict[str, ArraySpec] = {
 }
 
 
+# Further arrays of images.zarr where the background of the cameras is known; see `zoosplat.recording.background`.
+BACKGROUND: dict[str, ArraySpec] = {
+    "plate": ArraySpec(("C", "H", "W", 3), "uint8", "", "whole frame without the animal, undistorted", "whole"),
+    "light": ArraySpec(("T", "C", 3, 4), "float32", "", "gain, its slopes along x and y, offset on the plate", "whole"),
+}
+
+
+def _add_whole(group: zarr.Group, key: str, spec: ArraySpec, values: Any) -> None:
+    value = np.asarray(values, spec.dtype)
+    meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
+    group.create_array(
+        key,
+        shape=value.shape,
+        dtype=spec.dtype,
+        chunks=value.shape,
+        compressors=COMPRESSORS,
+        attributes=meaning,
+    )
+    array(group, key)[...] = value
+
+
 def add_moving(group: zarr.Group, values: dict[str, Any]) -> None:
     """Add the arrays of `MOVING` to masks.zarr or images.zarr, for cameras that move."""
     for key, spec in MOVING.items():
-        value = np.asarray(values[key], spec.dtype)
-        meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
-        group.create_array(
-            key,
-            shape=value.shape,
-            dtype=spec.dtype,
-            chunks=value.shape,
-            compressors=COMPRESSORS,
-            attributes=meaning,
-        )
-        array(group, key)[...] = value
+        _add_whole(group, key, spec, values[key])
+
+
+def add_background(group: zarr.Group, plate: Any, light: Any) -> None:
+    """Add the arrays of `BACKGROUND` to images.zarr: plates [C, H, W, 3] and their light [T, C, 3, 4]."""
+    for (key, spec), values in zip(BACKGROUND.items(), (plate, light), strict=True):
+        _add_whole(group, key, spec, values)
 
 
 def array(group: zarr.Group, key: str) -> zarr.Array[Any]:
