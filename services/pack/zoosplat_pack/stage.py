@@ -52,6 +52,8 @@ class Pack(Stage):
         background = _read_background(ctx, masks, infos)
         if background is not None:
             schema.add_background(group, *background)
+        if schema.has_seen(masks):
+            schema.add_seen(group, schema.read_seen(masks))
         jump = ctx.experiment.ingest.frame_jump
         # Large shards, because the first frame of a shard costs decoding from the keyframe before it.
         per_shard = max(1, ctx.experiment.scheduling.frames_per_shard // jump)
@@ -111,7 +113,7 @@ def _read_background(
     Raises:
         UserError: a picture of the empty scene cannot be read, or has another size than the videos.
     """
-    data = ctx.experiment.data
+    data, attributes = ctx.experiment.data, dict[str, Any](masks.attrs)
     n_frames, n_cameras = schema.array(masks, "mask").shape[:2]
     if data.backgrounds is None:
         return None
@@ -119,9 +121,9 @@ def _read_background(
         read_empty_scene(data.url(file), f"data.backgrounds[{c}] = {file}", (infos[c].width, infos[c].height))
         for c, file in enumerate(data.backgrounds)
     ]
-    light = np.broadcast_to(np.float32(SAME_LIGHT), (n_frames, n_cameras, 3, 4))
-    downsample = int(masks.attrs["image_downsample"])  # type: ignore[call-overload]
-    maps = undistort_maps(Cameras.from_json(masks.attrs["cameras"]), infos)  # type: ignore[arg-type]
+    light = np.broadcast_to(np.array(SAME_LIGHT, np.float32), (n_frames, n_cameras, 3, 4))
+    downsample = int(attributes["image_downsample"])
+    maps = undistort_maps(Cameras.from_json(attributes["cameras"]), infos)
     return np.stack([undistort_plate(plate, downsample, m) for plate, m in zip(seen, maps, strict=True)]), light
 
 
