@@ -46,7 +46,7 @@ def lit_plate(
     x = (place[..., 0, None] + np.arange(width, dtype=np.float32)) / np.float32(full_size[0]) - np.float32(0.5)
     y = (place[..., 1, None] + np.arange(height, dtype=np.float32)) / np.float32(full_size[1]) - np.float32(0.5)
     lit = plate * (gain + slope_x * x[..., None, :, None] + slope_y * y[..., :, None, None]) + offset
-    return np.clip(lit, 0, 255, dtype=np.float32)
+    return np.asarray(lit.clip(0, 255), np.float32)
 
 
 def undistort_plate(plate: U8, downsample: int, maps: tuple[F32, F32] | None) -> U8:
