@@ -10,8 +10,8 @@ import numpy as np
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.facts import kept_frames
+from zoosplat.recording.mask_files import MaskInfo
 from zoosplat.recording.sources import open_source
-from zoosplat.recording.video import VideoInfo
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, schema
 from zoosplat_ingest import ops
@@ -59,7 +59,7 @@ class Ingest(Stage):
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         group = groups.open_group(ctx.run.output_url(self.name), write=True)
-        infos = [VideoInfo(**info) for info in plan.values.get("infos", [])]
+        infos = [MaskInfo(**info) for info in plan.values.get("infos", [])]
         cameras = Cameras.from_json(dict(group.attrs["cameras"]))  # type: ignore[arg-type]
         empty = np.zeros(len(cameras), int)
         at = shard.start

@@ -40,6 +40,7 @@ class Effect:
     only_if: Condition | None = None
     names_files: Callable[[Any], bool] | None = None
     file_names_matter: bool = False
+    absent_at: str | None = None
     neutral: tuple[Any, ...] = ()
 
 

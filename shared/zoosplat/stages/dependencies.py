@@ -39,12 +39,15 @@ def settings_of(stage: str, experiment: Experiment) -> dict[str, Any]:
     """The part of a configuration that determines a stage's result: dotted keys and their JSON values.
 
     A key that names outside files is absent (see `outside_files`), unless the names of the files matter too. A key that
-    nothing looks at in this experiment is absent as well, such as `dynamic.views` if a network is trained.
+    nothing looks at in this experiment is absent as well, such as `dynamic.views` if a network is trained, and so is a
+    key with the value that its effect declares as `absent_at`.
     """
     plain = experiment.model_dump(mode="json")
     chosen: dict[str, Any] = {}
     for key, effect in _effects_on(stage, plain):
         value = _value_at(plain, key)
+        if effect.absent_at is not None and value == effect.absent_at:
+            continue
         if not _names_files(effect, value):
             chosen[key] = value
         elif effect.file_names_matter:
