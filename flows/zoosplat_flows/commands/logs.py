@@ -8,7 +8,7 @@ import time
 import typer
 
 from zoosplat.errors import UserError
-from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat.stages.registry import STAGES, pipeline_of
 from zoosplat.stages.run_state import find_run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
@@ -49,7 +49,9 @@ def show_logs(run: Run, stage: str | None, follow: bool) -> None:
     """
     if stage is not None and stage not in STAGES:
         raise UserError(f"there is no stage {stage}; the stages are {', '.join(STAGES)}")
-    logs = [_LogReader(run, name) for name in ([stage] if stage else [spec.name for spec in PIPELINE])]
+    logs = [
+        _LogReader(run, name) for name in ([stage] if stage else [spec.name for spec in pipeline_of(run.experiment)])
+    ]
     printed = 0
     while True:
         state = find_run_state(run.project, run.record()) if run.record() else ""

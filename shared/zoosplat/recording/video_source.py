@@ -58,6 +58,7 @@ class VideoSource(RecordingSource):
     """Videos of masks and pictures, one of each a camera, and a calibration of cameras that stand."""
 
     cameras_move = False
+    kinds: tuple[Kind, ...] = ("mask", "video")  # The files that are checked.
 
     def check(self) -> RecordingFacts:
         experiment = self.experiment
@@ -65,7 +66,7 @@ class VideoSource(RecordingSource):
         footage = cameras = up = None
         _check_folder(experiment)
         with problems.collect():
-            footage = _check_videos(experiment, ("mask", "video"))
+            footage = _check_videos(experiment, self.kinds)
         with problems.collect():
             cameras = read_cameras(
                 calibration_urls(experiment),
@@ -107,7 +108,7 @@ class VideoSource(RecordingSource):
         self, infos: Sequence[VideoInfo], cameras: Cameras, start: int, stop: int, block: int
     ) -> Iterator[Bool]:
         jump, downsample = self.experiment.ingest.frame_jump, self.experiment.ingest.image_downsample
-        maps = _undistort_maps(cameras, infos)
+        maps = undistort_maps(cameras, [(info.width, info.height) for info in infos])
         readers = [video.read_frames(info, start * jump, (stop - 1) * jump + 1, jump) for info in infos]
 
         def read(camera: int, first: int, count: int) -> Bool:
@@ -132,14 +133,15 @@ class VideoSource(RecordingSource):
             for frame in video.read_frames(info, start * jump, (stop - 1) * jump + 1, jump):
                 yield VideoPicture(video.planes(frame), downsample, maps)
 
-        return [read(info, maps) for info, maps in zip(infos, _undistort_maps(cameras, infos), strict=True)]
+        maps = undistort_maps(cameras, [(info.width, info.height) for info in infos])
+        return [read(info, of_camera) for info, of_camera in zip(infos, maps, strict=True)]
 
 
-def _undistort_maps(cameras: Cameras, infos: Sequence[VideoInfo]) -> list[Maps]:
-    """Maps of every camera at full resolution; None where its lens does not distort."""
+def undistort_maps(cameras: Cameras, sizes: Sequence[tuple[int, int]]) -> list[Maps]:
+    """Maps of every camera at full resolution, whose width and height are in `sizes`; None where no lens distorts."""
     return [
-        cameras.undistort_maps(c, info.width, info.height) if cameras.distortion[c].any() else None
-        for c, info in enumerate(infos)
+        cameras.undistort_maps(c, width, height) if cameras.distortion[c].any() else None
+        for c, (width, height) in enumerate(sizes)
     ]
 
 
@@ -189,7 +191,7 @@ def _check_apart(cameras: Cameras, file: str) -> None:
 
 def _check_videos(experiment: Experiment, kinds: Sequence[Kind]) -> Footage:
     data, problems = experiment.data, Problems()
-    files = {"mask": data.masks, "video": data.videos}
+    files: dict[Kind, Sequence[str]] = {"mask": data.masks, "video": data.videos}
     names = data.camera_names or tuple(str(i) for i in range(len(data.videos)))
     infos: dict[Kind, list[VideoInfo]] = {"mask": [], "video": []}
     for kind in kinds:

@@ -51,7 +51,7 @@ def begin_run(
     check_project_place(project.url, experiment)
     draft = _draft(project, experiment, stages, force, FingerprintCache(project, hashing))
     todo = draft.todo(stages)
-    earlier = draft.todo(upstream(todo) - set(stages))
+    earlier = draft.todo(upstream(todo, draft.experiment) - set(stages))
     if earlier:
         draft.require(earlier)
         result = draft.results[earlier[0]]
