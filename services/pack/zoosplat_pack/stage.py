@@ -47,6 +47,8 @@ class Pack(Stage):
             schema.array(group, key)[...] = schema.read(masks, key)
         if "pose" in masks:
             schema.add_moving(group, {key: schema.read(masks, key) for key in schema.MOVING})
+        if schema.has_seen(masks):
+            schema.add_seen(group, schema.read_seen(masks))
         jump = ctx.experiment.ingest.frame_jump
         # Large shards, because the first frame of a shard costs decoding from the keyframe before it.
         per_shard = max(1, ctx.experiment.scheduling.frames_per_shard // jump)

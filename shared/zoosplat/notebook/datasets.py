@@ -105,6 +105,8 @@ def read_dataset(group: zarr.Group, name: str, where: str, axes: Axes, *, lazy: 
     """
     schema.validate(group, name, where)
     specs = {**schema.GROUPS[name], **{key: spec for key, spec in schema.MOVING.items() if key in group}}
+    if schema.has_seen(group):
+        specs["seen"] = schema.SEEN
     coordinates = axes.coordinates()
     variables: dict[str, Any] = {}
     for key, spec in specs.items():
@@ -124,7 +126,7 @@ def read_dataset(group: zarr.Group, name: str, where: str, axes: Axes, *, lazy: 
         if lazy and spec.layout != "whole":
             values = indexing.LazilyIndexedArray(_LazyArray(schema.array(group, key)))
         else:
-            values = schema.read(group, key)
+            values = schema.read_seen(group) if key == "seen" else schema.read(group, key)
             values.setflags(write=False)
         variables[key] = xr.Variable(dims, values, {**attributes, "long_name": spec.meaning})
     used = {dim for variable in variables.values() for dim in variable.dims}
