@@ -154,7 +154,7 @@ def run_stages(
         typer.Exit: the run was stopped (status 130), or stages failed (status 1); the reason is printed.
     """
     stages = select_stages(experiment, from_stage, until_stage)
-    check_forced(force, stages)
+    check_forced(experiment, force, stages)
     project = Project.at(url)
     check_writable(project.url)
     display = RunDisplay([*stages, "report"])

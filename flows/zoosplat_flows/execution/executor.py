@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import TransientError, UserError
-from zoosplat.stages.registry import STAGES, pipeline_of
+from zoosplat.stages.registry import STAGES, pipeline_of, require_stage
 from zoosplat.stages.runs import Run
 from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent
 from zoosplat_flows.runners.protocol import Exhausted, Interrupted, Log, Runner
@@ -37,12 +37,8 @@ def select_stages(experiment: Experiment, from_stage: str | None = None, until_s
     """
     names = [spec.name for spec in pipeline_of(experiment)]
     for name in (from_stage, until_stage):
-        if name in STAGES and name not in names:
-            raise UserError(
-                f"this experiment has no stage {name}: data.masks names files; its stages are {', '.join(names)}"
-            )
-        if name is not None and name not in names:
-            raise UserError(f"there is no stage {name}; the stages are {', '.join(names)}")
+        if name is not None:
+            require_stage(name, experiment)
     first = names.index(from_stage) if from_stage else 0
     last = names.index(until_stage) if until_stage else len(names) - 1
     if last < first:

@@ -39,11 +39,10 @@ class SegmentedSource(VideoSource):
         self._segments = segments
 
     def check(self) -> RecordingFacts:
-        problems, facts, scenes = Problems(), None, []
+        problems, facts = Problems(), None
         with problems.collect():
             facts = super().check()
-        with problems.collect():
-            scenes = probe_backgrounds(self.experiment)
+        scenes = _find_backgrounds(self.experiment, problems)
         if facts is not None:
             size = facts.width, facts.height
             problems.lines += [
@@ -83,16 +82,22 @@ class SegmentedSource(VideoSource):
 
 
 def probe_backgrounds(experiment: Experiment) -> list[VideoInfo]:
-    """The videos of `data.backgrounds`, one a camera; a picture is a video of one frame. None: the list is empty.
+    """The videos of `data.backgrounds`, one a camera; a picture is a video of one frame. Without any the list is empty.
 
     Raises:
         UserError: a line for each that is missing or cannot be read.
     """
-    data, problems = experiment.data, Problems()
+    problems = Problems()
+    found = _find_backgrounds(experiment, problems)
+    problems.report()
+    return found
+
+
+def _find_backgrounds(experiment: Experiment, problems: Problems) -> list[VideoInfo]:
+    """The videos of `data.backgrounds` that can be read; a line of `problems` for each other one."""
+    data, found = experiment.data, []
     names = data.camera_names or tuple(str(i) for i in range(len(data.videos)))
-    found = []
     for camera, file in zip(names, data.backgrounds or (), strict=data.backgrounds is not None):
         with problems.collect():
             found.append(probe(data.url(file), f"{file} (background of camera {camera})"))
-    problems.report()
     return found

@@ -22,7 +22,7 @@ def check_before_run(
     stages: Collection[str],
     masks_url: str | None,
 ) -> tuple[str, ...]:
-    """Check all that can be checked before these stages run. Videos are opened if segment, ingest or pack is among them.
+    """Check all that can be checked before these stages run. Videos are opened for segment, ingest and pack.
 
     Args:
         experiment: the configuration.

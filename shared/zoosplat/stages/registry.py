@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from zoosplat.config.experiment import Experiment
+from zoosplat.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,17 @@ PREPROCESSING: tuple[StageSpec, ...] = tuple(
 
 
 def has_stage(stage: str, experiment: Experiment) -> bool:
-    """Whether a stage of `STAGES` is part of an experiment. Segment is only where the masks are made from the videos."""
+    """Whether a stage is part of an experiment. Segment is only where the masks are made from the videos."""
     return stage != SEGMENT or experiment.data.masks_are_made
+
+
+def require_stage(stage: str, experiment: Experiment) -> None:
+    """Raise UserError if there is no stage of this name, or if the experiment does not have it."""
+    names = ", ".join(spec.name for spec in PIPELINE if has_stage(spec.name, experiment))
+    if stage not in STAGES:
+        raise UserError(f"there is no stage {stage}; the stages are {names}")
+    if not has_stage(stage, experiment):
+        raise UserError(f"this experiment has no stage {stage}, because data.masks names files; its stages are {names}")
 
 
 def pipeline_of(experiment: Experiment) -> tuple[StageSpec, ...]:

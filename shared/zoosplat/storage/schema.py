@@ -1,8 +1,9 @@
 """Schemas of the zarr groups: arrays, dimensions, types, units, and how time is cut into storage blocks.
 
 Dimensions: T kept frames, C cameras, H x W pixels of the videos, h x w working pixels (images: window pixels), n grid
-points an axis, S shards of work. Arrays with a T axis that shards write are cut there every `block` frames; image arrays are
-zarr shards of `block` frames with one chunk a frame. All chunks are compressed with zstd and end with a CRC32C.
+points an axis, S shards of work. Arrays with a T axis that shards write are cut there every `block` frames; image
+arrays are zarr shards of `block` frames with one chunk a frame. All chunks are compressed with zstd and end with a
+CRC32C.
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ class ArraySpec:
 GROUPS: dict[str, dict[str, ArraySpec]] = {
     # All pictures in it are as the cameras saw them, with the distortion of their lenses.
     "segments.zarr": {
-        "probability": ArraySpec(
-            ("T", "C", "H", "W"), "uint8", "1/255", "that a pixel is animal; mask: >= 128", "sharded"
-        ),
+        "probability": ArraySpec(("T", "C", "H", "W"), "uint8", "1/255", "of animal; its mask: >= 128", "sharded"),
         "plate": ArraySpec(("C", "H", "W", 3), "uint8", "", "RGB of the background", "whole"),
         "noise": ArraySpec(("C",), "float32", "grey levels", "standard deviation of a pixel from the plate", "whole"),
         "light": ArraySpec(("T", "C", 3, 4), "float32", "", "g0, gx, gy, o of a colour: see its README", "blocks"),

@@ -22,9 +22,9 @@ from zoosplat.storage import urls
 from zoosplat_flows.runners.kubernetes.api import JsonObject, KubernetesApi, explain_refusal, http_status
 from zoosplat_flows.runners.kubernetes.explanations import explain_blocked, explain_failure, explain_pending
 from zoosplat_flows.runners.kubernetes.manifests import (
-    WHOLE_STAGE,
     JOB_LABEL,
     LABEL_PREFIX,
+    WHOLE_STAGE,
     job_manifest,
     own_pod_reference,
     request_digest,
