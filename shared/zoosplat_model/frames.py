@@ -80,7 +80,8 @@ class FrameReader:
         full_intrinsics: [C, 3, 3] float32 on the device, of the whole frame without principal shift.
         times: [T] float32, 0 to 1 from the first to the last kept frame.
         moving: whether the cameras move; then `world_to_camera` is that of the first frame.
-        pictured: [T, C] bool, whether a camera has a picture at that time; all have unless they move.
+        seen: [T, C] bool, whether the view is there in that frame. An absent view tells nothing: it is neither carved
+            from, nor trained on, nor measured.
         volume_idx: (start, stop) of the kept grid points along x, y, z.
         ell_m: edge of the cubic grid, metres.
         grid_size: grid points along its edge.
@@ -133,11 +134,10 @@ class FrameReader:
 
         self.times = np.linspace(0, 1, self.n_frames, dtype=np.float32)
         self.moving = "pose" in images
-        self.pictured = np.ones((self.n_frames, self.n_cameras), bool)
+        self.seen = schema.read_seen(images)
         if self.moving:
             self._poses = self._tensor(schema.read(images, "pose"))
             self.times = schema.read(images, "time").astype(np.float32)
-            self.pictured = schema.read(images, "pictured").astype(bool)
         self.ell_m, self.grid_size = float(str(crop.attrs["ell_m"])), int(str(crop.attrs["grid_size"]))
         self.voxel_size_m = self.ell_m / (self.grid_size - 1)
         self.volume_idx = tuple((int(a), int(b)) for a, b in schema.read(crop, "volume_idx"))
@@ -156,7 +156,7 @@ class FrameReader:
         """
         if self.moving:
             cameras = self.observed if name == "train" or not self.held_out else self.held_out
-            return np.flatnonzero(self.valid & self.pictured[:, cameras].any(axis=1)).tolist()
+            return np.flatnonzero(self.valid & self.seen[:, cameras].any(axis=1)).tolist()
         third = {"train": 0, "valid": 1, "test": 2}[name]
         start, stop = self.n_frames * third // 3, self.n_frames * (third + 1) // 3
         return [t for t in range(start, stop) if self.valid[t]]

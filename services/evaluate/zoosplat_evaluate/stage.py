@@ -119,7 +119,7 @@ class EvaluateStage(Stage):
             measured[frame.t] = frame_metrics(*images, *size, factor, color).cpu().numpy()
             ctx.progress(len(measured), len(frames), "")
         values = np.stack([measured[t] for t in frames])  # [T, C, M]
-        values[~reader.pictured[frames]] = np.nan
+        values[~reader.seen[frames]] = np.nan
         return values
 
     def _fit_color(self, predictor: Predictor, frames: list[int]) -> tuple[Tensor, dict[int, Rendering]]:
@@ -180,7 +180,7 @@ class EvaluateStage(Stage):
         for i, kind in ops.choose_frames(values[:, judged, IOU].mean(1), ctx.experiment.evaluate.gallery_frames):
             frame = reader.frame(frames[i])
             layers = (*_render(predictor, frame), frame.composite_on_white(), frame.mask > 0)
-            for c in np.flatnonzero(reader.pictured[frame.t]).tolist():
+            for c in np.flatnonzero(reader.seen[frame.t]).tolist():
                 file = f"gallery/t{frame.t:06d}_camera{c}.png"
                 picture = draw_comparison(*(layer[c].cpu().numpy() for layer in layers))
                 self._write(ctx, file, media.encode_png(picture))

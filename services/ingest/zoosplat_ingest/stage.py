@@ -48,6 +48,8 @@ class Ingest(Stage):
         schema.array(group, "frame")[...] = frames
         if geometry.moving:
             schema.add_moving(group, geometry.moving)
+        if geometry.seen is not None:
+            schema.add_seen(group, geometry.seen)
         per_shard = max(1, experiment.scheduling.frames_per_shard // jump)
         values: dict[str, Any] = {"block": block}
         if facts.masks:

@@ -94,6 +94,7 @@ class MaskGeometry:
         unit_m: metres in a unit of the classic, normalized world.
         world: from the calibration's world to the oriented world.
         moving: arrays of moving cameras by name, see `schema.MOVING`; empty where the cameras stand.
+        seen: [T, C], False where a view is absent from a frame; None where all views are there in all frames.
     """
 
     camera_names: list[str]
@@ -102,3 +103,4 @@ class MaskGeometry:
     unit_m: float
     world: WorldTransform
     moving: dict[str, npt.NDArray[np.generic]]
+    seen: npt.NDArray[np.bool_] | None = None

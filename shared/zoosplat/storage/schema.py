@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import zarr
 from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -149,24 +150,69 @@ def create(url: str, name: str, sizes: dict[str, int], block: int, attributes: d
 MOVING: dict[str, ArraySpec] = {
     "time": ArraySpec(("T",), "float64", "", "0 to 1", "whole"),
     "pose": ArraySpec(("T", "C", 4, 4), "float64", "m", "world to camera in each frame", "whole"),
-    "pictured": ArraySpec(("T", "C"), "bool", "", "whether the camera has a picture", "whole"),
 }
+
+# A further array of masks.zarr and images.zarr where views are absent from some frames.
+SEEN = ArraySpec(("T", "C"), "bool", "", "whether the view is there; where it is not, its mask means nothing", "whole")
+# The name of `seen` in the groups of D-NeRF scenes that were stored before other recordings had absent views.
+PICTURED = "pictured"
+
+# Further arrays of images.zarr where the background of the cameras is known: see `zoosplat.recording.background`. With
+# them, the windows of `rgb` are not white away from the animal, but raw pictures.
+BACKGROUND: dict[str, ArraySpec] = {
+    "plate": ArraySpec(("C", "H", "W", 3), "uint8", "", "whole frame without the animal, undistorted", "whole"),
+    "light": ArraySpec(("T", "C", 3, 4), "float32", "", "gain, its slopes along x and y, offset on the plate", "whole"),
+}
+
+
+def _add_whole(group: zarr.Group, key: str, spec: ArraySpec, values: Any) -> None:
+    value = np.asarray(values, spec.dtype)
+    meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
+    group.create_array(
+        key,
+        shape=value.shape,
+        dtype=spec.dtype,
+        chunks=value.shape,
+        compressors=COMPRESSORS,
+        attributes=meaning,
+    )
+    array(group, key)[...] = value
 
 
 def add_moving(group: zarr.Group, values: dict[str, Any]) -> None:
     """Add the arrays of `MOVING` to masks.zarr or images.zarr, for cameras that move."""
     for key, spec in MOVING.items():
-        value = np.asarray(values[key], spec.dtype)
-        meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
-        group.create_array(
-            key,
-            shape=value.shape,
-            dtype=spec.dtype,
-            chunks=value.shape,
-            compressors=COMPRESSORS,
-            attributes=meaning,
-        )
-        array(group, key)[...] = value
+        _add_whole(group, key, spec, values[key])
+
+
+def add_background(group: zarr.Group, plate: Any, light: Any) -> None:
+    """Add the arrays of `BACKGROUND` to images.zarr: plates [C, H, W, 3] and their light [T, C, 3, 4]."""
+    for (key, spec), values in zip(BACKGROUND.items(), (plate, light), strict=True):
+        _add_whole(group, key, spec, values)
+
+
+def add_seen(group: zarr.Group, seen: Any) -> None:
+    """Add the array `seen` [T, C] bool to masks.zarr or images.zarr: False where a view is absent from a frame.
+
+    An absent view tells nothing about the animal. The empty mask of a view that is there tells that no animal is there.
+    """
+    _add_whole(group, "seen", SEEN, seen)
+
+
+def has_seen(group: zarr.Group) -> bool:
+    """Whether a group tells which views are there; all are where it does not."""
+    return "seen" in group or PICTURED in group
+
+
+def read_seen(group: zarr.Group) -> npt.NDArray[np.bool_]:
+    """Which views of masks.zarr or images.zarr are there, [T, C] bool.
+
+    Raises:
+        UserError: as `read`.
+    """
+    if not has_seen(group):
+        return np.ones(array(group, "mask").shape[:2], bool)
+    return np.asarray(read(group, "seen" if "seen" in group else PICTURED), bool)
 
 
 def array(group: zarr.Group, key: str) -> zarr.Array[Any]:
