@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 def test_background_is_that_of_numpy() -> None:
     plate = RNG.integers(0, 256, (2, 6, 9, 3)).astype(np.uint8)
-    light = np.float32([1, 0.2, -0.1, 3]) + 0.1 * RNG.random((2, 3, 4), np.float32)
+    light = np.array([1, 0.2, -0.1, 3], np.float32) + 0.1 * RNG.random((2, 3, 4), np.float32)
     origin = np.array([[7, 3], [0, 11]])
     expected = in_numpy.lit_plate(plate, light, origin, (40, 20)) / 255
     tensors = torch.from_numpy(plate), torch.from_numpy(light), torch.from_numpy(origin).float()
