@@ -28,7 +28,9 @@ WITHOUT_EFFECT = {
     *("segment.device", "evaluate.device", "render.device", "features.device"),
 }
 DYNAMIC, IMAGES, MADE = "train.method=dynamic", "features.encoder=images", "data.masks=auto"
-EMPTY = "data.backgrounds=[a.png, b.png, c.png, d.png, e.png, f.png]"
+EMPTY_SCENE = "data.backgrounds=[u, v, w, x, y, z]"
+# Keys that no identity has at their default, with another value.
+GIVEN = [EMPTY_SCENE, "evaluate.lpips_weights=a.pth", "train.plate_lambda=0.5"]
 
 
 def experiment(*overrides: str) -> Experiment:
@@ -64,10 +66,20 @@ def test_every_key_declares_what_it_determines() -> None:
         assert list(effect.stages) == sorted(effect.stages, key=STAGES.index), key
 
 
+def test_keys_at_their_neutral_value_leave_identities_as_they_were_before_these_keys() -> None:
+    e = experiment()
+    for key in ("data.backgrounds", "evaluate.lpips_weights", "train.plate_lambda"):
+        assert declared_effects()[key].neutral
+        for stage in STAGES:
+            assert key not in settings_of(stage, e)
+            assert not any(file.startswith(key) for file in outside_files(stage, e))
+    assert "train.square_lambda" in settings_of("train", e)
+
+
 def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
     """In the experiments in which it is looked at; all shown here but those of a D-NeRF scene."""
     seen: set[str] = set()
-    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES], [MADE]):
+    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES], [MADE], GIVEN):
         for stage in STAGES:
             e = experiment(*overrides)
             keys = {*settings_of(stage, e), *(key.split("[")[0] for key in outside_files(stage, e))}
@@ -98,6 +110,11 @@ def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
         ([], "data.videos=[a, b, c, d, e, f]", {"ingest", "pack"}),
         ([], "data.masks=[a, b, c, d, e, f]", {"ingest"}),
         ([], "data.directory=elsewhere", {"ingest", "pack"}),
+        ([], EMPTY_SCENE, {"pack"}),
+        ([], "data.backgrounds=null", set()),
+        ([], "evaluate.lpips_weights=a.pth", {"evaluate"}),
+        ([EMPTY_SCENE], "train.plate_lambda=0.5", {"train"}),
+        ([], "train.plate_lambda=0", set()),
         ([], "crop.grid_size=80", {"crop"}),
         ([], "evaluate.gallery_frames=2", {"evaluate"}),
         ([], "render.camera=2", {"render"}),
@@ -109,7 +126,7 @@ def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
         ([], DYNAMIC, {"train"}),
         # Masks that are made from the videos.
         ([], MADE, set(STAGES[:2])),
-        ([MADE], EMPTY, {"segment"}),
+        ([MADE], EMPTY_SCENE, {"segment", "pack"}),
         ([MADE], "data.videos=[a, b, c, d, e, f]", {"segment", "ingest", "pack"}),
         ([MADE], "data.up=[0, 0, 1]", {"segment", "ingest"}),
         ([MADE], "data.fps=50", {"ingest"}),
@@ -171,7 +188,8 @@ def test_experiments_with_mask_files_keep_their_ids() -> None:
         e, ids = experiment(*overrides), dict[str, str]()
         for spec in pipeline_of(e):
             inputs = {name: ids[name] for name in spec.reads}
-            ids[spec.name] = Request(spec.name, spec.version, settings_of(spec.name, e), inputs, {}).id
+            version = {"train": 5, "evaluate": 2}.get(spec.name, 1)
+            ids[spec.name] = Request(spec.name, version, settings_of(spec.name, e), inputs, {}).id
         assert list(ids.values()) == expected.split()
 
 

@@ -52,7 +52,7 @@ def prepare_recording(
     cameras: Cameras,
     n_kept: int,
     read_frames: ReadFrames,
-    backgrounds: Sequence[Iterator[Planes]] | None,
+    empty_scenes: Sequence[npt.NDArray[np.uint8]] | None,
     progress: Progress,
 ) -> Preparation:
     """Find the background of each camera, and all else that holds for the whole recording.
@@ -63,22 +63,18 @@ def prepare_recording(
         cameras: at full resolution, with distortion, in the oriented world, metres.
         n_kept: number of kept frames.
         read_frames: decodes kept frames by their ascending numbers.
-        backgrounds: frames without the animal, an iterator for each camera; None: there are none.
+        empty_scenes: pictures [H, W, 3] without the animal, one a camera; None: there are none.
         progress: told what is done.
     """
-    stacks: list[list[npt.NDArray[np.uint8]]] = [[] for _ in cameras.names]
     size = facts.width, facts.height
-    if backgrounds is not None:
-        for stack, scene in zip(stacks, backgrounds, strict=True):
-            stack += [window_rgb(frame, (0, 0), size, 1) for frame in scene]
-    else:
-        n_frames = min(n_kept, experiment.segment.background_frames)
-        instants = np.unique(np.linspace(0, n_kept - 1, n_frames).astype(int)).tolist()
-        for i, instant in enumerate(read_frames(instants)):
-            for stack, frame in zip(stacks, instant, strict=True):
-                stack.append(window_rgb(frame, (0, 0), size, 1))
-            progress(i + 1, len(instants), "background")
-    found: list[Any] = [np.median(np.stack(stack), axis=0) for stack in stacks]
-    spread = [np.median(np.abs(np.stack(s) - p)) * 1.4826 for s, p in zip(stacks, found, strict=True)]
-    plates = np.rint(np.stack(found)).astype(np.uint8)
-    return Preparation(plates, np.maximum(spread, 1).astype(np.float32), None, {})
+    n_frames = min(n_kept, experiment.segment.background_frames)
+    instants = np.unique(np.linspace(0, n_kept - 1, n_frames).astype(int)).tolist()
+    stacks: list[list[npt.NDArray[np.uint8]]] = [[] for _ in cameras.names]
+    for i, instant in enumerate(read_frames(instants)):
+        for stack, frame in zip(stacks, instant, strict=True):
+            stack.append(window_rgb(frame, (0, 0), size, 1))
+        progress(i + 1, len(instants), "background")
+    plates: list[Any] = [np.median(stack, axis=0) for stack in stacks] if empty_scenes is None else [*empty_scenes]
+    noise = [1.4826 * np.median(np.abs(np.stack(s) - p)) for s, p in zip(stacks, plates, strict=True)]
+    rounded = np.rint(np.stack(plates)).astype(np.uint8)
+    return Preparation(rounded, np.maximum(noise, 1).astype(np.float32), None, {})

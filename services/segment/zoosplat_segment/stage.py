@@ -11,10 +11,11 @@ import numpy.typing as npt
 import zarr
 from safetensors.torch import load, save
 
+from zoosplat.config.experiment import Experiment
 from zoosplat.geometry.cameras import Cameras
-from zoosplat.recording import video
+from zoosplat.recording.background import background_label, read_empty_scene
 from zoosplat.recording.facts import kept_frames
-from zoosplat.recording.segmented_source import SegmentedSource, probe_backgrounds
+from zoosplat.recording.segmented_source import SegmentedSource
 from zoosplat.recording.video import Planes, VideoInfo
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, objects, schema, urls
@@ -40,11 +41,8 @@ class Segment(Stage):
         jump, n_kept = experiment.ingest.frame_jump, kept_frames(experiment, facts.n_frames)
         cameras, _ = facts.cameras.oriented(facts.up)
         reader = InstantReader(facts.videos, jump)
-        scenes = probe_backgrounds(experiment)
-        backgrounds = [_read_scene(scene, experiment.segment.background_frames) for scene in scenes]
-        prepared = prepare_recording(
-            experiment, facts, cameras, n_kept, reader.read, backgrounds if scenes else None, ctx.progress
-        )
+        scenes = _read_empty_scenes(experiment, (facts.width, facts.height))
+        prepared = prepare_recording(experiment, facts, cameras, n_kept, reader.read, scenes, ctx.progress)
         held_out = list(experiment.holdout_views)
         block = schema.block_frames(len(cameras) * facts.height * facts.width)
         attributes = {
@@ -128,10 +126,14 @@ def _read_preparation(ctx: Context, group: zarr.Group) -> Preparation:
     return Preparation(schema.read(group, "plate"), schema.read(group, "noise"), floor, weights)
 
 
-def _read_scene(scene: VideoInfo, n_frames: int) -> Iterator[Planes]:
-    """At most `n_frames` frames of a video without the animal, spread evenly over it."""
-    jump = -(-scene.n_frames // n_frames)
-    return map(video.planes, video.read_frames(scene, 0, (scene.n_frames - 1) // jump * jump + 1, jump))
+def _read_empty_scenes(experiment: Experiment, size: tuple[int, int]) -> list[npt.NDArray[np.uint8]] | None:
+    """The pictures [H, W, 3] of `data.backgrounds`, one a camera; None where there are none."""
+    data = experiment.data
+    if data.backgrounds is None:
+        return None
+    return [
+        read_empty_scene(data.url(file), background_label(c, file), size) for c, file in enumerate(data.backgrounds)
+    ]
 
 
 def _figures(agreement: npt.NDArray[np.float32], seen: npt.NDArray[np.bool_], least: float) -> dict[str, Any]:

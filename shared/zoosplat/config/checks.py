@@ -12,11 +12,9 @@ from zoosplat.config.values import MAX_INT
 
 
 def mask_problems(data: Data, ingest: Ingest) -> Iterator[str]:
-    """Ways to come by masks that contradict the recording or each other."""
+    """Masks that this kind of recording cannot have."""
     if data.masks_are_made and ingest.source == "dnerf":
         yield f"data.masks = {AUTO}: the pictures of a D-NeRF scene hold their masks; leave data.masks out"
-    if data.backgrounds is not None and not data.masks_are_made:
-        yield f"data.backgrounds: nothing reads them where the masks are files; leave it out, or set data.masks: {AUTO}"
 
 
 def list_problems(data: Data) -> Iterator[str]:

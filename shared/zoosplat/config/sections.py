@@ -48,6 +48,11 @@ def _is_up_file(up: Any) -> bool:
     return isinstance(up, str) and up != "auto"
 
 
+def is_given(value: Any) -> bool:
+    """Whether a key that may be null names a file, or files."""
+    return value is not None
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
@@ -76,10 +81,12 @@ class Data(Section):
     masks: Annotated[Masks, Effect(("ingest",), only_if=OF_VIDEOS, names_files=_is_list)] = Field(
         description="mask videos, one a camera, in the same order; or auto: stage segment makes them from the videos"
     )
-    backgrounds: Annotated[tuple[RecordingFile, ...] | None, Effect(("segment",), names_files=_is_list)] = Field(
+    backgrounds: Annotated[
+        tuple[RecordingFile, ...] | None,
+        Effect(("segment", "pack"), only_if=OF_VIDEOS, names_files=is_given, neutral=(None,)),
+    ] = Field(
         default=None,
-        description="with masks: auto, a video or picture a camera of the scene without the animal; null: the "
-        "background is found in the videos",
+        description="pictures or videos of the empty scene, one a camera, in the same order; null: there are none",
     )
     camera_names: Annotated[tuple[Text, ...] | None, READING] = Field(
         default=None, description="names in tables and plots; null: 0, 1, 2, ..."
@@ -257,6 +264,9 @@ class Evaluate(Section):
         default="test", description="first, second or last third of the frames"
     )
     gallery_frames: Index = Field(default=6, description="frames shown beside their truth")
+    lpips_weights: Annotated[Text | None, Effect(("evaluate",), names_files=is_given, neutral=(None,))] = Field(
+        default=None, description="file of AlexNet's or VGG's weights for the metric LPIPS, path or URL; null: without"
+    )
     device: Annotated[Device, NO_EFFECT] = Field(default="auto", description=DEVICE_DESCRIPTION)
 
 

@@ -12,12 +12,11 @@ import numpy.typing as npt
 import zarr
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.errors import Problems
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording import video
 from zoosplat.recording.facts import MaskGeometry, RecordingFacts
 from zoosplat.recording.source import Bool
-from zoosplat.recording.video import VideoInfo, probe
+from zoosplat.recording.video import VideoInfo
 from zoosplat.recording.video_source import VideoSource, undistort_maps
 from zoosplat.storage import schema
 
@@ -37,23 +36,6 @@ class SegmentedSource(VideoSource):
     def __init__(self, experiment: Experiment, segments: zarr.Group | None) -> None:
         super().__init__(experiment)
         self._segments = segments
-
-    def check(self) -> RecordingFacts:
-        problems, facts = Problems(), None
-        with problems.collect():
-            facts = super().check()
-        scenes = _find_backgrounds(self.experiment, problems)
-        if facts is not None:
-            size = facts.width, facts.height
-            problems.lines += [
-                f"{scene.label}: {scene.width} x {scene.height} pixels, but the videos have {size[0]} x {size[1]}; "
-                "give a video or picture of the same camera, not scaled"
-                for scene in scenes
-                if (scene.width, scene.height) != size
-            ]
-        problems.report()
-        assert facts is not None
-        return facts
 
     def mask_geometry(self, facts: RecordingFacts, frames: npt.NDArray[np.int64]) -> MaskGeometry:
         return replace(super().mask_geometry(facts, frames), seen=schema.read(self._group(), "seen"))
@@ -79,25 +61,3 @@ class SegmentedSource(VideoSource):
     def _group(self) -> zarr.Group:
         assert self._segments is not None, "masks are read before stage segment is done"
         return self._segments
-
-
-def probe_backgrounds(experiment: Experiment) -> list[VideoInfo]:
-    """The videos of `data.backgrounds`, one a camera; a picture is a video of one frame. Without any the list is empty.
-
-    Raises:
-        UserError: a line for each that is missing or cannot be read.
-    """
-    problems = Problems()
-    found = _find_backgrounds(experiment, problems)
-    problems.report()
-    return found
-
-
-def _find_backgrounds(experiment: Experiment, problems: Problems) -> list[VideoInfo]:
-    """The videos of `data.backgrounds` that can be read; a line of `problems` for each other one."""
-    data, found = experiment.data, []
-    names = data.camera_names or tuple(str(i) for i in range(len(data.videos)))
-    for camera, file in zip(names, data.backgrounds or (), strict=data.backgrounds is not None):
-        with problems.collect():
-            found.append(probe(data.url(file), f"{file} (background of camera {camera})"))
-    return found

@@ -18,6 +18,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording import video
+from zoosplat.recording.background import background_label, probe_empty_scene
 from zoosplat.recording.calibration.reader import read_cameras
 from zoosplat.recording.calibration.up import read_up
 from zoosplat.recording.facts import DEFAULT_FPS, Footage, MaskGeometry, RecordingFacts
@@ -81,6 +82,9 @@ class VideoSource(RecordingSource):
                 spec = up_url(experiment) or data.up
                 up = read_up(spec, cameras, lambda url: _read_bytes(url, "data.up"))
         if footage is not None:
+            for c, file in enumerate(data.backgrounds or ()):
+                with problems.collect():
+                    probe_empty_scene(data.url(file), background_label(c, file), (footage.width, footage.height))
             with problems.collect():
                 n_cameras = len(data.videos) if cameras is None else len(cameras)
                 experiment.check(n_cameras, footage.width, footage.height)

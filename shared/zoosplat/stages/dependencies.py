@@ -85,7 +85,9 @@ def _effects_on(stage: str, experiment: Experiment, plain: dict[str, Any]) -> It
     if not has_stage(stage, experiment):
         return
     for key, effect in declared_effects().items():
-        if stage in effect.stages and (effect.only_if is None or _holds(effect.only_if, plain)):
+        if stage not in effect.stages or (effect.only_if is not None and not _holds(effect.only_if, plain)):
+            continue
+        if _value_at(plain, key) not in effect.neutral:
             yield key, effect
 
 
