@@ -23,7 +23,7 @@ def window_size(boxes: I32, full: tuple[int, int]) -> tuple[int, int]:
     """Width and height of a window that holds every mask box and its margin: multiples of 16, at most the frame.
 
     Args:
-        boxes: [..., 4] x0, y0, x1, y1 of the masks.
+        boxes: [..., 4] x0, y0, x1, y1 of the masks of views that are there.
         full: width and height of the whole frame.
     """
     sides = (boxes[..., 2:] - boxes[..., :2]).reshape(-1, 2).max(axis=0) + 2 * MARGIN

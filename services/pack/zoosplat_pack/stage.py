@@ -37,7 +37,7 @@ class Pack(Stage):
         n_frames, n_cameras = schema.array(masks, "mask").shape[:2]
         size = full
         if ctx.experiment.pack.window == "auto":
-            size = ops.window_size(schema.read(masks, "box"), full)
+            size = ops.window_size(schema.read(masks, "box")[schema.read_seen(masks)], full)
         block = schema.block_frames(n_cameras * size[0] * size[1] * 3)
         copied = ("camera_names", "fps", "frame_jump", "image_downsample", "full_width", "full_height", "unit_m")
         attributes = {key: masks.attrs[key] for key in copied}
