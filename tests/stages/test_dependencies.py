@@ -27,6 +27,9 @@ WITHOUT_EFFECT = {
     *("evaluate.device", "render.device", "features.device"),
 }
 DYNAMIC, IMAGES = "train.method=dynamic", "features.encoder=images"
+EMPTY_SCENE = "data.backgrounds=[u, v, w, x, y, z]"
+# Keys that no identity has at their default, with another value.
+GIVEN = [EMPTY_SCENE, "evaluate.lpips_weights=a.pth", "train.plate_lambda=0.5"]
 
 
 def experiment(*overrides: str) -> Experiment:
@@ -62,10 +65,20 @@ def test_every_key_declares_what_it_determines() -> None:
         assert list(effect.stages) == sorted(effect.stages, key=STAGES.index), key
 
 
+def test_keys_at_their_neutral_value_leave_identities_as_they_were_before_these_keys() -> None:
+    e = experiment()
+    for key in ("data.backgrounds", "evaluate.lpips_weights", "train.plate_lambda"):
+        assert declared_effects()[key].neutral
+        for stage in STAGES:
+            assert key not in settings_of(stage, e)
+            assert not any(file.startswith(key) for file in outside_files(stage, e))
+    assert "train.square_lambda" in settings_of("train", e)
+
+
 def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
     """In the experiments in which it is looked at; all shown here but those of a D-NeRF scene."""
     seen: set[str] = set()
-    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES]):
+    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES], GIVEN):
         for stage in STAGES:
             e = experiment(*overrides)
             keys = {*settings_of(stage, e), *(key.split("[")[0] for key in outside_files(stage, e))}
@@ -96,6 +109,11 @@ def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
         ([], "data.videos=[a, b, c, d, e, f]", {"ingest", "pack"}),
         ([], "data.masks=[a, b, c, d, e, f]", {"ingest"}),
         ([], "data.directory=elsewhere", {"ingest", "pack"}),
+        ([], EMPTY_SCENE, {"pack"}),
+        ([], "data.backgrounds=null", set()),
+        ([], "evaluate.lpips_weights=a.pth", {"evaluate"}),
+        ([EMPTY_SCENE], "train.plate_lambda=0.5", {"train"}),
+        ([], "train.plate_lambda=0", set()),
         ([], "crop.grid_size=80", {"crop"}),
         ([], "evaluate.gallery_frames=2", {"evaluate"}),
         ([], "render.camera=2", {"render"}),

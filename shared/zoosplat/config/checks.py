@@ -14,7 +14,7 @@ from zoosplat.config.values import MAX_INT
 def list_problems(data: Data) -> Iterator[str]:
     """Lists that do not fit the list of videos, and files that a list has twice."""
     n = len(data.videos)
-    lists = {"masks": data.masks, "camera_names": data.camera_names}
+    lists = {"masks": data.masks, "backgrounds": data.backgrounds, "camera_names": data.camera_names}
     if not isinstance(data.calibration, str) and len(data.calibration) > 1:
         lists["calibration"] = data.calibration
     for key, values in lists.items():

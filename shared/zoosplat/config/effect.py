@@ -32,12 +32,15 @@ class Effect:
         names_files: Tells whether a value of the key names files outside the project. The content of such files then
             determines the result, and the folder that they lie in does not. None means that no value names files.
         file_names_matter: Whether the files' own names, without their folders, determine the result as well.
+        neutral: Values with which nothing looks at the key. A key that is added to a section has its default here, so
+            that results of configurations without it keep their ids.
     """
 
     stages: tuple[StageName, ...]
     only_if: Condition | None = None
     names_files: Callable[[Any], bool] | None = None
     file_names_matter: bool = False
+    neutral: tuple[Any, ...] = ()
 
 
 NO_EFFECT = Effect(())

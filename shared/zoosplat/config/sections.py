@@ -46,6 +46,11 @@ def _is_up_file(up: Any) -> bool:
     return isinstance(up, str) and up != "auto"
 
 
+def is_given(value: Any) -> bool:
+    """Whether a key that may be null names a file, or files."""
+    return value is not None
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
@@ -63,6 +68,12 @@ class Data(Section):
     )
     masks: Annotated[tuple[RecordingFile, ...], Effect(("ingest",), only_if=OF_VIDEOS, names_files=_always)] = Field(
         min_length=2, description="mask videos, one a camera, in the same order"
+    )
+    backgrounds: Annotated[
+        tuple[RecordingFile, ...] | None, Effect(("pack",), only_if=OF_VIDEOS, names_files=is_given, neutral=(None,))
+    ] = Field(
+        default=None,
+        description="pictures or videos of the empty scene, one a camera, in the same order; null: there are none",
     )
     camera_names: Annotated[tuple[Text, ...] | None, INGEST] = Field(
         default=None, description="names in tables and plots; null: 0, 1, 2, ..."
@@ -199,6 +210,9 @@ class Evaluate(Section):
         default="test", description="first, second or last third of the frames"
     )
     gallery_frames: Index = Field(default=6, description="frames shown beside their truth")
+    lpips_weights: Annotated[Text | None, Effect(("evaluate",), names_files=is_given, neutral=(None,))] = Field(
+        default=None, description="file of AlexNet's or VGG's weights for the metric LPIPS, path or URL; null: without"
+    )
     device: Annotated[Device, NO_EFFECT] = Field(default="auto", description=DEVICE_DESCRIPTION)
 
 

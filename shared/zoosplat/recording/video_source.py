@@ -107,7 +107,7 @@ class VideoSource(RecordingSource):
         self, infos: Sequence[VideoInfo], cameras: Cameras, start: int, stop: int, block: int
     ) -> Iterator[Bool]:
         jump, downsample = self.experiment.ingest.frame_jump, self.experiment.ingest.image_downsample
-        maps = _undistort_maps(cameras, infos)
+        maps = undistort_maps(cameras, infos)
         readers = [video.read_frames(info, start * jump, (stop - 1) * jump + 1, jump) for info in infos]
 
         def read(camera: int, first: int, count: int) -> Bool:
@@ -132,11 +132,11 @@ class VideoSource(RecordingSource):
             for frame in video.read_frames(info, start * jump, (stop - 1) * jump + 1, jump):
                 yield VideoPicture(video.planes(frame), downsample, maps)
 
-        return [read(info, maps) for info, maps in zip(infos, _undistort_maps(cameras, infos), strict=True)]
+        return [read(info, maps) for info, maps in zip(infos, undistort_maps(cameras, infos), strict=True)]
 
 
-def _undistort_maps(cameras: Cameras, infos: Sequence[VideoInfo]) -> list[Maps]:
-    """Maps of every camera at full resolution; None where its lens does not distort."""
+def undistort_maps(cameras: Cameras, infos: Sequence[VideoInfo]) -> list[Maps]:
+    """Maps of every camera, of the size of its video; None where its lens does not distort."""
     return [
         cameras.undistort_maps(c, info.width, info.height) if cameras.distortion[c].any() else None
         for c, info in enumerate(infos)

@@ -81,7 +81,9 @@ def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
 
 def _effects_on(stage: str, plain: dict[str, Any]) -> Iterator[tuple[str, Effect]]:
     for key, effect in declared_effects().items():
-        if stage in effect.stages and (effect.only_if is None or _holds(effect.only_if, plain)):
+        if stage not in effect.stages or (effect.only_if is not None and not _holds(effect.only_if, plain)):
+            continue
+        if _value_at(plain, key) not in effect.neutral:
             yield key, effect
 
 

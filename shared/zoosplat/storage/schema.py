@@ -157,6 +157,13 @@ SEEN = ArraySpec(("T", "C"), "bool", "", "whether the view is there; where it is
 # The name of `seen` in the groups of D-NeRF scenes that were stored before other recordings had absent views.
 PICTURED = "pictured"
 
+# Further arrays of images.zarr where the background of the cameras is known: see `zoosplat.recording.background`. With
+# them, the windows of `rgb` are not white away from the animal, but raw pictures.
+BACKGROUND: dict[str, ArraySpec] = {
+    "plate": ArraySpec(("C", "H", "W", 3), "uint8", "", "whole frame without the animal, undistorted", "whole"),
+    "light": ArraySpec(("T", "C", 3, 4), "float32", "", "gain, its slopes along x and y, offset on the plate", "whole"),
+}
+
 
 def _add_whole(group: zarr.Group, key: str, spec: ArraySpec, values: Any) -> None:
     value = np.asarray(values, spec.dtype)
@@ -176,6 +183,12 @@ def add_moving(group: zarr.Group, values: dict[str, Any]) -> None:
     """Add the arrays of `MOVING` to masks.zarr or images.zarr, for cameras that move."""
     for key, spec in MOVING.items():
         _add_whole(group, key, spec, values[key])
+
+
+def add_background(group: zarr.Group, plate: Any, light: Any) -> None:
+    """Add the arrays of `BACKGROUND` to images.zarr: plates [C, H, W, 3] and their light [T, C, 3, 4]."""
+    for (key, spec), values in zip(BACKGROUND.items(), (plate, light), strict=True):
+        _add_whole(group, key, spec, values)
 
 
 def add_seen(group: zarr.Group, seen: Any) -> None:
