@@ -71,6 +71,7 @@ class Pack(Stage):
         whole_windows = "plate" in group
         boxes = schema.read(masks, "box")
         if whole_windows:
+            boxes[~schema.read_seen(masks)] = 0  # the masks of absent views do not tell where the animal is
             boxes = ops.fill_empty_boxes(boxes, full)
         with ThreadPoolExecutor(min(len(readers), cv2.getNumberOfCPUs())) as pool:
             for start in range(shard.start, shard.stop, plan.values["block"]):
