@@ -41,6 +41,7 @@ class Frame:
         center: [3] float32, metres, the animal's centre in the world.
         angle: [] float32, radians, its heading about +z.
         tilt: [4] float32, unit quaternion (w, x, y, z), its rotation before that about +z; None means none.
+        seen: [C] bool, whether the view is there; None means that all are. The mask of an absent view means nothing.
     """
 
     t: int
@@ -52,6 +53,7 @@ class Frame:
     center: Tensor
     angle: Tensor
     tilt: Tensor | None = None
+    seen: Tensor | None = None
 
     def composite_on_white(self) -> Tensor:
         """The masked picture on white, [C, h, w, 3], with which renderings are compared."""
@@ -140,6 +142,7 @@ class FrameReader:
         self.times = np.linspace(0, 1, self.n_frames, dtype=np.float32)
         self.moving = "pose" in images
         self.seen = schema.read_seen(images)
+        self._seen = None if self.seen.all() else torch.as_tensor(self.seen, device=self.device)
         if self.moving:
             self._poses = self._tensor(schema.read(images, "pose"))
             self.times = schema.read(images, "time").astype(np.float32)
@@ -225,6 +228,7 @@ class FrameReader:
             origin=torch.from_numpy(self._origin[t]),
             center=center,
             angle=angle,
+            seen=None if self._seen is None else self._seen[t],
         )
 
     def frame(self, t: int) -> Frame:

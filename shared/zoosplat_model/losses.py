@@ -50,8 +50,8 @@ def frame_losses(
     are least where it is drawn as likely as it is.
 
     Errors of colour are summed over pixels and channels. Views that are not `counted` (by default all are) are left
-    out. Views with an empty mask are left out too, because an empty mask means that the animal is hidden from the
-    camera, not that there is none.
+    out: such are those that are absent from the frame. Views with an empty mask are left out too, because no mask area
+    is there to measure their errors by.
     """
     area = mask.sum((1, 2))
     weight = (area > 0).to(rgb.dtype) * (1 if counted is None else counted)
