@@ -42,6 +42,7 @@ class Frame:
         angle: [] float32, radians, its heading about +z.
         tilt: [4] float32, unit quaternion (w, x, y, z), its rotation before that about +z; None means none.
         seen: [C] bool, whether the view is there; None means that all are. The mask of an absent view means nothing.
+        background: [C, h, w, 3] float32, 0 to 1, what the windows show without the animal; None where nobody needs it.
     """
 
     t: int
@@ -54,6 +55,7 @@ class Frame:
     angle: Tensor
     tilt: Tensor | None = None
     seen: Tensor | None = None
+    background: Tensor | None = None
 
     def composite_on_white(self) -> Tensor:
         """The masked picture on white, [C, h, w, 3], with which renderings are compared."""
