@@ -195,6 +195,13 @@ class FrameReader:
         plate, light = (schema.read(self._images, key) for key in schema.BACKGROUND)
         return torch.as_tensor(plate, device=self.device), self._tensor(light)
 
+    def background_in(self, t: int, camera: int, box: tuple[int, int, int, int]) -> Tensor:
+        """As `background`, [h, w, 3], in a box of the whole frame of a camera: x0, y0, x1, y1 (exclusive), pixels."""
+        (plates, light), (x0, y0, x1, y1) = self._plates, box
+        origin = torch.tensor([[x0, y0]], dtype=torch.float32, device=self.device)
+        part = plates[camera : camera + 1, y0:y1, x0:x1]
+        return lit_plate(part, light[t, camera : camera + 1], origin, (self.full_width, self.full_height))[0]
+
     def background(self, t: int) -> Tensor:
         """What the windows of frame t show without the animal, [C, h, w, 3] float32, 0 to 1; there must be plates."""
         plates, light = self._plates
