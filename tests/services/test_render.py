@@ -266,7 +266,9 @@ def context(finish: Callable[..., Any], tmp_path: Path) -> Callable[..., Context
 def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     valid = np.array([t != 9 for t in range(T)])
     size = {"width": WINDOW[0], "height": WINDOW[1], "full_width": WIDTH, "full_height": HEIGHT}
-    made = Reader(n_frames=T, n_cameras=2, observed=[0, 1], camera_names=["left", "right"], valid=valid, **size)
+    seen = np.ones((T, 2), bool)
+    names = ["left", "right"]
+    made = Reader(n_frames=T, n_cameras=2, observed=[0, 1], camera_names=names, valid=valid, seen=seen, **size)
 
     def gaussians(t: int) -> Gaussians:
         return animal().to_world(torch.tensor(CENTER), torch.tensor(ANGLE))
