@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.memory import CACHE_BYTES, READ_AHEAD_FRAMES
 from zoosplat.stages.runs import Run
 from zoosplat.storage import schema
+from zoosplat_model.background import lit_plate
 
 Split = Literal["train", "valid", "test"]
 
@@ -30,7 +32,8 @@ class Frame:
 
     Attributes:
         t: index among the kept frames.
-        rgb: [C, h, w, 3] float32, 0 to 1, the photograph near the animal, white elsewhere.
+        rgb: [C, h, w, 3] float32, 0 to 1, the photograph near the animal, white elsewhere; the whole photograph where
+            there are plates.
         mask: [C, h, w] float32, 0 or 1.
         intrinsics: [C, 3, 3] float32, pixels of the window.
         world_to_camera: [C, 4, 4] float32, metres.
@@ -84,6 +87,7 @@ class FrameReader:
         moving: whether the cameras move; then `world_to_camera` is that of the first frame.
         seen: [T, C] bool, whether the view is there in that frame. An absent view tells nothing: it is neither carved
             from, nor trained on, nor measured.
+        has_plates: whether the background of the cameras is known; then `rgb` of a frame is the whole picture.
         volume_idx: (start, stop) of the kept grid points along x, y, z.
         ell_m: edge of the cubic grid, metres.
         grid_size: grid points along its edge.
@@ -134,6 +138,7 @@ class FrameReader:
         self._places = self._tensor(self._centers), self._tensor(schema.read(tracking, "angles"))
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
+        self._images, self.has_plates = images, "plate" in images
         self.times = np.linspace(0, 1, self.n_frames, dtype=np.float32)
         self.moving = "pose" in images
         self.seen = schema.read_seen(images)
@@ -181,6 +186,20 @@ class FrameReader:
         """Centre ([3] metres) and heading ([] radians) of the animal, interpolated where the frame is not valid."""
         centers, angles = self._places
         return centers[t], angles[t]
+
+    @cached_property
+    def _plates(self) -> tuple[Tensor, Tensor]:
+        """Plates [C, H, W, 3] uint8 and light [T, C, 3, 4] float32, on the device."""
+        plate, light = (schema.read(self._images, key) for key in schema.BACKGROUND)
+        return torch.as_tensor(plate, device=self.device), self._tensor(light)
+
+    def background(self, t: int) -> Tensor:
+        """What the windows of frame t show without the animal, [C, h, w, 3] float32, 0 to 1; there must be plates."""
+        plates, light = self._plates
+        corners = zip(plates, self._origin[t].tolist(), strict=True)
+        windows = torch.stack([plate[y : y + self.height, x : x + self.width] for plate, (x, y) in corners])
+        origin = copy_to_device(torch.from_numpy(self._origin[t].astype(np.float32)), self.device)
+        return lit_plate(windows, light[t], origin, (self.full_width, self.full_height))
 
     def _read(self, t: int) -> tuple[Tensor, Tensor]:
         if self._cache is not None and t in self._cache:

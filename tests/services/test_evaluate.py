@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats.comparison import draw_comparison, square_around
+from zoosplat.recording.background import lit_plate
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
@@ -29,6 +30,7 @@ from zoosplat_evaluate import ops, stage
 from zoosplat_evaluate.stage import STAGE
 from zoosplat_model.frames import Frame, open_reader
 from zoosplat_model.gaussians import Gaussians
+from zoosplat_model.lpips import ALEXNET, Lpips
 from zoosplat_model.metrics import METRICS
 from zoosplat_model.network.predictor import SplatterPredictor
 from zoosplat_model.predictor import Predictor
@@ -381,3 +383,72 @@ def test_comparison_shows_the_animal_large_and_the_error_dark() -> None:
 
 def test_nothing_seen_shows_the_window() -> None:
     assert square_around(np.zeros((40, 50), dtype=bool)) == (0, 0, 50, 40)
+
+
+# -- metrics on raw pictures --------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("with_ball")
+def test_raw_metrics_do_not_know_the_masks(make_project: Callable[[Path, Experiment], Project], tmp_path: Path) -> None:
+    """Photographs are the renderings over lit plates, so nothing is wrong with any of them, though a mask is."""
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0}))
+    images = groups.open_group(open_run(project).output_url("pack"), write=True)
+    rng = np.random.default_rng(0)
+    plate = rng.integers(40, 200, (C, HEIGHT, WIDTH, 3)).astype(np.uint8)
+    light = np.array([1, 0, 0, 0], np.float32) + rng.uniform(-0.1, 0.1, (T, C, 3, 4)).astype(np.float32)
+    schema.add_background(images, plate, light)
+    k, poses = cameras()
+    origin = schema.read(images, "origin")[0]
+    k[:, :2, 2] -= origin
+    views = torch.tensor(poses).float(), torch.tensor(k).float(), SIDE, SIDE
+    rgb, alpha = Ball().render(make_ball().to_world(torch.zeros(3), torch.tensor(0.3)), *views)
+    photos = np.empty((T, C, SIDE, SIDE, 3), np.uint8)
+    for t, c in np.ndindex(T, C):
+        x, y = origin[c]
+        behind = lit_plate(plate[c, y : y + SIDE, x : x + SIDE], light[t, c], origin[c], (WIDTH, HEIGHT)) / 255
+        photos[t, c] = np.rint(255 * (rgb[c].numpy() - (1 - alpha[c, ..., None].numpy()) * (1 - behind)))
+    # One photograph is darker than the rendering by 51 in the whole judged window.
+    photos[8, 0] = np.maximum(photos[8, 0], 51) - 51
+    schema.array(images, "rgb")[...] = photos
+    run_stage(STAGE, open_run(project))
+    each = {(int(r["t"]), r["camera"]): r for r in rows_of(project, "frames_test.csv")}
+    assert list(each[8, "top"])[-4:] == ["foreground_psnr", "raw_l1", "raw_psnr", "raw_ssim"]
+    for place, row in each.items():
+        if place == (8, "left"):
+            assert float(row["raw_psnr"]) == pytest.approx(-20 * math.log10(0.2), abs=0.15)  # 0 is as dark as it gets
+            continue
+        assert float(row["raw_psnr"]) > 50  # but for rounding to 1 / 255
+        assert float(row["raw_l1"]) < 1 / 255
+        assert float(row["raw_ssim"]) > 0.999
+    assert float(each[SPOILT, "top"]["iou"]) < 0.6
+    assert float(each[SPOILT, "top"]["psnr"]) < 20
+    means = {r["camera"]: r for r in rows_of(project, "metrics_test.csv")}
+    mark = open_run(project).read_mark("evaluate")
+    assert mark is not None
+    assert mark["figures"]["held_out"]["raw_psnr"] == pytest.approx(float(means["mean_held_out"]["raw_psnr"]), abs=1e-3)
+    assert mark["figures"]["held_out"]["raw_psnr"] > 50
+
+
+@pytest.mark.usefixtures("with_ball")
+def test_lpips_of_the_judged_window(make_project: Callable[[Path, Experiment], Project], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = str(tmp_path / "alex.pth")
+    torch.save(Lpips(ALEXNET).state_dict(), weights)
+    # A window of 0.3 m is 45 px wide, which the packed window cuts to 32 px.
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0, "lpips_weights": weights}))
+    run_stage(STAGE, open_run(project))
+    rows = rows_of(project, "frames_test.csv")
+    assert "raw_lpips" not in rows[0]
+    each = {(int(r["t"]), r["camera"]): abs(float(r["lpips"])) for r in rows}
+    assert each[SPOILT, "top"] > 2 * max(value for place, value in each.items() if place != (SPOILT, "top"))
+
+
+@pytest.mark.usefixtures("with_ball")
+def test_without_plates_there_are_no_raw_metrics(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path
+) -> None:
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0}))
+    run_stage(STAGE, open_run(project))
+    mark = open_run(project).read_mark("evaluate")
+    assert mark is not None
+    columns = [*rows_of(project, "frames_test.csv")[0], *mark["figures"]["observed"]]
+    assert "psnr" in columns
+    assert not [name for name in columns if name.startswith(("raw", "lpips"))]

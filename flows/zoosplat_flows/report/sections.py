@@ -172,14 +172,20 @@ def evaluation_section(run: Run, experiment: Experiment, stages: dict[str, Stage
     fitted = ""
     if experiment.train.method == "dynamic" or experiment.train.fit_to == "all":
         fitted = "Trained on all frames: observed views are training data, only held-out ones are new to the model."
-    return {"tables": tables, "gallery": _gallery(url, files), "over_time": over_time, "fitted": fitted}
+    raw = ""
+    if any(metric_label("raw_psnr") in table["columns"] for table in tables):
+        raw = (
+            "Raw metrics lay the rendering over the camera's plate and compare it with the raw picture in a window "
+            "round the animal, so that no mask plays a part. The others compare with what the masks cut out."
+        )
+    return {"tables": tables, "gallery": _gallery(url, files), "over_time": over_time, "fitted": fitted, "raw": raw}
 
 
 def _plot_over_time(rows: list[dict[str, str]]) -> str:
     """Plot of the means over the observed and over the held-out views against the frame of the video."""
     frames = sorted({int(row["frame"]) for row in rows})
     panels: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
-    for metric in ("iou", "psnr", "ssim"):
+    for metric in [metric for metric in ("iou", "psnr", "ssim", "raw_psnr") if rows and metric in rows[0]]:
         for group, name in (("0", "observed"), ("1", "held out")):
             values: dict[int, list[float]] = {frame: [] for frame in frames}
             for row in rows:

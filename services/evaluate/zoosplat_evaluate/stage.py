@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import objects, urls
 from zoosplat_evaluate import ops
+from zoosplat_evaluate.measurement import Measurement, metric_columns
 from zoosplat_model.frames import Frame, FrameReader, open_reader
 from zoosplat_model.gpu_memory import out_of_memory
-from zoosplat_model.metrics import METRICS, SSIM_RADIUS, ColorFit, frame_metrics
+from zoosplat_model.metrics import METRICS, SSIM_RADIUS, ColorFit
 from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering
 from zoosplat_model.registry import open_predictor
@@ -102,21 +104,23 @@ class EvaluateStage(Stage):
         self._write_gallery(ctx, predictor, frames, values)
         means = ops.camera_means(values)
         groups = {"held_out": reader.held_out, "observed": reader.observed}
-        figures = {name: _named(ops.group_means(means, cameras)) for name, cameras in groups.items() if cameras}
+        columns = metric_columns(ctx.experiment.evaluate, reader.has_plates)
+        figures = {
+            name: _named(columns, ops.group_means(means, cameras)) for name, cameras in groups.items() if cameras
+        }
         return Outcome(len(frames), figures=figures)
 
     def _measure(self, ctx: Context, predictor: Predictor, frames: list[int]) -> ops.Values:
         """The metrics [T, C, M] of the frames; NaN where a view is absent."""
         reader = predictor.reader
-        factor = _downsample(ctx, reader)
-        size = reader.full_width, reader.full_height
+        measure = Measurement(reader, ctx.experiment.evaluate, _downsample(ctx, reader))
         color, kept = self._fit_color(predictor, frames)
         measured = {}
         # The frames that were rendered for the fit come first, so that their memory is soon free again.
         for frame in reader.prefetch([*kept, *(t for t in frames if t not in kept)]):
-            rgb, alpha = (layer.to(reader.device) for layer in kept.pop(frame.t, None) or _render(predictor, frame))
-            images = rgb, alpha, frame.rgb, frame.mask, frame.origin
-            measured[frame.t] = frame_metrics(*images, *size, factor, color).cpu().numpy()
+            layers = kept.pop(frame.t, None) or _render(predictor, frame)
+            rendering = Rendering(*(layer.to(reader.device) for layer in layers))
+            measured[frame.t] = measure(frame, rendering, color).cpu().numpy()
             ctx.progress(len(measured), len(frames), "")
         values = np.stack([measured[t] for t in frames])  # [T, C, M]
         values[~reader.seen[frames]] = np.nan
@@ -147,6 +151,7 @@ class EvaluateStage(Stage):
     def _write_tables(self, ctx: Context, reader: FrameReader, frames: list[int], values: ops.Values) -> None:
         split, jump = ctx.experiment.evaluate.split, ctx.experiment.ingest.frame_jump
         held_out = [int(c in reader.held_out) for c in range(reader.n_cameras)]
+        columns = metric_columns(ctx.experiment.evaluate, reader.has_plates)
         means = ops.camera_means(values)
         absent = (~reader.seen[frames]).sum(0)
         rows: list[list[object]] = [
@@ -158,15 +163,15 @@ class EvaluateStage(Stage):
             if cameras:
                 mean = ops.group_means(means, cameras).tolist()
                 rows.append([f"mean_{name}", int(name == "held_out"), len(frames), int(absent[cameras].sum()), *mean])
-        columns = ["camera", "held_out", "frames", "absent", *METRICS]
-        self._write(ctx, f"metrics_{split}.csv", encode_csv(columns, rows, CSV_DIGITS))
+        header = ["camera", "held_out", "frames", "absent", *columns]
+        self._write(ctx, f"metrics_{split}.csv", encode_csv(header, rows, CSV_DIGITS))
         each = (
             [t, t * jump, name, held_out[c], *values[i, c].tolist()]
             for i, t in enumerate(frames)
             for c, name in enumerate(reader.camera_names)
         )
         self._write(
-            ctx, f"frames_{split}.csv", encode_csv(["t", "frame", "camera", "held_out", *METRICS], each, CSV_DIGITS)
+            ctx, f"frames_{split}.csv", encode_csv(["t", "frame", "camera", "held_out", *columns], each, CSV_DIGITS)
         )
         curves = {
             name.replace("_", " "): (
@@ -207,9 +212,9 @@ class EvaluateStage(Stage):
         objects.write_json(url, {"split": ctx.experiment.evaluate.split, "pictures": entries})
 
 
-def _named(values: ops.Values) -> dict[str, float | None]:
+def _named(columns: Sequence[str], values: ops.Values) -> dict[str, float | None]:
     """Metrics by name; None where a metric is not defined in any frame."""
-    return {name: None if math.isnan(v) else round(v, 6) for name, v in zip(METRICS, values.tolist(), strict=True)}
+    return {name: None if math.isnan(v) else round(v, 6) for name, v in zip(columns, values.tolist(), strict=True)}
 
 
 STAGE = EvaluateStage("evaluate")

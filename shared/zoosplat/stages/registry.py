@@ -39,7 +39,7 @@ PIPELINE: tuple[StageSpec, ...] = (
     StageSpec("crop", 1, ("ingest", "center_rotation"), "crop.zarr"),
     StageSpec("pack", 1, ("ingest",), "images.zarr"),
     StageSpec("train", 5, ("pack", "center_rotation", "crop"), "model", gpu=True),
-    StageSpec("evaluate", 2, ("train", "pack", "center_rotation", "crop"), "evaluation", gpu=True),
+    StageSpec("evaluate", 3, ("train", "pack", "center_rotation", "crop"), "evaluation", gpu=True),
     StageSpec("render", 1, ("train", "pack", "center_rotation", "crop"), "renders", gpu=True),
     StageSpec("features", 1, ("train", "pack", "center_rotation", "crop"), "features.zarr", gpu=True),
     StageSpec("embedding", 1, ("features", "center_rotation", "pack"), "embedding.zarr", ("embedding.csv",)),
