@@ -270,17 +270,18 @@ class ProjectData:
         axis = visual_hull.grid_axis(attributes["ell_m"], attributes["grid_size"])
         ranges = schema.read(self._crop, "volume_idx")
         x, y, z = (axis[start:stop] for start, stop in ranges)
-        observed = [c for c, camera in enumerate(self.cameras) if not camera.held_out and self.is_seen(t, c)]
-        aimed = np.stack([self.cameras[c].intrinsics for c in observed])
-        aimed[:, :2, 2] += self._shift[t][observed]
+        observed = [c for c, camera in enumerate(self.cameras) if not camera.held_out]
+        seen = [c for c in observed if self.is_seen(t, c)]
+        aimed = np.stack([camera.intrinsics for camera in self.cameras])[seen]
+        aimed[:, :2, 2] += self._shift[t][seen]
         cells, _ = visual_hull.hull_indices(
-            np.asarray(self._mask[t])[observed],
+            np.asarray(self._mask[t])[seen],
             aimed,
-            np.stack([self.cameras[c].world_to_camera for c in observed]),
+            np.stack([camera.world_to_camera for camera in self.cameras])[seen],
             (x, y, z),
             self.centers[t],
             float(self.angles[t]),
-            visual_hull.min_views(len(observed)),
+            visual_hull.min_views(len(observed), len(observed) - len(seen)),
         )
         filled = np.zeros([n + 2 for n in (len(x), len(y), len(z))], bool)
         filled[tuple(cells.T + 1)] = True

@@ -60,7 +60,7 @@ class Crop(Stage):
                 (axis, axis, axis),
                 centers[t],
                 float(angles[t]),
-                visual_hull.min_views(len(observed)),
+                visual_hull.min_views(len(values["observed"]), len(values["observed"]) - len(observed)),
             )
             counts += ops.index_counts(cells, values["grid_size"])
             ctx.progress(done + 1, len(frames), "")

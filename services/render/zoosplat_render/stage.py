@@ -152,7 +152,7 @@ class _PictureMaker:
             center, angle = self.reader.pose(t)
             placed.append((points - center) @ rotation_about_z(angle) @ there.T + frame.center)
         wanted = [*self.reader.held_out, self.settings.camera, *self.reader.observed]
-        camera = next(c for c in wanted if self.reader.seen[frame.t, c])
+        camera = next((c for c in wanted if self.reader.seen[frame.t, c]), self.settings.camera)
         pose, intrinsics = self.camera_view(frame, camera)
         x, y, depth = project(torch.cat(placed).T, pose[None], intrinsics[None])
         pixels = torch.stack([x[0], y[0]], -1).masked_fill(depth[0, :, None] <= 0, torch.nan)
