@@ -216,6 +216,29 @@ def test_the_figures_are_those_of_the_groups(run: Run, mark: Mark) -> None:
         assert text in page.text, text
 
 
+def test_absent_views_are_counted(run: Run, mark: Mark) -> None:
+    """Of a camera that is absent from two of eight frames, the masks there do not count as animal."""
+    _groups(run, mark)
+    _model(run, mark)
+    assert "view absent from" not in _build(run)[1].text
+    seen = np.ones((T, C), bool)
+    seen[5:7, 0] = False
+    schema.add_seen(groups.open_group(run.output_url("ingest"), write=True), seen)
+    url = urls.join(run.output_url("evaluate"), "metrics_test.csv")
+    table = "camera,held_out,frames,absent,iou\nleft,0,3,2,0.91\nright,1,3,0,0.8125\nmean_observed,0,3,2,0.91\n"
+    objects.write_bytes(url, table.encode())
+    mark("ingest")
+    mark("evaluate")
+    _, page = _build(run)
+    assert page.text.count("view absent from") == 1
+    assert "view absent from 2 of 8 frames" in page.text
+    assert page.text.count("animal in 75.0 % of frames") == 2
+    assert "absent views" in page.text
+    objects.write_bytes(url, table.replace(",3,2,", ",3,0,").encode())
+    mark("evaluate")
+    assert "absent views" not in _build(run)[1].text
+
+
 def _embedding(run: Run, mark: Mark) -> None:
     attributes = {
         "encoder": "gaussians",

@@ -265,6 +265,48 @@ def test_cameras_that_differ_in_colour(
     assert means["right"]["l1_corrected"] == pytest.approx(means["right"]["l1"], rel=0.1)
 
 
+@pytest.mark.usefixtures("with_ball")
+@pytest.mark.parametrize("held_out_seen", [True, False])
+def test_absent_views_are_not_measured(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path, held_out_seen: bool
+) -> None:
+    """Of the frames 8, 9 and 10 of the test split, camera left has two, and the held-out camera top two or none."""
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 1}))
+    images = groups.open_group(open_run(project).output_url("pack"), write=True)
+    seen = np.ones((T, C), bool)
+    seen[10, 0] = seen[SPOILT, HELD_OUT] = False
+    if not held_out_seen:
+        seen[:, HELD_OUT] = False
+    rgb, mask = schema.read(images, "rgb"), schema.read(images, "mask")
+    rgb[~seen], mask[~seen] = 0, True
+    schema.write_block(images, "rgb", 0, rgb)
+    schema.write_block(images, "mask", 0, mask)
+    schema.add_seen(images, seen)
+    run_stage(STAGE, open_run(project))
+
+    means = {r["camera"]: r for r in rows_of(project, "metrics_test.csv")}
+    n = 1 if held_out_seen else 3
+    assert {name: int(r["absent"]) for name, r in means.items()} == {
+        "left": 1, "right": 0, "top": n, "mean_observed": 1, "mean_held_out": n,
+    }  # fmt: skip
+    assert {r["frames"] for r in means.values()} == {"3"}
+    # The photographs that are there are renderings, so all that is measured is good, also with fitted colours.
+    for name in ("left", "right", "mean_observed", *(("top", "mean_held_out") if held_out_seen else ())):
+        assert float(means[name]["iou"]) == 1
+        assert float(means[name]["psnr"]) > 30
+        assert float(means[name]["psnr_corrected"]) > 30
+    for row in rows_of(project, "frames_test.csv"):
+        c = ["left", "right", "top"].index(row["camera"])
+        assert all((row[metric] != "") == seen[int(row["t"]), c] for metric in METRICS)
+    mark = open_run(project).read_mark("evaluate")
+    assert mark is not None
+    assert (mark["figures"]["held_out"]["iou"] == 1) if held_out_seen else (mark["figures"]["held_out"]["iou"] is None)
+    url = urls.join(open_run(project).output_url("evaluate"), "gallery.json")
+    shown = {(p["t"], p["camera"]) for p in json.loads(objects.read_bytes(url))["pictures"]}
+    assert shown
+    assert all(seen[t, ["left", "right", "top"].index(name)] for t, name in shown)
+
+
 @pytest.mark.parametrize(
     ("settings", "valid", "message"),
     [
@@ -293,6 +335,8 @@ def test_means_leave_out_what_is_not_defined() -> None:
     np.testing.assert_array_equal(means, [[1, 3], [4, nan]])
     np.testing.assert_array_equal(ops.group_means(means, [0, 1]), [2.5, 3])
     np.testing.assert_array_equal(ops.group_means(means, [1]), [4, nan])
+    np.testing.assert_array_equal(ops.frame_means(values[..., 0], [0, 1]), [2, 5])
+    np.testing.assert_array_equal(ops.frame_means(values[..., 1], [1]), [nan, nan])
 
 
 @pytest.mark.parametrize(
@@ -306,6 +350,10 @@ def test_means_leave_out_what_is_not_defined() -> None:
 )
 def test_choice_of_frames(count: int, expected: list[tuple[int, str]]) -> None:
     assert ops.choose_frames(np.array([0.5, 0.9, 0.6, 0.1, 0.5]), count) == expected
+
+
+def test_frames_without_a_judged_view_are_not_chosen_as_best_or_worst() -> None:
+    assert ops.choose_frames(np.array([math.nan, 0.5, 0.4, math.nan]), 0) == [(2, "worst"), (1, "best")]
 
 
 def test_one_frame_is_shown_once() -> None:
@@ -357,7 +405,7 @@ def test_raw_metrics_do_not_know_the_masks(make_project: Callable[[Path, Experim
         x, y = origin[c]
         behind = lit_plate(plate[c, y : y + SIDE, x : x + SIDE], light[t, c], origin[c], (WIDTH, HEIGHT)) / 255
         photos[t, c] = np.rint(255 * (rgb[c].numpy() - (1 - alpha[c, ..., None].numpy()) * (1 - behind)))
-    # One photograph is darker than the rendering by 51 in the whole judged window.
+    # One photograph is darker than the rendering by 0.2. The judged window of 0.3 m is 44 px wide and high.
     photos[8, 0] = np.maximum(photos[8, 0], 51) - 51
     schema.array(images, "rgb")[...] = photos
     run_stage(STAGE, open_run(project))
@@ -365,7 +413,8 @@ def test_raw_metrics_do_not_know_the_masks(make_project: Callable[[Path, Experim
     assert list(each[8, "top"])[-4:] == ["foreground_psnr", "raw_l1", "raw_psnr", "raw_ssim"]
     for place, row in each.items():
         if place == (8, "left"):
-            assert float(row["raw_psnr"]) == pytest.approx(-20 * math.log10(0.2), abs=0.15)  # 0 is as dark as it gets
+            error = 0.2**2 * SIDE**2 / 44**2
+            assert float(row["raw_psnr"]) == pytest.approx(-10 * math.log10(error), abs=0.1)
             continue
         assert float(row["raw_psnr"]) > 50  # but for rounding to 1 / 255
         assert float(row["raw_l1"]) < 1 / 255
@@ -384,7 +433,6 @@ def test_lpips_of_the_judged_window(make_project: Callable[[Path, Experiment], P
     torch.manual_seed(0)
     weights = str(tmp_path / "alex.pth")
     torch.save(Lpips(ALEXNET).state_dict(), weights)
-    # A window of 0.3 m is 45 px wide, which the packed window cuts to 32 px.
     project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0, "lpips_weights": weights}))
     run_stage(STAGE, open_run(project))
     rows = rows_of(project, "frames_test.csv")

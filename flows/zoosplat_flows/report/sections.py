@@ -32,9 +32,9 @@ def recording_section(run: Run, experiment: Experiment, stages: dict[str, StageS
     mask = schema.array(masks, "mask")
     n_frames, n_cameras, height, width = mask.shape
     attributes: Any = masks.attrs
-    box = schema.read(masks, "box")
-    seen = box[..., 2] > box[..., 0]
-    area = np.where(seen, (box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]), 0)
+    box, seen = schema.read(masks, "box"), schema.read_seen(masks)
+    shown = seen & (box[..., 2] > box[..., 0])
+    area = np.where(shown, (box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]), 0)
     # The frame in which the animal is seen best: the largest of the smallest boxes.
     t = int(area.min(axis=1).argmax())
     packed, why_not = _open_images(run, stages)
@@ -46,14 +46,15 @@ def recording_section(run: Run, experiment: Experiment, stages: dict[str, StageS
         else:
             silhouette = np.asarray(schema.array(packed, "mask")[t, c])
             picture = np.asarray(schema.array(packed, "rgb")[t, c])
-        sizes = np.sqrt(area[:, c][seen[:, c]])
+        sizes, absent = np.sqrt(area[:, c][shown[:, c]]), int((~seen[:, c]).sum())
         cameras.append(
             {
                 "name": attributes["camera_names"][c],
                 "video": experiment.data.videos[c],
                 "held_out": c in experiment.holdout_views,
-                "picture": jpeg_data_uri(draw_outline(picture, silhouette)),
-                "seen": f"{100 * seen[:, c].mean():.1f} %",
+                "picture": jpeg_data_uri(draw_outline(picture, silhouette & seen[t, c])),
+                "seen": f"{100 * shown[:, c].mean():.1f} %",
+                "absent": f"{absent} of {n_frames}" if absent else "",
                 "size": f"{np.median(sizes):.0f} px" if len(sizes) else "",
             }
         )
@@ -202,7 +203,12 @@ def _metrics_table(rows: list[dict[str, str]]) -> Section:
     def order(row: dict[str, str]) -> tuple[bool, bool]:
         return (not row["camera"].startswith("mean_"), row["held_out"] != "1")
 
-    columns = [c for c in rows[0] if c not in ("camera", "held_out") and any(row[c] for row in rows)] if rows else []
+    # A column without values is left out, and so is that of absent views where there are none.
+    columns = [
+        c
+        for c in (rows[0] if rows else ())
+        if c not in ("camera", "held_out") and any(row[c] not in ("", "0" if c == "absent" else "") for row in rows)
+    ]
     body = [
         {
             "camera": row["camera"].replace("_", " "),

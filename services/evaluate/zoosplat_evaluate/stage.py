@@ -111,7 +111,7 @@ class EvaluateStage(Stage):
         return Outcome(len(frames), figures=figures)
 
     def _measure(self, ctx: Context, predictor: Predictor, frames: list[int]) -> ops.Values:
-        """The metrics [T, C, M] of the frames; NaN where a camera has no picture."""
+        """The metrics [T, C, M] of the frames; NaN where a view is absent."""
         reader = predictor.reader
         measure = Measurement(reader, ctx.experiment.evaluate, _downsample(ctx, reader))
         color, kept = self._fit_color(predictor, frames)
@@ -140,7 +140,8 @@ class EvaluateStage(Stage):
         fit, kept = ColorFit(reader.n_cameras), {}
         for frame in reader.prefetch(frames[:: -(-len(frames) // most)]):
             rendering = _render(predictor, frame)
-            fit.add(*rendering, frame.rgb, frame.mask)
+            seen = torch.from_numpy(reader.seen[frame.t]).to(frame.mask.device)
+            fit.add(*rendering, frame.rgb, frame.mask * seen[:, None, None])
             kept[frame.t] = Rendering(*(layer.cpu() for layer in rendering))
         return fit.solve(), kept
 
@@ -152,17 +153,18 @@ class EvaluateStage(Stage):
         held_out = [int(c in reader.held_out) for c in range(reader.n_cameras)]
         columns = metric_columns(ctx.experiment.evaluate, reader.has_plates)
         means = ops.camera_means(values)
+        absent = (~reader.seen[frames]).sum(0)
         rows: list[list[object]] = [
-            [name, held_out[c], len(frames), *means[c].tolist()] for c, name in enumerate(reader.camera_names)
+            [name, held_out[c], len(frames), int(absent[c]), *means[c].tolist()]
+            for c, name in enumerate(reader.camera_names)
         ]
         groups = {"observed": reader.observed, "held_out": reader.held_out}
         for name, cameras in groups.items():
             if cameras:
                 mean = ops.group_means(means, cameras).tolist()
-                rows.append([f"mean_{name}", int(name == "held_out"), len(frames), *mean])
-        self._write(
-            ctx, f"metrics_{split}.csv", encode_csv(["camera", "held_out", "frames", *columns], rows, CSV_DIGITS)
-        )
+                rows.append([f"mean_{name}", int(name == "held_out"), len(frames), int(absent[cameras].sum()), *mean])
+        header = ["camera", "held_out", "frames", "absent", *columns]
+        self._write(ctx, f"metrics_{split}.csv", encode_csv(header, rows, CSV_DIGITS))
         each = (
             [t, t * jump, name, held_out[c], *values[i, c].tolist()]
             for i, t in enumerate(frames)
@@ -172,7 +174,10 @@ class EvaluateStage(Stage):
             ctx, f"frames_{split}.csv", encode_csv(["t", "frame", "camera", "held_out", *columns], each, CSV_DIGITS)
         )
         curves = {
-            name.replace("_", " "): (values[:, cameras, IOU].mean(1), values[:, cameras, PSNR].mean(1))
+            name.replace("_", " "): (
+                ops.frame_means(values[..., IOU], cameras),
+                ops.frame_means(values[..., PSNR], cameras),
+            )
             for name, cameras in groups.items()
             if cameras
         }
@@ -180,9 +185,11 @@ class EvaluateStage(Stage):
 
     def _write_gallery(self, ctx: Context, predictor: Predictor, frames: list[int], values: ops.Values) -> None:
         reader = predictor.reader
-        judged = reader.held_out or reader.observed
+        iou = ops.frame_means(values[..., IOU], reader.held_out or reader.observed)
+        if np.isnan(iou).all():  # the held-out views are absent from all frames
+            iou = ops.frame_means(values[..., IOU], reader.observed)
         entries: list[dict[str, Any]] = []
-        for i, kind in ops.choose_frames(values[:, judged, IOU].mean(1), ctx.experiment.evaluate.gallery_frames):
+        for i, kind in ops.choose_frames(iou, ctx.experiment.evaluate.gallery_frames):
             frame = reader.frame(frames[i])
             layers = (*_render(predictor, frame), frame.composite_on_white(), frame.mask > 0)
             for c in np.flatnonzero(reader.seen[frame.t]).tolist():

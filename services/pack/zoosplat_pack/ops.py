@@ -23,10 +23,10 @@ def window_size(boxes: I32, full: tuple[int, int]) -> tuple[int, int]:
     """Width and height of a window that holds every mask box and its margin: multiples of 16, at most the frame.
 
     Args:
-        boxes: [..., 4] x0, y0, x1, y1 of the masks.
+        boxes: [..., 4] x0, y0, x1, y1 of the masks of views that are there.
         full: width and height of the whole frame.
     """
-    sides = (boxes[..., 2:] - boxes[..., :2]).reshape(-1, 2).max(axis=0) + 2 * MARGIN
+    sides = (boxes[..., 2:] - boxes[..., :2]).reshape(-1, 2).max(axis=0, initial=0) + 2 * MARGIN
     width, height = (min(-(-int(s) // MULTIPLE) * MULTIPLE, f) for s, f in zip(sides, full, strict=True))
     return width, height
 
@@ -71,7 +71,7 @@ def read_windows(
     """Fill the windows of one camera.
 
     Args:
-        pictures: n pictures; None only where the mask is empty.
+        pictures: n pictures; None only where the mask is empty or the view is absent.
         masks: [n, H, W] whole masks at working resolution.
         origins: [n, 2].
         rgb: [n, h, w, 3], out: the window, white farther than the margin from the mask unless it is `whole`.

@@ -39,7 +39,7 @@ class Pack(Stage):
         n_frames, n_cameras = schema.array(masks, "mask").shape[:2]
         size = full
         if ctx.experiment.pack.window == "auto":
-            size = ops.window_size(schema.read(masks, "box"), full)
+            size = ops.window_size(schema.read(masks, "box")[schema.read_seen(masks)], full)
         block = schema.block_frames(n_cameras * size[0] * size[1] * 3)
         copied = ("camera_names", "fps", "frame_jump", "image_downsample", "full_width", "full_height", "unit_m")
         attributes = {key: masks.attrs[key] for key in copied}
@@ -71,6 +71,7 @@ class Pack(Stage):
         whole_windows = "plate" in group
         boxes = schema.read(masks, "box")
         if whole_windows:
+            boxes[~schema.read_seen(masks)] = 0  # the masks of absent views do not tell where the animal is
             boxes = ops.fill_empty_boxes(boxes, full)
         with ThreadPoolExecutor(min(len(readers), cv2.getNumberOfCPUs())) as pool:
             for start in range(shard.start, shard.stop, plan.values["block"]):
