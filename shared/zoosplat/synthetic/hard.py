@@ -207,7 +207,8 @@ class HardRecording(SyntheticRecording):
         picture *= self.light(frame, camera)
         if self.difficulty.grey:
             picture = np.repeat((picture @ LUMA)[..., None], 3, 2)
-        picture = 128 + self.difficulty.contrast * (picture - 128)
+        if self.difficulty.contrast != 1:
+            picture = 128 + self.difficulty.contrast * (picture - 128)
         dy, dx = np.random.default_rng((self.seed, 3, camera, frame)).integers(0, NOISE_OFFSETS, 2)
         noise = self.noise[dy : dy + self.height, dx : dx + self.width]
         picture += noise[..., :1] if self.difficulty.grey else noise
