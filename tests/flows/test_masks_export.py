@@ -13,6 +13,7 @@ import pytest
 from command_line import call
 
 from zoosplat.config.experiment import Experiment
+from zoosplat.recording.background import read_empty_scene
 from zoosplat.recording.facts import kept_frames
 from zoosplat.recording.sources import open_source
 from zoosplat.stages.projects import Project
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Finish = Callable[..., Run]
 CAMERAS, HEIGHT, WIDTH, FRAMES = 4, 80, 96, 144
+PLATES = np.random.default_rng(1).integers(0, 256, (CAMERAS, HEIGHT, WIDTH, 3), np.uint8)
 
 
 def probabilities(kept: int) -> Any:
@@ -55,7 +57,8 @@ def begin(recording: Recording, tmp_path: Path, finish: Finish) -> Callable[...,
             group = schema.create(url, "segments.zarr", sizes, 64, attributes)
             seen = np.ones((kept, CAMERAS), bool)
             seen[5:8, 1] = not absent
-            filled = {"probability": values, "seen": seen, "frame": np.arange(kept) * attributes["frame_jump"]}
+            frames = np.arange(kept) * attributes["frame_jump"]
+            filled = {"probability": values, "seen": seen, "frame": frames, "plate": PLATES}
             for key, found in group.arrays():
                 schema.write_block(group, key, 0, filled.get(key, np.zeros(found.shape, found.dtype)))
             objects.write_bytes(urls.join(url.rpartition("/")[0], "weights.safetensors"), b"0")
@@ -75,8 +78,8 @@ def masks(experiment: Experiment, segments: Any = None) -> Any:
     return np.concatenate(list(source.read_masks(facts.masks, lenses, 0, kept, 32)))
 
 
-def entries_of(output: str) -> list[str]:
-    found = re.search(r'data\.masks: \["(.*)"\]', " ".join(output.split()))
+def entries_of(output: str, key: str = "masks") -> list[str]:
+    found = re.search(rf'data\.{key}: \["(.*?)"\]', " ".join(output.split()))
     assert found is not None
     return found[1].split('", "')
 
@@ -107,6 +110,11 @@ def test_exported_masks_are_read_back_to_the_bit(
         jump = ingest.get("frame_jump", 1)
         names = [f"{t * jump:06d}.png" for t in range(len(values))]
         assert sorted(path.name for path in (out / "0_left").iterdir()) == names
+    plates = entries_of(output, "backgrounds")
+    assert plates == [f"corrected/{name}.plate.png" for name in ("0_left", "1_right", "2_top_1", "3_4")]
+    for file, plate in zip(plates, PLATES, strict=True):
+        picture = read_empty_scene(run.experiment.data.url(file), file, (WIDTH, HEIGHT))
+        assert (picture == plate).all()
     data = run.experiment.data.model_copy(update={"masks": tuple(entries)})
     back = masks(run.experiment.model_copy(update={"data": data}))
     assert (back == masks(run.experiment, run.open_input("segment"))).all()

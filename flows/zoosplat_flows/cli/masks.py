@@ -35,7 +35,8 @@ def export(
 ) -> None:
     """Write the masks that stage segment made, as the cameras saw them, without loss.
 
-    They can be corrected in any program, and read back through data.masks in the configuration.
+    They can be corrected in any program, and read back through data.masks in the configuration. Pictures of the
+    cameras' backgrounds are written beside them, for data.backgrounds.
 
     [bold]Example[/]
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import typer
 
 from zoosplat.errors import UserError
-from zoosplat.formats.media import GreyVideoWriter, encode_grey_png
+from zoosplat.formats.media import GreyVideoWriter, encode_grey_png, encode_png
 from zoosplat.recording.facts import DEFAULT_FPS
 from zoosplat.recording.segmented_source import MASK_THRESHOLD
 from zoosplat.stages.runs import Run
@@ -35,6 +35,8 @@ DIGITS = 6
 
 def export_masks(run: Run, out: str, format: str | None) -> None:
     """Write the masks of a run, distorted and at full resolution, white on black, and print how they are read back.
+
+    Beside them is a picture of each camera's background, with which a run of the masks as files has raw metrics too.
 
     Args:
         run: whose stage segment has finished.
@@ -69,6 +71,9 @@ def export_masks(run: Run, out: str, format: str | None) -> None:
         _write(
             schema.FrameArray(group, "probability"), frames, [unfinished / entry for entry in entries], kind, _fps(run)
         )
+        plates = [f"{entry.removesuffix('.mkv')}.plate.png" for entry in entries]
+        for plate, name in zip(schema.read(group, "plate"), plates, strict=True):
+            (unfinished / name).write_bytes(encode_png(plate))
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -81,7 +86,7 @@ def export_masks(run: Run, out: str, format: str | None) -> None:
                 "; its masks count there when they are read back, so correct them (an empty one says: no animal)",
                 err=True,
             )
-    _print_use(run, folder, entries)
+    _print_use(run, folder, entries, plates)
 
 
 def _empty_folder(out: str) -> Path:
@@ -142,12 +147,13 @@ def _write_png(folder: Path, frame: int, mask: U8) -> None:
     (folder / f"{frame:0{DIGITS}d}.png").write_bytes(encode_grey_png(mask))
 
 
-def _print_use(run: Run, folder: Path, entries: Sequence[str]) -> None:
-    """Print the key that reads the masks."""
+def _print_use(run: Run, folder: Path, entries: Sequence[str], plates: Sequence[str]) -> None:
+    """Print the keys that read the masks and the backgrounds."""
     recording = urls.normalize(run.experiment.data.directory)
     inside = not urls.is_s3(recording) and folder.is_relative_to(recording)
     place = folder.relative_to(recording).as_posix() if inside else folder.name
     typer.echo(f"masks of {len(entries)} cameras: {folder}")
     if not inside:
         typer.echo(f"when they are corrected, copy the folder into that of the recording, {recording}")
-    typer.echo(f"and set data.masks: {json.dumps([f'{place}/{entry}' for entry in entries], ensure_ascii=False)}")
+    for key, names in (("data.masks", entries), ("data.backgrounds", plates)):
+        typer.echo(f"and set {key}: {json.dumps([f'{place}/{name}' for name in names], ensure_ascii=False)}")
