@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 import pytest
+from pipelines import FILES_PIPELINE
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, MANIFEST
 from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
@@ -326,7 +326,7 @@ def test_raw_metrics_are_shown_where_there_are_some(run: Run, mark: Mark) -> Non
 
 def test_a_project_without_results_says_what_is_missing(run: Run) -> None:
     _, page = _build(run)
-    for spec in PIPELINE:
+    for spec in FILES_PIPELINE:
         if spec.name not in ("pack", "features"):  # shown by what is made of them
             assert f"Stage {spec.name} has not finished." in page.text
     assert "No stage has finished." in page.text

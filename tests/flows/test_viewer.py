@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 import pytest
+from pipelines import FILES_PIPELINE
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
 from zoosplat.storage import groups, schema
@@ -222,7 +222,7 @@ def test_shows_what_dynamic_gaussians_have_come_to(
 def test_what_cannot_be_shown_is_said(trained: Path, tmp_path: Path) -> None:
     """A configuration that was edited by hand, damaged files: the page shows the rest."""
     copy = begun(trained, tmp_path / "project")
-    add(trained, copy, *(spec.name for spec in PIPELINE if spec.name not in ("render", "features")))
+    add(trained, copy, *(spec.name for spec in FILES_PIPELINE if spec.name not in ("render", "features")))
 
     def notes() -> list[str]:
         opened = ProjectData(str(copy))

@@ -17,16 +17,17 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
 from zoosplat.stages.dependencies import declared_effects, outside_files, settings_of
-from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.registry import PIPELINE, PREPROCESSING, pipeline_of, reads_of, upstream, wants_gpu
+from zoosplat.stages.results import Request
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 WITHOUT_EFFECT = {
     *("name", "reuse", "scheduling.frames_per_shard"),
     *("train.device", "train.gpus", "train.keep_last", "train.plot_every", "train.save_every"),
-    *("evaluate.device", "render.device", "features.device"),
+    *("segment.device", "evaluate.device", "render.device", "features.device"),
 }
-DYNAMIC, IMAGES = "train.method=dynamic", "features.encoder=images"
+DYNAMIC, IMAGES, MADE = "train.method=dynamic", "features.encoder=images", "data.masks=auto"
 EMPTY_SCENE = "data.backgrounds=[u, v, w, x, y, z]"
 # Keys that no identity has at their default, with another value.
 GIVEN = [EMPTY_SCENE, "evaluate.lpips_weights=a.pth", "train.plate_lambda=0.5"]
@@ -78,7 +79,7 @@ def test_keys_at_their_neutral_value_leave_identities_as_they_were_before_these_
 def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
     """In the experiments in which it is looked at; all shown here but those of a D-NeRF scene."""
     seen: set[str] = set()
-    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES], GIVEN):
+    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES], [MADE], GIVEN):
         for stage in STAGES:
             e = experiment(*overrides)
             keys = {*settings_of(stage, e), *(key.split("[")[0] for key in outside_files(stage, e))}
@@ -123,6 +124,23 @@ def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
         ([], "model.max_gaussians=9000", {"train"}),
         ([], "train.start_from=other", {"train"}),
         ([], DYNAMIC, {"train"}),
+        # Masks that are made from the videos.
+        ([], MADE, set(STAGES[:2])),
+        ([MADE], EMPTY_SCENE, {"segment", "pack"}),
+        ([MADE], "data.videos=[a, b, c, d, e, f]", {"segment", "ingest", "pack"}),
+        ([MADE], "data.up=[0, 0, 1]", {"segment", "ingest"}),
+        ([MADE], "data.fps=50", {"ingest"}),
+        ([MADE], "holdout_views=[1]", {"segment", "center_rotation", "crop", "train"}),
+        ([MADE], "unit=normalized", {"segment", "center_rotation", "crop"}),
+        ([MADE], "center_rotation.ell=0.3", {"segment", "center_rotation"}),
+        ([MADE], "ingest.frame_jump=2", {"segment", "ingest"}),
+        ([MADE], "ingest.max_frames=9", {"segment", "ingest"}),
+        ([MADE], "ingest.on_short=truncate", {"segment", "ingest"}),
+        ([MADE], "ingest.image_downsample=2", {"ingest"}),
+        ([MADE], "segment.rounds=3", {"segment"}),
+        ([MADE], "segment.device=cpu", set()),
+        ([], "segment.rounds=3", set()),
+        ([], "center_rotation.ell=0.3", {"center_rotation"}),
         # What the other trainer or encoder would be told.
         ([], "dynamic.views=3", set()),
         ([], "dynamic.initial_ply=a.ply", set()),
@@ -156,6 +174,40 @@ def test_the_content_of_files_counts_and_not_their_places() -> None:
     assert changed([], "data.calibration=s3://lab/calibration.mat") == {"ingest"}
     one, other = experiment(), experiment("data.calibration=s3://lab/camera_params.h5")
     assert settings_of("ingest", one) == settings_of("ingest", other)
+
+
+def test_experiments_with_mask_files_keep_their_ids() -> None:
+    """Ids are those of the version before masks could be made: `zoosplat run` finds what it has made with that one."""
+    known = {
+        (): "a8d0f8b8da3cc4c5 1c9d13e88fb023e2 d159d4dc38f3273a bb43d78b3215e6b3 378684cbe75b8baf "
+        "ca72c5e289e9b0a0 1f1e7474b06ff221 06b3f2d5a6af1ba0 d5bafee44148ce96",
+        (DYNAMIC, IMAGES, "data.fps=50"): "0cee30340ae54c4b e01172a83ae43d53 e8b29cd9262d20e0 4a4e7430e22f8ab2 "
+        "3fd968626be2b1ab 378c9fc4de229477 0c06f0b00a1708c3 86ca979028d79331 b02e4c484be6c5c9",
+    }
+    for overrides, expected in known.items():
+        e, ids = experiment(*overrides), dict[str, str]()
+        for spec in pipeline_of(e):
+            inputs = {name: ids[name] for name in spec.reads}
+            version = {"train": 5, "evaluate": 2}.get(spec.name, 1)
+            ids[spec.name] = Request(spec.name, version, settings_of(spec.name, e), inputs, {}).id
+        assert list(ids.values()) == expected.split()
+
+
+def test_the_pipeline_of_an_experiment() -> None:
+    names = [spec.name for spec in pipeline_of(experiment())]
+    assert names == list(STAGES[1:])
+    assert [spec.name for spec in pipeline_of(experiment(MADE))] == list(STAGES)
+    for e in (experiment(), experiment(MADE)):
+        there = [spec.name for spec in pipeline_of(e)]
+        assert all(set(spec.reads) <= set(there[: there.index(spec.name)]) for spec in pipeline_of(e))
+        assert upstream(["crop"], e) == {"crop", "center_rotation", *there[: there.index("center_rotation")]}
+    assert (reads_of("ingest", experiment()), reads_of("ingest", experiment(MADE))) == ((), ("segment",))
+    # Those whose results have the same bytes everywhere are the same in both.
+    assert [spec.name for spec in PREPROCESSING] == ["ingest", "center_rotation", "crop", "pack"]
+    # On a cluster segment is one process beside a GPU, or shards without one.
+    assert wants_gpu("segment", experiment(MADE))
+    assert not wants_gpu("segment", experiment(MADE, "segment.device=cpu"))
+    assert wants_gpu("train", experiment("train.device=cpu"))
 
 
 def test_outside_files_are_whole_urls() -> None:

@@ -1,4 +1,4 @@
-"""Stage ingest: masks and calibration -> masks.zarr."""
+"""Stage ingest: masks (files, or those of segments.zarr) and calibration -> masks.zarr."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.facts import kept_frames
+from zoosplat.recording.source import RecordingSource
 from zoosplat.recording.sources import open_source
 from zoosplat.recording.video import VideoInfo
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
@@ -17,12 +18,17 @@ from zoosplat.storage import groups, schema
 from zoosplat_ingest import ops
 
 
+def _source(ctx: Context) -> RecordingSource:
+    made = ctx.experiment.data.masks_are_made
+    return open_source(ctx.experiment, ctx.open_input("segment") if made else None)
+
+
 class Ingest(Stage):
     """Read masks and calibration of a recording into masks.zarr."""
 
     def prepare(self, ctx: Context) -> Plan:
         experiment = ctx.experiment
-        source = open_source(experiment)
+        source = _source(ctx)
         facts = source.check()
         d, jump = experiment.ingest.image_downsample, experiment.ingest.frame_jump
         frames = np.arange(kept_frames(experiment, facts.n_frames)) * jump
@@ -63,7 +69,7 @@ class Ingest(Stage):
         cameras = Cameras.from_json(dict(group.attrs["cameras"]))  # type: ignore[arg-type]
         seen, empty = schema.read_seen(group), np.zeros(len(cameras), int)
         at = shard.start
-        source = open_source(ctx.experiment)
+        source = _source(ctx)
         for masks in source.read_masks(infos, cameras, shard.start, shard.stop, plan.values["block"]):
             schema.write_block(group, "mask", at, masks)
             schema.write_block(group, "box", at, ops.boxes(masks))
@@ -79,23 +85,21 @@ class Ingest(Stage):
         warnings = []
         if open_source(ctx.experiment).cameras_move:
             return Outcome()  # A time is seen by one camera, so most views are absent.
+        made = ctx.experiment.data.masks_are_made
+        advice = "give masks of your own in data.masks" if made else "make the masks again"
+        names: Any = group.attrs["camera_names"]
+        labels = [info["label"] for info in plan.values.get("infos", ())] or [f"camera {name}" for name in names]
         empty = (box[..., 2] == 0) & seen
         for c, count in enumerate(empty.sum(axis=0)):
-            label = plan.values["infos"][c]["label"]
+            label = labels[c]
             if count == len(box):
-                raise UserError(f"{label}: the mask is empty in all {count} frames; make the masks again")
+                raise UserError(f"{label}: the mask is empty in all {count} frames; {advice}")
             if count:
                 first = int(np.argmax(empty[:, c]))
                 warnings.append(
                     f"{label}: the mask is empty in {count} of {len(box)} frames, first at kept frame {first}"
                 )
-            absent = int((~seen[:, c]).sum())
-            if absent:
-                first = int(np.argmin(seen[:, c]))
-                warnings.append(
-                    f"{label}: the view is absent from {absent} of {len(box)} frames, first from kept frame {first}; "
-                    "nothing is learned from it there"
-                )
+        # Stage segment, which leaves views out, has warned of them.
         figures = {"empty_masks": empty.sum(axis=0).tolist()}
         if not seen.all():
             figures["absent_views"] = (~seen).sum(axis=0).tolist()

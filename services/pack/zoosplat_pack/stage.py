@@ -14,7 +14,7 @@ import numpy.typing as npt
 import zarr
 
 from zoosplat.geometry.cameras import Cameras
-from zoosplat.recording.background import SAME_LIGHT, read_empty_scene, undistort_plate
+from zoosplat.recording.background import SAME_LIGHT, background_label, read_empty_scene, undistort_plate
 from zoosplat.recording.sources import open_source
 from zoosplat.recording.video import VideoInfo
 from zoosplat.recording.video_source import undistort_maps
@@ -116,15 +116,20 @@ def _read_background(
     """
     data, attributes = ctx.experiment.data, dict[str, Any](masks.attrs)
     n_frames, n_cameras = schema.array(masks, "mask").shape[:2]
-    if data.backgrounds is None:
+    sizes = [(info.width, info.height) for info in infos]
+    if data.masks_are_made:
+        segments = ctx.open_input("segment")
+        seen, light = list(schema.read(segments, "plate")), schema.read(segments, "light")
+    elif data.backgrounds is not None:
+        seen = [
+            read_empty_scene(data.url(file), background_label(c, file), sizes[c])
+            for c, file in enumerate(data.backgrounds)
+        ]
+        light = np.broadcast_to(np.array(SAME_LIGHT, np.float32), (n_frames, n_cameras, 3, 4))
+    else:
         return None
-    seen = [
-        read_empty_scene(data.url(file), f"data.backgrounds[{c}] = {file}", (infos[c].width, infos[c].height))
-        for c, file in enumerate(data.backgrounds)
-    ]
-    light = np.broadcast_to(np.array(SAME_LIGHT, np.float32), (n_frames, n_cameras, 3, 4))
     downsample = int(attributes["image_downsample"])
-    maps = undistort_maps(Cameras.from_json(attributes["cameras"]), infos)
+    maps = undistort_maps(Cameras.from_json(attributes["cameras"]), sizes)
     return np.stack([undistort_plate(plate, downsample, m) for plate, m in zip(seen, maps, strict=True)]), light
 
 

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-StageName = Literal["ingest", "center_rotation", "crop", "pack", "train", "evaluate", "render", "features", "embedding"]
+StageName = Literal[
+    "segment", "ingest", "center_rotation", "crop", "pack", "train", "evaluate", "render", "features", "embedding"
+]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Effect:
     """What a key determines. A section declares an effect for all its keys, and a key may declare one of its own.
 
     Attributes:
-        stages: The stages whose results the key determines. Later stages follow, because they read those results.
+        stages: The stages whose results the key determines. Later stages follow, because they read those results. A
+            stage that an experiment does not have, such as segment where the masks are files, has no result.
         only_if: The choice without which nothing looks at the key. None means that something always does.
         names_files: Tells whether a value of the key names files outside the project. The content of such files then
             determines the result, and the folder that they lie in does not. None means that no value names files.

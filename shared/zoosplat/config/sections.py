@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from zoosplat.config.effect import NO_EFFECT, Condition, Effect, Section
 from zoosplat.config.paths import resolve_path
@@ -31,6 +31,8 @@ OF_VIDEOS = Condition("ingest.source", "videos")
 OF_DNERF_SCENE = Condition("ingest.source", "dnerf")
 OF_IMAGES = Condition("features.encoder", "images")
 INGEST = Effect(("ingest",))
+READING = Effect(("segment", "ingest"))  # Of keys by which both the raw videos and the masks are read.
+AUTO = "auto"  # The value of data.masks for masks that stage segment makes.
 
 
 def is_weights_file(weights: str) -> bool:
@@ -55,6 +57,16 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
+def _kind_of_masks(value: Any) -> str:
+    return "made" if value == AUTO else "files"
+
+
+Masks = Annotated[
+    Annotated[Literal["auto"], Tag("made")] | Annotated[tuple[RecordingFile, ...], Field(min_length=2), Tag("files")],
+    Discriminator(_kind_of_masks),
+]
+
+
 class Data(Section):
     """The recording."""
 
@@ -63,34 +75,36 @@ class Data(Section):
         description="folder or s3:// URL of the recording; relative to this file's folder"
     )
     # Stage ingest reads them too: the recording's length and frame rate come from the videos.
-    videos: Annotated[tuple[RecordingFile, ...], Effect(("ingest", "pack"), only_if=OF_VIDEOS, names_files=_always)] = (
-        Field(min_length=2, description="RGB videos, one a camera, relative to directory")
-    )
-    masks: Annotated[tuple[RecordingFile, ...], Effect(("ingest",), only_if=OF_VIDEOS, names_files=_always)] = Field(
-        min_length=2, description="mask videos, one a camera, in the same order"
+    videos: Annotated[
+        tuple[RecordingFile, ...], Effect(("segment", "ingest", "pack"), only_if=OF_VIDEOS, names_files=_always)
+    ] = Field(min_length=2, description="RGB videos, one a camera, relative to directory")
+    masks: Annotated[Masks, Effect(("ingest",), only_if=OF_VIDEOS, names_files=_is_list)] = Field(
+        description="mask videos, one a camera, in the same order; or auto: stage segment makes them from the videos"
     )
     backgrounds: Annotated[
-        tuple[RecordingFile, ...] | None, Effect(("pack",), only_if=OF_VIDEOS, names_files=is_given, neutral=(None,))
+        tuple[RecordingFile, ...] | None,
+        Effect(("segment", "pack"), only_if=OF_VIDEOS, names_files=is_given, neutral=(None,)),
     ] = Field(
         default=None,
         description="pictures or videos of the empty scene, one a camera, in the same order; null: there are none",
     )
-    camera_names: Annotated[tuple[Text, ...] | None, INGEST] = Field(
+    camera_names: Annotated[tuple[Text, ...] | None, READING] = Field(
         default=None, description="names in tables and plots; null: 0, 1, 2, ..."
     )
     # The file names matter: a suffix tells the format, and DANNCE names the file of a camera after the camera.
     calibration: Annotated[
-        str | tuple[str, ...], Effect(("ingest",), only_if=OF_VIDEOS, names_files=_always, file_names_matter=True)
+        str | tuple[str, ...],
+        Effect(READING.stages, only_if=OF_VIDEOS, names_files=_always, file_names_matter=True),
     ] = Field(description="calibration file, or one a camera; relative to directory, or a whole path or URL")
-    calibration_format: Annotated[Literal["auto", "hdf5", "dannce", "anipose", "pickle"], INGEST] = Field(
+    calibration_format: Annotated[Literal["auto", "hdf5", "dannce", "anipose", "pickle"], READING] = Field(
         default="auto", description="auto: by the file's name and content"
     )
-    calibration_unit: Annotated[Literal["auto", "m", "mm"], INGEST] = Field(
+    calibration_unit: Annotated[Literal["auto", "m", "mm"], READING] = Field(
         default="auto", description="unit of the translations; auto: what the format usually has"
     )
     up: Annotated[
         Literal["auto"] | tuple[Real, Real, Real] | str,
-        Effect(("ingest",), only_if=OF_VIDEOS, names_files=_is_up_file),
+        Effect(READING.stages, only_if=OF_VIDEOS, names_files=_is_up_file),
     ] = Field(
         default="auto",
         description="from floor to ceiling: [x, y, z] in the calibration's world, of any length; an .npz whose key up "
@@ -105,6 +119,13 @@ class Data(Section):
     image_height: Annotated[Count | None, INGEST] = Field(
         default=None, description="pixels; null: from the videos, otherwise they are checked"
     )
+
+    @field_validator("masks", mode="before")
+    @classmethod
+    def _check_masks(cls, value: Any) -> Any:
+        if not _is_list(value) and value != AUTO:
+            raise ValueError("must be auto, or a list of files, one a camera")
+        return value
 
     # These run before pydantic, which would try every member of the union and complain about each.
     @field_validator("calibration", mode="before")
@@ -131,8 +152,13 @@ class Data(Section):
             return check_location(value)
         raise ValueError("must be auto, a direction [x, y, z] that is not zero, or the name of an .npz file")
 
+    @property
+    def masks_are_made(self) -> bool:
+        """Whether stage segment makes the masks from the videos, so that they are no files."""
+        return self.masks == AUTO
+
     def url(self, name: str) -> str:
-        """Where a video, mask, calibration or up file lies: relative names are below `directory`."""
+        """Where a video, mask, background, calibration or up file lies: relative names are below `directory`."""
         return resolve_path(urls.normalize(self.directory), name)
 
 
@@ -144,6 +170,31 @@ class Scheduling(Section):
     frames_per_shard: Count = Field(default=1000, description="video frames in one shard of work")
 
 
+class Segment(Section):
+    """How masks are made from the raw videos, where data.masks is auto."""
+
+    effect = Effect(("segment",))
+
+    method: Literal["network"] = Field(
+        default="network", description="what tells the animal from its background: the network that comes along"
+    )
+    background_frames: Count = Field(
+        default=120, description="frames, spread over the recording, in which the background is looked for"
+    )
+    adapt_minutes: NonNegative = Field(
+        default=1.5, description="time for which the network learns from what all views agree on; 0: it does not"
+    )
+    rounds: Count = Field(
+        default=2, description="how often what all views tell of a frame together is told to each of them"
+    )
+    min_agreement: Annotated[NonNegative, Field(le=1)] = Field(
+        default=0.3,
+        description="a view whose mask agrees less (IoU) with what the other views tell counts as absent from that "
+        "frame; 0: none does",
+    )
+    device: Annotated[Device, NO_EFFECT] = Field(default="auto", description=DEVICE_DESCRIPTION)
+
+
 class Ingest(Section):
     """Which frames and pixels are used."""
 
@@ -153,12 +204,12 @@ class Ingest(Section):
         default="videos",
         description="videos of fixed cameras, or a scene of transforms_train.json and transforms_test.json",
     )
-    frame_jump: Count = Field(default=1, description="keep every n-th video frame: 0, n, 2n, ...")
-    max_frames: Count | None = Field(default=None, description="kept frames at most; null: all")
+    frame_jump: Annotated[Count, READING] = Field(default=1, description="keep every n-th video frame: 0, n, 2n, ...")
+    max_frames: Annotated[Count | None, READING] = Field(default=None, description="kept frames at most; null: all")
     image_downsample: Count = Field(
         default=1, description="images are averaged over n x n pixels; divides width and height"
     )
-    on_short: Literal["error", "truncate"] = Field(
+    on_short: Annotated[Literal["error", "truncate"], READING] = Field(
         default="error", description="when videos differ in length: stop, or use the shortest length"
     )
 
@@ -168,7 +219,10 @@ class CenterRotation(Section):
 
     effect = Effect(("center_rotation",))
 
-    ell: Positive = Field(description="edge of the tracking cube, which has room to spare; see unit")
+    # Stage segment carves the animal in this cube too.
+    ell: Annotated[Positive, Effect(("segment", "center_rotation"))] = Field(
+        description="edge of the tracking cube, which has room to spare; see unit"
+    )
     grid_size: Annotated[Count, Field(le=1024)] = Field(
         default=112, description="voxels along an edge of the tracking cube"
     )

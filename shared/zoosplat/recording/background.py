@@ -69,6 +69,23 @@ def undistort_plate(plate: U8, downsample: int, maps: tuple[F32, F32] | None) ->
     return np.asarray(cv2.resize(plate, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
+def background_label(camera: int, file: str) -> str:
+    """The name of a file of `data.backgrounds` in messages."""
+    return f"data.backgrounds[{camera}] = {file}"
+
+
+def probe_empty_scene(url: str, label: str, size: tuple[int, int]) -> video.VideoInfo:
+    """The header of a picture or video of the empty scene; a picture is a video of one frame. Arguments and errors are
+    those of `read_empty_scene`."""
+    info = video.probe(url, label)
+    if (info.width, info.height) != size:
+        raise UserError(
+            f"{label}: {info.width} x {info.height} pixels, but the videos have {size[0]} x {size[1]}; give a picture "
+            "of the empty scene as the camera takes it"
+        )
+    return info
+
+
 def read_empty_scene(url: str, label: str, size: tuple[int, int]) -> U8:
     """The plate [H, W, 3] of a picture of the empty scene, or of a video: the median of frames from all of it.
 
@@ -80,12 +97,7 @@ def read_empty_scene(url: str, label: str, size: tuple[int, int]) -> U8:
     Raises:
         UserError: the file is missing, cannot be read, or has another size.
     """
-    info = video.probe(url, label)
-    if (info.width, info.height) != size:
-        raise UserError(
-            f"{label}: {info.width} x {info.height} pixels, but the videos have {size[0]} x {size[1]}; give a picture "
-            "of the empty scene as the camera takes it"
-        )
+    info = probe_empty_scene(url, label, size)
     jump = -(-info.n_frames // MAX_EMPTY_FRAMES)
     frames = itertools.islice(video.read_frames(info, 0, info.n_frames, jump), MAX_EMPTY_FRAMES)
     return np.asarray(np.median([_rgb(frame) for frame in frames], axis=0), np.uint8)

@@ -18,6 +18,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording import video
+from zoosplat.recording.background import background_label, probe_empty_scene
 from zoosplat.recording.calibration.reader import read_cameras
 from zoosplat.recording.calibration.up import read_up
 from zoosplat.recording.facts import DEFAULT_FPS, Footage, MaskGeometry, RecordingFacts
@@ -58,6 +59,7 @@ class VideoSource(RecordingSource):
     """Videos of masks and pictures, one of each a camera, and a calibration of cameras that stand."""
 
     cameras_move = False
+    kinds: tuple[Kind, ...] = ("mask", "video")  # The files that are checked.
 
     def check(self) -> RecordingFacts:
         experiment = self.experiment
@@ -65,7 +67,7 @@ class VideoSource(RecordingSource):
         footage = cameras = up = None
         _check_folder(experiment)
         with problems.collect():
-            footage = _check_videos(experiment, ("mask", "video"))
+            footage = _check_videos(experiment, self.kinds)
         with problems.collect():
             cameras = read_cameras(
                 calibration_urls(experiment),
@@ -80,6 +82,9 @@ class VideoSource(RecordingSource):
                 spec = up_url(experiment) or data.up
                 up = read_up(spec, cameras, lambda url: _read_bytes(url, "data.up"))
         if footage is not None:
+            for c, file in enumerate(data.backgrounds or ()):
+                with problems.collect():
+                    probe_empty_scene(data.url(file), background_label(c, file), (footage.width, footage.height))
             with problems.collect():
                 n_cameras = len(data.videos) if cameras is None else len(cameras)
                 experiment.check(n_cameras, footage.width, footage.height)
@@ -107,7 +112,7 @@ class VideoSource(RecordingSource):
         self, infos: Sequence[VideoInfo], cameras: Cameras, start: int, stop: int, block: int
     ) -> Iterator[Bool]:
         jump, downsample = self.experiment.ingest.frame_jump, self.experiment.ingest.image_downsample
-        maps = undistort_maps(cameras, infos)
+        maps = undistort_maps(cameras, [(info.width, info.height) for info in infos])
         readers = [video.read_frames(info, start * jump, (stop - 1) * jump + 1, jump) for info in infos]
 
         def read(camera: int, first: int, count: int) -> Bool:
@@ -132,14 +137,15 @@ class VideoSource(RecordingSource):
             for frame in video.read_frames(info, start * jump, (stop - 1) * jump + 1, jump):
                 yield VideoPicture(video.planes(frame), downsample, maps)
 
-        return [read(info, maps) for info, maps in zip(infos, undistort_maps(cameras, infos), strict=True)]
+        maps = undistort_maps(cameras, [(info.width, info.height) for info in infos])
+        return [read(info, of_camera) for info, of_camera in zip(infos, maps, strict=True)]
 
 
-def undistort_maps(cameras: Cameras, infos: Sequence[VideoInfo]) -> list[Maps]:
-    """Maps of every camera, of the size of its video; None where its lens does not distort."""
+def undistort_maps(cameras: Cameras, sizes: Sequence[tuple[int, int]]) -> list[Maps]:
+    """Maps of every camera at full resolution, whose width and height are in `sizes`; None where no lens distorts."""
     return [
-        cameras.undistort_maps(c, info.width, info.height) if cameras.distortion[c].any() else None
-        for c, info in enumerate(infos)
+        cameras.undistort_maps(c, width, height) if cameras.distortion[c].any() else None
+        for c, (width, height) in enumerate(sizes)
     ]
 
 
@@ -189,7 +195,7 @@ def _check_apart(cameras: Cameras, file: str) -> None:
 
 def _check_videos(experiment: Experiment, kinds: Sequence[Kind]) -> Footage:
     data, problems = experiment.data, Problems()
-    files = {"mask": data.masks, "video": data.videos}
+    files: dict[Kind, Sequence[str]] = {"mask": data.masks, "video": data.videos}
     names = data.camera_names or tuple(str(i) for i in range(len(data.videos)))
     infos: dict[Kind, list[VideoInfo]] = {"mask": [], "video": []}
     for kind in kinds:

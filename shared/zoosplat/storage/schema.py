@@ -1,8 +1,9 @@
 """Schemas of the zarr groups: arrays, dimensions, types, units, and how time is cut into storage blocks.
 
-Dimensions: T kept frames, C cameras, h x w working pixels (images: window pixels), n grid points an axis,
-S shards of work. Arrays with a T axis that shards write are cut there every `block` frames; image arrays are
-zarr shards of `block` frames with one chunk a frame. All chunks are compressed with zstd and end with a CRC32C.
+Dimensions: T kept frames, C cameras, H x W pixels of the videos, h x w working pixels (images: window pixels), n grid
+points an axis, S shards of work. Arrays with a T axis that shards write are cut there every `block` frames; image
+arrays are zarr shards of `block` frames with one chunk a frame. All chunks are compressed with zstd and end with a
+CRC32C.
 """
 
 from __future__ import annotations
@@ -48,6 +49,16 @@ class ArraySpec:
 
 
 GROUPS: dict[str, dict[str, ArraySpec]] = {
+    # All pictures in it are as the cameras saw them, with the distortion of their lenses.
+    "segments.zarr": {
+        "probability": ArraySpec(("T", "C", "H", "W"), "uint8", "1/255", "of animal; its mask: >= 128", "sharded"),
+        "plate": ArraySpec(("C", "H", "W", 3), "uint8", "", "RGB of the background", "whole"),
+        "noise": ArraySpec(("C",), "float32", "grey levels", "standard deviation of a pixel from the plate", "whole"),
+        "light": ArraySpec(("T", "C", 3, 4), "float32", "", "g0, gx, gy, o of a colour: see its README", "blocks"),
+        "agreement": ArraySpec(("T", "C"), "float32", "", "soft IoU with what other views tell; or NaN", "blocks"),
+        "seen": ArraySpec(("T", "C"), "bool", "", "whether the view is there; else its mask means nothing", "blocks"),
+        "frame": ArraySpec(("T",), "int64", "frames", "index in the video", "whole"),
+    },
     "masks.zarr": {
         "mask": ArraySpec(("T", "C", "h", "w"), "bool", "", "animal, undistorted, working resolution", "sharded"),
         "box": ArraySpec(("T", "C", 4), "int32", "px", "x0, y0, x1, y1 (exclusive) of the mask; 0 if empty", "blocks"),
@@ -120,30 +131,45 @@ def create(url: str, name: str, sizes: dict[str, int], block: int, attributes: d
     """
     group = groups.create_group(url, {**attributes, "block": block})
     for key, spec in GROUPS[name].items():
-        shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.dims)
-        chunks = [max(1, n) for n in shape]
-        shards: tuple[int, ...] | None = None
-        if spec.layout == "sharded":
-            chunks[0] = 1
-            shards = (block, *chunks[1:])
-        elif spec.layout == "blocks":
-            chunks[0] = block
-        elif spec.layout == "per_shard":
-            chunks[0] = 1
-        fill: Any = float("nan") if np.dtype(spec.dtype).kind == "f" else 0
-        group.create_array(
-            key,
-            shape=shape,
-            dtype=spec.dtype,
-            chunks=tuple(chunks),
-            shards=shards,
-            fill_value=fill,
-            compressors=COMPRESSORS,
-            filters=None,
-            dimension_names=[d if isinstance(d, str) else None for d in spec.dims],
-            attributes={"unit": spec.unit, "meaning": spec.meaning},
-        )
+        _create_array(group, key, spec, sizes, block)
     return group
+
+
+def _create_array(group: zarr.Group, key: str, spec: ArraySpec, sizes: dict[str, int], block: int) -> None:
+    shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.dims)
+    chunks = [max(1, n) for n in shape]
+    shards: tuple[int, ...] | None = None
+    if spec.layout == "sharded":
+        chunks[0] = 1
+        shards = (block, *chunks[1:])
+    elif spec.layout == "blocks":
+        chunks[0] = block
+    elif spec.layout == "per_shard":
+        chunks[0] = 1
+    fill: Any = float("nan") if np.dtype(spec.dtype).kind == "f" else 0
+    group.create_array(
+        key,
+        shape=shape,
+        dtype=spec.dtype,
+        chunks=tuple(chunks),
+        shards=shards,
+        fill_value=fill,
+        compressors=COMPRESSORS,
+        filters=None,
+        dimension_names=[d if isinstance(d, str) else None for d in spec.dims],
+        attributes={"unit": spec.unit, "meaning": spec.meaning},
+    )
+
+
+# A further array of segments.zarr where cameras are held out; Ch is their number.
+ALL_VIEWS = ArraySpec(
+    ("T", "Ch", "H", "W"), "uint8", "1/255", "probability in held-out cameras with the help of the others", "sharded"
+)
+
+
+def add_all_views(group: zarr.Group, sizes: dict[str, int], block: int) -> None:
+    """Add the empty array `all_views` to segments.zarr, for recordings with held-out cameras; arguments as `create`."""
+    _create_array(group, "all_views", ALL_VIEWS, sizes, block)
 
 
 # Further arrays of masks.zarr and images.zarr for cameras that move.
