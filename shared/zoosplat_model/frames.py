@@ -42,6 +42,7 @@ class Frame:
         angle: [] float32, radians, its heading about +z.
         tilt: [4] float32, unit quaternion (w, x, y, z), its rotation before that about +z; None means none.
         seen: [C] bool, whether the view is there; None means that all are. The mask of an absent view means nothing.
+        background: [C, h, w, 3] float32, 0 to 1, what the windows show without the animal; None where nobody needs it.
     """
 
     t: int
@@ -54,6 +55,7 @@ class Frame:
     angle: Tensor
     tilt: Tensor | None = None
     seen: Tensor | None = None
+    background: Tensor | None = None
 
     def composite_on_white(self) -> Tensor:
         """The masked picture on white, [C, h, w, 3], with which renderings are compared."""
@@ -192,6 +194,13 @@ class FrameReader:
         """Plates [C, H, W, 3] uint8 and light [T, C, 3, 4] float32, on the device."""
         plate, light = (schema.read(self._images, key) for key in schema.BACKGROUND)
         return torch.as_tensor(plate, device=self.device), self._tensor(light)
+
+    def background_in(self, t: int, camera: int, box: tuple[int, int, int, int]) -> Tensor:
+        """As `background`, [h, w, 3], in a box of the whole frame of a camera: x0, y0, x1, y1 (exclusive), pixels."""
+        (plates, light), (x0, y0, x1, y1) = self._plates, box
+        origin = torch.tensor([[x0, y0]], dtype=torch.float32, device=self.device)
+        part = plates[camera : camera + 1, y0:y1, x0:x1]
+        return lit_plate(part, light[t, camera : camera + 1], origin, (self.full_width, self.full_height))[0]
 
     def background(self, t: int) -> Tensor:
         """What the windows of frame t show without the animal, [C, h, w, 3] float32, 0 to 1; there must be plates."""

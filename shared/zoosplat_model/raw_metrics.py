@@ -12,6 +12,9 @@ from zoosplat_model.metrics import PSNR_MAX, SSIM_RADIUS, ssim_map
 
 # Of renderings laid over the plate, against raw pictures; see `raw_errors`.
 RAW_METRICS = ("raw_l1", "raw_psnr", "raw_ssim")
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 (exclusive) in the whole frame of a camera, pixels
+# What is round the picture of a camera in a box of its whole frame: camera and box -> [h, w, 3], 0 to 1.
+Surroundings = Callable[[int, Box], Tensor]
 Measure = Callable[[Tensor, Tensor], Tensor]  # picture and truth, [1, 3, h, w] each -> [n] figures
 
 
@@ -57,11 +60,18 @@ def raw_errors(picture: Tensor, truth: Tensor) -> Tensor:
     return torch.stack([error.abs().mean(), psnr, ssim_map(picture, truth).mean()])
 
 
+def white_beyond(camera: int, box: Box) -> Tensor:
+    """The surroundings of pictures on white, for `compare_windows`."""
+    x0, y0, x1, y1 = box
+    return torch.ones(y1 - y0, x1 - x0, 3)
+
+
 def compare_windows(
     pictures: Tensor,  # [C, h, w, 3]
     truths: Tensor,  # [C, h, w, 3]
-    windows: Tensor,  # [C, 4]
     origin: Tensor,  # [C, 2]
+    windows: Tensor,  # [C, 4]
+    surroundings: Surroundings,
     downsample: int,
     measure: Measure,
     n_figures: int,
@@ -69,27 +79,35 @@ def compare_windows(
 ) -> Tensor:
     """Figures of the pictures of one frame against the truth within windows, [C, n_figures] float64.
 
-    Both are averaged over d x d pixels first, as whole frames would be; squares that reach out of the window are left
-    out. The figures of a window with a side below `least` pixels are NaN.
+    What the pictures do not hold of a window is taken from its surroundings, in picture and truth alike. So it counts
+    as right, and the size of the pictures makes no difference to what is shown in them. All is averaged over d x d
+    pixels first, as whole frames would be; squares that reach out of the window are left out. The figures of a window
+    with a side below `least` pixels are NaN.
 
     Args:
         pictures: 0 to 1.
         truths: 0 to 1.
-        windows: x0, y0, x1, y1 in the pictures, int64.
         origin: x, y of the pictures' corners in the whole frame, integer pixels.
+        windows: x0, y0, x1, y1 in the whole frame, int64.
+        surroundings: of a camera's picture.
         downsample: the integer d.
         measure: of one picture and its truth, float64.
         n_figures: the length of its result.
         least: pixels after averaging.
     """
     d, rows = downsample, []
-    for camera, ((x0, y0, x1, y1), (x, y)) in enumerate(zip(windows.tolist(), origin.tolist(), strict=True)):
-        left, top = -(-(x + x0) // d) * d - x, -(-(y + y0) // d) * d - y
-        right, bottom = (x + x1) // d * d - x, (y + y1) // d * d - y
-        if min(right - left, bottom - top) < least * d:
+    height, width = pictures.shape[1:3]
+    for camera, (window, (x, y)) in enumerate(zip(windows.tolist(), origin.tolist(), strict=True)):
+        x0, y0, x1, y1 = (*(-(-v // d) * d for v in window[:2]), *(v // d * d for v in window[2:]))
+        if min(x1 - x0, y1 - y0) < least * d:
             rows.append(pictures.new_full((n_figures,), math.nan, dtype=torch.float64))
             continue
-        both = torch.stack([pictures[camera], truths[camera]])[:, top:bottom, left:right].double().permute(0, 3, 1, 2)
+        both = surroundings(camera, (x0, y0, x1, y1)).to(pictures.device).double().repeat(2, 1, 1, 1)
+        left, top, right, bottom = max(x0, x), max(y0, y), min(x1, x + width), min(y1, y + height)
+        if left < right and top < bottom:
+            shown = torch.stack([pictures[camera], truths[camera]])[:, top - y : bottom - y, left - x : right - x]
+            both[:, top - y0 : bottom - y0, left - x0 : right - x0] = shown.double()
+        both = both.permute(0, 3, 1, 2)
         if d > 1:
             both = torch.nn.functional.avg_pool2d(both, d)
         rows.append(measure(both[:1], both[1:]).double())

@@ -11,7 +11,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from zoosplat.recording import background as in_numpy
 from zoosplat_model.background import lay_over, lit_plate
-from zoosplat_model.raw_metrics import RAW_METRICS, compare_windows, judged_windows, raw_errors
+from zoosplat_model.raw_metrics import Box, compare_windows, judged_windows, raw_errors, white_beyond
 
 RNG = np.random.default_rng(0)
 
@@ -41,24 +41,50 @@ def test_windows_by_hand() -> None:
 
 @pytest.mark.parametrize("d", [1, 2])
 def test_errors_by_hand(d: int) -> None:
-    truth = torch.rand(2, 40, 50, 3)
+    truth = torch.rand(3, 40, 50, 3)
     picture = (truth + 0.1).clamp(0, 1)
-    truth[:, :10] = 0.77  # outside of the windows: plays no part
-    windows = torch.tensor([[5, 10, 31, 33], [0, 20, 50, 25]])
-    origin = torch.tensor([[3, 4], [0, 0]])
-    found = compare_windows(picture, truth, windows, origin, d, raw_errors, len(RAW_METRICS))
-    # Squares of the whole frame, whose first column and row in the window are even for d = 2.
-    left, top, right, bottom = (5, 10, 31, 33) if d == 1 else (5, 10, 31, 32)
-    one, other = (
-        torch.nn.functional.avg_pool2d(v[:1, top:bottom, left:right].double().permute(0, 3, 1, 2), d)
-        for v in (picture, truth)
+    origin = torch.tensor([[3, 4], [0, 0], [200, 200]])
+    # Inside of the picture; in part beyond its left and lower border; beside it, and too flat.
+    windows = torch.tensor([[8, 14, 34, 37], [0, 25, 40, 60], [10, 10, 40, 15]])
+    plate = torch.rand(80, 90, 3)
+    found = compare_windows(
+        picture, truth, origin, windows, lambda c, box: plate[box[1] : box[3], box[0] : box[2]], d, raw_errors, 3
     )
-    assert found[0, 0] == pytest.approx(float((one - other).abs().mean()))
-    assert found[0, 1] == pytest.approx(-10 * math.log10(float((one - other).square().mean())))
-    expected = structural_similarity_index_measure(one, other, data_range=1.0)
-    assert isinstance(expected, torch.Tensor)
-    assert found[0, 2] == pytest.approx(float(expected))
-    assert found[1].isnan().all()  # 5 rows are too few
+    whole = plate.repeat(2, 2, 1, 1, 1)  # of camera 0 and 1, what is shown and the truth
+    for c, (x, y) in enumerate(origin[:2].tolist()):
+        whole[c, 0, y : y + 40, x : x + 50], whole[c, 1, y : y + 40, x : x + 50] = picture[c], truth[c]
+    # Squares of the whole frame, which begin at even pixels for d = 2.
+    boxes = [(8, 14, 34, 37), (0, 25, 40, 60)] if d == 1 else [(8, 14, 34, 36), (0, 26, 40, 60)]
+    for c, (x0, y0, x1, y1) in enumerate(boxes):
+        small = torch.nn.functional.avg_pool2d(whole[c, :, y0:y1, x0:x1].double().permute(0, 3, 1, 2), d)
+        one, other = small[:1], small[1:]
+        assert found[c, 0] == pytest.approx(float((one - other).abs().mean()))
+        assert found[c, 1] == pytest.approx(-10 * math.log10(float((one - other).square().mean())))
+        expected = structural_similarity_index_measure(one, other, data_range=1.0)
+        assert isinstance(expected, torch.Tensor)
+        assert found[c, 2] == pytest.approx(float(expected))
+    assert found[2].isnan().all()  # 5 rows are too few
+
+
+def test_larger_pictures_change_nothing_if_they_show_nothing_more() -> None:
+    """A wrong mask makes a smaller window of the recording, which must not make the figures better or worse."""
+    plate, photo = torch.rand(1, 60, 60, 3), torch.rand(1, 12, 12, 3)
+    picture, truth = plate.clone(), plate.clone()
+    picture[:, 20:32, 25:37], truth[:, 20:32, 25:37] = (photo + 0.2).clamp(0, 1), photo
+    window = torch.tensor([[10, 8, 50, 48]])
+
+    def beyond(camera: int, box: Box) -> torch.Tensor:
+        return plate[camera, box[1] : box[3], box[0] : box[2]]
+
+    found = []
+    for x0, y0, x1, y1 in ((25, 20, 37, 32), (12, 6, 40, 36), (0, 0, 60, 60)):
+        pictures = picture[:, y0:y1, x0:x1], truth[:, y0:y1, x0:x1]
+        origin = torch.tensor([[x0, y0]])
+        found.append(compare_windows(*pictures, origin, window, beyond, 1, raw_errors, 3))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+    nothing = compare_windows(*pictures, origin + 100, window, beyond, 1, raw_errors, 3)
+    assert nothing.tolist() == [[0, 100, 1]]
 
 
 def test_what_is_right_has_no_error_and_masks_play_no_part() -> None:
@@ -72,13 +98,13 @@ def test_what_is_right_has_no_error_and_masks_play_no_part() -> None:
     over_plate = lay_over(on_white, alpha, plate)
     torch.testing.assert_close(over_plate, photo)
     window, origin = torch.tensor([[2, 2, 22, 22]]), torch.zeros(1, 2, dtype=torch.int64)
-    right = compare_windows(photo, photo, window, origin, 1, raw_errors, 3)
+    right = compare_windows(photo, photo, origin, window, white_beyond, 1, raw_errors, 3)
     assert right.tolist() == [[0, 100, 1]]
-    found = compare_windows(over_plate, photo, window, origin, 1, raw_errors, 3)[0]
+    found = compare_windows(over_plate, photo, origin, window, white_beyond, 1, raw_errors, 3)[0]
     assert found[1] > 99
     # An animal that lacks a part shows the plate there.
     alpha[:, 8:12, 8:12] = 0
     lacking = lay_over(torch.where(alpha[..., None] > 0, on_white, 1.0), alpha, plate)
     error = float((plate - photo)[:, 8:12, 8:12].square().sum())
-    found = compare_windows(lacking, photo, window, origin, 1, raw_errors, 3)[0]
+    found = compare_windows(lacking, photo, origin, window, white_beyond, 1, raw_errors, 3)[0]
     assert found[1] == pytest.approx(-10 * math.log10(error / (3 * 400)), abs=1e-3)

@@ -24,7 +24,8 @@ def test_background_of_windows_by_hand() -> None:
     h, w = 6, 9
     windows = np.stack([p[y : y + h, x : x + w] for p, (x, y) in zip(plate, origin, strict=True)])
     lit = lit_plate(windows, light, origin, FULL)
-    assert (lit.shape, lit.dtype) == ((2, h, w, 3), np.float32)
+    assert lit.shape == (2, h, w, 3)
+    assert lit.dtype == np.float32
     for row in range(h):
         for column in range(w):
             x, y = (7 + column) / 40 - 0.5, (3 + row) / 20 - 0.5

@@ -405,7 +405,7 @@ def test_raw_metrics_do_not_know_the_masks(make_project: Callable[[Path, Experim
         x, y = origin[c]
         behind = lit_plate(plate[c, y : y + SIDE, x : x + SIDE], light[t, c], origin[c], (WIDTH, HEIGHT)) / 255
         photos[t, c] = np.rint(255 * (rgb[c].numpy() - (1 - alpha[c, ..., None].numpy()) * (1 - behind)))
-    # One photograph is darker than the rendering by 51 in the whole judged window.
+    # One photograph is darker than the rendering by 0.2. The judged window of 0.3 m is 44 px wide and high.
     photos[8, 0] = np.maximum(photos[8, 0], 51) - 51
     schema.array(images, "rgb")[...] = photos
     run_stage(STAGE, open_run(project))
@@ -413,7 +413,8 @@ def test_raw_metrics_do_not_know_the_masks(make_project: Callable[[Path, Experim
     assert list(each[8, "top"])[-4:] == ["foreground_psnr", "raw_l1", "raw_psnr", "raw_ssim"]
     for place, row in each.items():
         if place == (8, "left"):
-            assert float(row["raw_psnr"]) == pytest.approx(-20 * math.log10(0.2), abs=0.15)  # 0 is as dark as it gets
+            error = 0.2**2 * SIDE**2 / 44**2
+            assert float(row["raw_psnr"]) == pytest.approx(-10 * math.log10(error), abs=0.1)
             continue
         assert float(row["raw_psnr"]) > 50  # but for rounding to 1 / 255
         assert float(row["raw_l1"]) < 1 / 255
@@ -432,7 +433,6 @@ def test_lpips_of_the_judged_window(make_project: Callable[[Path, Experiment], P
     torch.manual_seed(0)
     weights = str(tmp_path / "alex.pth")
     torch.save(Lpips(ALEXNET).state_dict(), weights)
-    # A window of 0.3 m is 45 px wide, which the packed window cuts to 32 px.
     project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0, "lpips_weights": weights}))
     run_stage(STAGE, open_run(project))
     rows = rows_of(project, "frames_test.csv")

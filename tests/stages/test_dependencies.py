@@ -30,6 +30,7 @@ WITHOUT_EFFECT = {
 DYNAMIC, IMAGES, MADE = "train.method=dynamic", "features.encoder=images", "data.masks=auto"
 EMPTY_SCENE = "data.backgrounds=[u, v, w, x, y, z]"
 # Keys that no identity has at their default, with another value.
+VALUES = ["data.mask_values=nonzero"]
 GIVEN = [EMPTY_SCENE, "evaluate.lpips_weights=a.pth", "train.plate_lambda=0.5"]
 
 
@@ -79,7 +80,7 @@ def test_keys_at_their_neutral_value_leave_identities_as_they_were_before_these_
 def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
     """In the experiments in which it is looked at; all shown here but those of a D-NeRF scene."""
     seen: set[str] = set()
-    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES], [MADE], GIVEN):
+    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES], [MADE], GIVEN, VALUES):
         for stage in STAGES:
             e = experiment(*overrides)
             keys = {*settings_of(stage, e), *(key.split("[")[0] for key in outside_files(stage, e))}
@@ -109,6 +110,11 @@ def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
         ([], "data.camera_names=[a, b, c, d, e, f]", {"ingest"}),
         ([], "data.videos=[a, b, c, d, e, f]", {"ingest", "pack"}),
         ([], "data.masks=[a, b, c, d, e, f]", {"ingest"}),
+        ([], "data.mask_values=nonzero", {"ingest"}),
+        ([], "data.mask_values=[1, 2]", {"ingest"}),
+        (["data.mask_values=[2, 1]"], "data.mask_values=[1, 2, 1]", set()),
+        # As before there was the key, so that earlier results keep their ids.
+        ([], "data.mask_values=auto", set()),
         ([], "data.directory=elsewhere", {"ingest", "pack"}),
         ([], EMPTY_SCENE, {"pack"}),
         ([], "data.backgrounds=null", set()),
@@ -159,6 +165,11 @@ def test_a_key_changes_the_stages_that_it_declares_and_no_other(
     base: list[str], override: str, stages: set[str]
 ) -> None:
     assert changed(base, override) == stages
+
+
+def test_a_key_that_came_later_is_absent_at_its_default() -> None:
+    assert "data.mask_values" not in settings_of("ingest", experiment())
+    assert settings_of("ingest", experiment("data.mask_values=[3]"))["data.mask_values"] == [3]
 
 
 def test_the_content_of_files_counts_and_not_their_places() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,15 @@ from zoosplat_model.frames import Frame, FrameReader
 from zoosplat_model.lpips import LEAST_SIDE, read_lpips
 from zoosplat_model.metrics import METRICS, frame_metrics
 from zoosplat_model.rasterize import Rendering
-from zoosplat_model.raw_metrics import RAW_METRICS, compare_windows, judged_windows, raw_errors
+from zoosplat_model.raw_metrics import (
+    RAW_METRICS,
+    Measure,
+    Surroundings,
+    compare_windows,
+    judged_windows,
+    raw_errors,
+    white_beyond,
+)
 
 LPIPS, RAW_LPIPS = "lpips", "raw_lpips"
 
@@ -47,18 +57,20 @@ class Measurement:
         reader, (rgb, alpha) = self.reader, rendering
         size = reader.full_width, reader.full_height
         parts = [frame_metrics(rgb, alpha, frame.rgb, frame.mask, frame.origin, *size, self.factor, color)]
-        over_plate = None
+        in_frame = frame.intrinsics.clone()
+        in_frame[:, :2, 2] += frame.origin.to(in_frame)
+        windows = judged_windows(frame.center, reader.ell_m, in_frame, frame.world_to_camera, *size)
+        pairs: list[tuple[Tensor, Tensor, Surroundings]] = [(rgb.clamp(0, 1), frame.composite_on_white(), white_beyond)]
         if reader.has_plates:
             over_plate = lay_over(rgb, alpha, reader.background(frame.t)).clamp(0, 1)
-        windows = judged_windows(
-            frame.center, reader.ell_m, frame.intrinsics, frame.world_to_camera, reader.width, reader.height
-        )
-        place = windows, frame.origin, self.factor
-        if over_plate is not None:
-            parts.append(compare_windows(over_plate, frame.rgb, *place, raw_errors, len(RAW_METRICS)))
+            pairs.append((over_plate, frame.rgb, partial(reader.background_in, frame.t)))
+
+        def compare(pair: tuple[Tensor, Tensor, Surroundings], measure: Measure, *sizes: int) -> Tensor:
+            picture, truth, surroundings = pair
+            return compare_windows(picture, truth, frame.origin, windows, surroundings, self.factor, measure, *sizes)
+
+        if reader.has_plates:
+            parts.append(compare(pairs[1], raw_errors, len(RAW_METRICS)))
         if self._lpips is not None:
-            pairs = [(rgb.clamp(0, 1), frame.composite_on_white())]
-            if over_plate is not None:
-                pairs.append((over_plate, frame.rgb))
-            parts += [compare_windows(picture, truth, *place, self._lpips, 1, LEAST_SIDE) for picture, truth in pairs]
+            parts += [compare(pair, self._lpips, 1, LEAST_SIDE) for pair in pairs]
         return torch.cat([part.to(parts[0].device) for part in parts], 1)

@@ -10,9 +10,9 @@ import numpy as np
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.facts import kept_frames
+from zoosplat.recording.mask_files import MaskInfo
 from zoosplat.recording.source import RecordingSource
 from zoosplat.recording.sources import open_source
-from zoosplat.recording.video import VideoInfo
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, schema
 from zoosplat_ingest import ops
@@ -65,7 +65,7 @@ class Ingest(Stage):
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         group = groups.open_group(ctx.run.output_url(self.name), write=True)
-        infos = [VideoInfo(**info) for info in plan.values.get("infos", [])]
+        infos = [MaskInfo(**info) for info in plan.values.get("infos", [])]
         cameras = Cameras.from_json(dict(group.attrs["cameras"]))  # type: ignore[arg-type]
         seen, empty = schema.read_seen(group), np.zeros(len(cameras), int)
         at = shard.start
@@ -85,11 +85,15 @@ class Ingest(Stage):
         warnings = []
         if open_source(ctx.experiment).cameras_move:
             return Outcome()  # A time is seen by one camera, so most views are absent.
+        empty = (box[..., 2] == 0) & seen
         made = ctx.experiment.data.masks_are_made
-        advice = "give masks of your own in data.masks" if made else "make the masks again"
+        advice = (
+            "give masks of your own in data.masks"
+            if made
+            else "make the masks again; masks of 0 and 1 must be PNG pictures or FFV1, not compressed videos"
+        )
         names: Any = group.attrs["camera_names"]
         labels = [info["label"] for info in plan.values.get("infos", ())] or [f"camera {name}" for name in names]
-        empty = (box[..., 2] == 0) & seen
         for c, count in enumerate(empty.sum(axis=0)):
             label = labels[c]
             if count == len(box):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +36,7 @@ TRAIN_FIGURES = (
     "train_color_loss",
     "train_square_loss",
     "train_ssim_loss",
+    "train_plate_loss",
     "train_gradient",
 )
 VALID_FIGURES = ("valid_loss", "valid_iou", "valid_psnr", "valid_left_out_iou")
@@ -108,7 +110,7 @@ class NetworkTrainer:
             total: number of frames of all ranks; default: as many as here.
 
         Returns:
-            [6] float64 sums over the frames of all ranks, named by `TRAIN_FIGURES`, still on the device.
+            [7] float64 sums over the frames of all ranks, named by `TRAIN_FIGURES`, still on the device.
         """
         # This is a power-law average (Karras 2024, arXiv 2312.02696): its length is a constant share of the steps.
         numbers = torch.tensor([rate, min(1.0, AVERAGING / (done + 1)), 1 / (total or len(frames))])
@@ -141,7 +143,7 @@ class NetworkTrainer:
         used = torch.tensor([[camera in chosen for camera in self.reader.observed] for chosen in views])
         seen = torch.tensor([self._seen(frame).tolist() for frame in frames])
         flags = (copy_to_device(value, self.reader.device) for value in (used, seen, torch.tensor(mirrored)))
-        return [*(value for frame in frames for value in _tensors(frame)), *flags]
+        return [*(value for frame in frames for value in self._tensors(frame)), *flags]
 
     def _seen(self, frame: Frame) -> NDArray[np.bool_]:
         """Which of the observed views of a frame are there, [V]."""
@@ -165,10 +167,10 @@ class NetworkTrainer:
         return self._update(self._losses_shared, numbers)
 
     def _backward(self, *inputs: Tensor) -> Tensor:
-        """Compute the gradients of this rank's part of the mean loss; returns [5] sums of its frames' losses."""
+        """Compute the gradients of this rank's part of the mean loss; returns [6] sums of its frames' losses."""
         *values, used, seen, mirrored, numbers = inputs
         each = len(values) // len(used)
-        frames = [_frame(values[i : i + each]) for i in range(0, len(values), each)]
+        frames = [self._frame(values[i : i + each]) for i in range(0, len(values), each)]
         self.optimizer.zero_grad()
         supervision: float | Tensor = 0.0
         if self.settings.deep_lambda > 0:
@@ -186,7 +188,7 @@ class NetworkTrainer:
         return torch.stack([torch.stack([*loss]) for loss in losses]).detach().double().sum(0)
 
     def _update(self, losses: Tensor, numbers: Tensor) -> Tensor:
-        """Apply Adam and update the averaged weights; returns [6] figures, named by `TRAIN_FIGURES`."""
+        """Apply Adam and update the averaged weights; returns [7] figures, named by `TRAIN_FIGURES`."""
         rate, share, weight = numbers
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -227,7 +229,7 @@ class NetworkTrainer:
             if len(there) > 3:
                 out[there[view_to_predict(frame.t, len(there))]] = True
             flags = torch.from_numpy(np.stack([seen, out]))
-            inputs = [*_tensors(frame), copy_to_device(flags, self.reader.device)]
+            inputs = [*self._tensors(frame), copy_to_device(flags, self.reader.device)]
             figures = self.graphs("validate", self._validate, inputs)
             table[self.ranks.rank + i * self.ranks.size] = figures.double()
         self.ranks.all_reduce(table)
@@ -239,7 +241,7 @@ class NetworkTrainer:
     @torch.no_grad()
     def _validate(self, *inputs: Tensor) -> Tensor:
         *values, (seen, out) = inputs
-        frame = _frame(values)
+        frame = self._frame(values)
         mask = frame.mask[self.model.observed_index]
 
         def rendered(used: Tensor) -> Rendering:
@@ -284,24 +286,40 @@ class NetworkTrainer:
 
     def _losses(self, frame: Frame, rendering: Rendering, counted: Tensor) -> Losses:
         """Means of the losses over the observed views that are `counted` ([V] bool)."""
-        truth, mask = frame.composite_on_white()[self.model.observed_index], frame.mask[self.model.observed_index]
-        s = self.settings
-        return frame_losses(*rendering, truth, mask, s.img_lambda, s.ssim_lambda, counted, s.square_lambda)
+        observed, s = self.model.observed_index, self.settings
+        truth, mask = frame.composite_on_white()[observed], frame.mask[observed]
+        photo = background = None
+        if frame.background is not None:
+            photo, background = frame.rgb[observed], frame.background[observed]
+        return frame_losses(
+            *rendering,
+            truth,
+            mask,
+            s.img_lambda,
+            s.ssim_lambda,
+            counted,
+            s.square_lambda,
+            s.plate_lambda,
+            photo,
+            background,
+        )
 
+    def _tensors(self, frame: Frame) -> list[Tensor]:
+        """The tensors of a frame that a step needs."""
+        background = [self.reader.background(frame.t)] if self.settings.plate_lambda > 0 else []
+        tilt = [] if frame.tilt is None else [frame.tilt]
+        views = frame.rgb, frame.mask, frame.intrinsics, frame.world_to_camera
+        return [*background, *views, frame.center, frame.angle, *tilt]
 
-def _tensors(frame: Frame) -> list[Tensor]:
-    """The tensors of a frame that a step needs."""
-    tilt = [] if frame.tilt is None else [frame.tilt]
-    return [frame.rgb, frame.mask, frame.intrinsics, frame.world_to_camera, frame.center, frame.angle, *tilt]
+    def _frame(self, values: Sequence[Tensor]) -> Frame:
+        """The frame of such tensors. Its time and its place in the picture play no part in a step and are made up.
 
-
-def _frame(values: Sequence[Tensor]) -> Frame:
-    """The frame of such tensors. Its time and its place in the picture play no part in a step, so they are made up.
-
-    Which of its views are there is told beside it, for all frames of a step in one piece.
-    """
-    rgb, mask, intrinsics, world_to_camera, center, angle, *tilt = values
-    return Frame(-1, rgb, mask, intrinsics, world_to_camera, torch.empty(0), center, angle, *tilt)
+        Which of its views are there is told beside it, for all frames of a step in one piece.
+        """
+        background = values[0] if self.settings.plate_lambda > 0 else None
+        rgb, mask, intrinsics, world_to_camera, center, angle, *tilt = values if background is None else values[1:]
+        frame = Frame(-1, rgb, mask, intrinsics, world_to_camera, torch.empty(0), center, angle, *tilt)
+        return replace(frame, background=background)
 
 
 def _with_strides_of(value: Tensor, stored: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ def mask_problems(data: Data, ingest: Ingest) -> Iterator[str]:
     """Masks that this kind of recording cannot have."""
     if data.masks_are_made and ingest.source == "dnerf":
         yield f"data.masks = {AUTO}: the pictures of a D-NeRF scene hold their masks; leave data.masks out"
+    if data.masks_are_made and data.mask_values != "auto":
+        yield f"data.mask_values = {data.mask_values}: says how files are read, but data.masks = {AUTO}; leave it out"
 
 
 def list_problems(data: Data) -> Iterator[str]:

@@ -26,6 +26,8 @@ from zoosplat.storage import urls
 
 CROP_MULTIPLE = 16  # Voxels. The published U-Net halves a crop four times, so each edge is a multiple of 2**4.
 WEIGHTS_FILES = (".safetensors", ".pth", ".pt")  # The endings by which features.weights is a file.
+MASK_VALUES = ("auto", "white", "inverted", "alpha", "nonzero")  # data.mask_values, if it is no list of labels.
+MAX_LABEL = 65535  # The largest value of a pixel in a PNG picture of 16 bits.
 MAX_UP_COMPONENT = 1e9  # Larger components of data.up would overflow when they are squared.
 OF_VIDEOS = Condition("ingest.source", "videos")
 OF_DNERF_SCENE = Condition("ingest.source", "dnerf")
@@ -79,7 +81,16 @@ class Data(Section):
         tuple[RecordingFile, ...], Effect(("segment", "ingest", "pack"), only_if=OF_VIDEOS, names_files=_always)
     ] = Field(min_length=2, description="RGB videos, one a camera, relative to directory")
     masks: Annotated[Masks, Effect(("ingest",), only_if=OF_VIDEOS, names_files=_is_list)] = Field(
-        description="mask videos, one a camera, in the same order; or auto: stage segment makes them from the videos"
+        description="masks, one entry a camera, in the same order: a video, a folder of pictures that are numbered by "
+        "frame, or their pattern, such as masks/0/%05d.png; or auto: stage segment makes them from the videos"
+    )
+    mask_values: Annotated[
+        Literal["auto", "white", "inverted", "alpha", "nonzero"] | tuple[Index, ...],
+        Effect(("ingest",), only_if=OF_VIDEOS, neutral=("auto",)),
+    ] = Field(
+        default="auto",
+        description="which pixels of a mask are the animal: auto: white, 1 or opaque, if nothing else can be meant; "
+        "white: half of white or more; inverted: black; alpha: opaque; nonzero: all but 0; or a list of labels",
     )
     backgrounds: Annotated[
         tuple[RecordingFile, ...] | None,
@@ -128,6 +139,17 @@ class Data(Section):
         return value
 
     # These run before pydantic, which would try every member of the union and complain about each.
+    @field_validator("mask_values", mode="before")
+    @classmethod
+    def _check_mask_values(cls, value: Any) -> Any:
+        if _is_list(value) and value and all(type(v) is int and 0 <= v <= MAX_LABEL for v in value):
+            return tuple(sorted(set(value)))
+        if isinstance(value, str) and value in MASK_VALUES:
+            return value
+        raise ValueError(
+            f"must be one of {', '.join(MASK_VALUES)}, or a list of values from 0 to {MAX_LABEL}, such as [1, 2]"
+        )
+
     @field_validator("calibration", mode="before")
     @classmethod
     def _check_calibration(cls, value: Any) -> Any:

@@ -16,6 +16,7 @@ from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras, WorldTransform
 from zoosplat.recording import dnerf
 from zoosplat.recording.facts import DEFAULT_FPS, Footage, MaskGeometry, RecordingFacts
+from zoosplat.recording.mask_files import MaskInfo
 from zoosplat.recording.source import Bool, Picture, RecordingSource
 from zoosplat.recording.video import VideoInfo
 from zoosplat.storage import urls
@@ -114,7 +115,7 @@ class DnerfSource(RecordingSource):
         )
 
     def read_masks(
-        self, infos: Sequence[VideoInfo], cameras: Cameras, start: int, stop: int, block: int
+        self, infos: Sequence[MaskInfo], cameras: Cameras, start: int, stop: int, block: int
     ) -> Iterator[Bool]:
         downsample = self.experiment.ingest.image_downsample
         height, width = self.scene.height // downsample, self.scene.width // downsample

@@ -11,6 +11,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras, WorldTransform
 from zoosplat.geometry.rotations import FloatArray
+from zoosplat.recording.mask_files import MaskInfo
 from zoosplat.recording.video import VideoInfo
 
 # Frame rate in 1/s where neither the configuration nor a video names one.
@@ -30,7 +31,7 @@ class Footage:
         warnings: a line for each thing that is odd and does not stop a run.
     """
 
-    masks: tuple[VideoInfo, ...]
+    masks: tuple[MaskInfo, ...]
     videos: tuple[VideoInfo, ...]
     width: int
     height: int
