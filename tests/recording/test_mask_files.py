@@ -7,7 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import cv2
@@ -19,6 +19,9 @@ from zoosplat.errors import UserError
 from zoosplat.recording.calibration.hdf5 import write_hdf5
 from zoosplat.recording.facts import kept_frames
 from zoosplat.recording.sources import open_source
+
+if TYPE_CHECKING:
+    from tests.conftest import S3
 
 CAMERAS, FRAMES, WIDTH, HEIGHT = "abc", 12, 64, 48
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # color types of PNG
@@ -218,6 +221,21 @@ def test_videos_seek_to_every_frame(folder: Path) -> None:
     for start in range(FRAMES - 1):
         (found,) = source.read_masks(facts.masks, facts.cameras, start, start + 1, 1)
         assert iou(found, TRUTH[start : start + 1]).min() > 0.95
+
+
+def test_pictures_on_s3(folder: Path, s3_here: S3) -> None:
+    entries = write_all(folder, pngs(TRUTH * 1))
+    encoded(OPAQUE, "ffv1", "bgra")(folder / "masks/d.mkv")
+    bucket = s3_here.bucket()
+    s3_here.put_folder(folder, bucket, "lab/mouse")
+    for masks in (entries, [entries[0], "masks/b/%05d.png", "masks/d.mkv"]):
+        source = open_source(configured(f"s3://{bucket}/lab/mouse", data__masks=masks))
+        facts = source.check()
+        (found,) = source.read_masks(facts.masks, facts.cameras, 3, 8, 5)
+        assert (found == TRUTH[3:8, None]).all()
+    s3_here.client.delete_object(Bucket=bucket, Key="lab/mouse/masks/c/00004.png")
+    with pytest.raises(UserError, match=r"masks/c \(mask of camera c\): number 4 is missing"):
+        open_source(configured(f"s3://{bucket}/lab/mouse", data__masks=entries)).check()
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------
@@ -434,6 +452,7 @@ REFUSED: dict[str, tuple[Write, str, dict[str, Any], str]] = {
     ),
     "numbers from 2 on": (without(pngs(WHITE), "00000.png", "00001.png"), "", {}, "the numbers begin with 2"),
     "two series": (replaced(pngs(WHITE), "x00000.png", WHITE[0]), "", {}, r"several series.*%05d\.png"),
+    "another picture": (replaced(pngs(WHITE), "preview.png", WHITE[0]), "", {}, r"several series.*such as %05d\.png"),
     "two numbers": (
         replaced(pngs(WHITE[:1], name="1_{:02d}.png"), "2_01.png", WHITE[0]),
         "",
