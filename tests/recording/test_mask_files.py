@@ -249,6 +249,12 @@ def test_pictures_on_s3(folder: Path, s3_here: S3) -> None:
         open_source(configured(f"s3://{bucket}/lab/mouse", data__masks=entries)).check()
 
 
+def test_without_its_decoder_an_opacity_is_not_ignored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = write_all(folder, *LOSSY["vp9 with opacity"])
+    monkeypatch.setattr(av, "codecs_available", {"vp9"})
+    assert "opacity can be decoded by libvpx-vp9 alone" in refused(folder, entries)
+
+
 # -- numbers ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "entry"),

@@ -78,6 +78,11 @@ def probe_mask(url: str, name: str, label: str, jump: int) -> MaskInfo:
     info = video.probe(url, label)
     codec, lossless, alpha = video.inspect_codec(url)
     decoder = DECODERS_WITH_ALPHA.get(codec) if alpha else None
+    if decoder is not None and decoder not in av.codecs_available:
+        raise UserError(
+            f"{label}: its opacity can be decoded by {decoder} alone, which FFmpeg has not here; write the masks as "
+            "PNG pictures or as a video by FFV1"
+        )
     return MaskInfo(**vars(info), lossless=lossless, decoder=decoder)
 
 
