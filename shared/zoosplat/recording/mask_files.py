@@ -94,7 +94,8 @@ def _is_folder(url: str) -> bool:
 def _probe_pictures(url: str, label: str, jump: int) -> MaskInfo:
     found = numbered_pictures.find_pictures(url, label)
     if found is None:
-        what = "no such pictures" if numbered_pictures.is_pattern(url) else "a folder without PNG or JPEG pictures"
+        pattern = numbered_pictures.is_pattern(url)
+        what = "no such pictures" if pattern else "no such file, but a folder without PNG or JPEG pictures"
         raise UserError(f"{label}: {what}: {url}; check the names in data.masks, and convert other pictures to PNG")
     numbers = list(found.versions)
     step = jump if len(numbers) > 1 and not any(number % jump for number in numbers) else 1
