@@ -205,6 +205,17 @@ def test_noise_of_a_video_in_pictures_is_no_label(folder: Path) -> None:
     assert (found == (frames >= 128)[:, None]).all()
 
 
+@pytest.mark.parametrize("blur", [0, 1, 2])
+@pytest.mark.parametrize("crf", [10, 30, 42])
+def test_compression_and_soft_outlines_are_no_labels(crf: int, blur: int, folder: Path) -> None:
+    large = [cv2.resize(frame.astype(np.uint8), None, fx=4, fy=4, interpolation=cv2.INTER_LINEAR) for frame in WHITE]
+    soft = np.stack([cv2.GaussianBlur(frame, (0, 0), blur) if blur else frame for frame in large])
+    for camera in CAMERAS:
+        film(folder / "videos" / f"{camera}.mp4", FRAMES, (4 * WIDTH, 4 * HEIGHT))
+    found = read(folder, write_all(folder, encoded(soft, "libx264", "yuv420p", crf=str(crf)), ".mp4"))
+    assert iou(found, soft >= 128).min() > (0.95 if crf > 40 else 0.98)
+
+
 def test_cameras_may_differ(folder: Path) -> None:
     entries = ["masks/a.mkv", "masks/b", "masks/c/%05d.png"]
     encoded(WHITE, "ffv1", "gray")(folder / entries[0])
@@ -327,6 +338,13 @@ WITH_KEY: dict[str, tuple[Write, str, Any, Any, str]] = {
         TRUTH,
         "85, 255",
     ),
+    "a small part labelled 1, the rest white": (
+        pngs(WHITE - 254 * (TRUTH & (np.mgrid[:HEIGHT, :WIDTH][0] < 11 + np.arange(FRAMES)[:, None, None]))),
+        "",
+        "nonzero",
+        TRUTH,
+        "0, 1, 255",
+    ),
     "one label": (pngs(TRUTH * 7), "", [7], TRUTH, "0, 7"),
     "coloured labels": (pngs(COLORED, RGB), "", "nonzero", TRUTH, "is coloured"),
     "labels of a video in full range": (encoded(HALVES, "ffv1", "yuv420p", full=True), ".mkv", "nonzero", TRUTH, ""),
@@ -407,6 +425,12 @@ def text(place: Path) -> None:
 
 REFUSED: dict[str, tuple[Write, str, dict[str, Any], str]] = {
     "compressed labels": (encoded(HALVES * 85, "libx264", "yuv420p", crf="18"), ".mp4", {}, "areas of grey"),
+    "dim labels, compressed": (
+        encoded(WHITE - 225 * (HALVES == 2), "libx264", "yuv420p", crf="18"),
+        ".mp4",
+        {},
+        "areas of grey",
+    ),
     "label in a later frame": (
         replaced(pngs(TRUTH * 1), "00003.png", HALVES[3]),
         "",
