@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -76,13 +77,20 @@ class Segment(Stage):
         cameras = Cameras.from_json(attributes["cameras"])
         segmenter = Segmenter(_read_preparation(ctx, group), ctx.experiment, cameras, size, device)
         instants = reader.read(range(shard.start, shard.stop))
-        for start in range(shard.start, shard.stop, plan.values["block"]):
-            stop = min(start + plan.values["block"], shard.stop)
-            block = _Block(group, stop - start)
-            for i in range(stop - start):
-                block.fill(i, segmenter, next(instants))
-                ctx.progress(start + i + 1 - shard.start, shard.stop - shard.start, "")
-            block.write(start)
+        # A block is compressed and written while the next one is computed.
+        with ThreadPoolExecutor(1) as writer:
+            pending: list[Future[None]] = []
+            for start in range(shard.start, shard.stop, plan.values["block"]):
+                stop = min(start + plan.values["block"], shard.stop)
+                block = _Block(group, stop - start)
+                for i in range(stop - start):
+                    block.fill(i, segmenter, next(instants))
+                    ctx.progress(start + i + 1 - shard.start, shard.stop - shard.start, "")
+                for written in pending:
+                    written.result()
+                pending = [writer.submit(block.write, start)]
+            for written in pending:
+                written.result()
         return Outcome(shard.stop - shard.start, figures=device_figures(device))
 
     def finish(self, ctx: Context, plan: Plan) -> Outcome:
