@@ -20,8 +20,8 @@ def test_made_masks_are_compared_with_the_true_ones(recording: Recording, tmp_pa
     expected = np.empty((KEPT, CAMERAS))
     for c in range(CAMERAS):
         with av.open(str(recording.folder / f"masks/{c}.mp4")) as film:
-            pictures = [frame.to_ndarray(format="gray") for frame in film.decode(video=0)]
-        true: Any = np.stack(pictures[: KEPT * JUMP : JUMP]) > 127
+            pictures: list[Any] = [frame.to_ndarray(format="gray") for frame in film.decode(video=0)]
+        true = np.stack(pictures[: KEPT * JUMP : JUMP]) > 127
         expected[:, c] = (made[:, c] & true).sum(axis=(1, 2)) / (made[:, c] | true).sum(axis=(1, 2))
     expected[ABSENT] = np.nan
     run = run_with_made_masks(recording, tmp_path / "project")
