@@ -33,6 +33,7 @@ class Scene:
     """Frames of a chequered ellipsoid; it has those parts of a FrameReader that a Trainer uses."""
 
     observed, held_out, n_cameras = OBSERVED, [1, 5], CAMERAS
+    seen = np.ones((4, CAMERAS), bool)  # of four frames
     ell_m = 0.22
 
     def __init__(self, device: torch.device, width: int = 288, height: int = 256, grid_size: int = 112) -> None:

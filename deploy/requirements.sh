@@ -7,7 +7,7 @@ set -euo pipefail
 target=$1
 . "${BASH_SOURCE[0]%/*}/engine.sh"
 BIN="$HOME/.cache/zoosplat/bin"
-IMAGES=(ingest center-rotation crop pack train evaluate render features embedding flows)
+IMAGES=(segment ingest center-rotation crop pack train evaluate render features embedding flows)
 # Commands and the packages of Debian that have them.
 PACKAGES="
   containerd containerd

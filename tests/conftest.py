@@ -342,7 +342,7 @@ class ByHand:
                 if not path.exists():
                     path.write_text(f"contents of {path.name}")
         draft = draft_run(Project.at(str(folder)), experiment, force)
-        return record_run(draft, select_stages(until_stage=until), state)
+        return record_run(draft, select_stages(experiment, until_stage=until), state)
 
     @staticmethod
     def mark(run: Any, stage: str, **changes: Any) -> None:

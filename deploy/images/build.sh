@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 REGISTRY=${REGISTRY:-localhost} TAG=${TAG:-dev}
 CPU_STAGES=(ingest center_rotation crop pack embedding)
-GPU_STAGES=(train evaluate render features)
+GPU_STAGES=(segment train evaluate render features)
 deploy/requirements.sh images
 . deploy/engine.sh
 options=(--network host)

@@ -1,6 +1,6 @@
-# The image that train, evaluate, render and features share: torch, gsplat and their other dependencies. gsplat's
-# kernels are compiled here with NVIDIA's compiler from PyPI, so that no pod compiles at first use and none holds a
-# compiler.
+# The image that segment, train, evaluate, render and features share: torch, gsplat and their other dependencies.
+# gsplat's kernels are compiled here with NVIDIA's compiler from PyPI, so that no pod compiles at first use and none holds
+# a compiler.
 ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
 
 # The dependencies are listed in a file that changes with nothing else. So a new linter or a changed README does not
@@ -12,7 +12,7 @@ COPY pyproject.toml constraints.txt ./
 RUN python3 -m venv /tmp/tools && /tmp/tools/bin/pip install -q "$(grep '^uv==' constraints.txt)" \
     && mkdir /wanted && grep '^uv==' constraints.txt > /wanted/uv.txt \
     && /tmp/tools/bin/uv pip compile -q --no-header --no-annotate -c constraints.txt pyproject.toml \
-        --extra train --extra evaluate --extra render --extra features -o /wanted/requirements.txt \
+        --extra segment --extra train --extra evaluate --extra render --extra features -o /wanted/requirements.txt \
     && touch -d @0 /wanted /wanted/*
 
 FROM ${BASE_IMAGE} AS builder

@@ -24,7 +24,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.begin import begin_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat.stages.registry import PIPELINE, STAGES, wants_gpu
 from zoosplat.stages.runs import Run
 from zoosplat.storage import urls
 from zoosplat_flows.execution.executor import (
@@ -173,7 +173,7 @@ def _profile_for(
     settings = ClusterSettings.read()
     api = KubernetesApi(settings.namespace)
     chosen: str | None = None
-    if profile not in (None, "auto") or any(STAGES[stage].gpu for stage in stages):
+    if profile not in (None, "auto") or any(wants_gpu(stage, experiment) for stage in stages):
         chosen = choose_profile(settings, api.list_nodes(), profile, experiment)
     if chosen is not None and profile == chosen:
         experiment = apply_profile(settings, chosen, experiment)
@@ -243,12 +243,13 @@ def pipeline(
         UserError: bad input or configuration, found by this or by a stage.
         StagesFailed: stages failed at each of their tries.
     """
-    stages = select_stages(from_stage, until_stage)
     where = Project.at(project_url_for(project, config))
     if run is not None:
+        begun = open_run(where, run)
         with LocalRunner() as processes:
-            return _run_stages(open_run(where, run), stages, processes, workers)
+            return _run_stages(begun, select_stages(begun.experiment, from_stage, until_stage), processes, workers)
     experiment = load_config(config).experiment if config else open_run(where).experiment
+    stages = select_stages(experiment, from_stage, until_stage)
     if runner == "kubernetes":
         settings, api, chosen_profile, experiment = _profile_for(profile, where, stages, experiment)
         placed: Any = _cluster_runner(settings, api, chosen_profile)

@@ -67,6 +67,7 @@ class RandomAnimalReader(FrameReader):
         self.ell_m, self.grid_size, self.volume_idx = ELL_M, GRID_SIZE, CROP
         self.voxel_size_m = ELL_M / (GRID_SIZE - 1)
         self.n_frames = sum(len(film.centers) for film in films)
+        self.seen = np.ones((self.n_frames, self.n_cameras), bool)
         self.tested = min(MAX_TESTED, self.n_frames // 8)
         self.pictures = [
             torch.cat([torch.from_numpy(film.rgb), torch.from_numpy(film.mask)[..., None]], -1).to(device)

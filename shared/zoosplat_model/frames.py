@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.memory import CACHE_BYTES, READ_AHEAD_FRAMES
 from zoosplat.stages.runs import Run
 from zoosplat.storage import schema
+from zoosplat_model.background import lit_plate
 
 Split = Literal["train", "valid", "test"]
 
@@ -30,7 +32,8 @@ class Frame:
 
     Attributes:
         t: index among the kept frames.
-        rgb: [C, h, w, 3] float32, 0 to 1, the photograph near the animal, white elsewhere.
+        rgb: [C, h, w, 3] float32, 0 to 1, the photograph near the animal, white elsewhere; the whole photograph where
+            there are plates.
         mask: [C, h, w] float32, 0 or 1.
         intrinsics: [C, 3, 3] float32, pixels of the window.
         world_to_camera: [C, 4, 4] float32, metres.
@@ -38,6 +41,8 @@ class Frame:
         center: [3] float32, metres, the animal's centre in the world.
         angle: [] float32, radians, its heading about +z.
         tilt: [4] float32, unit quaternion (w, x, y, z), its rotation before that about +z; None means none.
+        seen: [C] bool, whether the view is there; None means that all are. The mask of an absent view means nothing.
+        background: [C, h, w, 3] float32, 0 to 1, what the windows show without the animal; None where nobody needs it.
     """
 
     t: int
@@ -49,6 +54,8 @@ class Frame:
     center: Tensor
     angle: Tensor
     tilt: Tensor | None = None
+    seen: Tensor | None = None
+    background: Tensor | None = None
 
     def composite_on_white(self) -> Tensor:
         """The masked picture on white, [C, h, w, 3], with which renderings are compared."""
@@ -80,7 +87,9 @@ class FrameReader:
         full_intrinsics: [C, 3, 3] float32 on the device, of the whole frame without principal shift.
         times: [T] float32, 0 to 1 from the first to the last kept frame.
         moving: whether the cameras move; then `world_to_camera` is that of the first frame.
-        pictured: [T, C] bool, whether a camera has a picture at that time; all have unless they move.
+        seen: [T, C] bool, whether the view is there in that frame. An absent view tells nothing: it is neither carved
+            from, nor trained on, nor measured.
+        has_plates: whether the background of the cameras is known; then `rgb` of a frame is the whole picture.
         volume_idx: (start, stop) of the kept grid points along x, y, z.
         ell_m: edge of the cubic grid, metres.
         grid_size: grid points along its edge.
@@ -131,13 +140,14 @@ class FrameReader:
         self._places = self._tensor(self._centers), self._tensor(schema.read(tracking, "angles"))
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
+        self._images, self.has_plates = images, "plate" in images
         self.times = np.linspace(0, 1, self.n_frames, dtype=np.float32)
         self.moving = "pose" in images
-        self.pictured = np.ones((self.n_frames, self.n_cameras), bool)
+        self.seen = schema.read_seen(images)
+        self._seen = None if self.seen.all() else torch.as_tensor(self.seen, device=self.device)
         if self.moving:
             self._poses = self._tensor(schema.read(images, "pose"))
             self.times = schema.read(images, "time").astype(np.float32)
-            self.pictured = schema.read(images, "pictured").astype(bool)
         self.ell_m, self.grid_size = float(str(crop.attrs["ell_m"])), int(str(crop.attrs["grid_size"]))
         self.voxel_size_m = self.ell_m / (self.grid_size - 1)
         self.volume_idx = tuple((int(a), int(b)) for a, b in schema.read(crop, "volume_idx"))
@@ -156,7 +166,7 @@ class FrameReader:
         """
         if self.moving:
             cameras = self.observed if name == "train" or not self.held_out else self.held_out
-            return np.flatnonzero(self.valid & self.pictured[:, cameras].any(axis=1)).tolist()
+            return np.flatnonzero(self.valid & self.seen[:, cameras].any(axis=1)).tolist()
         third = {"train": 0, "valid": 1, "test": 2}[name]
         start, stop = self.n_frames * third // 3, self.n_frames * (third + 1) // 3
         return [t for t in range(start, stop) if self.valid[t]]
@@ -178,6 +188,27 @@ class FrameReader:
         """Centre ([3] metres) and heading ([] radians) of the animal, interpolated where the frame is not valid."""
         centers, angles = self._places
         return centers[t], angles[t]
+
+    @cached_property
+    def _plates(self) -> tuple[Tensor, Tensor]:
+        """Plates [C, H, W, 3] uint8 and light [T, C, 3, 4] float32, on the device."""
+        plate, light = (schema.read(self._images, key) for key in schema.BACKGROUND)
+        return torch.as_tensor(plate, device=self.device), self._tensor(light)
+
+    def background_in(self, t: int, camera: int, box: tuple[int, int, int, int]) -> Tensor:
+        """As `background`, [h, w, 3], in a box of the whole frame of a camera: x0, y0, x1, y1 (exclusive), pixels."""
+        (plates, light), (x0, y0, x1, y1) = self._plates, box
+        origin = torch.tensor([[x0, y0]], dtype=torch.float32, device=self.device)
+        part = plates[camera : camera + 1, y0:y1, x0:x1]
+        return lit_plate(part, light[t, camera : camera + 1], origin, (self.full_width, self.full_height))[0]
+
+    def background(self, t: int) -> Tensor:
+        """What the windows of frame t show without the animal, [C, h, w, 3] float32, 0 to 1; there must be plates."""
+        plates, light = self._plates
+        corners = zip(plates, self._origin[t].tolist(), strict=True)
+        windows = torch.stack([plate[y : y + self.height, x : x + self.width] for plate, (x, y) in corners])
+        origin = copy_to_device(torch.from_numpy(self._origin[t].astype(np.float32)), self.device)
+        return lit_plate(windows, light[t], origin, (self.full_width, self.full_height))
 
     def _read(self, t: int) -> tuple[Tensor, Tensor]:
         if self._cache is not None and t in self._cache:
@@ -206,6 +237,7 @@ class FrameReader:
             origin=torch.from_numpy(self._origin[t]),
             center=center,
             angle=angle,
+            seen=None if self._seen is None else self._seen[t],
         )
 
     def frame(self, t: int) -> Frame:

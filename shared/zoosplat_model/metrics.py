@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-METRICS = ("l1", "mae", "iou", "soft_iou", "psnr", "ssim", "l1_corrected", "psnr_corrected")
+METRICS = ("l1", "mae", "iou", "soft_iou", "psnr", "ssim", "l1_corrected", "psnr_corrected", "foreground_psnr")
 SSIM_RADIUS = 5  # pixels; radius of the 11 x 11 Gaussian window (Wang 2004)
 SSIM_SIGMA = 1.5  # pixels; standard deviation of that window (Wang 2004)
 COLOR_PRIOR = 1e-3  # pixels; weight of the identity in the fit of a colour map
@@ -43,10 +43,11 @@ def frame_metrics(
         color: affine colour map of each camera, from `ColorFit`, for the corrected l1 and psnr; None means no map.
 
     Returns:
-        [C, 8] float64, columns as in `METRICS`: l1 = sum over pixels and channels of |error| / mask area; mae = mean of
+        [C, 9] float64, columns as in `METRICS`: l1 = sum over pixels and channels of |error| / mask area; mae = mean of
         |error| over pixels and channels; iou of alpha > 0.5 and the mask; soft_iou = sum(a m) / sum(a + m - a m);
         psnr in dB for peak 1, at most 100; ssim as torchmetrics computes it (11 x 11 Gaussian, data range 1, frame
-        reflected at its border, mean over pixels and channels); l1 and psnr of the rendering after `color`.
+        reflected at its border, mean over pixels and channels); l1 and psnr of the rendering after `color`; psnr of the
+        pixels that belong to the mask or have alpha >= 0.5, NaN where there are none.
 
     Raises:
         ValueError: the downsampled frame is smaller than 6 pixels.
@@ -143,6 +144,8 @@ def _metrics(
     soft_union = (alpha + mask - overlap).sum()
     one = torch.ones_like(area)
     psnrs = [-10 * torch.log10((p - truth).square().sum() / n_values) for p in (rgb, corrected)]
+    foreground = (alpha >= 0.5) | (mask > 0)
+    squared = ((rgb - truth).square().sum(-1) * foreground).sum() / (3 * foreground.sum())  # 0 / 0 is NaN
     return torch.stack(
         [
             torch.where(area > 0, l1_sum / area, torch.nan),
@@ -153,6 +156,7 @@ def _metrics(
             one - _dissimilarity(rgb, truth, x, y, width, height) / n_values,
             torch.where(area > 0, (corrected - truth).abs().sum() / area, torch.nan),
             psnrs[1].clamp(max=PSNR_MAX),
+            (-10 * torch.log10(squared)).clamp(max=PSNR_MAX),
         ]
     )
 

@@ -21,7 +21,8 @@ from zoosplat_model.rasterize.types import Cameras
 
 CONCURRENT_FRAMES = 4  # frames that a GPU computes at a time where the kernels of one are too small to fill it
 SMALL_VOLUME = 1 << 21  # voxels; the kernels of a volume up to this size do not fill a GPU
-FRAME_TENSORS = ("rgb", "mask", "intrinsics", "world_to_camera", "center", "angle")  # those that lie on the device
+# Those of a frame that lie on the device; `seen` is None in all frames of a recording or in none.
+FRAME_TENSORS = ("rgb", "mask", "intrinsics", "world_to_camera", "center", "angle", "seen")
 
 
 class Predictor(ABC):
@@ -135,7 +136,7 @@ class _Lane:
             if not self.capture or not self.warm:
                 self.warm = True  # libraries choose their kernels at the first call
                 return self._compute(frame)
-            inputs = [getattr(frame, name) for name in FRAME_TENSORS]
+            inputs = [value for name in FRAME_TENSORS if (value := getattr(frame, name)) is not None]
             if self.graph is None:
                 # Lanes run at the same time, so each graph has a memory pool of its own.
                 self.graph = CudaGraph(self._compute_from(frame), inputs, inputs[0].device, stream=self.stream)
@@ -146,7 +147,8 @@ class _Lane:
 
     def _compute_from(self, frame: Frame) -> Callable[..., Tensor]:
         """The same as a function of the frame's tensors."""
-        return lambda *tensors: self._compute(replace(frame, **dict(zip(FRAME_TENSORS, tensors, strict=True))))
+        names = [name for name in FRAME_TENSORS if getattr(frame, name) is not None]
+        return lambda *tensors: self._compute(replace(frame, **dict(zip(names, tensors, strict=True))))
 
 
 def _finish(frame: Frame, lane: _Lane, result: Tensor) -> tuple[int, Tensor]:

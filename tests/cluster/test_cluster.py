@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 import yaml
+from pipelines import FILES_STAGES
 from servers import Servers, prefect
 
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import STAGES
 from zoosplat.storage import objects
 from zoosplat_flows.runners.kubernetes.api import KubernetesApi
 from zoosplat_flows.runners.kubernetes.manifests import JOB_LABEL, job_manifest
@@ -324,8 +324,8 @@ def test_ten_pipelines_at_once(
         labels, node = pod["metadata"]["labels"], pod["spec"]["nodeName"]
         stage = labels["zoosplat.io/stage"]
         project = pod["spec"]["containers"][0]["args"][1]
-        kind = f"n-{PROFILES[int(project[-1]) % 4]}" if STAGES[stage].gpu else "n-cpu"
+        kind = f"n-{PROFILES[int(project[-1]) % 4]}" if FILES_STAGES[stage].gpu else "n-cpu"
         assert node.rsplit("-", 1)[0] == kind
         seen[project, stage] += 1
-    assert len(seen) == 10 * len(STAGES)
+    assert len(seen) == 10 * len(FILES_STAGES)
     assert settings.ordered() == list(PROFILES)

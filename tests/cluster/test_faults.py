@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pipelines import FILES_PIPELINE
 from servers import free_port, without_blas_choice
 
 from zoosplat.errors import UserError
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import Result
 from zoosplat_flows.runners.containers import find_engine, image_of
 
@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.timeout(1800),
 ]
 
-NAMES = [spec.name for spec in PIPELINE]
+NAMES = [spec.name for spec in FILES_PIPELINE]
 SMALL: dict[str, Any] = {
     "holdout_views": [2],
     "center_rotation__grid_size": 32,

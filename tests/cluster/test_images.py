@@ -122,10 +122,12 @@ def begin(url: str, raw: dict[str, Any]) -> Run:
 
 @pytest.fixture(scope="module")
 def bucket(s3: S3, recording: Recording) -> str:
-    """A bucket with a recording and the configuration of a small experiment on it."""
+    """A bucket with a recording and the configuration of a small experiment on it, which has every stage."""
     name = s3.bucket()
     s3.put_folder(recording.folder, name, "recording")
     small: dict[str, Any] = {
+        "data__masks": "auto",
+        "segment": {"background_frames": 12, "adapt_minutes": 0, "device": "cpu"},
         "holdout_views": [2],
         "ingest__max_frames": 36,
         "center_rotation__grid_size": 32,

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 from on_kubernetes import CPU_IMAGES, GPU_IMAGES, NAMESPACE, ROOT, Cluster, placements, same_objects
+from pipelines import FILES_PIPELINE
 from servers import BIN, Servers, prefect
 
 from zoosplat.config.load import load_config
@@ -27,7 +28,6 @@ from zoosplat.errors import UserError
 from zoosplat.stages.begin import begin_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE
 from zoosplat.storage import listing, objects, urls
 from zoosplat_flows.runners.kubernetes.api import KubernetesApi
 from zoosplat_flows.runners.kubernetes.manifests import job_manifest
@@ -154,8 +154,8 @@ def test_a_pipeline_runs_on_the_nodes_of_its_stages_and_an_upgrade_does_not_dist
     for row in rows:
         assert row["exit_code"] == 0
         shards.setdefault(row["stage"], []).append(row)
-    assert set(shards) == {spec.name for spec in PIPELINE}
-    for spec in PIPELINE:
+    assert set(shards) == {spec.name for spec in FILES_PIPELINE}
+    for spec in FILES_PIPELINE:
         nodes = {row["node"] for row in shards[spec.name]}
         if spec.gpu:
             assert nodes == {"zt-gpu-24gb"}
@@ -174,7 +174,7 @@ def test_a_pipeline_runs_on_the_nodes_of_its_stages_and_an_upgrade_does_not_dist
     # The pods are gone, what they have printed is kept with the run.
     recorded = open_run(Project.at(f"s3://{bucket}/whole"))
     assert recorded.record()["state"] == "done"
-    for spec in PIPELINE:
+    for spec in FILES_PIPELINE:
         lines = objects.read_bytes(recorded.path("logs", f"{spec.name}.log")).decode().splitlines()
         ended = [line.split()[1:] for line in lines if " exit status 0" in line]
         assert len(ended) == len(shards[spec.name])
@@ -190,7 +190,7 @@ def test_a_second_run_shows_its_stages_as_cached(place: Place) -> None:
     with SyncPrefectClient(place.servers.env["PREFECT_API_URL"]) as client:
         runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])))  # type: ignore[list-item]
     states = {r.name: r.state_name for r in runs}
-    assert states == {**{spec.name: "Cached" for spec in PIPELINE}, "report": "Completed"}
+    assert states == {**{spec.name: "Cached" for spec in FILES_PIPELINE}, "report": "Completed"}
 
 
 def _training(place: Place, name: str) -> str:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
+from pipelines import FILES_PIPELINE
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import read_config
 from zoosplat.errors import LockLost, Unreachable, UserError
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE, downstream
+from zoosplat.stages.registry import downstream
 from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
@@ -55,7 +56,7 @@ if not mark.exists():
     done_by(run)
 log("end")
 """
-NAMES = [spec.name for spec in PIPELINE]
+NAMES = [spec.name for spec in FILES_PIPELINE]
 
 
 class Perform(Protocol):
@@ -182,7 +183,7 @@ def test_order_follows_what_stages_read_and_pack_runs_beside_tracking(
     page = run.path("report", "index.html")
     assert result == {**dict.fromkeys(NAMES, "done"), "report": page}
     log = _log(project)
-    for spec in PIPELINE:
+    for spec in FILES_PIPELINE:
         for name in spec.reads:
             assert log.index(f"end {name}") < log.index(f"start {spec.name}")
     assert StageEvent("train", "running", 3, 4, "nearly") in events
@@ -300,13 +301,17 @@ def test_logs_hold_what_stages_print_with_time_and_host(project: Path, run: Run,
     ]
 
 
-def test_stages_can_be_chosen_by_range(project: Path) -> None:
-    assert select_stages("crop", "pack") == ["crop", "pack"]
-    assert select_stages(None, "center_rotation") == ["ingest", "center_rotation"]
+def test_stages_can_be_chosen_by_range(experiment: Experiment) -> None:
+    assert select_stages(experiment, "crop", "pack") == ["crop", "pack"]
+    assert select_stages(experiment, None, "center_rotation") == ["ingest", "center_rotation"]
     with pytest.raises(UserError, match="there is no stage trian"):
-        select_stages("trian")
+        select_stages(experiment, "trian")
     with pytest.raises(UserError, match="comes before train"):
-        select_stages("train", "ingest")
+        select_stages(experiment, "train", "ingest")
+    with pytest.raises(UserError, match="this experiment has no stage segment, because"):
+        select_stages(experiment, "segment")
+    made = experiment.model_copy(update={"data": experiment.data.model_copy(update={"masks": "auto"})})
+    assert select_stages(made, None, "crop") == ["segment", "ingest", "center_rotation", "crop"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from command_line import TWO_CAMERAS
+from pipelines import FILES_PIPELINE
 from typer.testing import CliRunner
 
 from zoosplat.config.experiment import Experiment
@@ -18,7 +19,6 @@ from zoosplat.errors import UserError
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, REQUEST, Result
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, listing, objects, urls
@@ -29,7 +29,7 @@ from zoosplat_flows.formatting import format_size
 if TYPE_CHECKING:
     from tests.conftest import S3, ByHand
 
-NAMES = [spec.name for spec in PIPELINE]
+NAMES = [spec.name for spec in FILES_PIPELINE]
 LATER = NAMES[NAMES.index("train") :]
 
 

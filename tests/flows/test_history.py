@@ -23,7 +23,7 @@ from zoosplat.stages.projects import Project
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, objects, urls
 from zoosplat_flows.commands.compare import compare_runs
-from zoosplat_flows.report.comparison import picture_pairs
+from zoosplat_flows.report.comparison import compare_metrics, picture_pairs, remarks
 
 if TYPE_CHECKING:
     from tests.conftest import ByHand
@@ -77,7 +77,10 @@ def evaluated(
             entry = {"file": file, "t": t, "camera": camera, "held_out": held_out, "kind": "even"}
             pictures.append({**entry, "iou": iou, "psnr": 20.0})
     objects.write_json(urls.join(url, "gallery.json"), {"split": "test", "pictures": pictures})
+    means: dict[str, dict[str, float | None]]
     means = {"held_out": {"iou": iou, "psnr": 20.5, "ssim": None}, "observed": {"iou": iou + 0.1, "psnr": 25.0}}
+    if run.experiment.data.backgrounds is not None:
+        means["held_out"]["raw_psnr"] = 30 * iou
     by_hand.mark(run, "evaluate", figures=means)
 
 
@@ -198,6 +201,22 @@ def test_frames_of_different_jumps_meet_by_the_video_and_other_cuts_are_shown(
     assert names == ["truth", f"run {first.id}", f"truth, as run {second.id} shows it", f"run {second.id}"]
     _, _, err = call("compare", first.project.url, first.id, second.id)
     assert "the two are of different frames or masks" in err
+
+
+def test_raw_metrics_of_runs_with_other_masks(tmp_path: Path, experiment: Experiment, by_hand: ByHand) -> None:
+    folder = tmp_path / "project"
+    with_plates = changed(experiment, data__backgrounds=("a.png", "b.png", "c.png"))
+    runs = [by_hand.begin(folder, e) for e in (with_plates, experiment, changed(with_plates, ingest__frame_jump=2))]
+    for run, iou in zip(runs, (0.5, 0.6, 0.7), strict=True):
+        evaluated(run, by_hand, RED, (4,), iou)
+    title = "held-out views, raw PSNR (dB)"
+    assert (title, 15.0, None) in compare_metrics(*runs[:2])
+    assert ("held-out views, IoU", 0.5, 0.6) in compare_metrics(*runs[:2])
+    assert (title, 15.0, 21.0) in compare_metrics(runs[0], runs[2])
+    note = "raw metrics judge both by the same pictures; the others take the masks of each for the truth"
+    assert note in remarks(runs[0], runs[2])
+    assert note not in remarks(runs[1], runs[2])
+    assert "raw PSNR" not in str(compare_metrics(runs[1], runs[1]))
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path, experiment: Experiment, by_hand: ByHand) -> None:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 import pytest
+from pipelines import FILES_PIPELINE
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.results import DONE, MANIFEST
 from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
@@ -216,6 +216,29 @@ def test_the_figures_are_those_of_the_groups(run: Run, mark: Mark) -> None:
         assert text in page.text, text
 
 
+def test_absent_views_are_counted(run: Run, mark: Mark) -> None:
+    """Of a camera that is absent from two of eight frames, the masks there do not count as animal."""
+    _groups(run, mark)
+    _model(run, mark)
+    assert "view absent from" not in _build(run)[1].text
+    seen = np.ones((T, C), bool)
+    seen[5:7, 0] = False
+    schema.add_seen(groups.open_group(run.output_url("ingest"), write=True), seen)
+    url = urls.join(run.output_url("evaluate"), "metrics_test.csv")
+    table = "camera,held_out,frames,absent,iou\nleft,0,3,2,0.91\nright,1,3,0,0.8125\nmean_observed,0,3,2,0.91\n"
+    objects.write_bytes(url, table.encode())
+    mark("ingest")
+    mark("evaluate")
+    _, page = _build(run)
+    assert page.text.count("view absent from") == 1
+    assert "view absent from 2 of 8 frames" in page.text
+    assert page.text.count("animal in 75.0 % of frames") == 2
+    assert "absent views" in page.text
+    objects.write_bytes(url, table.replace(",3,2,", ",3,0,").encode())
+    mark("evaluate")
+    assert "absent views" not in _build(run)[1].text
+
+
 def _embedding(run: Run, mark: Mark) -> None:
     attributes = {
         "encoder": "gaussians",
@@ -279,9 +302,31 @@ def test_held_out_views_come_first(run: Run, mark: Mark) -> None:
     assert [base64.b64decode(film.partition(",")[2]) for film in films] == [b"orbit film", b"sequence film"]
 
 
+def test_raw_metrics_are_shown_where_there_are_some(run: Run, mark: Mark) -> None:
+    _groups(run, mark)
+    _model(run, mark)
+    _, page = _build(run)
+    assert "raw PSNR" not in page.text
+    assert "Raw metrics" not in page.text
+    url = urls.join(run.output_url("evaluate"), "metrics_test.csv")
+    table = "camera,held_out,frames,iou,raw_l1,raw_psnr,raw_ssim,raw_lpips,foreground_psnr\n"
+    objects.write_bytes(url, f"{table}right,1,3,0.8,0.05,21.5,0.7,0.2,17.25\n".encode())
+    objects.write_bytes(
+        urls.join(run.output_url("evaluate"), "frames_test.csv"),
+        b"frame,camera,held_out,iou,psnr,ssim,raw_psnr\n12,right,1,0.8,28,,21.5\n",
+    )
+    mark("evaluate", figures={"held_out": {"iou": 0.8, "raw_psnr": 21.5}})
+    _, page = _build(run)
+    assert "21.5 dB raw PSNR, held-out views" in page.text
+    labels = ("raw L1", "raw PSNR (dB)", "raw SSIM", "raw LPIPS", "foreground PSNR (dB)")
+    text = page.text[page.text.index("Raw metrics lay the rendering over the camera's plate") :]
+    assert all(label in text for label in labels)
+    assert "21.500" in text
+
+
 def test_a_project_without_results_says_what_is_missing(run: Run) -> None:
     _, page = _build(run)
-    for spec in PIPELINE:
+    for spec in FILES_PIPELINE:
         if spec.name not in ("pack", "features"):  # shown by what is made of them
             assert f"Stage {spec.name} has not finished." in page.text
     assert "No stage has finished." in page.text

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipelines import FILES_PIPELINE
 from typer.testing import CliRunner
 
 from zoosplat.errors import UserError
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE, PREPROCESSING
+from zoosplat.stages.registry import PREPROCESSING
 from zoosplat.stages.results import Result
 from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
@@ -25,7 +26,7 @@ from zoosplat_flows.cli.app import app
 from zoosplat_flows.execution.stage_states import stage_states
 
 MADE = Path(__file__).parents[1] / "data" / "project-0.1.0"
-NAMES = [spec.name for spec in PIPELINE]
+NAMES = [spec.name for spec in FILES_PIPELINE]
 FROM_TRAIN = NAMES[len(PREPROCESSING) :]
 
 

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 import pytest
+from pipelines import FILES_PIPELINE
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runner import run_stage
 from zoosplat.storage import groups, schema
@@ -154,6 +154,26 @@ def test_shows_what_is_done(trained: Path, tmp_path: Path) -> None:
     assert len(seen) == 7
 
 
+def test_hulls_are_those_of_the_views_that_are_there(trained: Path, tmp_path: Path) -> None:
+    copy = begun(trained, tmp_path / "project")
+    add(trained, copy, "ingest", "center_rotation", "crop")
+    whole = ProjectData(str(copy)).hull(7).points
+    masks = groups.open_group(str(output(copy, "ingest")), write=True)
+    schema.add_seen(masks, [[t != 7 or c > 0 for c in range(4)] for t in range(36)])
+    mask, hulls = schema.read(masks, "mask"), []
+    for anywhere in (False, True):
+        mask[7, 0] = anywhere
+        schema.write_block(masks, "mask", 0, mask)
+        opened = ProjectData(str(copy))
+        assert [opened.is_seen(7, c) for c in range(4)] == [False, True, True, True]
+        hulls.append(opened.hull(7).points)
+    np.testing.assert_array_equal(hulls[0], hulls[1])
+    # The hull of all but one of three views holds that of two of them.
+    assert len(hulls[0]) > 20
+    assert (hulls[0].min(0) >= whole.min(0)).all()
+    assert (hulls[0].max(0) <= whole.max(0)).all()
+
+
 def test_any_run_of_a_project_is_shown(trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "project"
     shutil.copytree(trained, copy, symlinks=True)
@@ -202,7 +222,7 @@ def test_shows_what_dynamic_gaussians_have_come_to(
 def test_what_cannot_be_shown_is_said(trained: Path, tmp_path: Path) -> None:
     """A configuration that was edited by hand, damaged files: the page shows the rest."""
     copy = begun(trained, tmp_path / "project")
-    add(trained, copy, *(spec.name for spec in PIPELINE if spec.name not in ("render", "features")))
+    add(trained, copy, *(spec.name for spec in FILES_PIPELINE if spec.name not in ("render", "features")))
 
     def notes() -> list[str]:
         opened = ProjectData(str(copy))

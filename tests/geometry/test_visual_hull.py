@@ -102,3 +102,5 @@ def test_behind_and_outside_is_not_seen() -> None:
 
 def test_views_needed() -> None:
     assert [visual_hull.min_views(n) for n in (2, 3, 4, 6)] == [2, 2, 3, 5]
+    assert [visual_hull.min_views(6, absent) for absent in range(6)] == [5, 5, 4, 3, 2, 2]
+    assert [visual_hull.min_views(4, absent) for absent in range(4)] == [3, 3, 2, 2]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from pipelines import FILES_STAGES
 
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
@@ -159,7 +160,7 @@ def test_killed_on_s3(stage: str, s3: S3, recording: Recording, stages: Stages, 
     s3.client.put_object(Bucket=name, Key="p/tested.yaml", Body=json.dumps(config).encode())
     s3.put_folder(finished / "runs", name, "p/runs")
     s3.client.put_object(Bucket=name, Key="p/latest.json", Body=(finished / "latest.json").read_bytes())
-    for ready in STAGES[stage].reads:
+    for ready in FILES_STAGES[stage].reads:
         s3.put_folder(finished / "results" / ready, name, f"p/results/{ready}")
     rng = random.Random(stage)
     for _ in range(2):

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pipelines import FILES_PIPELINE
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.stages.begin import begin_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE
 from zoosplat.stages.runner import run_stage
 from zoosplat.storage import listing, objects
 
@@ -38,7 +38,7 @@ def zoosplat(*arguments: str, env: dict[str, str] | None = None) -> subprocess.C
 
 def test_every_stage_is_done_and_reported(whole_project: Path) -> None:
     run = open_run(Project.at(str(whole_project)))
-    assert all(run.result(spec.name).is_done() for spec in PIPELINE)
+    assert all(run.result(spec.name).is_done() for spec in FILES_PIPELINE)
     assert run.record()["state"] == "done"
     assert not list(whole_project.rglob("*lease"))
     assert not list(whole_project.rglob("*.partial"))
@@ -173,7 +173,7 @@ def test_the_same_on_s3(
     check_same_losses(*history)
     status = zoosplat("status", f"s3://{bucket}/results/tiny", env=s3.env)
     assert status.returncode == 0
-    assert status.stdout.count("done") >= len(PIPELINE)
+    assert status.stdout.count("done") >= len(FILES_PIPELINE)
 
 
 def test_another_gallery_takes_over_the_metrics(

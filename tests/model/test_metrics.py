@@ -40,6 +40,8 @@ def whole_frame_metrics(
             ]
         )
         rows[-1] += [rows[-1][0], rows[-1][4]]  # nothing to correct
+        inside = ((a >= 0.5) | (m > 0)).expand(pred.shape)
+        rows[-1].append(10 * math.log10(1 / float((error[inside] ** 2).mean())))
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -96,13 +98,15 @@ def test_numbers_worked_out_by_hand() -> None:
     assert float(found["iou"]) == pytest.approx(3 / 5)
     assert float(found["soft_iou"]) == pytest.approx(3 / (3 + 1 + 0.6), abs=1e-6)
     assert float(found["psnr"]) == pytest.approx(10 * math.log10(300 / (3 * (0.01 + 0.25 + 0.36))), abs=1e-5)
+    # The same error, over the 5 pixels that are animal or opaque.
+    assert float(found["foreground_psnr"]) == pytest.approx(10 * math.log10(5 / (0.01 + 0.25 + 0.36)), abs=1e-5)
 
 
 def test_a_perfect_rendering() -> None:
     _, _, photo, mask = blob(1, 16, 16, seed=3)
     rgb = photo * mask[..., None] + (1 - mask[..., None].float())
     found = frame_metrics(rgb, mask.float(), photo, mask, torch.tensor([[0, 5]]), 40, 40)[0]
-    assert found.tolist() == [0, 0, 1, 1, 100, 1, 0, 100]
+    assert found.tolist() == [0, 0, 1, 1, 100, 1, 0, 100, 100]
 
 
 def test_an_unseen_animal_has_no_mask_area() -> None:
@@ -110,6 +114,7 @@ def test_an_unseen_animal_has_no_mask_area() -> None:
     found = frame_metrics(white, nothing, white * 0.3, nothing > 0, torch.tensor([[4, 4]]), 20, 20)[0].tolist()
     assert math.isnan(found[0])
     assert math.isnan(found[6])
+    assert math.isnan(found[8])
     assert [*found[1:6], found[7]] == [0, 1, 1, 100, 1, 100]
     false_alarm = frame_metrics(white * 0.5, nothing + 0.9, white, nothing > 0, torch.tensor([[4, 4]]), 20, 20)[0]
     assert false_alarm[2:4].tolist() == [0, 0]
@@ -130,7 +135,7 @@ def test_mask_cut_at_half_after_averaging() -> None:
     alpha[0, :, 1:3] = 1
     rgb = 1 - alpha[..., None].expand(1, 2, 4, 3)
     found = frame_metrics(rgb, alpha, torch.zeros(1, 2, 4, 3), mask, torch.tensor([[3, 2]]), 16, 16, 2)[0]
-    assert found.tolist() == [0, 0, 1, 1, 100, 1, 0, 100]
+    assert found.tolist() == [0, 0, 1, 1, 100, 1, 0, 100, 100]
 
 
 def test_ssim_map_and_its_gradient_are_those_of_torchmetrics() -> None:

@@ -360,10 +360,10 @@ def test_losses_by_hand() -> None:
     rgb[0, 1, 0, 2] = 0.25
     found = frame_losses(rgb, alpha, truth, mask, 0.5, 0.0)
     # overlap 1, union 1 + 0.5 + 1; |error| 0.5 + 0.25 + 0.75 over 2 pixels of mask
-    assert [round(float(x), 5) for x in found] == [round(0.6 + 0.5 * 0.75, 5), 0.6, 0.75, 0, 0]
+    assert [round(float(x), 5) for x in found] == [round(0.6 + 0.5 * 0.75, 5), 0.6, 0.75, 0, 0, 0]
     found = frame_losses(rgb, alpha, truth, mask, 0.5, 0.0, square_lambda=2.0)
     # errors squared: 0.25 + 0.0625 + 0.5625 over 2 pixels
-    assert [round(float(x), 5) for x in found] == [round(0.6 + 0.5 * 0.75 + 2 * 0.4375, 5), 0.6, 0.75, 0.4375, 0]
+    assert [round(float(x), 5) for x in found] == [round(0.6 + 0.5 * 0.75 + 2 * 0.4375, 5), 0.6, 0.75, 0.4375, 0, 0]
 
 
 def test_views_that_do_not_see_the_animal_are_left_out() -> None:

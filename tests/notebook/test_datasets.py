@@ -58,6 +58,9 @@ def test_datasets_hold_the_arrays_with_units_and_coordinates(name: str, p: Proje
         assert dataset["axis"].values.tolist() == ["x", "y", "z"]
 
 
+SEEN = [[True, False], [True, True], [False, False], [False, True]]
+
+
 def masks_of_moving_cameras(url: str) -> zarr.Group:
     """Four kept frames, every fifth of a recording of 60 frames a second, of two cameras."""
     sizes = {"T": 4, "C": 2, "h": 8, "w": 8}
@@ -65,7 +68,8 @@ def masks_of_moving_cameras(url: str) -> zarr.Group:
     masks = schema.create(url, "masks.zarr", sizes, 64, attributes)
     schema.array(masks, "frame")[...] = [0, 5, 10, 15]
     poses = np.arange(128.0).reshape(4, 2, 4, 4)
-    schema.add_moving(masks, {"time": [0, 0.1, 0.4, 1], "pose": poses, "pictured": np.ones((4, 2), bool)})
+    schema.add_moving(masks, {"time": [0, 0.1, 0.4, 1], "pose": poses})
+    schema.add_seen(masks, SEEN)
     return masks
 
 
@@ -79,7 +83,8 @@ def test_frames_that_were_left_out_and_cameras_that_move(tmp_path: Path) -> None
     assert dataset["t"].values.tolist() == [0, 1, 2, 3]
     pose = dataset["pose"].sel(camera="right").swap_dims(time="frame").sel(frame=10)
     np.testing.assert_array_equal(pose, np.arange(128.0).reshape(4, 2, 4, 4)[2, 1])
-    assert dataset["pictured"].dims == ("time", "camera")
+    assert dataset["seen"].dims == ("time", "camera")
+    np.testing.assert_array_equal(dataset["seen"], SEEN)
 
 
 def test_tracking_is_where_the_mouse_was(p: ProjectReader, recording: Recording) -> None:

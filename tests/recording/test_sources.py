@@ -28,7 +28,7 @@ CAMERAS, FRAMES, WIDTH, HEIGHT = 3, 12, 32, 16
 
 
 def film(path: Path, n: int = FRAMES, size: tuple[int, int] = (WIDTH, HEIGHT), fps: int = 50) -> None:
-    """Grey pictures, each a keyframe, with the index in front of them."""
+    """Pictures of noise, or masks of a white square if the folder is `masks`; each a keyframe, behind the index."""
     path.parent.mkdir(exist_ok=True)
     with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
         stream: Any = file.add_stream("libx264", rate=fps)
@@ -36,6 +36,9 @@ def film(path: Path, n: int = FRAMES, size: tuple[int, int] = (WIDTH, HEIGHT), f
         stream.options = {"g": "1", "qp": "0", "preset": "ultrafast", "threads": "1"}
         for i in range(n):
             picture = np.random.default_rng(i).integers(0, 255, (size[1] * 3 // 2, size[0]), np.uint8)
+            if path.parent.name == "masks":
+                picture[: size[1]], picture[size[1] :] = 16, 128
+                picture[4:12, 4 + i % 8 : 12 + i % 8] = 235
             file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))
         file.mux(stream.encode())
 

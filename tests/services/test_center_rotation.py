@@ -67,12 +67,12 @@ def test_adaptive_cameras_undo_a_shifted_principal_point() -> None:
     m = np.tile(np.eye(4), (4, 1, 1))
     m[:, :3, :3], m[:, :3, 3] = r, t
     axis = visual_hull.grid_axis(0.2, 48)
-    straight = ops.frame_hull(masks, [0, 1, 2, 3], k, m, axis, False)
+    straight = ops.frame_hull(masks, np.ones(4, bool), [0, 1, 2, 3], k, m, axis, False)
     assert not straight.shift.any()
     drifted = k.copy()
     drifted[2, :2, 2] += (9, -7)
-    aimed = ops.frame_hull(masks, [0, 1, 2, 3], drifted, m, axis, True)
-    broken = ops.frame_hull(masks, [0, 1, 2, 3], drifted, m, axis, False)
+    aimed = ops.frame_hull(masks, np.ones(4, bool), [0, 1, 2, 3], drifted, m, axis, True)
+    broken = ops.frame_hull(masks, np.ones(4, bool), [0, 1, 2, 3], drifted, m, axis, False)
     assert np.abs(aimed.shift[2] + (9, -7)).max() < 5
     assert np.linalg.norm(aimed.mean - straight.mean) < np.linalg.norm(broken.mean - straight.mean)
     assert aimed.n_voxels > broken.n_voxels
@@ -86,6 +86,6 @@ def test_no_hull_without_two_views() -> None:
     m[:, :3, :3], m[:, :3, 3] = r, t
     masks = masks.copy()
     masks[1:] = False
-    hull = ops.frame_hull(masks, [0, 1, 2, 3], k, m, visual_hull.grid_axis(0.2, 32), False)
+    hull = ops.frame_hull(masks, np.ones(4, bool), [0, 1, 2, 3], k, m, visual_hull.grid_axis(0.2, 32), False)
     assert hull.n_voxels == 0
     assert np.isnan(hull.mean).all()

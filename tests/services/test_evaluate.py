@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.formats.comparison import draw_comparison, square_around
+from zoosplat.recording.background import lit_plate
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
@@ -29,6 +30,7 @@ from zoosplat_evaluate import ops, stage
 from zoosplat_evaluate.stage import STAGE
 from zoosplat_model.frames import Frame, open_reader
 from zoosplat_model.gaussians import Gaussians
+from zoosplat_model.lpips import ALEXNET, Lpips
 from zoosplat_model.metrics import METRICS
 from zoosplat_model.network.predictor import SplatterPredictor
 from zoosplat_model.predictor import Predictor
@@ -263,6 +265,48 @@ def test_cameras_that_differ_in_colour(
     assert means["right"]["l1_corrected"] == pytest.approx(means["right"]["l1"], rel=0.1)
 
 
+@pytest.mark.usefixtures("with_ball")
+@pytest.mark.parametrize("held_out_seen", [True, False])
+def test_absent_views_are_not_measured(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path, held_out_seen: bool
+) -> None:
+    """Of the frames 8, 9 and 10 of the test split, camera left has two, and the held-out camera top two or none."""
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 1}))
+    images = groups.open_group(open_run(project).output_url("pack"), write=True)
+    seen = np.ones((T, C), bool)
+    seen[10, 0] = seen[SPOILT, HELD_OUT] = False
+    if not held_out_seen:
+        seen[:, HELD_OUT] = False
+    rgb, mask = schema.read(images, "rgb"), schema.read(images, "mask")
+    rgb[~seen], mask[~seen] = 0, True
+    schema.write_block(images, "rgb", 0, rgb)
+    schema.write_block(images, "mask", 0, mask)
+    schema.add_seen(images, seen)
+    run_stage(STAGE, open_run(project))
+
+    means = {r["camera"]: r for r in rows_of(project, "metrics_test.csv")}
+    n = 1 if held_out_seen else 3
+    assert {name: int(r["absent"]) for name, r in means.items()} == {
+        "left": 1, "right": 0, "top": n, "mean_observed": 1, "mean_held_out": n,
+    }  # fmt: skip
+    assert {r["frames"] for r in means.values()} == {"3"}
+    # The photographs that are there are renderings, so all that is measured is good, also with fitted colours.
+    for name in ("left", "right", "mean_observed", *(("top", "mean_held_out") if held_out_seen else ())):
+        assert float(means[name]["iou"]) == 1
+        assert float(means[name]["psnr"]) > 30
+        assert float(means[name]["psnr_corrected"]) > 30
+    for row in rows_of(project, "frames_test.csv"):
+        c = ["left", "right", "top"].index(row["camera"])
+        assert all((row[metric] != "") == seen[int(row["t"]), c] for metric in METRICS)
+    mark = open_run(project).read_mark("evaluate")
+    assert mark is not None
+    assert (mark["figures"]["held_out"]["iou"] == 1) if held_out_seen else (mark["figures"]["held_out"]["iou"] is None)
+    url = urls.join(open_run(project).output_url("evaluate"), "gallery.json")
+    shown = {(p["t"], p["camera"]) for p in json.loads(objects.read_bytes(url))["pictures"]}
+    assert shown
+    assert all(seen[t, ["left", "right", "top"].index(name)] for t, name in shown)
+
+
 @pytest.mark.parametrize(
     ("settings", "valid", "message"),
     [
@@ -291,6 +335,8 @@ def test_means_leave_out_what_is_not_defined() -> None:
     np.testing.assert_array_equal(means, [[1, 3], [4, nan]])
     np.testing.assert_array_equal(ops.group_means(means, [0, 1]), [2.5, 3])
     np.testing.assert_array_equal(ops.group_means(means, [1]), [4, nan])
+    np.testing.assert_array_equal(ops.frame_means(values[..., 0], [0, 1]), [2, 5])
+    np.testing.assert_array_equal(ops.frame_means(values[..., 1], [1]), [nan, nan])
 
 
 @pytest.mark.parametrize(
@@ -304,6 +350,10 @@ def test_means_leave_out_what_is_not_defined() -> None:
 )
 def test_choice_of_frames(count: int, expected: list[tuple[int, str]]) -> None:
     assert ops.choose_frames(np.array([0.5, 0.9, 0.6, 0.1, 0.5]), count) == expected
+
+
+def test_frames_without_a_judged_view_are_not_chosen_as_best_or_worst() -> None:
+    assert ops.choose_frames(np.array([math.nan, 0.5, 0.4, math.nan]), 0) == [(2, "worst"), (1, "best")]
 
 
 def test_one_frame_is_shown_once() -> None:
@@ -333,3 +383,72 @@ def test_comparison_shows_the_animal_large_and_the_error_dark() -> None:
 
 def test_nothing_seen_shows_the_window() -> None:
     assert square_around(np.zeros((40, 50), dtype=bool)) == (0, 0, 50, 40)
+
+
+# -- metrics on raw pictures --------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("with_ball")
+def test_raw_metrics_do_not_know_the_masks(make_project: Callable[[Path, Experiment], Project], tmp_path: Path) -> None:
+    """Photographs are the renderings over lit plates, so nothing is wrong with any of them, though a mask is."""
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0}))
+    images = groups.open_group(open_run(project).output_url("pack"), write=True)
+    rng = np.random.default_rng(0)
+    plate = rng.integers(40, 200, (C, HEIGHT, WIDTH, 3)).astype(np.uint8)
+    light = np.array([1, 0, 0, 0], np.float32) + rng.uniform(-0.1, 0.1, (T, C, 3, 4)).astype(np.float32)
+    schema.add_background(images, plate, light)
+    k, poses = cameras()
+    origin = schema.read(images, "origin")[0]
+    k[:, :2, 2] -= origin
+    views = torch.tensor(poses).float(), torch.tensor(k).float(), SIDE, SIDE
+    rgb, alpha = Ball().render(make_ball().to_world(torch.zeros(3), torch.tensor(0.3)), *views)
+    photos = np.empty((T, C, SIDE, SIDE, 3), np.uint8)
+    for t, c in np.ndindex(T, C):
+        x, y = origin[c]
+        behind = lit_plate(plate[c, y : y + SIDE, x : x + SIDE], light[t, c], origin[c], (WIDTH, HEIGHT)) / 255
+        photos[t, c] = np.rint(255 * (rgb[c].numpy() - (1 - alpha[c, ..., None].numpy()) * (1 - behind)))
+    # One photograph is darker than the rendering by 0.2. The judged window of 0.3 m is 44 px wide and high.
+    photos[8, 0] = np.maximum(photos[8, 0], 51) - 51
+    schema.array(images, "rgb")[...] = photos
+    run_stage(STAGE, open_run(project))
+    each = {(int(r["t"]), r["camera"]): r for r in rows_of(project, "frames_test.csv")}
+    assert list(each[8, "top"])[-4:] == ["foreground_psnr", "raw_l1", "raw_psnr", "raw_ssim"]
+    for place, row in each.items():
+        if place == (8, "left"):
+            error = 0.2**2 * SIDE**2 / 44**2
+            assert float(row["raw_psnr"]) == pytest.approx(-10 * math.log10(error), abs=0.1)
+            continue
+        assert float(row["raw_psnr"]) > 50  # but for rounding to 1 / 255
+        assert float(row["raw_l1"]) < 1 / 255
+        assert float(row["raw_ssim"]) > 0.999
+    assert float(each[SPOILT, "top"]["iou"]) < 0.6
+    assert float(each[SPOILT, "top"]["psnr"]) < 20
+    means = {r["camera"]: r for r in rows_of(project, "metrics_test.csv")}
+    mark = open_run(project).read_mark("evaluate")
+    assert mark is not None
+    assert mark["figures"]["held_out"]["raw_psnr"] == pytest.approx(float(means["mean_held_out"]["raw_psnr"]), abs=1e-3)
+    assert mark["figures"]["held_out"]["raw_psnr"] > 50
+
+
+@pytest.mark.usefixtures("with_ball")
+def test_lpips_of_the_judged_window(make_project: Callable[[Path, Experiment], Project], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = str(tmp_path / "alex.pth")
+    torch.save(Lpips(ALEXNET).state_dict(), weights)
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0, "lpips_weights": weights}))
+    run_stage(STAGE, open_run(project))
+    rows = rows_of(project, "frames_test.csv")
+    assert "raw_lpips" not in rows[0]
+    each = {(int(r["t"]), r["camera"]): abs(float(r["lpips"])) for r in rows}
+    assert each[SPOILT, "top"] > 2 * max(value for place, value in each.items() if place != (SPOILT, "top"))
+
+
+@pytest.mark.usefixtures("with_ball")
+def test_without_plates_there_are_no_raw_metrics(
+    make_project: Callable[[Path, Experiment], Project], tmp_path: Path
+) -> None:
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0}))
+    run_stage(STAGE, open_run(project))
+    mark = open_run(project).read_mark("evaluate")
+    assert mark is not None
+    columns = [*rows_of(project, "frames_test.csv")[0], *mark["figures"]["observed"]]
+    assert "psnr" in columns
+    assert not [name for name in columns if name.startswith(("raw", "lpips"))]

@@ -266,7 +266,9 @@ def context(finish: Callable[..., Any], tmp_path: Path) -> Callable[..., Context
 def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     valid = np.array([t != 9 for t in range(T)])
     size = {"width": WINDOW[0], "height": WINDOW[1], "full_width": WIDTH, "full_height": HEIGHT}
-    made = Reader(n_frames=T, n_cameras=2, observed=[0, 1], camera_names=["left", "right"], valid=valid, **size)
+    seen = np.ones((T, 2), bool)
+    names = ["left", "right"]
+    made = Reader(n_frames=T, n_cameras=2, observed=[0, 1], camera_names=names, valid=valid, seen=seen, **size)
 
     def gaussians(t: int) -> Gaussians:
         return animal().to_world(torch.tensor(CENTER), torch.tensor(ANGLE))
@@ -349,6 +351,17 @@ def test_free_still_turns_and_moves_the_animal(context: Callable[..., Context], 
     expected = media.to_uint8(render(placed, pose, k, 64, 48).rgb[0].numpy())
     assert np.abs(free.astype(int) - expected).max() <= 1
     assert np.abs(free.astype(int) - picture_of(ctx, "still_camera.png")).max() > 100
+
+
+def test_film_is_white_where_the_view_is_absent(context: Callable[..., Context], reader: Reader) -> None:
+    reader.seen[10, 1] = False
+    ctx = context(orbit_frames=1, sequence_frames=3, camera=1, width=WIDTH, height=HEIGHT)
+    plan = stage.STAGE.prepare(ctx)
+    stage.STAGE.run_shard(ctx, plan.shard(0), plan)
+    _, film = read_film(objects.read_bytes(urls.join(ctx.run.output_url("render"), "sequence.mp4")))
+    shown = (film[:, :, :WIDTH] < 200).any(-1).mean((1, 2)) > 0.02
+    assert shown.tolist() == [True, False, True]  # of frames 8, 10 and 11
+    assert ((film[:, :, WIDTH + 4 :] < 200).any(-1).mean((1, 2)) > 0.02).all()
 
 
 def test_small_recordings_are_enlarged(context: Callable[..., Context], reader: Reader) -> None:

@@ -17,16 +17,21 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.config.load import load_config
 from zoosplat.errors import UserError
 from zoosplat.stages.dependencies import declared_effects, outside_files, settings_of
-from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.registry import PIPELINE, PREPROCESSING, pipeline_of, reads_of, upstream, wants_gpu
+from zoosplat.stages.results import Request
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 WITHOUT_EFFECT = {
     *("name", "reuse", "scheduling.frames_per_shard"),
     *("train.device", "train.gpus", "train.keep_last", "train.plot_every", "train.save_every"),
-    *("evaluate.device", "render.device", "features.device"),
+    *("segment.device", "evaluate.device", "render.device", "features.device"),
 }
-DYNAMIC, IMAGES = "train.method=dynamic", "features.encoder=images"
+DYNAMIC, IMAGES, MADE = "train.method=dynamic", "features.encoder=images", "data.masks=auto"
+EMPTY_SCENE = "data.backgrounds=[u, v, w, x, y, z]"
+# Keys that no identity has at their default, with another value.
+VALUES = ["data.mask_values=nonzero"]
+GIVEN = [EMPTY_SCENE, "evaluate.lpips_weights=a.pth", "train.plate_lambda=0.5"]
 
 
 def experiment(*overrides: str) -> Experiment:
@@ -62,10 +67,20 @@ def test_every_key_declares_what_it_determines() -> None:
         assert list(effect.stages) == sorted(effect.stages, key=STAGES.index), key
 
 
+def test_keys_at_their_neutral_value_leave_identities_as_they_were_before_these_keys() -> None:
+    e = experiment()
+    for key in ("data.backgrounds", "evaluate.lpips_weights", "train.plate_lambda"):
+        assert declared_effects()[key].neutral
+        for stage in STAGES:
+            assert key not in settings_of(stage, e)
+            assert not any(file.startswith(key) for file in outside_files(stage, e))
+    assert "train.square_lambda" in settings_of("train", e)
+
+
 def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
     """In the experiments in which it is looked at; all shown here but those of a D-NeRF scene."""
     seen: set[str] = set()
-    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES]):
+    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES], [MADE], GIVEN, VALUES):
         for stage in STAGES:
             e = experiment(*overrides)
             keys = {*settings_of(stage, e), *(key.split("[")[0] for key in outside_files(stage, e))}
@@ -95,7 +110,17 @@ def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
         ([], "data.camera_names=[a, b, c, d, e, f]", {"ingest"}),
         ([], "data.videos=[a, b, c, d, e, f]", {"ingest", "pack"}),
         ([], "data.masks=[a, b, c, d, e, f]", {"ingest"}),
+        ([], "data.mask_values=nonzero", {"ingest"}),
+        ([], "data.mask_values=[1, 2]", {"ingest"}),
+        (["data.mask_values=[2, 1]"], "data.mask_values=[1, 2, 1]", set()),
+        # As before there was the key, so that earlier results keep their ids.
+        ([], "data.mask_values=auto", set()),
         ([], "data.directory=elsewhere", {"ingest", "pack"}),
+        ([], EMPTY_SCENE, {"pack"}),
+        ([], "data.backgrounds=null", set()),
+        ([], "evaluate.lpips_weights=a.pth", {"evaluate"}),
+        ([EMPTY_SCENE], "train.plate_lambda=0.5", {"train"}),
+        ([], "train.plate_lambda=0", set()),
         ([], "crop.grid_size=80", {"crop"}),
         ([], "evaluate.gallery_frames=2", {"evaluate"}),
         ([], "render.camera=2", {"render"}),
@@ -105,6 +130,23 @@ def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
         ([], "model.max_gaussians=9000", {"train"}),
         ([], "train.start_from=other", {"train"}),
         ([], DYNAMIC, {"train"}),
+        # Masks that are made from the videos.
+        ([], MADE, set(STAGES[:2])),
+        ([MADE], EMPTY_SCENE, {"segment", "pack"}),
+        ([MADE], "data.videos=[a, b, c, d, e, f]", {"segment", "ingest", "pack"}),
+        ([MADE], "data.up=[0, 0, 1]", {"segment", "ingest"}),
+        ([MADE], "data.fps=50", {"ingest"}),
+        ([MADE], "holdout_views=[1]", {"segment", "center_rotation", "crop", "train"}),
+        ([MADE], "unit=normalized", {"segment", "center_rotation", "crop"}),
+        ([MADE], "center_rotation.ell=0.3", {"segment", "center_rotation"}),
+        ([MADE], "ingest.frame_jump=2", {"segment", "ingest"}),
+        ([MADE], "ingest.max_frames=9", {"segment", "ingest"}),
+        ([MADE], "ingest.on_short=truncate", {"segment", "ingest"}),
+        ([MADE], "ingest.image_downsample=2", {"ingest"}),
+        ([MADE], "segment.rounds=3", {"segment"}),
+        ([MADE], "segment.device=cpu", set()),
+        ([], "segment.rounds=3", set()),
+        ([], "center_rotation.ell=0.3", {"center_rotation"}),
         # What the other trainer or encoder would be told.
         ([], "dynamic.views=3", set()),
         ([], "dynamic.initial_ply=a.ply", set()),
@@ -125,6 +167,11 @@ def test_a_key_changes_the_stages_that_it_declares_and_no_other(
     assert changed(base, override) == stages
 
 
+def test_a_key_that_came_later_is_absent_at_its_default() -> None:
+    assert "data.mask_values" not in settings_of("ingest", experiment())
+    assert settings_of("ingest", experiment("data.mask_values=[3]"))["data.mask_values"] == [3]
+
+
 def test_the_content_of_files_counts_and_not_their_places() -> None:
     moved = ["data.directory=s3://lab/moved", "train.start_from=s3://lab/a.safetensors"]
     files = ["dynamic.initial_ply=a.ply", "dynamic.start_checkpoint=a.pth", "features.weights=a.pth"]
@@ -138,6 +185,40 @@ def test_the_content_of_files_counts_and_not_their_places() -> None:
     assert changed([], "data.calibration=s3://lab/calibration.mat") == {"ingest"}
     one, other = experiment(), experiment("data.calibration=s3://lab/camera_params.h5")
     assert settings_of("ingest", one) == settings_of("ingest", other)
+
+
+def test_experiments_with_mask_files_keep_their_ids() -> None:
+    """Ids are those of the version before masks could be made: `zoosplat run` finds what it has made with that one."""
+    known = {
+        (): "a8d0f8b8da3cc4c5 1c9d13e88fb023e2 d159d4dc38f3273a bb43d78b3215e6b3 378684cbe75b8baf "
+        "ca72c5e289e9b0a0 1f1e7474b06ff221 06b3f2d5a6af1ba0 d5bafee44148ce96",
+        (DYNAMIC, IMAGES, "data.fps=50"): "0cee30340ae54c4b e01172a83ae43d53 e8b29cd9262d20e0 4a4e7430e22f8ab2 "
+        "3fd968626be2b1ab 378c9fc4de229477 0c06f0b00a1708c3 86ca979028d79331 b02e4c484be6c5c9",
+    }
+    for overrides, expected in known.items():
+        e, ids = experiment(*overrides), dict[str, str]()
+        for spec in pipeline_of(e):
+            inputs = {name: ids[name] for name in spec.reads}
+            version = {"train": 5, "evaluate": 2}.get(spec.name, 1)
+            ids[spec.name] = Request(spec.name, version, settings_of(spec.name, e), inputs, {}).id
+        assert list(ids.values()) == expected.split()
+
+
+def test_the_pipeline_of_an_experiment() -> None:
+    names = [spec.name for spec in pipeline_of(experiment())]
+    assert names == list(STAGES[1:])
+    assert [spec.name for spec in pipeline_of(experiment(MADE))] == list(STAGES)
+    for e in (experiment(), experiment(MADE)):
+        there = [spec.name for spec in pipeline_of(e)]
+        assert all(set(spec.reads) <= set(there[: there.index(spec.name)]) for spec in pipeline_of(e))
+        assert upstream(["crop"], e) == {"crop", "center_rotation", *there[: there.index("center_rotation")]}
+    assert (reads_of("ingest", experiment()), reads_of("ingest", experiment(MADE))) == ((), ("segment",))
+    # Those whose results have the same bytes everywhere are the same in both.
+    assert [spec.name for spec in PREPROCESSING] == ["ingest", "center_rotation", "crop", "pack"]
+    # On a cluster segment is one process beside a GPU, or shards without one.
+    assert wants_gpu("segment", experiment(MADE))
+    assert not wants_gpu("segment", experiment(MADE, "segment.device=cpu"))
+    assert wants_gpu("train", experiment("train.device=cpu"))
 
 
 def test_outside_files_are_whole_urls() -> None:

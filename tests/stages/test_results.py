@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pipelines import FILES_PIPELINE, FILES_STAGES
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE, STAGES, downstream
+from zoosplat.stages.registry import STAGES, downstream
 from zoosplat.stages.results import Request, Result, Source, parse_attempt
 from zoosplat.storage import listing, objects
 
 if TYPE_CHECKING:
     from tests.conftest import Recording
 
-ALL = [spec.name for spec in PIPELINE]
+ALL = [spec.name for spec in FILES_PIPELINE]
 
 
 def ids(recording: Recording, directory: Path | None = None, **changes: Any) -> dict[str, str]:
@@ -122,7 +123,7 @@ def test_marks_hold_provenance(finished: Path) -> None:
         assert mark is not None
         assert (mark["stage"], mark["id"], mark["run"], mark["attempt"]) == (name, result.id, run.id, 0)
         assert {"python", "numpy", "zarr", "zoosplat"} <= set(mark["versions"])
-        assert mark["inputs"] == {i: run.result(i).id for i in STAGES[name].reads}
+        assert mark["inputs"] == {i: run.result(i).id for i in FILES_STAGES[name].reads}
         assert mark["started"] < mark["finished"]
         assert mark["frames"] == 144
         assert mark["shards"] == 3

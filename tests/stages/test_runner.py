@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from zoosplat.errors import LockLost, UserError
-from zoosplat.stages import command, dependencies, runner, steps
+from zoosplat.stages import command, dependencies, registry, runner, steps
 from zoosplat.stages.begin import begin_run
 from zoosplat.stages.command import select_run, service_parser
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat.stages.registry import STAGES
 from zoosplat.stages.results import Result
 from zoosplat.stages.runs import Run
 from zoosplat.storage import leases, listing, objects, schema, urls, writing
@@ -156,13 +156,9 @@ def test_split(n: int, per_shard: int, multiple: int, expected: tuple[int, ...])
 # -- versions and sources -----------------------------------------------------------------------------------------
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on this is version 99 of stage ingest, here and in the pipeline."""
-    from zoosplat.stages import drafts, upgrade
-    from zoosplat_flows.execution import stage_states
-
     spec = replace(STAGES["ingest"], version=99)
     monkeypatch.setitem(STAGES, "ingest", spec)
-    for module in (drafts, upgrade, stage_states):
-        monkeypatch.setattr(module, "PIPELINE", (spec, *PIPELINE[1:]))
+    monkeypatch.setattr(registry, "PIPELINE", tuple(STAGES.values()))
 
 
 def test_another_version_makes_a_result_beside_the_old_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pipelines import FILES_PIPELINE
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
@@ -17,7 +18,7 @@ from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.stages.latest_links import link_latest
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat.stages.registry import STAGES, reads_of
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
@@ -25,7 +26,7 @@ from zoosplat.storage import groups, listing, objects, schema, urls
 if TYPE_CHECKING:
     from tests.conftest import Recording
 
-ALL = [spec.name for spec in PIPELINE]
+ALL = [spec.name for spec in FILES_PIPELINE]
 
 
 class Quick(Stage):
@@ -33,7 +34,7 @@ class Quick(Stage):
 
     def prepare(self, ctx: Context) -> Plan:
         url = ctx.run.output_url(self.name)
-        for name in self.spec.reads:
+        for name in reads_of(self.name, ctx.experiment):
             ctx.run.input_url(name)
         if self.name == "ingest":
             sizes = {"T": 144, "C": 4, "h": 2, "w": 2}
@@ -46,7 +47,7 @@ class Quick(Stage):
         return Plan((0, 144))
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
-        made_from = {name: ctx.run.result(name).id for name in self.spec.reads}
+        made_from = {name: ctx.run.result(name).id for name in reads_of(self.name, ctx.experiment)}
         objects.write_json(urls.join(ctx.run.output_url(self.name), "made_from.json"), made_from)
         for name in self.spec.also:
             objects.write_bytes(urls.join(ctx.run.result(self.name).folder, name), b"")
@@ -388,7 +389,7 @@ def test_project_folders_of_any_name(name: str, begin: Callable[..., Run], tmp_p
     run = begin(project=tmp_path / name)
     assert make(run) == ALL
     assert begin(project=tmp_path / name).id == run.id
-    assert set(linked(tmp_path / name)) >= {spec.writes for spec in PIPELINE}
+    assert set(linked(tmp_path / name)) >= {spec.writes for spec in FILES_PIPELINE}
 
 
 def test_a_project_below_a_file(begin: Callable[..., Run], tmp_path: Path) -> None:

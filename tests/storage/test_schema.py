@@ -75,13 +75,29 @@ def test_what_is_written_is_read(url: str) -> None:
 
 def test_arrays_of_cameras_that_move_are_checked_too(url: str) -> None:
     write(url)
-    moving = {"time": np.linspace(0, 1, 11), "pose": np.zeros((11, 2, 4, 4)), "pictured": np.ones((11, 2), bool)}
+    moving = {"time": np.linspace(0, 1, 11), "pose": np.zeros((11, 2, 4, 4))}
     schema.add_moving(groups.open_group(url, write=True), moving)
     group = groups.open_group(url, complete=True)
     assert not schema.read(group, "pose").any()
     damage(url, "pose/c/0/0/0/0", lambda data: data[:-1])
     with pytest.raises(UserError, match=r"images.zarr/pose/c/0/0/0/0 is damaged; run stage pack with --force"):
         schema.read(group, "pose")
+
+
+def test_which_views_are_there(url: str) -> None:
+    """All are, unless the group has the array; groups of D-NeRF scenes have long had it under another name."""
+    write(url)
+    group = groups.open_group(url, write=True)
+    assert not schema.has_seen(group)
+    assert schema.read_seen(group).shape == (11, 2)
+    assert schema.read_seen(group).all()
+    seen = np.arange(22).reshape(11, 2) % 3 > 0
+    group.create_array("pictured", data=seen)
+    stored = groups.open_group(url)
+    assert schema.has_seen(stored)
+    np.testing.assert_array_equal(schema.read_seen(stored), seen)
+    schema.add_seen(group, ~seen)
+    np.testing.assert_array_equal(schema.read_seen(groups.open_group(url, complete=True)), ~seen)
 
 
 def test_every_block_is_written_also_where_all_is_empty(url: str) -> None:

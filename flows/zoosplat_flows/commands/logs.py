@@ -8,7 +8,7 @@ import time
 import typer
 
 from zoosplat.errors import UserError
-from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat.stages.registry import pipeline_of, require_stage
 from zoosplat.stages.run_state import find_run_state
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
@@ -47,9 +47,10 @@ def show_logs(run: Run, stage: str | None, follow: bool) -> None:
     Raises:
         UserError: there is no such stage, or it has printed nothing.
     """
-    if stage is not None and stage not in STAGES:
-        raise UserError(f"there is no stage {stage}; the stages are {', '.join(STAGES)}")
-    logs = [_LogReader(run, name) for name in ([stage] if stage else [spec.name for spec in PIPELINE])]
+    if stage is not None:
+        require_stage(stage, run.experiment)
+    stages = [stage] if stage else [spec.name for spec in pipeline_of(run.experiment)]
+    logs = [_LogReader(run, name) for name in stages]
     printed = 0
     while True:
         state = find_run_state(run.project, run.record()) if run.record() else ""

@@ -87,8 +87,13 @@ def check_experiment(experiment: Experiment) -> None:
     table = Table("camera", "file", "size", "frames", "frames per second", "held out")
     for i, name in enumerate(facts.cameras.names):
         held_out = "yes" if i in experiment.holdout_views else ""
-        for file, info in ((experiment.data.videos[i], facts.videos[i]), (experiment.data.masks[i], facts.masks[i])):
+        files = [(experiment.data.videos[i], facts.videos[i])]
+        if facts.masks:
+            files.append((experiment.data.masks[i], facts.masks[i]))
+        for file, info in files:
             frames = str(info.n_frames) if info.n_frames == info.n_declared else f"{info.n_frames} of {info.n_declared}"
             table.add_row(name, file, f"{info.width} x {info.height}", frames, f"{info.fps:.2f}", held_out)
     Console().print(table)
+    if experiment.data.masks_are_made:
+        typer.echo("stage segment makes the masks from the videos")
     typer.echo("the configuration fits the recording")

@@ -153,8 +153,8 @@ def run_stages(
         UserError: bad input or configuration.
         typer.Exit: the run was stopped (status 130), or stages failed (status 1); the reason is printed.
     """
-    stages = select_stages(from_stage, until_stage)
-    check_forced(force, stages)
+    stages = select_stages(experiment, from_stage, until_stage)
+    check_forced(experiment, force, stages)
     project = Project.at(url)
     check_writable(project.url)
     display = RunDisplay([*stages, "report"])

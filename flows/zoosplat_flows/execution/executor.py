@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from zoosplat.config.experiment import Experiment
 from zoosplat.errors import TransientError, UserError
-from zoosplat.stages.registry import PIPELINE, STAGES
+from zoosplat.stages.registry import STAGES, pipeline_of, require_stage
 from zoosplat.stages.runs import Run
 from zoosplat_flows.execution.recorder import EventListener, RunRecorder, StageEvent
 from zoosplat_flows.runners.protocol import Exhausted, Interrupted, Log, Runner
@@ -23,20 +24,21 @@ class StagesFailed(RuntimeError):
     """One or more stages failed for good; the message has a line or more for each."""
 
 
-def select_stages(from_stage: str | None = None, until_stage: str | None = None) -> list[str]:
-    """The stages from one to another, both included, in the order of the pipeline.
+def select_stages(experiment: Experiment, from_stage: str | None = None, until_stage: str | None = None) -> list[str]:
+    """The stages of an experiment from one to another, both included, in the order of the pipeline.
 
     Args:
+        experiment: its configuration.
         from_stage: the first stage; None: the first of the pipeline.
         until_stage: the last stage; None: the last of the pipeline.
 
     Raises:
-        UserError: there is no such stage, or the last one comes before the first.
+        UserError: there is no such stage, the experiment does not have it, or the last one comes before the first.
     """
-    names = [spec.name for spec in PIPELINE]
+    names = [spec.name for spec in pipeline_of(experiment)]
     for name in (from_stage, until_stage):
-        if name is not None and name not in names:
-            raise UserError(f"there is no stage {name}; the stages are {', '.join(names)}")
+        if name is not None:
+            require_stage(name, experiment)
     first = names.index(from_stage) if from_stage else 0
     last = names.index(until_stage) if until_stage else len(names) - 1
     if last < first:

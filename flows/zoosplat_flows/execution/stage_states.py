@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zoosplat.errors import UserError
-from zoosplat.stages.registry import PIPELINE, StageSpec
+from zoosplat.stages.registry import StageSpec, pipeline_of
 from zoosplat.stages.results import Mark
 from zoosplat.stages.runs import Run
 
@@ -38,7 +38,7 @@ def wall_seconds(mark: Mark) -> float:
 
 def stage_states(run: Run) -> list[StageState]:
     """The state of every stage of a run, in the order of the pipeline."""
-    return [_stage_state(run, spec) for spec in PIPELINE]
+    return [_stage_state(run, spec) for spec in pipeline_of(run.experiment)]
 
 
 def _stage_state(run: Run, spec: StageSpec) -> StageState:

@@ -80,6 +80,9 @@ def remarks(first: Run, second: Run) -> list[str]:
     ids = [run.results["ingest"].id if "ingest" in run.results else "" for run in (first, second)]
     if ids[0] != ids[1]:
         found.append("the two are of different frames or masks: see what differs in data and ingest")
+        means = [evaluation_means(run.read_mark("evaluate")) for run in (first, second)]
+        if all(any("raw_psnr" in group for group in groups.values()) for groups in means):
+            found.append("raw metrics judge both by the same pictures; the others take the masks of each for the truth")
     return found
 
 

@@ -94,6 +94,15 @@ def report_url(run: Run) -> str:
     return urls.join(home, "index.html")
 
 
+# Metrics of the figures at the top of the page, their labels and forms; those that an evaluation lacks are left out.
+TILES = (
+    ("iou", "IoU", "{:.3f}"),
+    ("psnr", "PSNR", "{:.1f} dB"),
+    ("ssim", "SSIM", "{:.3f}"),
+    ("raw_psnr", "raw PSNR", "{:.1f} dB"),
+)
+
+
 def render_page(template: str, **values: Any) -> str:
     """A self-contained page from a template of this package. Raises jinja2.UndefinedError for a missing value."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -107,7 +116,7 @@ def _tiles(stages: dict[str, StageState]) -> list[tuple[str, str]]:
     found = []
     for group in ("held_out", "observed"):
         means = mark["figures"].get(group, {}) if mark else {}
-        for key, label, form in (("iou", "IoU", "{:.3f}"), ("psnr", "PSNR", "{:.1f} dB"), ("ssim", "SSIM", "{:.3f}")):
+        for key, label, form in TILES:
             if means.get(key) is not None:
                 found.append((form.format(means[key]), f"{label}, {group.replace('_', '-')} views"))
     return found

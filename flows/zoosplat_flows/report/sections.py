@@ -32,9 +32,9 @@ def recording_section(run: Run, experiment: Experiment, stages: dict[str, StageS
     mask = schema.array(masks, "mask")
     n_frames, n_cameras, height, width = mask.shape
     attributes: Any = masks.attrs
-    box = schema.read(masks, "box")
-    seen = box[..., 2] > box[..., 0]
-    area = np.where(seen, (box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]), 0)
+    box, seen = schema.read(masks, "box"), schema.read_seen(masks)
+    shown = seen & (box[..., 2] > box[..., 0])
+    area = np.where(shown, (box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]), 0)
     # The frame in which the animal is seen best: the largest of the smallest boxes.
     t = int(area.min(axis=1).argmax())
     packed, why_not = _open_images(run, stages)
@@ -46,14 +46,15 @@ def recording_section(run: Run, experiment: Experiment, stages: dict[str, StageS
         else:
             silhouette = np.asarray(schema.array(packed, "mask")[t, c])
             picture = np.asarray(schema.array(packed, "rgb")[t, c])
-        sizes = np.sqrt(area[:, c][seen[:, c]])
+        sizes, absent = np.sqrt(area[:, c][shown[:, c]]), int((~seen[:, c]).sum())
         cameras.append(
             {
                 "name": attributes["camera_names"][c],
                 "video": experiment.data.videos[c],
                 "held_out": c in experiment.holdout_views,
-                "picture": jpeg_data_uri(draw_outline(picture, silhouette)),
-                "seen": f"{100 * seen[:, c].mean():.1f} %",
+                "picture": jpeg_data_uri(draw_outline(picture, silhouette & seen[t, c])),
+                "seen": f"{100 * shown[:, c].mean():.1f} %",
+                "absent": f"{absent} of {n_frames}" if absent else "",
                 "size": f"{np.median(sizes):.0f} px" if len(sizes) else "",
             }
         )
@@ -171,14 +172,20 @@ def evaluation_section(run: Run, experiment: Experiment, stages: dict[str, Stage
     fitted = ""
     if experiment.train.method == "dynamic" or experiment.train.fit_to == "all":
         fitted = "Trained on all frames: observed views are training data, only held-out ones are new to the model."
-    return {"tables": tables, "gallery": _gallery(url, files), "over_time": over_time, "fitted": fitted}
+    raw = ""
+    if any(metric_label("raw_psnr") in table["columns"] for table in tables):
+        raw = (
+            "Raw metrics lay the rendering over the camera's plate and compare it with the raw picture in a window "
+            "round the animal, so that no mask plays a part. The others compare with what the masks cut out."
+        )
+    return {"tables": tables, "gallery": _gallery(url, files), "over_time": over_time, "fitted": fitted, "raw": raw}
 
 
 def _plot_over_time(rows: list[dict[str, str]]) -> str:
     """Plot of the means over the observed and over the held-out views against the frame of the video."""
     frames = sorted({int(row["frame"]) for row in rows})
     panels: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
-    for metric in ("iou", "psnr", "ssim"):
+    for metric in [metric for metric in ("iou", "psnr", "ssim", "raw_psnr") if rows and metric in rows[0]]:
         for group, name in (("0", "observed"), ("1", "held out")):
             values: dict[int, list[float]] = {frame: [] for frame in frames}
             for row in rows:
@@ -196,7 +203,12 @@ def _metrics_table(rows: list[dict[str, str]]) -> Section:
     def order(row: dict[str, str]) -> tuple[bool, bool]:
         return (not row["camera"].startswith("mean_"), row["held_out"] != "1")
 
-    columns = [c for c in rows[0] if c not in ("camera", "held_out") and any(row[c] for row in rows)] if rows else []
+    # A column without values is left out, and so is that of absent views where there are none.
+    columns = [
+        c
+        for c in (rows[0] if rows else ())
+        if c not in ("camera", "held_out") and any(row[c] not in ("", "0" if c == "absent" else "") for row in rows)
+    ]
     body = [
         {
             "camera": row["camera"].replace("_", " "),

@@ -25,8 +25,10 @@ def read_csv(url: str) -> list[dict[str, str]]:
 
 def metric_label(name: str) -> str:
     """The name of a metric, from a column of a table, as people write it: `psnr` -> `PSNR (dB)`."""
-    known = {"psnr": "PSNR (dB)", "ssim": "SSIM", "l1": "L1", "mae": "MAE"}
+    known = {"psnr": "PSNR (dB)", "ssim": "SSIM", "l1": "L1", "mae": "MAE", "absent": "absent views"}
     known |= {f"{key}_corrected": f"{known[key]}, colours corrected" for key in ("l1", "psnr")}
+    known |= {"lpips": "LPIPS", "foreground_psnr": "foreground PSNR (dB)"}
+    known |= {f"raw_{key}": f"raw {known[key]}" for key in ("l1", "psnr", "ssim", "lpips")}
     return known.get(name) or name.replace("_", " ").replace("iou", "IoU").replace("ssim", "SSIM")
 
 

@@ -16,7 +16,7 @@ from typing import IO
 
 from zoosplat.errors import UserError
 from zoosplat.stages.contract import StageProgress
-from zoosplat.stages.registry import STAGES
+from zoosplat.stages.registry import SEGMENT, STAGES
 from zoosplat.stages.runs import Run
 from zoosplat_flows.runners.protocol import Interrupted, Log
 from zoosplat_flows.runners.stage_output import BAD_INPUT_STATUS, PROGRESS_LOG_S, bad_input_error, parse_progress
@@ -167,6 +167,8 @@ def _read_errors(stream: IO[str], last_lines: deque[str], log: Log) -> None:
 
 def out_of_memory_advice(stage: str) -> str:
     """What to do where the system has killed a stage, which it most likely did for the stage's memory."""
+    if stage == SEGMENT:
+        return "out of memory? Close other programs, or use a machine with more memory"
     if STAGES[stage].gpu:
         return "out of memory? Close other programs, raise ingest.image_downsample, or lower crop.grid_size"
     return "out of memory? Lower --workers, or scheduling.frames_per_shard"

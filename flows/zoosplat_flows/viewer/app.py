@@ -257,8 +257,9 @@ class Viewer:
                 with self._server.atomic():
                     drawer.draw_gaussians(data, t)
                 yield
-            names = [_title(camera) for camera in data.cameras]
-            self._comparison.image = data.comparison(t, names.index(self._view.value))
+            view = [_title(camera) for camera in data.cameras].index(self._view.value)
+            shown = data.is_seen(t, view)
+            self._comparison.image = data.comparison(t, view) if shown else blank_picture(*COMPARISON_SIZE)
         self._server.flush()
         self._shown = data, t
 

@@ -166,7 +166,7 @@ class ProjectData:
             return None
 
     def _read_recording(self, masks: zarr.Group) -> None:
-        self._mask = schema.array(masks, "mask")
+        self._mask, self._seen = schema.array(masks, "mask"), schema.read_seen(masks)
         self.n_frames, n_cameras, height, width = self._mask.shape
         self.video_frames = schema.read(masks, "frame")
         attributes: Any = masks.attrs
@@ -250,6 +250,10 @@ class ProjectData:
             made.append(np.asarray(cv2.resize(whole, size, interpolation=cv2.INTER_AREA), dtype=np.uint8))
         return made
 
+    def is_seen(self, t: int, camera: int) -> bool:
+        """Whether the view of a camera is there in frame t; the mask of an absent view means nothing."""
+        return bool(self._seen[t, camera])
+
     def has_hull(self, t: int) -> bool:
         """Whether frame t has a hull, and the grid of the hull is known."""
         return self._crop is not None and self.valid is not None and bool(self.valid[t])
@@ -267,16 +271,17 @@ class ProjectData:
         ranges = schema.read(self._crop, "volume_idx")
         x, y, z = (axis[start:stop] for start, stop in ranges)
         observed = [c for c, camera in enumerate(self.cameras) if not camera.held_out]
-        aimed = np.stack([self.cameras[c].intrinsics for c in observed])
-        aimed[:, :2, 2] += self._shift[t][observed]
+        seen = [c for c in observed if self.is_seen(t, c)]
+        aimed = np.stack([camera.intrinsics for camera in self.cameras])[seen]
+        aimed[:, :2, 2] += self._shift[t][seen]
         cells, _ = visual_hull.hull_indices(
-            np.asarray(self._mask[t])[observed],
+            np.asarray(self._mask[t])[seen],
             aimed,
-            np.stack([self.cameras[c].world_to_camera for c in observed]),
+            np.stack([camera.world_to_camera for camera in self.cameras])[seen],
             (x, y, z),
             self.centers[t],
             float(self.angles[t]),
-            visual_hull.min_views(len(observed)),
+            visual_hull.min_views(len(observed), len(observed) - len(seen)),
         )
         filled = np.zeros([n + 2 for n in (len(x), len(y), len(z))], bool)
         filled[tuple(cells.T + 1)] = True
@@ -324,7 +329,10 @@ class ProjectData:
         )
 
     def comparison(self, t: int, camera: int) -> media.Picture:
-        """Truth, rendering and difference as stage evaluate shows them, [h, w, 3], of a frame that has a hull."""
+        """Truth, rendering and difference as stage evaluate shows them, [h, w, 3].
+
+        The frame has a hull, and the view is there.
+        """
         return self._cache.get(("comparison", t, camera), lambda: self._comparison(t, camera), lambda made: made.nbytes)
 
     def _comparison(self, t: int, camera: int) -> media.Picture:

@@ -32,17 +32,17 @@ def rough_center(medoids: F64, intrinsics: F64, world_to_camera: F64) -> F64:
     """Component-wise median of the triangulations of every pair of views.
 
     Args:
-        medoids: [V, 2] pixels, NaN where a view's mask is empty.
+        medoids: [V, 2] pixels, NaN where a view's mask is empty or the view is absent.
         intrinsics: [V, 3, 3].
         world_to_camera: [V, 4, 4].
 
     Returns:
         [3] metres; NaN where fewer than two views see the animal.
     """
-    seen = np.isfinite(medoids).all(axis=1)
-    if seen.sum() < 2:
+    found = np.isfinite(medoids).all(axis=1)
+    if found.sum() < 2:
         return np.full(3, np.nan)
-    points = triangulate_pairs(medoids[seen], intrinsics[seen] @ world_to_camera[seen, :3])
+    points = triangulate_pairs(medoids[found], intrinsics[found] @ world_to_camera[found, :3])
     points = points[np.isfinite(points).all(axis=1)]
     return np.median(points, axis=0) if len(points) else np.full(3, np.nan)
 
@@ -59,6 +59,7 @@ class FrameHull:
 
 def frame_hull(
     masks: Bool,
+    seen: Bool,
     observed: list[int],
     intrinsics: F64,
     world_to_camera: F64,
@@ -67,15 +68,21 @@ def frame_hull(
 ) -> FrameHull:
     """Centre and spread of the visual hull in a cube round the rough centre.
 
+    A view that is absent has no part in it, so a frame of fewer than two observed views has no hull. An empty mask of a
+    view that is there says that nothing is where the view looks.
+
     Args:
         masks: [C, h, w] of all cameras.
+        seen: [C], which views are there.
         observed: cameras that carve.
         intrinsics: [C, 3, 3], pixels of the masks.
         world_to_camera: [C, 4, 4], metres.
         axis: grid coordinates of the cube along each axis, metres.
         adaptive: re-aim each principal point so that the triangulated medoid projects onto the view's medoid.
     """
+    observed = [c for c in observed if seen[c]]
     medoids = np.stack([mask_medoid(m) for m in masks])
+    medoids[~seen] = np.nan
     center = rough_center(medoids[observed], intrinsics[observed], world_to_camera[observed])
     nothing = FrameHull(np.full(3, np.nan), np.full((3, 3), np.nan), 0, np.zeros((len(masks), 2)))
     if not np.isfinite(center).all():

@@ -33,6 +33,7 @@ class CenterRotation(Stage):
         masks = ctx.open_input("ingest")
         group = groups.open_group(ctx.run.output_url(self.name), write=True)
         intrinsics, world_to_camera = (schema.read(masks, key) for key in ("intrinsics", "world_to_camera"))
+        seen, observed = schema.read_seen(masks), plan.values["observed"]
         if "pose" in masks:
             return self._in_place(group, shard, plan)
         axis = visual_hull.grid_axis(plan.values["ell_m"], plan.values["grid_size"])
@@ -43,10 +44,9 @@ class CenterRotation(Stage):
             stop = min(start + schema.SMALL_BLOCK, shard.stop)
             hulls = []
             for first in range(start, stop, read):
-                for frame in schema.read(masks, "mask", first, min(first + read, stop)):
-                    hulls.append(
-                        ops.frame_hull(frame, plan.values["observed"], intrinsics, world_to_camera, axis, adaptive)
-                    )
+                for t, frame in enumerate(schema.read(masks, "mask", first, min(first + read, stop)), first):
+                    cameras = intrinsics, world_to_camera
+                    hulls.append(ops.frame_hull(frame, seen[t], observed, *cameras, axis, adaptive))
                     ctx.progress(start - shard.start + len(hulls), shard.stop - shard.start, "")
             schema.write_block(group, "hull_mean", start, np.stack([h.mean for h in hulls]))
             schema.write_block(group, "hull_cov", start, np.stack([h.cov for h in hulls]))

@@ -19,7 +19,7 @@ class Crop(Stage):
     """Choose the part of the model's cube that holds the animal in all frames.
 
     All frames count, evenly thinned to MAX_FRAMES, and not only the training third, because a rearing animal of the
-    last third must fit too. Only observed views are used, so nothing is learned from the held-out views.
+    last third must fit too. Only observed views that are there are used, so nothing is learned from the held-out views.
     """
 
     def prepare(self, ctx: Context) -> Plan:
@@ -39,7 +39,7 @@ class Crop(Stage):
         masks, tracking = ctx.open_input("ingest"), ctx.open_input("center_rotation")
         intrinsics, world_to_camera = (schema.read(masks, key) for key in ("intrinsics", "world_to_camera"))
         centers, angles, shifts = (schema.read(tracking, key) for key in ("centers", "angles", "principal_shift"))
-        values, observed = plan.values, plan.values["observed"]
+        values, seen = plan.values, schema.read_seen(masks)
         axis = visual_hull.grid_axis(values["ell_m"], values["grid_size"])
         frames = values["frames"][shard.start : shard.stop]
         mask = schema.array(masks, "mask")
@@ -50,6 +50,7 @@ class Crop(Stage):
             if t // block != held_block:
                 held_block = t // block
                 held = schema.read(masks, "mask", held_block * block, (held_block + 1) * block)
+            observed = [c for c in values["observed"] if seen[t, c]]
             aimed = intrinsics.copy()
             aimed[:, :2, 2] += shifts[t]
             cells, _ = visual_hull.hull_indices(
@@ -59,7 +60,7 @@ class Crop(Stage):
                 (axis, axis, axis),
                 centers[t],
                 float(angles[t]),
-                visual_hull.min_views(len(observed)),
+                visual_hull.min_views(len(values["observed"]), len(values["observed"]) - len(observed)),
             )
             counts += ops.index_counts(cells, values["grid_size"])
             ctx.progress(done + 1, len(frames), "")

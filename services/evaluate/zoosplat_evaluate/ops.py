@@ -16,9 +16,18 @@ Kind = Literal["worst", "best", "even"]
 
 def camera_means(values: Values) -> Values:
     """Means [C, M] over frames of metrics [T, C, M]. Frames in which a metric is not defined (NaN) do not count."""
+    return _mean(values, 0)
+
+
+def frame_means(values: Values, cameras: Sequence[int]) -> Values:
+    """Means [T] over some cameras of a metric [T, C]. Views that are absent (NaN) do not count; NaN where all are."""
+    return _mean(values[:, list(cameras)], 1)
+
+
+def _mean(values: Values, axis: int) -> Values:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mean of empty slice", category=RuntimeWarning)
-        return np.asarray(np.nanmean(values, axis=0))
+        return np.asarray(np.nanmean(values, axis=axis))
 
 
 def group_means(means: Values, cameras: Sequence[int]) -> Values:
@@ -30,11 +39,11 @@ def choose_frames(iou: Values, count: int) -> list[tuple[int, Kind]]:
     """Choose the frames to show: the worst, the best, then `count` evenly spaced ones, none twice.
 
     Args:
-        iou: [T] of each frame; at least one.
+        iou: [T] of each frame; NaN where all views that are judged are absent, but not in all frames.
         count: number of evenly spaced frames; the first and the last frame are among them if there are two or more.
     """
-    chosen: dict[int, Kind] = {int(np.argmin(iou)): "worst"}
-    chosen.setdefault(int(np.argmax(iou)), "best")
+    chosen: dict[int, Kind] = {int(np.nanargmin(iou)): "worst"}
+    chosen.setdefault(int(np.nanargmax(iou)), "best")
     last = len(iou) - 1
     even = np.linspace(0, last, count) if count > 1 else np.full(count, last / 2)
     for i in np.rint(even).astype(int):

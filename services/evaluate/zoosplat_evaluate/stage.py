@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from zoosplat.formats.csv_table import encode_csv
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import objects, urls
 from zoosplat_evaluate import ops
+from zoosplat_evaluate.measurement import Measurement, metric_columns
 from zoosplat_model.frames import Frame, FrameReader, open_reader
 from zoosplat_model.gpu_memory import out_of_memory
-from zoosplat_model.metrics import METRICS, SSIM_RADIUS, ColorFit, frame_metrics
+from zoosplat_model.metrics import METRICS, SSIM_RADIUS, ColorFit
 from zoosplat_model.predictor import Predictor
 from zoosplat_model.rasterize import Rendering
 from zoosplat_model.registry import open_predictor
@@ -102,24 +104,26 @@ class EvaluateStage(Stage):
         self._write_gallery(ctx, predictor, frames, values)
         means = ops.camera_means(values)
         groups = {"held_out": reader.held_out, "observed": reader.observed}
-        figures = {name: _named(ops.group_means(means, cameras)) for name, cameras in groups.items() if cameras}
+        columns = metric_columns(ctx.experiment.evaluate, reader.has_plates)
+        figures = {
+            name: _named(columns, ops.group_means(means, cameras)) for name, cameras in groups.items() if cameras
+        }
         return Outcome(len(frames), figures=figures)
 
     def _measure(self, ctx: Context, predictor: Predictor, frames: list[int]) -> ops.Values:
-        """The metrics [T, C, M] of the frames; NaN where a camera has no picture."""
+        """The metrics [T, C, M] of the frames; NaN where a view is absent."""
         reader = predictor.reader
-        factor = _downsample(ctx, reader)
-        size = reader.full_width, reader.full_height
+        measure = Measurement(reader, ctx.experiment.evaluate, _downsample(ctx, reader))
         color, kept = self._fit_color(predictor, frames)
         measured = {}
         # The frames that were rendered for the fit come first, so that their memory is soon free again.
         for frame in reader.prefetch([*kept, *(t for t in frames if t not in kept)]):
-            rgb, alpha = (layer.to(reader.device) for layer in kept.pop(frame.t, None) or _render(predictor, frame))
-            images = rgb, alpha, frame.rgb, frame.mask, frame.origin
-            measured[frame.t] = frame_metrics(*images, *size, factor, color).cpu().numpy()
+            layers = kept.pop(frame.t, None) or _render(predictor, frame)
+            rendering = Rendering(*(layer.to(reader.device) for layer in layers))
+            measured[frame.t] = measure(frame, rendering, color).cpu().numpy()
             ctx.progress(len(measured), len(frames), "")
         values = np.stack([measured[t] for t in frames])  # [T, C, M]
-        values[~reader.pictured[frames]] = np.nan
+        values[~reader.seen[frames]] = np.nan
         return values
 
     def _fit_color(self, predictor: Predictor, frames: list[int]) -> tuple[Tensor, dict[int, Rendering]]:
@@ -136,7 +140,8 @@ class EvaluateStage(Stage):
         fit, kept = ColorFit(reader.n_cameras), {}
         for frame in reader.prefetch(frames[:: -(-len(frames) // most)]):
             rendering = _render(predictor, frame)
-            fit.add(*rendering, frame.rgb, frame.mask)
+            seen = torch.from_numpy(reader.seen[frame.t]).to(frame.mask.device)
+            fit.add(*rendering, frame.rgb, frame.mask * seen[:, None, None])
             kept[frame.t] = Rendering(*(layer.cpu() for layer in rendering))
         return fit.solve(), kept
 
@@ -146,28 +151,33 @@ class EvaluateStage(Stage):
     def _write_tables(self, ctx: Context, reader: FrameReader, frames: list[int], values: ops.Values) -> None:
         split, jump = ctx.experiment.evaluate.split, ctx.experiment.ingest.frame_jump
         held_out = [int(c in reader.held_out) for c in range(reader.n_cameras)]
+        columns = metric_columns(ctx.experiment.evaluate, reader.has_plates)
         means = ops.camera_means(values)
+        absent = (~reader.seen[frames]).sum(0)
         rows: list[list[object]] = [
-            [name, held_out[c], len(frames), *means[c].tolist()] for c, name in enumerate(reader.camera_names)
+            [name, held_out[c], len(frames), int(absent[c]), *means[c].tolist()]
+            for c, name in enumerate(reader.camera_names)
         ]
         groups = {"observed": reader.observed, "held_out": reader.held_out}
         for name, cameras in groups.items():
             if cameras:
                 mean = ops.group_means(means, cameras).tolist()
-                rows.append([f"mean_{name}", int(name == "held_out"), len(frames), *mean])
-        self._write(
-            ctx, f"metrics_{split}.csv", encode_csv(["camera", "held_out", "frames", *METRICS], rows, CSV_DIGITS)
-        )
+                rows.append([f"mean_{name}", int(name == "held_out"), len(frames), int(absent[cameras].sum()), *mean])
+        header = ["camera", "held_out", "frames", "absent", *columns]
+        self._write(ctx, f"metrics_{split}.csv", encode_csv(header, rows, CSV_DIGITS))
         each = (
             [t, t * jump, name, held_out[c], *values[i, c].tolist()]
             for i, t in enumerate(frames)
             for c, name in enumerate(reader.camera_names)
         )
         self._write(
-            ctx, f"frames_{split}.csv", encode_csv(["t", "frame", "camera", "held_out", *METRICS], each, CSV_DIGITS)
+            ctx, f"frames_{split}.csv", encode_csv(["t", "frame", "camera", "held_out", *columns], each, CSV_DIGITS)
         )
         curves = {
-            name.replace("_", " "): (values[:, cameras, IOU].mean(1), values[:, cameras, PSNR].mean(1))
+            name.replace("_", " "): (
+                ops.frame_means(values[..., IOU], cameras),
+                ops.frame_means(values[..., PSNR], cameras),
+            )
             for name, cameras in groups.items()
             if cameras
         }
@@ -175,12 +185,14 @@ class EvaluateStage(Stage):
 
     def _write_gallery(self, ctx: Context, predictor: Predictor, frames: list[int], values: ops.Values) -> None:
         reader = predictor.reader
-        judged = reader.held_out or reader.observed
+        iou = ops.frame_means(values[..., IOU], reader.held_out or reader.observed)
+        if np.isnan(iou).all():  # the held-out views are absent from all frames
+            iou = ops.frame_means(values[..., IOU], reader.observed)
         entries: list[dict[str, Any]] = []
-        for i, kind in ops.choose_frames(values[:, judged, IOU].mean(1), ctx.experiment.evaluate.gallery_frames):
+        for i, kind in ops.choose_frames(iou, ctx.experiment.evaluate.gallery_frames):
             frame = reader.frame(frames[i])
             layers = (*_render(predictor, frame), frame.composite_on_white(), frame.mask > 0)
-            for c in np.flatnonzero(reader.pictured[frame.t]).tolist():
+            for c in np.flatnonzero(reader.seen[frame.t]).tolist():
                 file = f"gallery/t{frame.t:06d}_camera{c}.png"
                 picture = draw_comparison(*(layer[c].cpu().numpy() for layer in layers))
                 self._write(ctx, file, media.encode_png(picture))
@@ -200,9 +212,9 @@ class EvaluateStage(Stage):
         objects.write_json(url, {"split": ctx.experiment.evaluate.split, "pictures": entries})
 
 
-def _named(values: ops.Values) -> dict[str, float | None]:
+def _named(columns: Sequence[str], values: ops.Values) -> dict[str, float | None]:
     """Metrics by name; None where a metric is not defined in any frame."""
-    return {name: None if math.isnan(v) else round(v, 6) for name, v in zip(METRICS, values.tolist(), strict=True)}
+    return {name: None if math.isnan(v) else round(v, 6) for name, v in zip(columns, values.tolist(), strict=True)}
 
 
 STAGE = EvaluateStage("evaluate")

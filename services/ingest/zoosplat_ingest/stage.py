@@ -1,4 +1,4 @@
-"""Stage ingest: masks and calibration -> masks.zarr."""
+"""Stage ingest: masks (files, or those of segments.zarr) and calibration -> masks.zarr."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import numpy as np
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.facts import kept_frames
+from zoosplat.recording.mask_files import MaskInfo
+from zoosplat.recording.source import RecordingSource
 from zoosplat.recording.sources import open_source
-from zoosplat.recording.video import VideoInfo
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, schema
 from zoosplat_ingest import ops
+
+
+def _source(ctx: Context) -> RecordingSource:
+    made = ctx.experiment.data.masks_are_made
+    return open_source(ctx.experiment, ctx.open_input("segment") if made else None)
 
 
 class Ingest(Stage):
@@ -22,7 +28,7 @@ class Ingest(Stage):
 
     def prepare(self, ctx: Context) -> Plan:
         experiment = ctx.experiment
-        source = open_source(experiment)
+        source = _source(ctx)
         facts = source.check()
         d, jump = experiment.ingest.image_downsample, experiment.ingest.frame_jump
         frames = np.arange(kept_frames(experiment, facts.n_frames)) * jump
@@ -48,6 +54,8 @@ class Ingest(Stage):
         schema.array(group, "frame")[...] = frames
         if geometry.moving:
             schema.add_moving(group, geometry.moving)
+        if geometry.seen is not None:
+            schema.add_seen(group, geometry.seen)
         per_shard = max(1, experiment.scheduling.frames_per_shard // jump)
         values: dict[str, Any] = {"block": block}
         if facts.masks:
@@ -57,15 +65,15 @@ class Ingest(Stage):
 
     def run_shard(self, ctx: Context, shard: Shard, plan: Plan) -> Outcome:
         group = groups.open_group(ctx.run.output_url(self.name), write=True)
-        infos = [VideoInfo(**info) for info in plan.values.get("infos", [])]
+        infos = [MaskInfo(**info) for info in plan.values.get("infos", [])]
         cameras = Cameras.from_json(dict(group.attrs["cameras"]))  # type: ignore[arg-type]
-        empty = np.zeros(len(cameras), int)
+        seen, empty = schema.read_seen(group), np.zeros(len(cameras), int)
         at = shard.start
-        source = open_source(ctx.experiment)
+        source = _source(ctx)
         for masks in source.read_masks(infos, cameras, shard.start, shard.stop, plan.values["block"]):
             schema.write_block(group, "mask", at, masks)
             schema.write_block(group, "box", at, ops.boxes(masks))
-            empty += (~masks.any(axis=(2, 3))).sum(axis=0)
+            empty += (~masks.any(axis=(2, 3)) & seen[at : at + len(masks)]).sum(axis=0)
             at += len(masks)
             ctx.progress(at - shard.start, shard.stop - shard.start, "")
         figures = {} if source.cameras_move else {f"empty_{shard.index}": empty.tolist()}
@@ -73,21 +81,39 @@ class Ingest(Stage):
 
     def finish(self, ctx: Context, plan: Plan) -> Outcome:
         group = groups.open_group(ctx.run.output_url(self.name))
-        box = schema.read(group, "box")
-        empty = (box[..., 2] == 0).sum(axis=0)
+        box, seen = schema.read(group, "box"), schema.read_seen(group)
         warnings = []
         if open_source(ctx.experiment).cameras_move:
-            return Outcome()  # A time is seen by one camera, so most masks are empty.
-        for c, count in enumerate(empty):
-            label = plan.values["infos"][c]["label"]
+            return Outcome()  # A time is seen by one camera, so most views are absent.
+        empty = (box[..., 2] == 0) & seen
+        made = ctx.experiment.data.masks_are_made
+        advice = (
+            "give masks of your own in data.masks"
+            if made
+            else "make the masks again; masks of 0 and 1 must be PNG pictures or FFV1, not compressed videos"
+        )
+        names: Any = group.attrs["camera_names"]
+        labels = [info["label"] for info in plan.values.get("infos", ())] or [f"camera {name}" for name in names]
+        for c, count in enumerate(empty.sum(axis=0)):
+            label = labels[c]
             if count == len(box):
-                raise UserError(f"{label}: the mask is empty in all {count} frames; make the masks again")
+                raise UserError(f"{label}: the mask is empty in all {count} frames; {advice}")
             if count:
-                first = int(np.argmax(box[:, c, 2] == 0))
+                first = int(np.argmax(empty[:, c]))
                 warnings.append(
                     f"{label}: the mask is empty in {count} of {len(box)} frames, first at kept frame {first}"
                 )
-        return Outcome(warnings=tuple(warnings), figures={"empty_masks": [int(e) for e in empty]})
+            absent = int((~seen[:, c]).sum())
+            if absent:
+                first = int(np.argmin(seen[:, c]))
+                warnings.append(
+                    f"{label}: the view is absent from {absent} of {len(box)} frames, first from kept frame {first}; "
+                    "nothing is learned from it there"
+                )
+        figures = {"empty_masks": empty.sum(axis=0).tolist()}
+        if not seen.all():
+            figures["absent_views"] = (~seen).sum(axis=0).tolist()
+        return Outcome(warnings=tuple(warnings), figures=figures)
 
 
 STAGE = Ingest("ingest")

@@ -23,10 +23,10 @@ def window_size(boxes: I32, full: tuple[int, int]) -> tuple[int, int]:
     """Width and height of a window that holds every mask box and its margin: multiples of 16, at most the frame.
 
     Args:
-        boxes: [..., 4] x0, y0, x1, y1 of the masks.
+        boxes: [..., 4] x0, y0, x1, y1 of the masks of views that are there.
         full: width and height of the whole frame.
     """
-    sides = (boxes[..., 2:] - boxes[..., :2]).reshape(-1, 2).max(axis=0) + 2 * MARGIN
+    sides = (boxes[..., 2:] - boxes[..., :2]).reshape(-1, 2).max(axis=0, initial=0) + 2 * MARGIN
     width, height = (min(-(-int(s) // MULTIPLE) * MULTIPLE, f) for s, f in zip(sides, full, strict=True))
     return width, height
 
@@ -42,21 +42,41 @@ def window_origins(boxes: I32, size: tuple[int, int], full: tuple[int, int]) -> 
     return corners
 
 
+def fill_empty_boxes(boxes: I32, full: tuple[int, int]) -> I32:
+    """Boxes [T, C, 4] with a point in place of every empty one, so that its window holds where the animal may be.
+
+    The point is interpolated over time from the centres of the camera's other boxes. It is the centre of the frame,
+    whose width and height are `full`, where all boxes of the camera are empty.
+    """
+    filled = boxes.copy()
+    times = np.arange(len(boxes))
+    for c in range(boxes.shape[1]):
+        empty = boxes[:, c, 2] <= boxes[:, c, 0]
+        known = times[~empty]
+        for axis in range(2):
+            centers = (boxes[known, c, axis] + boxes[known, c, axis + 2]) / 2
+            places = np.interp(times[empty], known, centers) if len(known) else full[axis] / 2
+            filled[empty, c, axis] = filled[empty, c, axis + 2] = np.rint(places)
+    return filled
+
+
 def read_windows(
     pictures: Iterable[Picture | None],
     masks: Bool,
     origins: I32,
     rgb: npt.NDArray[np.uint8],
     mask: Bool,
+    whole: bool = False,
 ) -> None:
     """Fill the windows of one camera.
 
     Args:
-        pictures: n pictures; None only where the mask is empty.
+        pictures: n pictures; None only where the mask is empty or the view is absent.
         masks: [n, H, W] whole masks at working resolution.
         origins: [n, 2].
-        rgb: [n, h, w, 3], out: the window, white farther than the margin from the mask.
+        rgb: [n, h, w, 3], out: the window, white farther than the margin from the mask unless it is `whole`.
         mask: [n, h, w], out.
+        whole: whether the windows show the picture everywhere.
 
     Raises:
         ValueError: there are not n pictures.
@@ -67,6 +87,9 @@ def read_windows(
     for i, picture in zip(range(len(masks)), pictures, strict=True):
         x, y = (int(v) for v in origins[i])
         mask[i] = masks[i, y : y + height, x : x + width]
+        if whole and picture is not None:
+            rgb[i] = picture.window((x, y), (width, height))
+            continue
         u, v, w, h = cv2.boundingRect(mask[i].view(np.uint8))
         if not w or picture is None:
             continue

@@ -14,8 +14,10 @@ import numpy.typing as npt
 import zarr
 
 from zoosplat.geometry.cameras import Cameras
+from zoosplat.recording.background import SAME_LIGHT, background_label, read_empty_scene, undistort_plate
 from zoosplat.recording.sources import open_source
 from zoosplat.recording.video import VideoInfo
+from zoosplat.recording.video_source import undistort_maps
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, schema
 from zoosplat_pack import ops
@@ -37,7 +39,7 @@ class Pack(Stage):
         n_frames, n_cameras = schema.array(masks, "mask").shape[:2]
         size = full
         if ctx.experiment.pack.window == "auto":
-            size = ops.window_size(schema.read(masks, "box"), full)
+            size = ops.window_size(schema.read(masks, "box")[schema.read_seen(masks)], full)
         block = schema.block_frames(n_cameras * size[0] * size[1] * 3)
         copied = ("camera_names", "fps", "frame_jump", "image_downsample", "full_width", "full_height", "unit_m")
         attributes = {key: masks.attrs[key] for key in copied}
@@ -47,6 +49,11 @@ class Pack(Stage):
             schema.array(group, key)[...] = schema.read(masks, key)
         if "pose" in masks:
             schema.add_moving(group, {key: schema.read(masks, key) for key in schema.MOVING})
+        background = _read_background(ctx, masks, infos)
+        if background is not None:
+            schema.add_background(group, *background)
+        if schema.has_seen(masks):
+            schema.add_seen(group, schema.read_seen(masks))
         jump = ctx.experiment.ingest.frame_jump
         # Large shards, because the first frame of a shard costs decoding from the keyframe before it.
         per_shard = max(1, ctx.experiment.scheduling.frames_per_shard // jump)
@@ -61,11 +68,16 @@ class Pack(Stage):
         full = int(masks.attrs["full_width"]), int(masks.attrs["full_height"])
         width, height = plan.values["size"]
         readers = open_source(ctx.experiment).read_pictures(infos, cameras, shard.start, shard.stop)
+        whole_windows = "plate" in group
+        boxes = schema.read(masks, "box")
+        if whole_windows:
+            boxes[~schema.read_seen(masks)] = 0  # the masks of absent views do not tell where the animal is
+            boxes = ops.fill_empty_boxes(boxes, full)
         with ThreadPoolExecutor(min(len(readers), cv2.getNumberOfCPUs())) as pool:
             for start in range(shard.start, shard.stop, plan.values["block"]):
                 stop = min(start + plan.values["block"], shard.stop)
                 whole = schema.read(masks, "mask", start, stop)
-                origins = ops.window_origins(schema.read(masks, "box", start, stop), (width, height), full)
+                origins = ops.window_origins(boxes[start:stop], (width, height), full)
 
                 rgb = np.empty((len(whole), len(readers), height, width, 3), np.uint8)
                 small = np.empty(rgb.shape[:-1], bool)
@@ -78,7 +90,7 @@ class Pack(Stage):
                     small: ops.Bool = small,
                 ) -> None:
                     pictures = itertools.islice(readers[c], len(whole))
-                    ops.read_windows(pictures, whole[:, c], origins[:, c], rgb[:, c], small[:, c])
+                    ops.read_windows(pictures, whole[:, c], origins[:, c], rgb[:, c], small[:, c], whole_windows)
 
                 list(pool.map(windows, range(len(readers))))
                 schema.write_block(group, "rgb", start, rgb)
@@ -90,6 +102,35 @@ class Pack(Stage):
     def finish(self, ctx: Context, plan: Plan) -> Outcome:
         width, height = plan.values["size"]
         return Outcome(figures={"window": [int(width), int(height)]})
+
+
+def _read_background(
+    ctx: Context, masks: zarr.Group, infos: Sequence[VideoInfo]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]] | None:
+    """Plates [C, h, w, 3] at working resolution and their light [T, C, 3, 4]; None where there are none.
+
+    They are those of stage segment, or pictures of the empty scene, whose light is taken to be that of all frames.
+
+    Raises:
+        UserError: a picture of the empty scene cannot be read, or has another size than the videos.
+    """
+    data, attributes = ctx.experiment.data, dict[str, Any](masks.attrs)
+    n_frames, n_cameras = schema.array(masks, "mask").shape[:2]
+    sizes = [(info.width, info.height) for info in infos]
+    if data.masks_are_made:
+        segments = ctx.open_input("segment")
+        seen, light = list(schema.read(segments, "plate")), schema.read(segments, "light")
+    elif data.backgrounds is not None:
+        seen = [
+            read_empty_scene(data.url(file), background_label(c, file), sizes[c])
+            for c, file in enumerate(data.backgrounds)
+        ]
+        light = np.broadcast_to(np.array(SAME_LIGHT, np.float32), (n_frames, n_cameras, 3, 4))
+    else:
+        return None
+    downsample = int(attributes["image_downsample"])
+    maps = undistort_maps(Cameras.from_json(attributes["cameras"]), sizes)
+    return np.stack([undistort_plate(plate, downsample, m) for plate, m in zip(seen, maps, strict=True)]), light
 
 
 STAGE = Pack("pack")

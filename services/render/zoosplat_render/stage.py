@@ -151,7 +151,8 @@ class _PictureMaker:
         for t, points in zip(times, paths, strict=True):
             center, angle = self.reader.pose(t)
             placed.append((points - center) @ rotation_about_z(angle) @ there.T + frame.center)
-        camera = self.reader.held_out[0] if self.reader.held_out else self.settings.camera
+        wanted = [*self.reader.held_out, self.settings.camera, *self.reader.observed]
+        camera = next((c for c in wanted if self.reader.seen[frame.t, c]), self.settings.camera)
         pose, intrinsics = self.camera_view(frame, camera)
         x, y, depth = project(torch.cat(placed).T, pose[None], intrinsics[None])
         pixels = torch.stack([x[0], y[0]], -1).masked_fill(depth[0, :, None] <= 0, torch.nan)
@@ -186,10 +187,15 @@ class _PictureMaker:
             yield self.picture(gaussians, (pose, shared))
 
     def sequence(self, frames: list[int]) -> Iterator[media.Picture]:
-        """Photograph and rendering beside each other, frame by frame, both following the window."""
+        """Photograph and rendering beside each other, frame by frame, both following the window.
+
+        Where the view is absent, white takes the place of the photograph.
+        """
         window, camera = (0, 0, self.reader.width, self.reader.height), self.settings.camera
         for frame in self.reader.prefetch(frames):
             truth = media.to_uint8(frame.composite_on_white()[camera].cpu().numpy())
+            if not self.reader.seen[frame.t, camera]:
+                truth = np.full_like(truth, 255)
             rendering = self.picture(self.gaussians(frame), self.camera_view(frame), camera)
             yield media.side_by_side([media.zoom(truth, window, self.width, self.height), rendering])
 

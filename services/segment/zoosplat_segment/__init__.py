@@ -1,0 +1,1 @@
+"""Stage segment: see README.md beside this package."""

@@ -214,7 +214,7 @@ class DynamicTraining:
     def _write_preview(self) -> None:
         middle = len(self.trainer.scene.shown) // 2
         truth, rendered = (v.cpu().numpy() for v in self.trainer.compare(middle))
-        names = [self.reader.camera_names[c] for c in self.reader.observed]
+        names = [self.reader.camera_names[self.reader.observed[v]] for v in self.trainer.scene.shown[middle]]
         t = int(np.flatnonzero(self.reader.valid)[middle])
         objects.write_bytes(urls.join(self.url, "preview.png"), progress_plots.preview(truth, rendered, names, t))
 

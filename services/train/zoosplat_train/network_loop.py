@@ -182,9 +182,13 @@ class NetworkTraining:
     def _augment(self, frames: list[Frame]) -> tuple[list[Frame], list[list[int]], list[bool]]:
         """The frames moved as in this epoch, the views that each is carved from, and whether each is mirrored."""
         s, epoch = self.settings, self.progress.epoch
-        views = [sampling.carving_views(self.reader.observed, s, epoch, f.t) for f in frames]
+        views = [sampling.carving_views(self._seen(f.t), s, epoch, f.t) for f in frames]
         moved = [sampling.jitter(f, s, epoch, self.reader.voxel_size_m) for f in frames]
         return moved, views, [sampling.is_mirrored(s.seed, epoch, f.t) for f in frames]
+
+    def _seen(self, t: int) -> list[int]:
+        """The observed cameras whose views of kept frame t are there."""
+        return [c for c in self.reader.observed if self.reader.seen[t, c]]
 
     def _warm_up(self) -> None:
         """Wait for what the first step on a GPU would wait for, so that no clock counts it. No weight changes."""
@@ -369,5 +373,5 @@ class NetworkTraining:
             objects.write_bytes(urls.join(url, "loss.png"), progress_plots.loss_curves(self.progress.history))
             t = (self.valid_frames or self.frames)[len(self.valid_frames or self.frames) // 2]
             truth, rendered = self.trainer.compare(self.reader.frame(t))
-            names = [self.reader.camera_names[c] for c in self.reader.observed]
+            names = [self.reader.camera_names[c] for c in self._seen(t)]
             objects.write_bytes(urls.join(url, "preview.png"), progress_plots.preview(truth, rendered, names, t))

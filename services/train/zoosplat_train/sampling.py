@@ -33,17 +33,18 @@ def epoch_order(frames: Sequence[int], seed: int, epoch: int) -> list[int]:
     return [frames[i] for i in order]
 
 
-def carving_views(observed: Sequence[int], settings: Train, epoch: int, t: int) -> list[int]:
+def carving_views(seen: Sequence[int], settings: Train, epoch: int, t: int) -> list[int]:
     """Views that frame t is carved from in this epoch: all, or in a share `leave_out` all but one if three remain.
 
-    All observed views still count in the loss. So the view that was left out teaches the network what the hull of too
-    few views has too much of, as a held-out view would show it. The published tool always carves from all views.
+    `seen` are the observed views of this frame that are there. All of them still count in the loss. So the view that
+    was left out teaches the network what the hull of too few views has too much of, as a held-out view would show it.
+    The published tool always carves from all views.
     """
     rng = np.random.default_rng([settings.seed, epoch, 1, t])
-    if len(observed) < 4 or rng.random() >= settings.leave_out:
-        return list(observed)
-    left_out = int(rng.integers(len(observed)))
-    return [c for i, c in enumerate(observed) if i != left_out]
+    if len(seen) < 4 or rng.random() >= settings.leave_out:
+        return list(seen)
+    left_out = int(rng.integers(len(seen)))
+    return [c for i, c in enumerate(seen) if i != left_out]
 
 
 def jitter(frame: Frame, settings: Train, epoch: int, voxel_size_m: float) -> Frame:
@@ -75,9 +76,9 @@ def learning_rate(base: float, done: float) -> float:
     return base * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))))
 
 
-def view_to_predict(t: int, n_observed: int) -> int:
-    """Which of the observed views validation leaves out of frame t: a random one, the same at every call."""
-    return int(np.random.default_rng(t).integers(n_observed))
+def view_to_predict(t: int, n_seen: int) -> int:
+    """Which of the observed views that are there validation leaves out of frame t: a random one, the same each time."""
+    return int(np.random.default_rng(t).integers(n_seen))
 
 
 def spread(frames: Sequence[int], most: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +36,7 @@ TRAIN_FIGURES = (
     "train_color_loss",
     "train_square_loss",
     "train_ssim_loss",
+    "train_plate_loss",
     "train_gradient",
 )
 VALID_FIGURES = ("valid_loss", "valid_iou", "valid_psnr", "valid_left_out_iou")
@@ -97,7 +99,7 @@ class NetworkTrainer:
         done: int,
         total: int | None = None,
     ) -> Tensor:
-        """Do one step of Adam on the frames' mean loss over all their observed views.
+        """Do one step of Adam on the frames' mean loss over all their observed views that are there.
 
         Args:
             frames: this rank's frames of the step, any number of them.
@@ -108,7 +110,7 @@ class NetworkTrainer:
             total: number of frames of all ranks; default: as many as here.
 
         Returns:
-            [6] float64 sums over the frames of all ranks, named by `TRAIN_FIGURES`, still on the device.
+            [7] float64 sums over the frames of all ranks, named by `TRAIN_FIGURES`, still on the device.
         """
         # This is a power-law average (Karras 2024, arXiv 2312.02696): its length is a constant share of the steps.
         numbers = torch.tensor([rate, min(1.0, AVERAGING / (done + 1)), 1 / (total or len(frames))])
@@ -139,8 +141,13 @@ class NetworkTrainer:
         self, frames: Sequence[Frame], views: Sequence[Sequence[int]], mirrored: Sequence[bool]
     ) -> list[Tensor]:
         used = torch.tensor([[camera in chosen for camera in self.reader.observed] for chosen in views])
-        flags = (copy_to_device(value, self.reader.device) for value in (used, torch.tensor(mirrored)))
-        return [*(value for frame in frames for value in _tensors(frame)), *flags]
+        seen = torch.tensor([self._seen(frame).tolist() for frame in frames])
+        flags = (copy_to_device(value, self.reader.device) for value in (used, seen, torch.tensor(mirrored)))
+        return [*(value for frame in frames for value in self._tensors(frame)), *flags]
+
+    def _seen(self, frame: Frame) -> NDArray[np.bool_]:
+        """Which of the observed views of a frame are there, [V]."""
+        return self.reader.seen[frame.t, self.reader.observed]
 
     def _step(self, *inputs: Tensor) -> Tensor:
         losses = self._backward(*inputs)
@@ -160,17 +167,18 @@ class NetworkTrainer:
         return self._update(self._losses_shared, numbers)
 
     def _backward(self, *inputs: Tensor) -> Tensor:
-        """Compute the gradients of this rank's part of the mean loss; returns [5] sums of its frames' losses."""
-        *values, used, mirrored, numbers = inputs
+        """Compute the gradients of this rank's part of the mean loss; returns [6] sums of its frames' losses."""
+        *values, used, seen, mirrored, numbers = inputs
         each = len(values) // len(used)
-        frames = [_frame(values[i : i + each]) for i in range(0, len(values), each)]
+        frames = [self._frame(values[i : i + each]) for i in range(0, len(values), each)]
         self.optimizer.zero_grad()
         supervision: float | Tensor = 0.0
         if self.settings.deep_lambda > 0:
             predicted, supervision = self.model.forward_deep_supervision(frames, used, mirrored)
         else:
             predicted = self.model(frames, used, mirrored)
-        losses = [self._losses(frame, self._render(frame, g)) for frame, g in zip(frames, predicted, strict=True)]
+        triples = zip(frames, predicted, seen, strict=True)
+        losses = [self._losses(frame, self._render(frame, g), counted) for frame, g, counted in triples]
         total = torch.stack([loss.total for loss in losses]).sum()
         if self.settings.opacity_lambda > 0:
             opaque = [g.opacities.sum() / (g.opacities.detach() > DRAWN_OPACITY).sum().clamp_min(1) for g in predicted]
@@ -180,7 +188,7 @@ class NetworkTrainer:
         return torch.stack([torch.stack([*loss]) for loss in losses]).detach().double().sum(0)
 
     def _update(self, losses: Tensor, numbers: Tensor) -> Tensor:
-        """Apply Adam and update the averaged weights; returns [6] figures, named by `TRAIN_FIGURES`."""
+        """Apply Adam and update the averaged weights; returns [7] figures, named by `TRAIN_FIGURES`."""
         rate, share, weight = numbers
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -200,9 +208,10 @@ class NetworkTrainer:
     def validate(self, frames: Iterable[Frame], total: int) -> tuple[dict[str, float], list[float]]:
         """Validate the averaged weights.
 
-        Each frame is carved from all observed views and, where three remain, once more without one of them. Its loss is
-        the mean of two: that of all views in the first case, and that of the left-out view in the second. So the
-        weights of the least loss are good in observed views and in new ones, of which training sees nothing.
+        Each frame is carved from all observed views that are there and, where three remain, once more without one of
+        them. Its loss is the mean of two: that of all views in the first case, and that of the left-out view in the
+        second. So the weights of the least loss are good in observed views and in new ones, of which training sees
+        nothing.
 
         Args:
             frames: this rank's frames, as `Ranks.share` gives them.
@@ -213,76 +222,104 @@ class NetworkTrainer:
             of the windows, and the IoU of the view that was left out; and the loss of each frame.
         """
         self.averaged.eval()
-        n = len(self.reader.observed)
         table = torch.zeros(total, len(VALID_FIGURES), dtype=torch.float64, device=self.reader.device)
         for i, frame in enumerate(frames):
-            out = copy_to_device(torch.arange(n) == view_to_predict(frame.t, n), self.reader.device)
-            figures = self.graphs("validate", self._validate, [*_tensors(frame), out])
+            seen = self._seen(frame)
+            there, out = np.flatnonzero(seen), np.zeros_like(seen)
+            if len(there) > 3:
+                out[there[view_to_predict(frame.t, len(there))]] = True
+            flags = torch.from_numpy(np.stack([seen, out]))
+            inputs = [*self._tensors(frame), copy_to_device(flags, self.reader.device)]
+            figures = self.graphs("validate", self._validate, inputs)
             table[self.ranks.rank + i * self.ranks.size] = figures.double()
         self.ranks.all_reduce(table)
-        means = dict(zip(VALID_FIGURES, table.mean(0).tolist(), strict=True))
-        if n < 4:
+        means = dict(zip(VALID_FIGURES, table.nanmean(0).tolist(), strict=True))
+        if math.isnan(means["valid_left_out_iou"]):  # no frame has four views
             del means["valid_left_out_iou"]
         return means, table[:, 0].tolist()
 
     @torch.no_grad()
     def _validate(self, *inputs: Tensor) -> Tensor:
-        *values, out = inputs
-        frame = _frame(values)
+        *values, (seen, out) = inputs
+        frame = self._frame(values)
         mask = frame.mask[self.model.observed_index]
 
-        def rendered(used: Tensor | None) -> Rendering:
-            return self._render(frame, self.averaged([frame], used)[0])
+        def rendered(used: Tensor) -> Rendering:
+            return self._render(frame, self.averaged([frame], used[None])[0])
+
+        def mean(of_views: Tensor) -> Tensor:
+            found: Tensor = torch.where(seen, of_views, 0).sum() / seen.sum()
+            return found
 
         def iou(rendering: Rendering) -> Tensor:
             return soft_iou((rendering.alpha > 0.5).to(mask.dtype), mask)
 
-        whole = rendered(None)
+        whole = rendered(seen)
         squared = (whole.rgb - frame.composite_on_white()[self.model.observed_index]).square().mean((1, 2, 3))
-        psnr = (-10 * torch.log10(squared.clamp_min(1e-10))).mean()
-        loss, left_out_iou = self._losses(frame, whole).total, psnr.new_full((), math.nan)
+        psnr = mean(-10 * torch.log10(squared.clamp_min(1e-10)))
+        loss, left_out_iou = self._losses(frame, whole, seen).total, psnr.new_full((), math.nan)
         if len(mask) > 3:
-            part = rendered(~out[None])
-            loss = (loss + self._losses(frame, part, out).total) / 2
-            left_out_iou = (iou(part) * out).sum()
-        return torch.stack([loss, iou(whole).mean(), psnr, left_out_iou])
+            part, leaves_out = rendered(seen & ~out), out.any()
+            loss = torch.where(leaves_out, (loss + self._losses(frame, part, out).total) / 2, loss)
+            left_out_iou = torch.where(leaves_out, (iou(part) * out).sum(), torch.nan)
+        return torch.stack([loss, mean(iou(whole)), psnr, left_out_iou])
 
     @torch.no_grad()
     def compare(self, frame: Frame) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Truth and rendering of the observed views on white, [V, h, w, 3] float32 each, 0 to 1."""
-        rendering = self._render(frame, self.averaged.eval()([frame])[0])
-        return frame.composite_on_white()[self.model.observed_index].cpu().numpy(), rendering.rgb.cpu().numpy()
+        """Truth and rendering of the observed views that are there on white, [n, h, w, 3] float32 each, 0 to 1."""
+        rendering, seen = self._render(frame, self.averaged.eval()([frame])[0]), self._seen(frame)
+        truth = frame.composite_on_white()[self.model.observed_index].cpu().numpy()
+        return truth[seen], rendering.rgb.cpu().numpy()[seen]
 
     def _render(self, frame: Frame, gaussians: Gaussians) -> Rendering:
-        seen = self.model.observed_index
+        observed = self.model.observed_index
         placed = gaussians.to_world(frame.center, frame.angle, frame.tilt)
         return self.model.render(
             placed,
-            frame.world_to_camera[seen],
-            frame.intrinsics[seen],
+            frame.world_to_camera[observed],
+            frame.intrinsics[observed],
             self.reader.width,
             self.reader.height,
             self.reader.observed,
             self.graphs.pair_buffer,
         )
 
-    def _losses(self, frame: Frame, rendering: Rendering, counted: Tensor | None = None) -> Losses:
-        """Means of the losses over the observed views, or over those that are `counted` ([V] bool)."""
-        truth, mask = frame.composite_on_white()[self.model.observed_index], frame.mask[self.model.observed_index]
-        s = self.settings
-        return frame_losses(*rendering, truth, mask, s.img_lambda, s.ssim_lambda, counted, s.square_lambda)
+    def _losses(self, frame: Frame, rendering: Rendering, counted: Tensor) -> Losses:
+        """Means of the losses over the observed views that are `counted` ([V] bool)."""
+        observed, s = self.model.observed_index, self.settings
+        truth, mask = frame.composite_on_white()[observed], frame.mask[observed]
+        photo = background = None
+        if frame.background is not None:
+            photo, background = frame.rgb[observed], frame.background[observed]
+        return frame_losses(
+            *rendering,
+            truth,
+            mask,
+            s.img_lambda,
+            s.ssim_lambda,
+            counted,
+            s.square_lambda,
+            s.plate_lambda,
+            photo,
+            background,
+        )
 
+    def _tensors(self, frame: Frame) -> list[Tensor]:
+        """The tensors of a frame that a step needs."""
+        background = [self.reader.background(frame.t)] if self.settings.plate_lambda > 0 else []
+        tilt = [] if frame.tilt is None else [frame.tilt]
+        views = frame.rgb, frame.mask, frame.intrinsics, frame.world_to_camera
+        return [*background, *views, frame.center, frame.angle, *tilt]
 
-def _tensors(frame: Frame) -> list[Tensor]:
-    """The tensors of a frame that a step needs."""
-    tilt = [] if frame.tilt is None else [frame.tilt]
-    return [frame.rgb, frame.mask, frame.intrinsics, frame.world_to_camera, frame.center, frame.angle, *tilt]
+    def _frame(self, values: Sequence[Tensor]) -> Frame:
+        """The frame of such tensors. Its time and its place in the picture play no part in a step and are made up.
 
-
-def _frame(values: Sequence[Tensor]) -> Frame:
-    """The frame of such tensors. Its time and its place in the picture play no part in a step, so they are made up."""
-    rgb, mask, intrinsics, world_to_camera, center, angle, *tilt = values
-    return Frame(-1, rgb, mask, intrinsics, world_to_camera, torch.empty(0), center, angle, *tilt)
+        Which of its views are there is told beside it, for all frames of a step in one piece.
+        """
+        background = values[0] if self.settings.plate_lambda > 0 else None
+        rgb, mask, intrinsics, world_to_camera, center, angle, *tilt = values if background is None else values[1:]
+        frame = Frame(-1, rgb, mask, intrinsics, world_to_camera, torch.empty(0), center, angle, *tilt)
+        return replace(frame, background=background)
 
 
 def _with_strides_of(value: Tensor, stored: Tensor) -> Tensor:

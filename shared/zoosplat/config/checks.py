@@ -6,15 +6,25 @@ import bisect
 import math
 from collections.abc import Iterator, Sequence
 
-from zoosplat.config.sections import CROP_MULTIPLE, Crop, Data, Evaluate, Ingest, Render
+from zoosplat.config.sections import AUTO, CROP_MULTIPLE, Crop, Data, Evaluate, Ingest, Render
 from zoosplat.config.training import ANIMALS, ANIMALS_NETWORK, RANDOM, Model, Train
 from zoosplat.config.values import MAX_INT
+
+
+def mask_problems(data: Data, ingest: Ingest) -> Iterator[str]:
+    """Masks that this kind of recording cannot have."""
+    if data.masks_are_made and ingest.source == "dnerf":
+        yield f"data.masks = {AUTO}: the pictures of a D-NeRF scene hold their masks; leave data.masks out"
+    if data.masks_are_made and data.mask_values != "auto":
+        yield f"data.mask_values = {data.mask_values}: says how files are read, but data.masks = {AUTO}; leave it out"
 
 
 def list_problems(data: Data) -> Iterator[str]:
     """Lists that do not fit the list of videos, and files that a list has twice."""
     n = len(data.videos)
-    lists = {"masks": data.masks, "camera_names": data.camera_names}
+    lists = {"backgrounds": data.backgrounds, "camera_names": data.camera_names}
+    if not isinstance(data.masks, str):
+        lists = {"masks": data.masks, **lists}
     if not isinstance(data.calibration, str) and len(data.calibration) > 1:
         lists["calibration"] = data.calibration
     for key, values in lists.items():

@@ -22,6 +22,7 @@ from zoosplat.config.sections import (
     Pack,
     Render,
     Scheduling,
+    Segment,
 )
 from zoosplat.config.serialization import dump, nest_dotted_keys, parse_yaml
 from zoosplat.config.training import Dynamic, Model, Train
@@ -39,10 +40,10 @@ class Experiment(Section):
         default="experiment", description="title of reports"
     )
     data: Data = Field(description="the recording")
-    unit: Annotated[Literal["m", "normalized"], Effect(("center_rotation", "crop"))] = Field(
+    unit: Annotated[Literal["m", "normalized"], Effect(("segment", "center_rotation", "crop"))] = Field(
         default="m", description="of ell: metres, or the distance of the farthest camera from the cameras' centre"
     )
-    holdout_views: Annotated[tuple[Index, ...], Effect(("center_rotation", "crop", "train"))] = Field(
+    holdout_views: Annotated[tuple[Index, ...], Effect(("segment", "center_rotation", "crop", "train"))] = Field(
         default=(), description="cameras that tracking and training never see, from 0"
     )
     adaptive_camera: Annotated[bool, Effect(("center_rotation",))] = Field(
@@ -52,6 +53,7 @@ class Experiment(Section):
         default=None, description="project whose masks and images are read where they are the same"
     )
     scheduling: Scheduling = Field(default=Scheduling(), description="how work is cut up; never changes results")
+    segment: Segment = Field(default=Segment(), description="masks from the raw videos, where data.masks is auto")
     ingest: Ingest = Field(default=Ingest(), description="which frames and pixels are used")
     center_rotation: CenterRotation = Field(description="tracking of centre and heading")
     crop: Crop = Field(description="the box round the animal that the model works in")
@@ -76,7 +78,11 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Experiment:
-        problems = [*checks.list_problems(self.data), *self._problems(len(self.data.videos), None, None)]
+        problems = [
+            *checks.mask_problems(self.data, self.ingest),
+            *checks.list_problems(self.data),
+            *self._problems(len(self.data.videos), None, None),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -39,6 +39,20 @@ def _field(model: type[BaseModel], loc: Sequence[Any]) -> tuple[Any, str]:
     return default, text
 
 
+def _without_tags(loc: Sequence[Any], model: type[BaseModel]) -> tuple[Any, ...]:
+    """The place of a value, without the names that pydantic gives to the alternatives of a union."""
+    found: list[Any] = []
+    fields: dict[str, Any] = dict(model.model_fields)
+    for part in loc:
+        if isinstance(part, int):
+            found.append(part)
+        elif part in fields:
+            found.append(part)
+            inner = fields[part].annotation
+            fields = dict(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else {}
+    return tuple(found)
+
+
 def _unknown(key: str, model: type[BaseModel]) -> str:
     section, _, leaf = key.rpartition(".")
     known = list(_keys(model))
@@ -59,7 +73,8 @@ def describe_errors(error: ValidationError, model: type[BaseModel]) -> list[str]
         if len(lines) >= MAX_LINES:  # The search for close keys would take long.
             more += 1
             continue
-        loc, kind, value, context = detail["loc"], detail["type"], detail["input"], detail.get("ctx", {})
+        kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+        loc = detail["loc"] if kind in ("extra_forbidden", "missing") else _without_tags(detail["loc"], model)
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
         if kind == "extra_forbidden":
             lines.append(_unknown(key, model))

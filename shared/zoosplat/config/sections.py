@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from zoosplat.config.effect import NO_EFFECT, Condition, Effect, Section
 from zoosplat.config.paths import resolve_path
@@ -26,11 +26,15 @@ from zoosplat.storage import urls
 
 CROP_MULTIPLE = 16  # Voxels. The published U-Net halves a crop four times, so each edge is a multiple of 2**4.
 WEIGHTS_FILES = (".safetensors", ".pth", ".pt")  # The endings by which features.weights is a file.
+MASK_VALUES = ("auto", "white", "inverted", "alpha", "nonzero")  # data.mask_values, if it is no list of labels.
+MAX_LABEL = 65535  # The largest value of a pixel in a PNG picture of 16 bits.
 MAX_UP_COMPONENT = 1e9  # Larger components of data.up would overflow when they are squared.
 OF_VIDEOS = Condition("ingest.source", "videos")
 OF_DNERF_SCENE = Condition("ingest.source", "dnerf")
 OF_IMAGES = Condition("features.encoder", "images")
 INGEST = Effect(("ingest",))
+READING = Effect(("segment", "ingest"))  # Of keys by which both the raw videos and the masks are read.
+AUTO = "auto"  # The value of data.masks for masks that stage segment makes.
 
 
 def is_weights_file(weights: str) -> bool:
@@ -46,8 +50,23 @@ def _is_up_file(up: Any) -> bool:
     return isinstance(up, str) and up != "auto"
 
 
+def is_given(value: Any) -> bool:
+    """Whether a key that may be null names a file, or files."""
+    return value is not None
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
+
+
+def _kind_of_masks(value: Any) -> str:
+    return "made" if value == AUTO else "files"
+
+
+Masks = Annotated[
+    Annotated[Literal["auto"], Tag("made")] | Annotated[tuple[RecordingFile, ...], Field(min_length=2), Tag("files")],
+    Discriminator(_kind_of_masks),
+]
 
 
 class Data(Section):
@@ -58,28 +77,45 @@ class Data(Section):
         description="folder or s3:// URL of the recording; relative to this file's folder"
     )
     # Stage ingest reads them too: the recording's length and frame rate come from the videos.
-    videos: Annotated[tuple[RecordingFile, ...], Effect(("ingest", "pack"), only_if=OF_VIDEOS, names_files=_always)] = (
-        Field(min_length=2, description="RGB videos, one a camera, relative to directory")
+    videos: Annotated[
+        tuple[RecordingFile, ...], Effect(("segment", "ingest", "pack"), only_if=OF_VIDEOS, names_files=_always)
+    ] = Field(min_length=2, description="RGB videos, one a camera, relative to directory")
+    masks: Annotated[Masks, Effect(("ingest",), only_if=OF_VIDEOS, names_files=_is_list)] = Field(
+        description="masks, one entry a camera, in the same order: a video, a folder of pictures that are numbered by "
+        "frame, or their pattern, such as masks/0/%05d.png; or auto: stage segment makes them from the videos"
     )
-    masks: Annotated[tuple[RecordingFile, ...], Effect(("ingest",), only_if=OF_VIDEOS, names_files=_always)] = Field(
-        min_length=2, description="mask videos, one a camera, in the same order"
+    mask_values: Annotated[
+        Literal["auto", "white", "inverted", "alpha", "nonzero"] | tuple[Index, ...],
+        Effect(("ingest",), only_if=OF_VIDEOS, neutral=("auto",)),
+    ] = Field(
+        default="auto",
+        description="which pixels of a mask are the animal: auto: white, 1 or opaque, if nothing else can be meant; "
+        "white: half of white or more; inverted: black; alpha: opaque; nonzero: all but 0; or a list of labels",
     )
-    camera_names: Annotated[tuple[Text, ...] | None, INGEST] = Field(
+    backgrounds: Annotated[
+        tuple[RecordingFile, ...] | None,
+        Effect(("segment", "pack"), only_if=OF_VIDEOS, names_files=is_given, neutral=(None,)),
+    ] = Field(
+        default=None,
+        description="pictures or videos of the empty scene, one a camera, in the same order; null: there are none",
+    )
+    camera_names: Annotated[tuple[Text, ...] | None, READING] = Field(
         default=None, description="names in tables and plots; null: 0, 1, 2, ..."
     )
     # The file names matter: a suffix tells the format, and DANNCE names the file of a camera after the camera.
     calibration: Annotated[
-        str | tuple[str, ...], Effect(("ingest",), only_if=OF_VIDEOS, names_files=_always, file_names_matter=True)
+        str | tuple[str, ...],
+        Effect(READING.stages, only_if=OF_VIDEOS, names_files=_always, file_names_matter=True),
     ] = Field(description="calibration file, or one a camera; relative to directory, or a whole path or URL")
-    calibration_format: Annotated[Literal["auto", "hdf5", "dannce", "anipose", "pickle"], INGEST] = Field(
+    calibration_format: Annotated[Literal["auto", "hdf5", "dannce", "anipose", "pickle"], READING] = Field(
         default="auto", description="auto: by the file's name and content"
     )
-    calibration_unit: Annotated[Literal["auto", "m", "mm"], INGEST] = Field(
+    calibration_unit: Annotated[Literal["auto", "m", "mm"], READING] = Field(
         default="auto", description="unit of the translations; auto: what the format usually has"
     )
     up: Annotated[
         Literal["auto"] | tuple[Real, Real, Real] | str,
-        Effect(("ingest",), only_if=OF_VIDEOS, names_files=_is_up_file),
+        Effect(READING.stages, only_if=OF_VIDEOS, names_files=_is_up_file),
     ] = Field(
         default="auto",
         description="from floor to ceiling: [x, y, z] in the calibration's world, of any length; an .npz whose key up "
@@ -95,7 +131,25 @@ class Data(Section):
         default=None, description="pixels; null: from the videos, otherwise they are checked"
     )
 
+    @field_validator("masks", mode="before")
+    @classmethod
+    def _check_masks(cls, value: Any) -> Any:
+        if not _is_list(value) and value != AUTO:
+            raise ValueError("must be auto, or a list of files, one a camera")
+        return value
+
     # These run before pydantic, which would try every member of the union and complain about each.
+    @field_validator("mask_values", mode="before")
+    @classmethod
+    def _check_mask_values(cls, value: Any) -> Any:
+        if _is_list(value) and value and all(type(v) is int and 0 <= v <= MAX_LABEL for v in value):
+            return tuple(sorted(set(value)))
+        if isinstance(value, str) and value in MASK_VALUES:
+            return value
+        raise ValueError(
+            f"must be one of {', '.join(MASK_VALUES)}, or a list of values from 0 to {MAX_LABEL}, such as [1, 2]"
+        )
+
     @field_validator("calibration", mode="before")
     @classmethod
     def _check_calibration(cls, value: Any) -> Any:
@@ -120,8 +174,13 @@ class Data(Section):
             return check_location(value)
         raise ValueError("must be auto, a direction [x, y, z] that is not zero, or the name of an .npz file")
 
+    @property
+    def masks_are_made(self) -> bool:
+        """Whether stage segment makes the masks from the videos, so that they are no files."""
+        return self.masks == AUTO
+
     def url(self, name: str) -> str:
-        """Where a video, mask, calibration or up file lies: relative names are below `directory`."""
+        """Where a video, mask, background, calibration or up file lies: relative names are below `directory`."""
         return resolve_path(urls.normalize(self.directory), name)
 
 
@@ -133,6 +192,31 @@ class Scheduling(Section):
     frames_per_shard: Count = Field(default=1000, description="video frames in one shard of work")
 
 
+class Segment(Section):
+    """How masks are made from the raw videos, where data.masks is auto."""
+
+    effect = Effect(("segment",))
+
+    method: Literal["network"] = Field(
+        default="network", description="what tells the animal from its background: the network that comes along"
+    )
+    background_frames: Count = Field(
+        default=120, description="frames, spread over the recording, in which the background is looked for"
+    )
+    adapt_minutes: NonNegative = Field(
+        default=1.5, description="time for which the network learns from what all views agree on; 0: it does not"
+    )
+    rounds: Count = Field(
+        default=2, description="how often what all views tell of a frame together is told to each of them"
+    )
+    min_agreement: Annotated[NonNegative, Field(le=1)] = Field(
+        default=0.3,
+        description="a view whose mask agrees less (IoU) with what the other views tell counts as absent from that "
+        "frame; 0: none does",
+    )
+    device: Annotated[Device, NO_EFFECT] = Field(default="auto", description=DEVICE_DESCRIPTION)
+
+
 class Ingest(Section):
     """Which frames and pixels are used."""
 
@@ -142,12 +226,12 @@ class Ingest(Section):
         default="videos",
         description="videos of fixed cameras, or a scene of transforms_train.json and transforms_test.json",
     )
-    frame_jump: Count = Field(default=1, description="keep every n-th video frame: 0, n, 2n, ...")
-    max_frames: Count | None = Field(default=None, description="kept frames at most; null: all")
+    frame_jump: Annotated[Count, READING] = Field(default=1, description="keep every n-th video frame: 0, n, 2n, ...")
+    max_frames: Annotated[Count | None, READING] = Field(default=None, description="kept frames at most; null: all")
     image_downsample: Count = Field(
         default=1, description="images are averaged over n x n pixels; divides width and height"
     )
-    on_short: Literal["error", "truncate"] = Field(
+    on_short: Annotated[Literal["error", "truncate"], READING] = Field(
         default="error", description="when videos differ in length: stop, or use the shortest length"
     )
 
@@ -157,7 +241,10 @@ class CenterRotation(Section):
 
     effect = Effect(("center_rotation",))
 
-    ell: Positive = Field(description="edge of the tracking cube, which has room to spare; see unit")
+    # Stage segment carves the animal in this cube too.
+    ell: Annotated[Positive, Effect(("segment", "center_rotation"))] = Field(
+        description="edge of the tracking cube, which has room to spare; see unit"
+    )
     grid_size: Annotated[Count, Field(le=1024)] = Field(
         default=112, description="voxels along an edge of the tracking cube"
     )
@@ -199,6 +286,9 @@ class Evaluate(Section):
         default="test", description="first, second or last third of the frames"
     )
     gallery_frames: Index = Field(default=6, description="frames shown beside their truth")
+    lpips_weights: Annotated[Text | None, Effect(("evaluate",), names_files=is_given, neutral=(None,))] = Field(
+        default=None, description="file of AlexNet's or VGG's weights for the metric LPIPS, path or URL; null: without"
+    )
     device: Annotated[Device, NO_EFFECT] = Field(default="auto", description=DEVICE_DESCRIPTION)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from zoosplat.config.effect import NO_EFFECT, Condition, Effect, Section
+from zoosplat.config.sections import is_given
 from zoosplat.config.values import (
     DEVICE_DESCRIPTION,
     MAX_INT,
@@ -31,11 +32,7 @@ def is_own_weights(start_from: Any) -> bool:
     return start_from not in (RANDOM, ANIMALS)
 
 
-def _is_given(value: Any) -> bool:
-    return value is not None
-
-
-DYNAMIC_FILE = Effect(("train",), only_if=OF_DYNAMIC, names_files=_is_given)
+DYNAMIC_FILE = Effect(("train",), only_if=OF_DYNAMIC, names_files=is_given)
 
 
 class Model(Section):
@@ -99,6 +96,11 @@ class Train(Section):
         description="weight of the squared colour error; 2, with opacity_lambda and deep_lambda doubled, favours PSNR",
     )
     ssim_lambda: NonNegative = Field(default=0.0, description="weight of 1 - SSIM")
+    plate_lambda: Annotated[NonNegative, Effect(("train",), only_if=OF_NETWORK, neutral=(0,))] = Field(
+        default=0.0,
+        description="weight of the colour error over the cameras' plates against the raw pictures, which no mask "
+        "touches; needs data.backgrounds",
+    )
     opacity_lambda: NonNegative = Field(
         default=0.0,
         description="weight of the Gaussians' mean opacity: none where no view needs one; 0.03 pays on clean masks",

@@ -25,9 +25,15 @@ def grid_axis(ell_m: float, grid_size: int) -> F64:
     return np.linspace(-ell_m / 2, ell_m / 2, grid_size)
 
 
-def min_views(n_observed: int) -> int:
-    """Views that must see a hull voxel inside their mask: all but one, and never fewer than two."""
-    return max(2, n_observed - 1)
+def min_views(n_observed: int, n_absent: int = 0) -> int:
+    """Views that must see a hull voxel inside their mask: all but one, and never fewer than two.
+
+    Args:
+        n_observed: observed views of the rig.
+        n_absent: how many of them are absent from the frame. One of these is the one that may be missing, so then all
+            that are there must see a voxel. Hulls of all but one of three views have long bulges.
+    """
+    return max(2, n_observed - max(1, n_absent))
 
 
 def grid_projection(intrinsics: F64, world_to_camera: F64, center_m: F64, angle_rad: float) -> F64:

@@ -20,6 +20,8 @@ DIMENSIONS = {
     "C": "camera",
     "h": "y",
     "w": "x",
+    "H": "frame_y",
+    "W": "frame_x",
     "D": "descriptor",
     "E": "dimension",
     "k": "neighbour",
@@ -40,6 +42,8 @@ UNNAMED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "map": (("map_axis", ("x", "y")),),
     "center": (AXIS,),
     "pose": (("row", ()), ("column", ())),
+    "plate": (("channel", ("R", "G", "B")),),
+    "light": (("channel", ("R", "G", "B")), ("term", ("gain", "slope_x", "slope_y", "offset"))),
 }
 # A Dataset has these arrays as coordinates, or `ProjectReader.cameras` gives them.
 LEFT_OUT = ("time", "t", "frame", "intrinsics", "world_to_camera")
@@ -104,7 +108,10 @@ def read_dataset(group: zarr.Group, name: str, where: str, axes: Axes, *, lazy: 
         UserError: the group lacks an array, or has one of another type; lazy values raise it when they are read.
     """
     schema.validate(group, name, where)
-    specs = {**schema.GROUPS[name], **{key: spec for key, spec in schema.MOVING.items() if key in group}}
+    optional = {**schema.MOVING, **schema.BACKGROUND}
+    specs = {**schema.GROUPS[name], **{key: spec for key, spec in optional.items() if key in group}}
+    if schema.has_seen(group):
+        specs["seen"] = schema.SEEN
     coordinates = axes.coordinates()
     variables: dict[str, Any] = {}
     for key, spec in specs.items():
@@ -124,7 +131,7 @@ def read_dataset(group: zarr.Group, name: str, where: str, axes: Axes, *, lazy: 
         if lazy and spec.layout != "whole":
             values = indexing.LazilyIndexedArray(_LazyArray(schema.array(group, key)))
         else:
-            values = schema.read(group, key)
+            values = schema.read_seen(group) if key == "seen" else schema.read(group, key)
             values.setflags(write=False)
         variables[key] = xr.Variable(dims, values, {**attributes, "long_name": spec.meaning})
     used = {dim for variable in variables.values() for dim in variable.dims}

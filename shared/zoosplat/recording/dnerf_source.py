@@ -16,6 +16,7 @@ from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras, WorldTransform
 from zoosplat.recording import dnerf
 from zoosplat.recording.facts import DEFAULT_FPS, Footage, MaskGeometry, RecordingFacts
+from zoosplat.recording.mask_files import MaskInfo
 from zoosplat.recording.source import Bool, Picture, RecordingSource
 from zoosplat.recording.video import VideoInfo
 from zoosplat.storage import urls
@@ -102,18 +103,19 @@ class DnerfSource(RecordingSource):
     def mask_geometry(self, facts: RecordingFacts, frames: npt.NDArray[np.int64]) -> MaskGeometry:
         """The world is the scene's own."""
         scene, poses = self.scene, self.scene.world_to_camera[frames]
-        pictured = np.array([[picture is not None for picture in row] for row in scene.pictures])
+        seen = np.array([[picture is not None for picture in row] for row in scene.pictures])
         return MaskGeometry(
             camera_names=list(self.experiment.data.camera_names or SPLITS),
             intrinsics=np.tile(scene.intrinsics(self.experiment.ingest.image_downsample), (2, 1, 1)),
             world_to_camera=poses[0],
             unit_m=1.0,
             world=WorldTransform(np.eye(3), np.zeros(3), 1.0),
-            moving={"time": scene.times[frames], "pose": poses, "pictured": pictured[frames]},
+            moving={"time": scene.times[frames], "pose": poses},
+            seen=seen[frames],
         )
 
     def read_masks(
-        self, infos: Sequence[VideoInfo], cameras: Cameras, start: int, stop: int, block: int
+        self, infos: Sequence[MaskInfo], cameras: Cameras, start: int, stop: int, block: int
     ) -> Iterator[Bool]:
         downsample = self.experiment.ingest.image_downsample
         height, width = self.scene.height // downsample, self.scene.width // downsample

@@ -11,6 +11,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras, WorldTransform
 from zoosplat.geometry.rotations import FloatArray
+from zoosplat.recording.mask_files import MaskInfo
 from zoosplat.recording.video import VideoInfo
 
 # Frame rate in 1/s where neither the configuration nor a video names one.
@@ -30,7 +31,7 @@ class Footage:
         warnings: a line for each thing that is odd and does not stop a run.
     """
 
-    masks: tuple[VideoInfo, ...]
+    masks: tuple[MaskInfo, ...]
     videos: tuple[VideoInfo, ...]
     width: int
     height: int
@@ -94,6 +95,7 @@ class MaskGeometry:
         unit_m: metres in a unit of the classic, normalized world.
         world: from the calibration's world to the oriented world.
         moving: arrays of moving cameras by name, see `schema.MOVING`; empty where the cameras stand.
+        seen: [T, C], False where a view is absent from a frame; None where all views are there in all frames.
     """
 
     camera_names: list[str]
@@ -102,3 +104,4 @@ class MaskGeometry:
     unit_m: float
     world: WorldTransform
     moving: dict[str, npt.NDArray[np.generic]]
+    seen: npt.NDArray[np.bool_] | None = None

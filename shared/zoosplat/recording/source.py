@@ -12,6 +12,7 @@ import numpy.typing as npt
 from zoosplat.config.experiment import Experiment
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.facts import Footage, MaskGeometry, RecordingFacts
+from zoosplat.recording.mask_files import MaskInfo
 from zoosplat.recording.video import VideoInfo
 
 Bool = npt.NDArray[np.bool_]
@@ -62,12 +63,12 @@ class RecordingSource(ABC):
 
     @abstractmethod
     def read_masks(
-        self, infos: Sequence[VideoInfo], cameras: Cameras, start: int, stop: int, block: int
+        self, infos: Sequence[MaskInfo], cameras: Cameras, start: int, stop: int, block: int
     ) -> Iterator[Bool]:
         """Masks of all cameras for kept frames `start` to `stop - 1`, a block of frames at a time.
 
         Args:
-            infos: C mask videos of equal size; empty where the masks are no videos.
+            infos: C masks; empty where the masks have no files of their own.
             cameras: C cameras at full resolution, whose distortion is removed.
             start: first kept frame (video frame = kept frame x frame_jump).
             stop: end of the kept frames.

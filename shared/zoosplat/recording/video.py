@@ -109,6 +109,20 @@ def probe(url: str, label: str) -> VideoInfo:
     return VideoInfo(url, label, *size, there, len(ticks), rate, step if even else None)
 
 
+def inspect_codec(url: str) -> tuple[str, bool, bool]:
+    """How a readable video is stored.
+
+    Returns:
+        FFmpeg's name of its codec; whether the codec keeps the very values that were written; whether the file holds an
+        opacity beside the pictures, as WebM does, which FFmpeg's own decoders of VP8 and VP9 leave out.
+    """
+    with objects.open_read(url) as file, _open(file) as container:
+        stream = container.streams.video[0]
+        codec = stream.codec_context.codec
+        # H.264 without loss counts as lossy, because its header does not tell.
+        return codec.name, codec.lossless and not codec.lossy, stream.metadata.get("alpha_mode") == "1"
+
+
 def _first_packets(container: Any, stream: Any, first_missing: int | None) -> tuple[int | None, int]:
     """Display time of the first packet, and the number of packets that are shown before the first one that is cut off.
 
@@ -124,15 +138,22 @@ def _first_packets(container: Any, stream: Any, first_missing: int | None) -> tu
     return first, count
 
 
-def read_frames(info: VideoInfo, start: int, stop: int, jump: int = 1) -> Iterator[av.VideoFrame]:
+def read_frames(
+    info: VideoInfo, start: int, stop: int, jump: int = 1, decoder: str | None = None
+) -> Iterator[av.VideoFrame]:
     """Frames `start`, `start + jump`, ... below `stop` of a video, by one pass from a keyframe before `start`.
+
+    Args:
+        info: of the video.
+        start, stop, jump: as of a range.
+        decoder: FFmpeg's name of the decoder; None: the one that FFmpeg prefers for the video.
 
     Raises:
         UserError: a frame that is missing or cannot be decoded, with its number.
     """
-    sought = _numbered(info, start)
+    sought = _numbered(info, start, decoder)
     first = next(sought, None)
-    numbered = itertools.chain([first], sought) if first and first[0] <= start else _numbered(info, 0)
+    numbered = itertools.chain([first], sought) if first and first[0] <= start else _numbered(info, 0, decoder)
     wanted, at = start, -1
     for at, frame in numbered:
         if at > wanted:
@@ -145,22 +166,28 @@ def read_frames(info: VideoInfo, start: int, stop: int, jump: int = 1) -> Iterat
     raise UserError(f"{info.label}: ends at frame {at + 1} of {info.n_declared} in {info.url}; export the video again")
 
 
-def _numbered(info: VideoInfo, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
+def _numbered(info: VideoInfo, start: int, decoder: str | None) -> Iterator[tuple[int, av.VideoFrame]]:
     """Frames and their numbers from a keyframe before `start`, or, where seeking is not exact, from the first one."""
     at, before = -1, None
     seeking = start > 0 and info.step is not None
     try:
         with objects.open_read(info.url) as file, _open(file) as container:
             stream = container.streams.video[0]
-            stream.codec_context.options = {"err_detect": "explode"}
-            stream.codec_context.thread_count = 1  # The cameras are decoded in parallel instead.
+            codec: Any = stream.codec_context
+            decode: Any = stream.decode
+            if decoder is not None:
+                codec = av.CodecContext.create(decoder, "r")
+                codec.extradata = stream.codec_context.extradata
+                decode = codec.decode
+            codec.options = {"err_detect": "explode"}
+            codec.thread_count = 1  # The cameras are decoded in parallel instead.
             if seeking:
                 # The index holds decoding times, which precede the display times by 16 frames at most (H.264).
-                back = start - 0.5 - (16 if stream.codec_context.has_b_frames else 0)
+                back = start - 0.5 - (16 if codec.has_b_frames else 0)
                 container.seek(int((stream.start_time or 0) + max(0, back) * (info.step or 0)), stream=stream)
             for packet in container.demux(stream):
                 try:
-                    frames = stream.decode(None) if packet.is_corrupt else packet.decode()  # cut off: what came before
+                    frames = decode(None if packet.is_corrupt else packet)  # cut off: what came before
                 except av.InvalidDataError:
                     if seeking and at < 0:
                         continue  # open GOP: pictures before the keyframe that refer to what was not decoded
@@ -186,10 +213,11 @@ def _numbered(info: VideoInfo, start: int) -> Iterator[tuple[int, av.VideoFrame]
         ) from None
 
 
-def _plane(frame: av.VideoFrame, index: int) -> U8:
-    plane = frame.planes[index]
-    data: U8 = np.frombuffer(memoryview(plane), np.uint8)
-    return data.reshape(plane.height, plane.line_size)[:, : plane.width]
+def plane_of(frame: av.VideoFrame, index: int) -> U8:
+    """A plane [H, W] uint8 of a frame whose planes have a byte a pixel."""
+    found = frame.planes[index]
+    data: U8 = np.frombuffer(memoryview(found), np.uint8)
+    return data.reshape(found.height, found.line_size)[:, : found.width]
 
 
 @dataclass(frozen=True)
@@ -223,12 +251,12 @@ def planes(frame: av.VideoFrame) -> Planes:
     matrix = 709 if int(frame.colorspace) == _BT709 else 601
     if name.startswith("gray") and len(frame.format.components) == 1:
         grey = frame if name == "gray" else frame.reformat(format="gray")
-        return Planes(_plane(grey, 0), None, None, name == "gray" or frame.color_range == 2, matrix)
+        return Planes(plane_of(grey, 0), None, None, name == "gray" or frame.color_range == 2, matrix)
     full = name.startswith("yuvj") or frame.color_range == 2
     if name not in ("yuv420p", "yuvj420p", "yuv444p", "yuvj444p"):
         frame, full = frame.reformat(format="yuv444p", dst_color_range="MPEG"), False
         matrix = matrix if frame.colorspace != 0 else 601
-    return Planes(_plane(frame, 0), _plane(frame, 1), _plane(frame, 2), full, matrix)
+    return Planes(plane_of(frame, 0), plane_of(frame, 1), plane_of(frame, 2), full, matrix)
 
 
 def _area(image: Any, width: int, height: int) -> Any:

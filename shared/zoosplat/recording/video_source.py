@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,12 @@ import numpy.typing as npt
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.geometry.cameras import Cameras
-from zoosplat.recording import video
+from zoosplat.recording import mask_files, video
+from zoosplat.recording.background import background_label, probe_empty_scene
 from zoosplat.recording.calibration.reader import read_cameras
 from zoosplat.recording.calibration.up import read_up
-from zoosplat.recording.facts import DEFAULT_FPS, Footage, MaskGeometry, RecordingFacts
+from zoosplat.recording.facts import DEFAULT_FPS, Footage, MaskGeometry, RecordingFacts, kept_frames
+from zoosplat.recording.mask_files import MaskInfo
 from zoosplat.recording.source import Bool, Picture, RecordingSource
 from zoosplat.recording.video import VideoInfo, probe
 from zoosplat.storage import objects, urls
@@ -30,10 +33,6 @@ Maps = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None
 
 # Relative difference of frame rates below which they mean the same and are only written differently.
 SAME_RATE = 0.01
-# Largest mean deviation of chroma from neutral in a mask, of 255.
-GREY_TOLERANCE = 12
-# Largest share of a mask's pixels that are neither black nor white.
-MAX_MID_GREY = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class VideoSource(RecordingSource):
     """Videos of masks and pictures, one of each a camera, and a calibration of cameras that stand."""
 
     cameras_move = False
+    kinds: tuple[Kind, ...] = ("mask", "video")  # The files that are checked.
 
     def check(self) -> RecordingFacts:
         experiment = self.experiment
@@ -65,7 +65,7 @@ class VideoSource(RecordingSource):
         footage = cameras = up = None
         _check_folder(experiment)
         with problems.collect():
-            footage = _check_videos(experiment, ("mask", "video"))
+            footage = _check_videos(experiment, self.kinds)
         with problems.collect():
             cameras = read_cameras(
                 calibration_urls(experiment),
@@ -80,6 +80,9 @@ class VideoSource(RecordingSource):
                 spec = up_url(experiment) or data.up
                 up = read_up(spec, cameras, lambda url: _read_bytes(url, "data.up"))
         if footage is not None:
+            for c, file in enumerate(data.backgrounds or ()):
+                with problems.collect():
+                    probe_empty_scene(data.url(file), background_label(c, file), (footage.width, footage.height))
             with problems.collect():
                 n_cameras = len(data.videos) if cameras is None else len(cameras)
                 experiment.check(n_cameras, footage.width, footage.height)
@@ -104,24 +107,21 @@ class VideoSource(RecordingSource):
         return MaskGeometry(list(facts.cameras.names), small.intrinsics, small.world_to_camera, unit_m, world, {})
 
     def read_masks(
-        self, infos: Sequence[VideoInfo], cameras: Cameras, start: int, stop: int, block: int
+        self, infos: Sequence[MaskInfo], cameras: Cameras, start: int, stop: int, block: int
     ) -> Iterator[Bool]:
         jump, downsample = self.experiment.ingest.frame_jump, self.experiment.ingest.image_downsample
-        maps = _undistort_maps(cameras, infos)
-        readers = [video.read_frames(info, start * jump, (stop - 1) * jump + 1, jump) for info in infos]
+        maps = undistort_maps(cameras, [(info.width, info.height) for info in infos])
+        wanted = self.experiment.data.mask_values
+        readers = [mask_files.read_masks(info, start * jump, (stop - 1) * jump + 1, jump, wanted) for info in infos]
 
-        def read(camera: int, first: int, count: int) -> Bool:
-            taken = []
-            for i in range(count):
-                frame = video.planes(next(readers[camera]))
-                check_is_mask(frame, infos[camera].label, (first + i) * jump)
-                taken.append(video.luma_mask(frame, downsample, maps[camera]))
-            return np.stack(taken)
+        def read(camera: int, count: int) -> Bool:
+            frames = itertools.islice(readers[camera], count)
+            return np.stack([video.luma_mask(frame, downsample, maps[camera]) for frame in frames])
 
         with ThreadPoolExecutor(min(len(infos), cv2.getNumberOfCPUs())) as pool:
             for first in range(start, stop, block):
                 count = min(block, stop - first)
-                yield np.stack(list(pool.map(lambda c, f=first, n=count: read(c, f, n), range(len(infos)))), axis=1)
+                yield np.stack(list(pool.map(read, range(len(infos)), [count] * len(infos))), axis=1)
 
     def read_pictures(
         self, infos: Sequence[VideoInfo], cameras: Cameras, start: int, stop: int
@@ -132,26 +132,16 @@ class VideoSource(RecordingSource):
             for frame in video.read_frames(info, start * jump, (stop - 1) * jump + 1, jump):
                 yield VideoPicture(video.planes(frame), downsample, maps)
 
-        return [read(info, maps) for info, maps in zip(infos, _undistort_maps(cameras, infos), strict=True)]
+        maps = undistort_maps(cameras, [(info.width, info.height) for info in infos])
+        return [read(info, of_camera) for info, of_camera in zip(infos, maps, strict=True)]
 
 
-def _undistort_maps(cameras: Cameras, infos: Sequence[VideoInfo]) -> list[Maps]:
-    """Maps of every camera at full resolution; None where its lens does not distort."""
+def undistort_maps(cameras: Cameras, sizes: Sequence[tuple[int, int]]) -> list[Maps]:
+    """Maps of every camera at full resolution, whose width and height are in `sizes`; None where no lens distorts."""
     return [
-        cameras.undistort_maps(c, info.width, info.height) if cameras.distortion[c].any() else None
-        for c, info in enumerate(infos)
+        cameras.undistort_maps(c, width, height) if cameras.distortion[c].any() else None
+        for c, (width, height) in enumerate(sizes)
     ]
-
-
-def check_is_mask(frame: video.Planes, label: str, index: int) -> None:
-    """Raise UserError unless a frame is grey and (but for compression) black and white."""
-    for chroma in (frame.u, frame.v):
-        if chroma is not None and np.abs(chroma[::8, ::8].astype(np.int16) - 128).mean() > GREY_TOLERANCE:
-            raise UserError(f"{label}: frame {index} is coloured; a mask is white on black (is it the RGB video?)")
-    span = frame.white - frame.black
-    grey = cv2.inRange(frame.y[::8, ::8], frame.black + 0.2 * span, frame.white - 0.2 * span)
-    if cv2.countNonZero(grey) > MAX_MID_GREY * grey.size:
-        raise UserError(f"{label}: frame {index} is not black and white; a mask is 255 on the animal, 0 elsewhere")
 
 
 def calibration_urls(experiment: Experiment) -> list[str]:
@@ -189,42 +179,58 @@ def _check_apart(cameras: Cameras, file: str) -> None:
 
 def _check_videos(experiment: Experiment, kinds: Sequence[Kind]) -> Footage:
     data, problems = experiment.data, Problems()
-    files = {"mask": data.masks, "video": data.videos}
     names = data.camera_names or tuple(str(i) for i in range(len(data.videos)))
-    infos: dict[Kind, list[VideoInfo]] = {"mask": [], "video": []}
-    for kind in kinds:
-        for camera, file in zip(names, files[kind], strict=True):
-            with problems.collect():
-                infos[kind].append(probe(data.url(file), f"{file} ({kind} of camera {camera})"))
-    found = [info for kind in kinds for info in infos[kind]]
-    if not found:
+    masks: list[MaskInfo] = []
+    videos: list[VideoInfo] = []
+    for camera, file in zip(names, data.masks if "mask" in kinds else (), strict=False):
+        with problems.collect():
+            label = f"{file} (mask of camera {camera})"
+            masks.append(mask_files.probe_mask(data.url(file), file, label, experiment.ingest.frame_jump))
+    for camera, file in zip(names, data.videos, strict=True):
+        with problems.collect():
+            videos.append(probe(data.url(file), f"{file} (video of camera {camera})"))
+    if len(masks) == len(videos):
+        with problems.collect():
+            kept = kept_frames(experiment, min(info.n_frames for info in videos))
+            masks = mask_files.fit_lengths(masks, videos, kept, experiment.ingest.frame_jump)
+    if not masks and not videos:
         problems.report()
-    problems.lines += _size_problems(found)
+    width, height = _usual_size(masks, videos)
+    masks = [mask_files.fit_size(mask, width, height) or mask for mask in masks]
+    found = [*masks, *videos]
+    problems.lines += _size_problems(found, width, height)
     lengths = _length_problems(found)
     shortest = min(info.n_frames for info in found)
-    warnings = list(_rate_warnings(found))
+    warnings = list(_rate_warnings([info for info in found if info.fps]))
     if lengths and experiment.ingest.on_short == "error":
         problems.lines += [f"{line}; export it again, or set ingest.on_short: truncate" for line in lengths]
     elif lengths:
         warnings.append(f"{'; '.join(lengths)}; all are used up to frame {shortest}")
     problems.report()
+    masks = [dataclasses.replace(info, n_frames=shortest) for info in masks]
+    videos = [dataclasses.replace(info, n_frames=shortest) for info in videos]
+    if masks:
+        kept = kept_frames(experiment, shortest)
+        masks = mask_files.choose_readings(masks, data.mask_values, kept, experiment.ingest.frame_jump)
     # The masks may be of another program, which knows nothing of the recording's rate.
-    fps = data.fps or (infos["video"] or found)[0].fps or DEFAULT_FPS
-    masks, videos = (
-        tuple(dataclasses.replace(i, n_frames=shortest) for i in infos[kind]) for kind in ("mask", "video")
-    )
-    return Footage(masks, videos, found[0].width, found[0].height, shortest, fps, tuple(warnings))
+    fps = data.fps or (videos or found)[0].fps or DEFAULT_FPS
+    return Footage(tuple(masks), tuple(videos), width, height, shortest, fps, tuple(warnings))
 
 
-def _size_problems(infos: Sequence[VideoInfo]) -> Iterator[str]:
-    """A line for each file whose size is not that of most."""
-    usual = Counter((info.width, info.height) for info in infos).most_common(1)[0][0]
-    like = next(info for info in infos if (info.width, info.height) == usual)
+def _usual_size(masks: Sequence[VideoInfo], videos: Sequence[VideoInfo]) -> tuple[int, int]:
+    """Width and height that most videos have and, where that does not decide, most masks."""
+    of_videos, of_masks = (Counter((info.width, info.height) for info in infos) for infos in (videos, masks))
+    return max({**of_videos, **of_masks}, key=lambda size: (of_videos[size], of_masks[size]))
+
+
+def _size_problems(infos: Sequence[VideoInfo], width: int, height: int) -> Iterator[str]:
+    """A line for each file that has not the usual size."""
+    like = next(info for info in infos if (info.width, info.height) == (width, height))
     for info in infos:
-        if (info.width, info.height) != usual:
+        if (info.width, info.height) != (width, height):
             yield (
-                f"{info.label}: {info.width} x {info.height} pixels, but {like.label} has {usual[0]} x {usual[1]}; "
-                "videos and masks must have one size: export it again"
+                f"{info.label}: {info.width} x {info.height} pixels, but {like.label} has {width} x {height}; videos "
+                "must have one size, and masks that size or a smaller one of the same shape: export it again"
             )
 
 

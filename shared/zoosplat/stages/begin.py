@@ -13,7 +13,7 @@ from zoosplat.stages.lookup import open_run
 from zoosplat.stages.ownership import foreign_names
 from zoosplat.stages.prechecks import check_before_run, check_project_place
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import STAGES, upstream
+from zoosplat.stages.registry import require_stage, upstream
 from zoosplat.stages.run_records import hold_run, is_run_of
 from zoosplat.stages.runs import Run
 from zoosplat.stages.sources import FingerprintCache
@@ -46,12 +46,12 @@ def begin_run(
         UserError: Files of another program are in the way, an earlier stage is not done, or the configuration or a
             file that it names cannot be used.
     """
-    check_forced(force, stages)
+    check_forced(experiment, force, stages)
     _check_folder(project)
     check_project_place(project.url, experiment)
     draft = _draft(project, experiment, stages, force, FingerprintCache(project, hashing))
     todo = draft.todo(stages)
-    earlier = draft.todo(upstream(todo) - set(stages))
+    earlier = draft.todo(upstream(todo, draft.experiment) - set(stages))
     if earlier:
         draft.require(earlier)
         result = draft.results[earlier[0]]
@@ -93,11 +93,10 @@ def _latest_of_command(project: Project, stages: list[str], force: list[str]) ->
     return run
 
 
-def check_forced(force: list[str], stages: list[str]) -> None:
-    """Raise UserError if there is no stage of a name in `force`, or if such a stage is not among those that run."""
+def check_forced(experiment: Experiment, force: list[str], stages: list[str]) -> None:
+    """Raise UserError if the experiment has no stage of a name in `force`, or if it is not among those that run."""
     for name in force:
-        if name not in STAGES:
-            raise UserError(f"there is no stage {name}; the stages are {', '.join(STAGES)}")
+        require_stage(name, experiment)
         if name not in stages:
             raise UserError(f"--force {name}: this run is of the stages {', '.join(stages)} alone; let it reach {name}")
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from zoosplat.config.effect import Condition, Effect
 from zoosplat.config.experiment import Experiment
+from zoosplat.stages.registry import has_stage
 from zoosplat.storage import urls
 
 
@@ -39,11 +40,12 @@ def settings_of(stage: str, experiment: Experiment) -> dict[str, Any]:
     """The part of a configuration that determines a stage's result: dotted keys and their JSON values.
 
     A key that names outside files is absent (see `outside_files`), unless the names of the files matter too. A key that
-    nothing looks at in this experiment is absent as well, such as `dynamic.views` if a network is trained.
+    nothing looks at in this experiment is absent as well, such as `dynamic.views` if a network is trained. Of a stage
+    that the experiment does not have there are none.
     """
     plain = experiment.model_dump(mode="json")
     chosen: dict[str, Any] = {}
-    for key, effect in _effects_on(stage, plain):
+    for key, effect in _effects_on(stage, experiment, plain):
         value = _value_at(plain, key)
         if not _names_files(effect, value):
             chosen[key] = value
@@ -63,7 +65,7 @@ def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
     """
     plain = experiment.model_dump(mode="json")
     found: dict[str, str] = {}
-    for key, effect in _effects_on(stage, plain):
+    for key, effect in _effects_on(stage, experiment, plain):
         value = _value_at(plain, key)
         if not _names_files(effect, value):
             continue
@@ -79,9 +81,13 @@ def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
     return found
 
 
-def _effects_on(stage: str, plain: dict[str, Any]) -> Iterator[tuple[str, Effect]]:
+def _effects_on(stage: str, experiment: Experiment, plain: dict[str, Any]) -> Iterator[tuple[str, Effect]]:
+    if not has_stage(stage, experiment):
+        return
     for key, effect in declared_effects().items():
-        if stage in effect.stages and (effect.only_if is None or _holds(effect.only_if, plain)):
+        if stage not in effect.stages or (effect.only_if is not None and not _holds(effect.only_if, plain)):
+            continue
+        if _value_at(plain, key) not in effect.neutral:
             yield key, effect
 
 

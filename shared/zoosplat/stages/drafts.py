@@ -10,13 +10,13 @@ from zoosplat.errors import UserError
 from zoosplat.stages import dependencies
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.registry import SEGMENT, pipeline_of
 from zoosplat.stages.results import Request, Result, Source, parse_attempt
 from zoosplat.stages.runs import attempts
 from zoosplat.stages.sources import FingerprintCache
 from zoosplat.stages.start_from import no_training, pin_start_from
 
-REUSABLE_STAGES = ("ingest", "pack")  # Their results may be read from the project that `reuse` names.
+REUSABLE_STAGES = (SEGMENT, "ingest", "pack")  # Their results may be read from the project that `reuse` names.
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Draft:
         """Those of the stages that are not done yet, in the order of the pipeline."""
         return [
             spec.name
-            for spec in PIPELINE
+            for spec in pipeline_of(self.experiment)
             if spec.name in stages and not (spec.name in self.results and self.results[spec.name].is_done())
         ]
 
@@ -84,7 +84,7 @@ def draft_run(
     requests: dict[str, Request] = {}
     results: dict[str, Result] = {}
     missing: dict[str, str] = {}
-    for spec in PIPELINE:
+    for spec in pipeline_of(experiment):
         unknown = [name for name in spec.reads if name not in requests]
         sources: dict[str, Source] = {}
         for key, url in dependencies.outside_files(spec.name, experiment).items():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages.projects import LEGACY_CONFIG, LEGACY_RUN, Project
-from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.registry import pipeline_of
 from zoosplat.stages.results import Mark, Result
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects
@@ -41,7 +41,8 @@ def legacy_run(project: Project) -> Run:
     """
     experiment = _read_experiment(project)
     results: dict[str, Result] = {}
-    for spec in PIPELINE:
+    pipeline = pipeline_of(experiment)
+    for spec in pipeline:
         mark = objects.read_json(project.path(MARKS, f"{spec.name}.json"))
         folder = project.url
         location = None if mark is None else mark.get("location")
@@ -50,7 +51,7 @@ def legacy_run(project: Project) -> Run:
         found = {} if mark is None else {"done": {"figures": {}, "warnings": [], **mark, "id": mark["digest"]}}
         name = LEGACY_RUN if mark is None else str(mark["digest"])
         results[spec.name] = LegacyResult(spec.name, name, folder, folder, location is not None, found)
-    return Run(project, LEGACY_RUN, experiment, results, {}, {spec.name: spec.version for spec in PIPELINE})
+    return Run(project, LEGACY_RUN, experiment, results, {}, {spec.name: spec.version for spec in pipeline})
 
 
 def _read_experiment(project: Project) -> Experiment:

@@ -41,6 +41,7 @@ def check_outside_files(experiment: Experiment, stages: Iterable[str]) -> None:
     """
     chosen, problems = set(stages), Problems()
     train, dynamic, features = experiment.train, experiment.dynamic, experiment.features
+    lpips = experiment.evaluate.lpips_weights
     if "train" in chosen and train.method == "pose_splatter" and train.start_from not in (RANDOM, ANIMALS):
         with problems.collect():
             _check_start(experiment)
@@ -54,6 +55,9 @@ def check_outside_files(experiment: Experiment, stages: Iterable[str]) -> None:
     if "features" in chosen and features.encoder == "images" and is_weights_file(features.weights):
         with problems.collect():
             _check_weights("features.weights", features.weights)
+    if "evaluate" in chosen and lpips is not None:
+        with problems.collect():
+            _check_weights("evaluate.lpips_weights", lpips)
     problems.report()
 
 

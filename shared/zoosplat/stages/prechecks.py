@@ -9,6 +9,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import Problems, UserError
 from zoosplat.stages.outside_file_checks import check_outside_files
 from zoosplat.stages.ownership import RESERVED
+from zoosplat.stages.registry import SEGMENT
 from zoosplat.storage import groups, urls
 from zoosplat.storage.errors import damaged_result_error
 
@@ -21,7 +22,7 @@ def check_before_run(
     stages: Collection[str],
     masks_url: str | None,
 ) -> tuple[str, ...]:
-    """Check all that can be checked before these stages run. Videos are opened if ingest or pack is among the stages.
+    """Check all that can be checked before these stages run. Videos are opened for segment, ingest and pack.
 
     Args:
         experiment: the configuration.
@@ -36,7 +37,7 @@ def check_before_run(
     """
     problems, warnings, kept = Problems(), tuple[str, ...](), None
     with problems.collect():
-        if "ingest" in stages:
+        if SEGMENT in stages or "ingest" in stages:
             # The import is here, because it takes half a second and only these stages need it.
             from zoosplat.recording.facts import kept_frames
             from zoosplat.recording.sources import open_source
@@ -170,7 +171,8 @@ def _inputs(experiment: Experiment) -> list[tuple[str, str]]:
     """Key and URL of each file of a recording."""
     data = experiment.data
     calibration = [data.calibration] if isinstance(data.calibration, str) else list(data.calibration)
-    named = [("data.videos", name) for name in data.videos] + [("data.masks", name) for name in data.masks]
+    lists = {"videos": data.videos, "masks": data.masks, "backgrounds": data.backgrounds}
+    named = [(f"data.{key}", name) for key, names in lists.items() if isinstance(names, tuple) for name in names]
     named += [("data.calibration", name) for name in calibration]
     if isinstance(data.up, str) and data.up != "auto":
         named.append(("data.up", data.up))

@@ -14,7 +14,7 @@ from zoosplat.errors import UserError
 from zoosplat.stages.drafts import Draft
 from zoosplat.stages.latest_links import link_latest
 from zoosplat.stages.projects import LATEST, RUNS
-from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.registry import pipeline_of
 from zoosplat.stages.results import RESULTS
 from zoosplat.stages.runs import CONFIG, RECORD, Run
 from zoosplat.stages.sources import remember
@@ -60,7 +60,7 @@ def record_run(draft: Draft, stages: Collection[str], state: str = "begun") -> R
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": platform.node(),
             "forced": sorted(draft.forced),
-            "selected": [spec.name for spec in PIPELINE if spec.name in stages],
+            "selected": [spec.name for spec in pipeline_of(draft.experiment) if spec.name in stages],
             "results": entries,
             "state": state,
             "stages": {},

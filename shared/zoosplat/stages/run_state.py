@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zoosplat.stages.projects import RUNS, Project
-from zoosplat.stages.registry import PIPELINE
+from zoosplat.stages.registry import PIPELINE, SEGMENT
 from zoosplat.stages.results import DONE, Mark, Result
 from zoosplat.storage import leases, objects
 
@@ -39,6 +39,7 @@ def find_run_state(project: Project, record: Mark) -> str:
 def describe_run_state(state: str, record: Mark) -> str:
     """A run's state, with the stages that it was to make unless those are all."""
     selected = record["selected"]
-    if len(selected) in (0, len(PIPELINE)):
+    everything = [spec for spec in PIPELINE if spec.name != SEGMENT or SEGMENT in record["results"]]
+    if len(selected) in (0, len(everything)):
         return state
     return f"{state} ({selected[0]})" if len(selected) == 1 else f"{state} ({selected[0]} to {selected[-1]})"

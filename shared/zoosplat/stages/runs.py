@@ -21,7 +21,7 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
 from zoosplat.stages import dependencies
 from zoosplat.stages.projects import RUNS, Project
-from zoosplat.stages.registry import STAGES
+from zoosplat.stages.registry import STAGES, reads_of
 from zoosplat.stages.results import RESULTS, Mark, Request, Result, Source, is_result_id, parse_attempt
 from zoosplat.storage import groups, listing, objects, urls
 
@@ -108,7 +108,7 @@ class Run:
             stage,
             self.versions[stage],
             dependencies.settings_of(stage, self.experiment),
-            {name: self.result(name).id for name in STAGES[stage].reads},
+            {name: self.result(name).id for name in reads_of(stage, self.experiment)},
             dict(self.sources.get(stage, {})),
             parse_attempt(result.id, base) or 0,
         )

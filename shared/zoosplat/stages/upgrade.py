@@ -11,7 +11,7 @@ from zoosplat.stages import dependencies
 from zoosplat.stages.drafts import Draft, draft_run
 from zoosplat.stages.legacy import legacy_run
 from zoosplat.stages.projects import LEGACY_RUN, Project
-from zoosplat.stages.registry import PIPELINE, STAGES, StageSpec
+from zoosplat.stages.registry import SEGMENT, STAGES, StageSpec, pipeline_of
 from zoosplat.stages.results import DONE, REQUEST, Mark, Result, json_digest
 from zoosplat.stages.run_records import record_run
 from zoosplat.stages.runs import Run
@@ -59,7 +59,8 @@ def upgrade(project: Project) -> tuple[Run, dict[str, str]]:
     draft = draft_run(project, old.experiment)
     kept: dict[str, str] = {}
     results: dict[str, Result] = {}
-    for spec in PIPELINE:
+    pipeline = pipeline_of(old.experiment)
+    for spec in pipeline:
         found = old.results[spec.name]
         mark = found.mark()
         if mark is None:
@@ -75,7 +76,7 @@ def upgrade(project: Project) -> tuple[Run, dict[str, str]]:
         results[spec.name] = _adopt(project, mark, request, found)
     current = {stage: request for stage, request in draft.requests.items() if stage in results and stage not in kept}
     adopted = Draft(project, old.experiment, current, results, frozenset(), {})
-    return record_run(adopted, [spec.name for spec in PIPELINE], "adopted"), kept
+    return record_run(adopted, [spec.name for spec in pipeline], "adopted"), kept
 
 
 def _why_not_current(spec: StageSpec, mark: Mark, old: Run, draft: Draft, kept: dict[str, str]) -> str:
@@ -149,4 +150,5 @@ def _adopt(project: Project, mark: Mark, request: Mark, found: Result) -> Result
     return Result.at(project.url, request["stage"], request["id"])
 
 
-assert set(SETTINGS) == set(STAGES)
+# No project of that layout has stage segment.
+assert set(SETTINGS) == set(STAGES) - {SEGMENT}

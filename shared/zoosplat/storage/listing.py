@@ -92,6 +92,28 @@ def list_names(url: str) -> list[str]:
 
 
 @name_url_in_errors
+def list_versions(url: str) -> dict[str, str]:
+    """The files directly below a URL: name -> token that changes whenever the file is written; sorted by name.
+
+    The token is the ETag on S3, which also names the content. On a file system it tells the size, the times of the last
+    change and the inode. Where there is no such folder, nothing is listed.
+    """
+    found: dict[str, str] = {}
+    if is_s3(url):
+        for page in s3_client.list_pages(url, Delimiter="/"):
+            prefix = page.get("Prefix", "")
+            files = (each for each in page.get("Contents", []) if not each["Key"].endswith("/"))
+            found |= {each["Key"][len(prefix) :]: str(each["ETag"]).strip('"') for each in files}
+    elif os.path.isdir(url):
+        for name in os.listdir(url):
+            # A file may be removed while this runs, a link may dangle, and folders are not listed.
+            with suppress(FileNotFoundError, IsADirectoryError):
+                n, version = stat(join(url, name))
+                found[name] = f"{n}-{version}"
+    return dict(sorted(found.items()))
+
+
+@name_url_in_errors
 def first_file(url: str) -> str | None:
     """One file below a URL, as a path relative to it; empty if the URL is a file itself, None if there is nothing.
 

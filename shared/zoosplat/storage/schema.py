@@ -1,8 +1,9 @@
 """Schemas of the zarr groups: arrays, dimensions, types, units, and how time is cut into storage blocks.
 
-Dimensions: T kept frames, C cameras, h x w working pixels (images: window pixels), n grid points an axis,
-S shards of work. Arrays with a T axis that shards write are cut there every `block` frames; image arrays are
-zarr shards of `block` frames with one chunk a frame. All chunks are compressed with zstd and end with a CRC32C.
+Dimensions: T kept frames, C cameras, H x W pixels of the videos, h x w working pixels (images: window pixels), n grid
+points an axis, S shards of work. Arrays with a T axis that shards write are cut there every `block` frames; image
+arrays are zarr shards of `block` frames with one chunk a frame. All chunks are compressed with zstd and end with a
+CRC32C.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import zarr
 from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -47,6 +49,16 @@ class ArraySpec:
 
 
 GROUPS: dict[str, dict[str, ArraySpec]] = {
+    # All pictures in it are as the cameras saw them, with the distortion of their lenses.
+    "segments.zarr": {
+        "probability": ArraySpec(("T", "C", "H", "W"), "uint8", "1/255", "of animal; its mask: >= 128", "sharded"),
+        "plate": ArraySpec(("C", "H", "W", 3), "uint8", "", "RGB of the background", "whole"),
+        "noise": ArraySpec(("C",), "float32", "grey levels", "standard deviation of a pixel from the plate", "whole"),
+        "light": ArraySpec(("T", "C", 3, 4), "float32", "", "g0, gx, gy, o of a colour: see its README", "blocks"),
+        "agreement": ArraySpec(("T", "C"), "float32", "", "soft IoU with what other views tell; or NaN", "blocks"),
+        "seen": ArraySpec(("T", "C"), "bool", "", "whether the view is there; else its mask means nothing", "blocks"),
+        "frame": ArraySpec(("T",), "int64", "frames", "index in the video", "whole"),
+    },
     "masks.zarr": {
         "mask": ArraySpec(("T", "C", "h", "w"), "bool", "", "animal, undistorted, working resolution", "sharded"),
         "box": ArraySpec(("T", "C", 4), "int32", "px", "x0, y0, x1, y1 (exclusive) of the mask; 0 if empty", "blocks"),
@@ -119,54 +131,114 @@ def create(url: str, name: str, sizes: dict[str, int], block: int, attributes: d
     """
     group = groups.create_group(url, {**attributes, "block": block})
     for key, spec in GROUPS[name].items():
-        shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.dims)
-        chunks = [max(1, n) for n in shape]
-        shards: tuple[int, ...] | None = None
-        if spec.layout == "sharded":
-            chunks[0] = 1
-            shards = (block, *chunks[1:])
-        elif spec.layout == "blocks":
-            chunks[0] = block
-        elif spec.layout == "per_shard":
-            chunks[0] = 1
-        fill: Any = float("nan") if np.dtype(spec.dtype).kind == "f" else 0
-        group.create_array(
-            key,
-            shape=shape,
-            dtype=spec.dtype,
-            chunks=tuple(chunks),
-            shards=shards,
-            fill_value=fill,
-            compressors=COMPRESSORS,
-            filters=None,
-            dimension_names=[d if isinstance(d, str) else None for d in spec.dims],
-            attributes={"unit": spec.unit, "meaning": spec.meaning},
-        )
+        _create_array(group, key, spec, sizes, block)
     return group
+
+
+def _create_array(group: zarr.Group, key: str, spec: ArraySpec, sizes: dict[str, int], block: int) -> None:
+    shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.dims)
+    chunks = [max(1, n) for n in shape]
+    shards: tuple[int, ...] | None = None
+    if spec.layout == "sharded":
+        chunks[0] = 1
+        shards = (block, *chunks[1:])
+    elif spec.layout == "blocks":
+        chunks[0] = block
+    elif spec.layout == "per_shard":
+        chunks[0] = 1
+    fill: Any = float("nan") if np.dtype(spec.dtype).kind == "f" else 0
+    group.create_array(
+        key,
+        shape=shape,
+        dtype=spec.dtype,
+        chunks=tuple(chunks),
+        shards=shards,
+        fill_value=fill,
+        compressors=COMPRESSORS,
+        filters=None,
+        dimension_names=[d if isinstance(d, str) else None for d in spec.dims],
+        attributes={"unit": spec.unit, "meaning": spec.meaning},
+    )
+
+
+# A further array of segments.zarr where cameras are held out; Ch is their number.
+ALL_VIEWS = ArraySpec(
+    ("T", "Ch", "H", "W"), "uint8", "1/255", "probability in held-out cameras with the help of the others", "sharded"
+)
+
+
+def add_all_views(group: zarr.Group, sizes: dict[str, int], block: int) -> None:
+    """Add the empty array `all_views` to segments.zarr, for recordings with held-out cameras; arguments as `create`."""
+    _create_array(group, "all_views", ALL_VIEWS, sizes, block)
 
 
 # Further arrays of masks.zarr and images.zarr for cameras that move.
 MOVING: dict[str, ArraySpec] = {
     "time": ArraySpec(("T",), "float64", "", "0 to 1", "whole"),
     "pose": ArraySpec(("T", "C", 4, 4), "float64", "m", "world to camera in each frame", "whole"),
-    "pictured": ArraySpec(("T", "C"), "bool", "", "whether the camera has a picture", "whole"),
 }
+
+# A further array of masks.zarr and images.zarr where views are absent from some frames.
+SEEN = ArraySpec(("T", "C"), "bool", "", "whether the view is there; where it is not, its mask means nothing", "whole")
+# The name of `seen` in the groups of D-NeRF scenes that were stored before other recordings had absent views.
+PICTURED = "pictured"
+
+# Further arrays of images.zarr where the background of the cameras is known: see `zoosplat.recording.background`. With
+# them, the windows of `rgb` are not white away from the animal, but raw pictures.
+BACKGROUND: dict[str, ArraySpec] = {
+    "plate": ArraySpec(("C", "H", "W", 3), "uint8", "", "whole frame without the animal, undistorted", "whole"),
+    "light": ArraySpec(("T", "C", 3, 4), "float32", "", "gain, its slopes along x and y, offset on the plate", "whole"),
+}
+
+
+def _add_whole(group: zarr.Group, key: str, spec: ArraySpec, values: Any) -> None:
+    value = np.asarray(values, spec.dtype)
+    meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
+    group.create_array(
+        key,
+        shape=value.shape,
+        dtype=spec.dtype,
+        chunks=value.shape,
+        compressors=COMPRESSORS,
+        attributes=meaning,
+    )
+    array(group, key)[...] = value
 
 
 def add_moving(group: zarr.Group, values: dict[str, Any]) -> None:
     """Add the arrays of `MOVING` to masks.zarr or images.zarr, for cameras that move."""
     for key, spec in MOVING.items():
-        value = np.asarray(values[key], spec.dtype)
-        meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
-        group.create_array(
-            key,
-            shape=value.shape,
-            dtype=spec.dtype,
-            chunks=value.shape,
-            compressors=COMPRESSORS,
-            attributes=meaning,
-        )
-        array(group, key)[...] = value
+        _add_whole(group, key, spec, values[key])
+
+
+def add_background(group: zarr.Group, plate: Any, light: Any) -> None:
+    """Add the arrays of `BACKGROUND` to images.zarr: plates [C, H, W, 3] and their light [T, C, 3, 4]."""
+    for (key, spec), values in zip(BACKGROUND.items(), (plate, light), strict=True):
+        _add_whole(group, key, spec, values)
+
+
+def add_seen(group: zarr.Group, seen: Any) -> None:
+    """Add the array `seen` [T, C] bool to masks.zarr or images.zarr: False where a view is absent from a frame.
+
+    An absent view tells nothing about the animal. The empty mask of a view that is there tells that no animal is there.
+    """
+    _add_whole(group, "seen", SEEN, seen)
+
+
+def has_seen(group: zarr.Group) -> bool:
+    """Whether a group tells which views are there; all are where it does not."""
+    return "seen" in group or PICTURED in group
+
+
+def read_seen(group: zarr.Group) -> npt.NDArray[np.bool_]:
+    """Which views of masks.zarr or images.zarr are there, [T, C] bool.
+
+    Raises:
+        UserError: as `read`.
+    """
+    if not has_seen(group):
+        return np.ones(array(group, "mask").shape[:2], bool)
+    return np.asarray(read(group, "seen" if "seen" in group else PICTURED), bool)
 
 
 def array(group: zarr.Group, key: str) -> zarr.Array[Any]:

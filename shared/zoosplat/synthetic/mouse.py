@@ -36,6 +36,9 @@ CYCLE_S = 2.4  # Period of walking, pausing and rearing, s.
 REARING_RAD = 0.95  # Largest pitch of the trunk when the animal rears.
 # Radii in metres of the two circles that make up the path, and turns of the small one in a turn of the large one.
 LARGE_CIRCLE, SMALL_CIRCLE, CIRCLE_RATIO = 0.080, 0.014, 0.62
+# A resting animal runs through so many seconds of its movements, to and fro, so often a second.
+FIDGET_S, FIDGET_HZ = 0.05, 0.3
+BREATH, BREATH_HZ = 0.02, 2.3  # Share of the trunk's radius by which it swells, and breaths per second.
 UP = np.array([0.0, 0.0, 1.0])
 
 
@@ -83,6 +86,10 @@ class Mouse:
         length -= np.interp(0.0, u, length)
         return np.interp(np.arange(self.n_frames) / self.fps, times, walked), length, u + self.traits.path_phases[1]
 
+    def motion_time(self, frame: int) -> float:
+        """Time in seconds that tells the pose of the head, of the tail and of the rearing body at a frame."""
+        return frame / self.fps
+
     def pose(self, frame: int) -> tuple[Solids, Floats, Floats]:
         """The solids, the keypoints [K, 3] in the order of KEYPOINT_NAMES and the forward direction [3] of a frame."""
         posture = _Posture(self, frame)
@@ -100,12 +107,49 @@ class Mouse:
         return solids, np.stack([points[name] for name in KEYPOINT_NAMES]), forward
 
 
+class RestingMouse(Mouse):
+    """A mouse that first rests in one place, where it breathes and moves its head a little, and then walks.
+
+    Args:
+        traits: seeded constants of the path and the movement.
+        n_frames: number of frames for which `pose` can be asked.
+        fps: frames per second.
+        rest_frames: number of frames for which it rests.
+    """
+
+    def __init__(self, traits: Traits, n_frames: int, fps: float, rest_frames: int) -> None:
+        super().__init__(traits, n_frames, fps)
+        self.rest_frames = rest_frames
+
+    @cached_property
+    def walk(self) -> tuple[Floats, Floats, Floats]:
+        """As `Mouse.walk`; the distance is 0 while the animal rests."""
+        walked, length, u = super().walk
+        moving = np.maximum(np.arange(self.n_frames) - self.rest_frames, 0)
+        return walked[moving], length, u
+
+    def motion_time(self, frame: int) -> float:
+        """As `Mouse.motion_time`; while the animal rests, it swings slowly about 0, so that head and tail do."""
+        left = (self.rest_frames - frame) / self.fps
+        return FIDGET_S * float(np.sin(2 * np.pi * FIDGET_HZ * left)) if left > 0 else -left
+
+    def pose(self, frame: int) -> tuple[Solids, Floats, Floats]:
+        """As `Mouse.pose`; the trunk widens and narrows with the breath while the animal rests."""
+        solids, points, forward = super().pose(frame)
+        if frame < self.rest_frames:
+            swell = 1 + BREATH * float(np.sin(2 * np.pi * BREATH_HZ * frame / self.fps))
+            for i, material in enumerate(solids.material):
+                if material == COAT and solids.radii[i] is None:
+                    solids.ra[i], solids.rb[i] = solids.ra[i] * swell, solids.rb[i] * swell
+        return solids, points, forward
+
+
 class _Posture:
     """The deformation of the mouse at rest into its pose at one frame."""
 
     def __init__(self, mouse: Mouse, frame: int) -> None:
         walked, self.arc, self.arc_u = mouse.walk
-        self.mouse, self.time_s, self.distance = mouse, frame / mouse.fps, walked[frame]
+        self.mouse, self.time_s, self.distance = mouse, mouse.motion_time(frame), walked[frame]
         time_s, phases = self.time_s, mouse.traits.motion_phases
         self.rearing = REARING_RAD * float(_pulse(time_s % CYCLE_S, 1.76, 2.36, 0.22))
         self.yaw = 0.35 * np.sin(2 * np.pi * 0.9 * time_s + phases[0]) + 0.10 * np.sin(

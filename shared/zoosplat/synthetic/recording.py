@@ -11,9 +11,9 @@ Importing this module needs NumPy only; writing a recording needs PyAV and h5py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +134,11 @@ class SyntheticRecording:
         """The animal, in the frame of the arena."""
         return Mouse(Traits.draw(self.seed, self.coat), self.n_frames, self.fps)
 
+    @cached_property
+    def poses(self) -> list[Solids]:
+        """The solids of the animal at every frame, in the frame of the arena."""
+        return [self.mouse.pose(frame)[0] for frame in range(self.n_frames)]
+
     def inside(self, frame: int, points: Floats) -> Bools:
         """Whether points [..., 3] of the calibration's world lie in the animal: [...] bool."""
         to_world, origin = self._world
@@ -172,11 +177,19 @@ class SyntheticRecording:
         shape = (self.height + NOISE_OFFSETS, self.width + NOISE_OFFSETS, 3)
         return self.noise_std * rng.standard_normal(shape, np.float32)
 
+    def view(self, camera: int) -> View:
+        """One of the cameras, in the frame of the arena."""
+        intrinsic, rotation, translation = (part[camera] for part in self._arena_cameras)
+        return View(intrinsic, rotation, translation, self.width, self.height, self.distortion_coefficients)
+
+    def forget(self, camera: int) -> None:
+        """Free the memory of what `render` keeps of a camera."""
+        self.views.pop(camera, None)
+
     def render(self, solids: Solids, frame: int, camera: int) -> tuple[NDArray[np.uint8], Bools]:
         """The picture [h, w, 3] and the mask [h, w] of a posed animal in one camera; `frame` selects the noise."""
         if camera not in self.views:
-            intrinsic, rotation, translation = (part[camera] for part in self._arena_cameras)
-            view = View(intrinsic, rotation, translation, self.width, self.height, self.distortion_coefficients)
+            view = self.view(camera)
             self.views[camera] = view, view.backdrop(self.seed)
         view, background = self.views[camera]
         picture = background.copy()
@@ -233,10 +246,22 @@ def make_recording(
     Raises:
         UserError: as SyntheticRecording, whose attributes the arguments are.
     """
+    recording = SyntheticRecording(n_frames, n_cameras, width, height, fps, seed, distortion=distortion)
+    with ThreadPoolExecutor(2) as pool:
+        return write_recording(Path(folder), recording, pool)
+
+
+def write_recording(folder: Path, recording: SyntheticRecording, pool: Executor, video_crf: int = VIDEO_CRF) -> Truth:
+    """Write the files of a recording (see `make_recording`) and return its truth.
+
+    Args:
+        folder: is made if it is absent. Files in it are replaced.
+        recording: what is written.
+        pool: films the cameras.
+        video_crf: constant rate factor of H.264 for the videos.
+    """
     import h5py
 
-    recording = SyntheticRecording(n_frames, n_cameras, width, height, fps, seed, distortion=distortion)
-    folder = Path(folder)
     for name in ("videos", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     intrinsic, rotation, translation = recording.cameras
@@ -244,26 +269,26 @@ def make_recording(
         group = file.create_group("camera_parameters")
         for key, value in (("rotation", rotation), ("translation", translation), ("intrinsic", intrinsic)):
             group.create_dataset(key, data=value)
-        if recording.distortion_coefficients is not None:
-            group.create_dataset("distortion", data=np.tile(recording.distortion_coefficients, (n_cameras, 1)))
+        coefficients = recording.distortion_coefficients
+        if coefficients is not None:
+            group.create_dataset("distortion", data=np.tile(coefficients, (recording.n_cameras, 1)))
     np.savez(folder / "vertical_lines.npz", up=-recording.up)
     truth = recording.truth
     np.savez(folder / "truth.npz", **vars(truth), keypoint_names=np.array(KEYPOINT_NAMES))
-
-    poses = [recording.mouse.pose(frame)[0] for frame in range(n_frames)]
-    _ = recording.noise, recording.views  # The threads must not compute these properties twice.
-
-    def film(camera: int) -> None:
-        pictures = Mp4Writer(str(folder / "videos" / f"{camera}.mp4"), fps, {"crf": str(VIDEO_CRF), **X264_OPTIONS})
-        silhouettes = Mp4Writer(str(folder / "masks" / f"{camera}.mp4"), fps, {"crf": str(MASK_CRF), **X264_OPTIONS})
-        for frame, solids in enumerate(poses):
-            rgb, mask = recording.render(solids, frame, camera)
-            pictures.add(rgb)
-            silhouettes.add(np.repeat(np.where(mask, np.uint8(255), np.uint8(0))[..., None], 3, 2))
-        pictures.close()
-        silhouettes.close()
-        del recording.views[camera]
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(film, range(n_cameras)))
+    _ = recording.poses, recording.noise, recording.views  # Threads must not compute these properties twice.
+    list(pool.map(partial(_film, folder, recording, video_crf), range(recording.n_cameras)))
     return truth
+
+
+def _film(folder: Path, recording: SyntheticRecording, video_crf: int, camera: int) -> None:
+    """Write the videos of one camera."""
+    fps = recording.fps
+    pictures = Mp4Writer(str(folder / "videos" / f"{camera}.mp4"), fps, {"crf": str(video_crf), **X264_OPTIONS})
+    silhouettes = Mp4Writer(str(folder / "masks" / f"{camera}.mp4"), fps, {"crf": str(MASK_CRF), **X264_OPTIONS})
+    for frame, solids in enumerate(recording.poses):
+        rgb, mask = recording.render(solids, frame, camera)
+        pictures.add(rgb)
+        silhouettes.add(np.repeat(np.where(mask, np.uint8(255), np.uint8(0))[..., None], 3, 2))
+    pictures.close()
+    silhouettes.close()
+    recording.forget(camera)

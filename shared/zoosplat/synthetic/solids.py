@@ -16,6 +16,29 @@ Bools = NDArray[np.bool_]
 
 # Materials of a solid, which select its colours in `rendering`.
 COAT, LIMB, PINK, EYE, EAR = range(5)
+# Materials of things that are no animal.
+CABLE, GLOVE, SLEEVE, DROPPING = range(5, 9)
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """A plane in which things are mirrored: the points p with normal . p = offset.
+
+    Attributes:
+        normal: [3] unit vector.
+        offset: metres.
+    """
+
+    normal: Floats
+    offset: float
+
+    def reflect(self, points: Floats) -> Floats:
+        """Mirror images [..., 3] of points [..., 3], metres."""
+        return np.asarray(points - 2 * ((points @ self.normal) - self.offset)[..., None] * self.normal)
+
+    def reflect_directions(self, directions: Floats) -> Floats:
+        """Mirror images [..., 3] of directions [..., 3]."""
+        return np.asarray(directions - 2 * (directions @ self.normal)[..., None] * self.normal)
 
 
 @dataclass
@@ -30,7 +53,7 @@ class Solids:
         axes: [3, 3] each; the rows are the unit vectors along, left and dorsal.
         radii: half axes [3] of an ellipsoid, metres, whose spheres a and b are bounding spheres; None for a round cone.
         texture: rest coordinates s, y, z of the solid's point a, metres, and the stretch of the coat along s.
-        material: COAT, LIMB, PINK, EYE or EAR.
+        material: COAT, LIMB, PINK, EYE or EAR of an animal, or CABLE, GLOVE, SLEEVE or DROPPING of something else.
     """
 
     a: list[Floats] = field(default_factory=list)
@@ -61,11 +84,18 @@ class Solids:
         self._add(centre, centre, r, r, axes, np.asarray(radii, float), texture, material)
 
     def _add(self, *values: Any) -> None:
-        columns: tuple[list[Any], ...] = (
-            self.a, self.b, self.ra, self.rb, self.axes, self.radii, self.texture, self.material,
-        )  # fmt: skip
-        for column, value in zip(columns, values, strict=True):
+        for column, value in zip(_columns(self), values, strict=True):
             column.append(value)
+
+    def joined(self, other: Solids) -> Solids:
+        """These solids, and after them those of `other`."""
+        return Solids(*(list(mine) + list(theirs) for mine, theirs in zip(*map(_columns, (self, other)), strict=True)))
+
+    def reflected(self, plane: Plane) -> Solids:
+        """The mirror images of the solids. Their axes are left-handed."""
+        a, b = ([plane.reflect(point) for point in points] for points in (self.a, self.b))
+        axes = [plane.reflect_directions(axes) for axes in self.axes]
+        return Solids(a, b, self.ra, self.rb, axes, self.radii, self.texture, self.material)
 
     def inside(self, index: int, points: Floats) -> Bools:
         """Whether points [..., 3], metres, lie in solid `index`: [...] bool."""
@@ -79,6 +109,11 @@ class Solids:
         # At the nearest of the swept spheres the derivative of sqrt((x - x0)^2 + y^2) - r(x0) by x0 is zero.
         nearest = np.clip(local[..., 0] - slope * away / np.sqrt(1 - slope**2), 0, length)
         return np.asarray(np.hypot(local[..., 0] - nearest, away) <= self.ra[index] - slope * nearest)
+
+
+def _columns(solids: Solids) -> tuple[list[Any], ...]:
+    """The lists of the solids' attributes in their order."""
+    return tuple(vars(solids).values())
 
 
 def centroid(solids: Solids, cell_m: float) -> Floats:

@@ -63,7 +63,7 @@ class DynamicScene:
         poses: [F, V, 4, 4] float32, scene to camera.
         intrinsics: [F, V, 3, 3] float32, calibration pixels of the window.
         times: [F] float32 in [0, 1].
-        shown: of each frame, the views whose mask is not empty; at least one.
+        shown: of each frame, the views that are there and whose mask is not empty; at least one.
     """
 
     pictures: Tensor
@@ -90,16 +90,17 @@ class DynamicScene:
             reader: the recording.
             progress: called after each frame with the number of frames read and the number of all.
         """
-        units, seen = SceneUnits.from_reader(reader), reader.observed
+        units, observed = SceneUnits.from_reader(reader), reader.observed
         frames = [int(t) for t in np.flatnonzero(reader.valid)]
         columns: tuple[list[Tensor], ...] = ([], [], [], [])
         times, shown = [], []
         for done, frame in enumerate(reader.prefetch(frames)):
-            mask = frame.mask[seen] > 0
-            some = [v for v, there in enumerate(mask.flatten(1).any(1).tolist()) if there]
+            mask = frame.mask[observed] > 0
+            there = mask.flatten(1).any(1).cpu().numpy() & reader.seen[frame.t, observed]
+            some = np.flatnonzero(there).tolist()
             if some:
-                picture = (255 * frame.composite_on_white()[seen]).round().to(torch.uint8)
-                row = (picture, mask, units.to_cameras(frame)[seen], frame.intrinsics[seen])
+                picture = (255 * frame.composite_on_white()[observed]).round().to(torch.uint8)
+                row = (picture, mask, units.to_cameras(frame)[observed], frame.intrinsics[observed])
                 for column, value in zip(columns, row, strict=True):
                     column.append(value)
                 times.append(float(reader.times[frame.t]))
@@ -112,8 +113,8 @@ class DynamicScene:
 def initial_points(reader: FrameReader, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Points [count, 3] in scene units and their colours [count, 3], sampled from the union of visual hulls.
 
-    The hulls are those of 8 frames, carved from the observed views. A recording with a single observed view has no
-    hulls. Then the points lie anywhere in the box, in any colour.
+    The hulls are those of 8 frames, carved from the observed views that are there. A recording with a single observed
+    view has no hulls. Then the points lie anywhere in the box, in any colour.
     """
     rng = np.random.default_rng([seed, 4])
     if len(reader.observed) < 2:
@@ -123,16 +124,16 @@ def initial_points(reader: FrameReader, count: int, seed: int) -> tuple[Tensor, 
     units = SceneUnits.from_reader(reader)
     grid = grid_points(reader.ell_m, reader.grid_size, reader.volume_idx).to(reader.device)
     valid = np.flatnonzero(reader.valid)
-    seen = reader.observed
+    observed = reader.observed
     found: list[Tensor] = []
     for t in valid[np.unique(np.linspace(0, len(valid) - 1, HULL_FRAMES).round().astype(int))]:
         frame = reader.frame(int(t))
         place = torch.eye(4, device=reader.device)
         place[:3, :3], place[:3, 3] = rotation_about_z(frame.angle), frame.center
-        views = ObservedViews(
-            frame.rgb[seen], frame.mask[seen], frame.world_to_camera[seen] @ place, frame.intrinsics[seen]
-        )
-        volume = carve(views, grid, reader.voxel_size_m, reader.footprint_px(), fill_color=0.5)
+        poses = frame.world_to_camera[observed] @ place
+        views = ObservedViews(frame.rgb[observed], frame.mask[observed], poses, frame.intrinsics[observed])
+        used = None if frame.seen is None else frame.seen[observed]
+        volume = carve(views, grid, reader.voxel_size_m, reader.footprint_px(), fill_color=0.5, used=used)
         inside = volume[0] > HULL_OCCUPANCY
         found.append(torch.cat([grid[inside], volume[1:4, inside].T], 1))
     voxels = torch.cat(found)

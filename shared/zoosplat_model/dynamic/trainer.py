@@ -311,9 +311,9 @@ class DynamicTrainer:
 
     @torch.no_grad()
     def compare(self, frame: int) -> tuple[Tensor, Tensor]:
-        """The truth and the rendering of the views of a frame, [V, h, w, 3] each, 0 to 1."""
-        scene = self.scene
-        truth = scene.pictures[frame].float() / 255
+        """The truth and the rendering of the views of a frame that are shown, [n, h, w, 3] each, 0 to 1."""
+        scene, views = self.scene, self.scene.shown[frame]
+        truth = scene.pictures[frame, views].float() / 255
         height, width = truth.shape[1:3]
-        place = scene.poses[frame], scene.intrinsics[frame], scene.times[frame]
+        place = scene.poses[frame, views], scene.intrinsics[frame, views], scene.times[frame]
         return truth, self._draw(*place, width, height).rgb.clamp(0, 1)

@@ -181,6 +181,10 @@ class PoseSplatter(nn.Module):
             frame.rgb[seen], frame.mask[seen], frame.world_to_camera[seen] @ place, frame.intrinsics[seen]
         )
 
+    def find_seen(self, frame: Frame) -> Tensor | None:
+        """Which of the observed views of a frame are there, [V] bool; None means that all are."""
+        return None if frame.seen is None else frame.seen[self.observed_index]
+
     @torch.no_grad()
     def carve(self, views: ObservedViews, used: Tensor | None = None) -> Tensor:
         """The carved volume [8, n1, n2, n3] of a frame, from the `used` ([V] bool; by default all) of its views."""
@@ -189,13 +193,14 @@ class PoseSplatter(nn.Module):
     def forward(
         self, frames: Sequence[Frame], used: Tensor | None = None, mirrored: Tensor | None = None
     ) -> list[Gaussians]:
-        """The Gaussians of each frame in the animal's frame.
+        """The Gaussians of each frame in the animal's frame, from those of its views that are there.
 
         Args:
-            frames: any number B.
+            frames: any number B; at least one observed view of each is there.
             used: [B, V] bool, the observed views from which each frame is carved (by default all).
             mirrored: [B] bool, the frames that the network sees with left and right exchanged (by default none).
         """
+        used = self._leave_out_absent(frames, used)
         volumes, observed = self._carve_all(frames, used)
         return self.reconstruct(volumes, observed, used, mirrored)
 
@@ -203,11 +208,12 @@ class PoseSplatter(nn.Module):
         self, frames: Sequence[Frame], used: Tensor, mirrored: Tensor
     ) -> tuple[list[Gaussians], Tensor]:
         """As `forward`, and the `deep_supervision_loss` of all frames together."""
-        volumes, observed = self._carve_all(frames, used)
-        features, earlier = self._refine(volumes, observed, used, mirrored)
+        among = self._leave_out_absent(frames, used)
+        volumes, observed = self._carve_all(frames, among)
+        features, earlier = self._refine(volumes, observed, among, mirrored)
         earlier = [mirror_where(occupancy, mirrored) for occupancy in earlier]
         supervision = deep_supervision_loss(earlier, features[:, 0], volumes[:, 0] > 0)
-        return self._decode_all(features, observed, used, mirrored), supervision
+        return self._decode_all(features, observed, among, mirrored), supervision
 
     def reconstruct(
         self,
@@ -219,6 +225,15 @@ class PoseSplatter(nn.Module):
         """`forward` from the carved volumes [B, 8, n1, n2, n3] of the frames on."""
         features, _ = self._refine(volumes, observed, used, mirrored)
         return self._decode_all(features, observed, used, mirrored)
+
+    def _leave_out_absent(self, frames: Sequence[Frame], used: Tensor | None) -> Tensor | None:
+        """The views that are `used` ([B, V] bool; None means all), without those that are not there."""
+        if all(frame.seen is None for frame in frames):
+            return used
+        every = torch.ones_like(self.observed_index, dtype=torch.bool)
+        found = [self.find_seen(frame) for frame in frames]
+        seen = torch.stack([every if one is None else one for one in found])
+        return seen if used is None else used & seen
 
     def _carve_all(self, frames: Sequence[Frame], used: Tensor | None) -> tuple[Tensor, list[ObservedViews]]:
         observed = [self.observe(frame) for frame in frames]

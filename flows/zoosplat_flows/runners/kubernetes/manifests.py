@@ -12,6 +12,7 @@ from zoosplat_flows.runners.kubernetes.settings import ClusterSettings, Profile
 from zoosplat_flows.runners.stage_output import BAD_INPUT_STATUS
 
 LABEL_PREFIX = "zoosplat.io"  # of our own labels and annotations
+WHOLE_STAGE = "run"  # the step of a stage that is one process beside a GPU
 JOB_LABEL = "batch.kubernetes.io/job-name"  # set by Kubernetes on the pods of a Job: the name of the Job
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"  # set on the pods of an Indexed Job: the number of the shard
 GPU_RESOURCE = "nvidia.com/gpu"  # the name under which nodes offer GPUs and pods ask for them
@@ -59,7 +60,7 @@ def job_manifest(
         settings: the settings of the runner.
         project_url: URL of the project, on S3.
         stage: name in `zoosplat.stages.registry.STAGES`.
-        step: prepare, shards, finish, or run for a whole GPU stage.
+        step: prepare, shards, finish, or WHOLE_STAGE.
         digest: the result of `request_digest`. The Job's name follows from it, the step and the number of shards.
         arguments: arguments of the stage's command, after --project URL.
         run: id of Prefect's flow run. It becomes a label, by which the Jobs of the flow run are found and deleted.

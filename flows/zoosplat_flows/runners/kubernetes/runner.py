@@ -16,7 +16,7 @@ from typing import Any
 from zoosplat.errors import UserError
 from zoosplat.stages.contract import StageProgress
 from zoosplat.stages.memory import profile_gib
-from zoosplat.stages.registry import STAGES
+from zoosplat.stages.registry import wants_gpu
 from zoosplat.stages.runs import Run
 from zoosplat.storage import urls
 from zoosplat_flows.runners.kubernetes.api import JsonObject, KubernetesApi, explain_refusal, http_status
@@ -24,6 +24,7 @@ from zoosplat_flows.runners.kubernetes.explanations import explain_blocked, expl
 from zoosplat_flows.runners.kubernetes.manifests import (
     JOB_LABEL,
     LABEL_PREFIX,
+    WHOLE_STAGE,
     job_manifest,
     own_pod_reference,
     request_digest,
@@ -113,10 +114,10 @@ class KubernetesRunner:
             )
             self._finish_job(manifest, progress, log, result.is_done)
 
-        if STAGES[stage].gpu:
+        if wants_gpu(stage, run.experiment):
             if self.profile is None:
                 raise UserError(f"{stage}: needs a GPU; choose a profile")
-            run_step("run", [], profile=self.settings.profile(self.profile))
+            run_step(WHOLE_STAGE, [], profile=self.settings.profile(self.profile))
             return
         run_step("prepare", ["--prepare"])
         if result.is_done():
@@ -214,7 +215,7 @@ class KubernetesRunner:
 
     def _memory_key(self, job: JsonObject) -> str:
         """The setting to raise where a pod of a Job had too little memory."""
-        if STAGES[job["metadata"]["labels"][f"{LABEL_PREFIX}/stage"]].gpu:
+        if job["metadata"]["labels"][f"{LABEL_PREFIX}/step"] == WHOLE_STAGE:
             larger = [n for n in self.settings.ordered() if self.profile and profile_gib(n) > profile_gib(self.profile)]
             return f"profiles.{self.profile}.memory" + (f", or choose the profile {larger[0]}" if larger else "")
         return "runner.cpu.resources.limits.memory"
