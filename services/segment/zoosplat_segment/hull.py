@@ -16,26 +16,26 @@ FEWEST_VIEWS = 2  # views that must see a voxel of the hull
 LOWEST = 2  # lowest values of a voxel that are averaged, where there are more views than that
 
 
-def sample_views(masks: Tensor, pixels: Tensor, footprint: int) -> Tensor:
+def sample_views(masks: Tensor, pixels: Tensor, seen: Tensor, footprint: int) -> Tensor:
     """Values of soft masks at the places of voxels.
 
     Args:
-        masks: [C, h, w] 0 to 1.
-        pixels: [C, N, 2] x, y of the voxels in the pixels of the masks; NaN behind a camera.
+        masks: [C, h, w] 0 to 1, of whole pictures or of windows of them.
+        pixels: [C, N, 2] x, y of the voxels in the pixels of the masks.
+        seen: [C, N] bool, whether the voxel lies in the whole picture; outside the window it is not animal.
         footprint: pixels that a voxel covers; a voxel has the largest value there, so that thin parts stay.
 
     Returns:
-        [C, N]; NaN where a voxel lies outside the picture.
+        [C, N]; NaN where a view does not see the voxel.
     """
     height, width = masks.shape[1:]
     if footprint > 1:
         odd = footprint | 1
         masks = F.max_pool2d(masks[:, None], odd, 1, odd // 2)[:, 0]
     size = torch.tensor([width, height], dtype=pixels.dtype, device=pixels.device)
-    inside = ((pixels > -0.5) & (pixels < size - 0.5)).all(-1)
-    grid = torch.where(inside[..., None], (2 * pixels + 1) / size - 1, torch.zeros_like(pixels))
-    values = F.grid_sample(masks[:, None], grid[:, :, None], padding_mode="border", align_corners=False)
-    return torch.where(inside, values[:, 0, :, 0], torch.full_like(values[:, 0, :, 0], torch.nan))
+    grid = ((2 * pixels + 1) / size - 1).nan_to_num(-9.0)
+    values = F.grid_sample(masks[:, None], grid[:, :, None], padding_mode="zeros", align_corners=False)[:, 0, :, 0]
+    return torch.where(seen, values, torch.nan)
 
 
 def leave_one_out(values: Tensor, trusted: Tensor) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import resources
+
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 CHANNELS = (8, 32, 48, 80, 128, 160)  # feature channels at each level; each level has half the resolution of the last
 MULTIPLE = 1 << (len(CHANNELS) - 1)  # pixels; width and height of the input are multiples of it
@@ -12,6 +16,9 @@ NO_PRIOR = 0.5  # value of the prior where other views say nothing
 CHANGE_SIGMAS = 8.0  # a change of so many standard deviations of the noise is as sure as a larger one
 MIN_NOISE = 1 / 255  # smallest standard deviation of the noise, of the full range of grey levels
 INPUTS = 8  # frame and plate in red, green and blue, the change in units of the noise, and the prior
+
+
+WEIGHTS = "masks.safetensors"  # beside this module; see `pretrain`
 
 
 def _convolve(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -62,3 +69,28 @@ class MaskNetwork(nn.Module):
             x = up(torch.cat([risen, skips.pop()], 1))
         logits: Tensor = self.head(x)
         return logits
+
+
+def package_weights() -> dict[str, Tensor]:
+    """The weights that come with the package."""
+    return load(resources.files(__package__).joinpath(WEIGHTS).read_bytes())
+
+
+def build_network(weights: dict[str, Tensor] | None, device: torch.device) -> MaskNetwork:
+    """A network with weights; None: those of the package."""
+    network = MaskNetwork()
+    values = package_weights() if weights is None else weights
+    network.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in values.items()})
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def load_network(weights: dict[str, Tensor] | None, device: torch.device) -> MaskNetwork:
+    """A network for inference: the normalisations are part of the convolutions."""
+    network = build_network(weights, device).eval()
+    for block in list(network.modules()):
+        for name, layer in list(block.named_children()):
+            if isinstance(layer, nn.Sequential) and len(layer) == 3 and isinstance(layer[1], nn.BatchNorm2d):
+                convolution = layer[0]
+                assert isinstance(convolution, nn.Conv2d)
+                setattr(block, name, nn.Sequential(fuse_conv_bn_eval(convolution, layer[1]), layer[2]))
+    return network

@@ -68,7 +68,10 @@ def priors(masks: Tensor, batch: SceneBatch, trusted: Tensor, jitter: Tensor) ->
     seen = torch.einsum("bvij,bnj->bvni", turn, world) + pose[:, :, None, :3, 3]
     pixels = focal[..., None, None] * seen[..., :2] / seen[..., 2:].clamp_min(1e-3) + middle[:, :, None]
     footprints = (focal * 2 * half / GRID / seen[..., 2].mean(-1)).mean(1).tolist()
-    values = torch.stack([hull.sample_views(masks[b], pixels[b], max(1, round(footprints[b]))) for b in range(scenes)], 1)
+    shown = ((pixels > -0.5) & (pixels < SIZE - 0.5)).all(-1)
+    values = torch.stack(
+        [hull.sample_views(masks[b], pixels[b], shown[b], max(1, round(footprints[b]))) for b in range(scenes)], 1
+    )
     flags = trusted.T[:, :, None].expand_as(values)
     sure = hull.leave_one_out(values.flatten(1), flags.flatten(1)).view(views, scenes, *(GRID,) * 3)
     xy = (torch.stack([x, y], -1) - middle[:, :, None, None]) / focal[..., None, None, None]
