@@ -611,11 +611,11 @@ def marks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 URL, ID = "s3://b/p", "0123456789abcdef"
 
 
-def _run() -> Run:
+def _run(experiment: Experiment | None = None) -> Run:
     """A run in that project, none of whose results have been looked at."""
-    folders = {stage: f"{URL}/{RESULTS}/{stage}/{ID}" for stage in ("crop", "train")}
+    folders = {stage: f"{URL}/{RESULTS}/{stage}/{ID}" for stage in ("segment", "crop", "train")}
     results = {stage: Result(stage, ID, folder, folder) for stage, folder in folders.items()}
-    return Run(Project(URL), "r1", _experiment(), results)
+    return Run(Project(URL), "r1", experiment or _experiment(), results)
 
 
 def _plan(files: dict[str, Any], stage: str, shards: int) -> None:
@@ -785,6 +785,23 @@ def test_gpu_stages_run_on_the_nodes_of_their_profile(place: Place, marks: dict[
             jobs.run("train", _run(), progress=_quiet, log=_no_log)
         assert place.kubelet.seen[-1]["spec"]["nodeName"] == node
         _wait_until(lambda: not place.names(), "the Job to be gone")
+
+
+@pytest.mark.cluster
+def test_masks_are_made_on_either_kind_of_node(place: Place, marks: dict[str, Any]) -> None:
+    """By one process beside a GPU, or by shards where `segment.device` is cpu."""
+    for device, steps in (("auto", ["run"]), ("cpu", ["prepare", "shards", "shards", "finish"])):
+        made = _experiment(data__masks="auto", segment__device=device)
+        place.kubelet.decide = _finishing(marks, "segment", 2, lambda pod: End())
+        before = len(place.kubelet.seen)
+        with KubernetesRunner(place.settings, "12gb", place.api, "r") as jobs:
+            jobs.run("segment", _run(made), progress=_quiet, log=_no_log)
+        pods = place.kubelet.seen[before:]
+        assert [_step(pod) for pod in pods] == steps
+        nodes = {pod["spec"]["nodeName"] for pod in pods}
+        assert nodes <= ({"gpu-12"} if device == "auto" else {"cpu-1", "cpu-2"})
+        marks.clear()
+        _wait_until(lambda: not place.names(), "the Jobs to be gone")
 
 
 @pytest.mark.cluster

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from zoosplat.config.experiment import Experiment
+from zoosplat.config.serialization import parse_yaml
 from zoosplat.errors import UserError
 from zoosplat.formats import media
 from zoosplat.stages.history import find_setting_changes, flatten_settings, read_history
@@ -103,6 +104,18 @@ def test_differences_name_what_changed() -> None:
         ("d", "x", '""'),
         ("new", "null", "[1]"),
     ]
+
+
+def test_keys_that_are_newer_than_a_run_are_no_changes(tmp_path: Path, experiment: Experiment, by_hand: ByHand) -> None:
+    folder = tmp_path / "project"
+    first = by_hand.begin(folder, experiment)
+    config = Path(first.path("config.yaml"))
+    older = parse_yaml(config.read_text())
+    del older["segment"], older["data"]["backgrounds"], older["train"]["plate_lambda"]
+    config.write_text(json.dumps(older))
+    by_hand.begin(folder, changed(experiment, segment__rounds=3, train__epochs=7))
+    changes = [f"train.epochs {experiment.train.epochs} -> 7", "segment.rounds 2 -> 3"]
+    assert sorted(read_history(Project.at(str(folder)))[1].changes or ()) == sorted(changes)
 
 
 def test_the_runs_of_a_project_in_order(

@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from trainings import configure
 
+from zoosplat.config.experiment import Experiment
 from zoosplat.config.training import Train
 from zoosplat.errors import UserError
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
-from zoosplat.stages.runner import run_stage
 from zoosplat.storage import groups, schema
 from zoosplat_model.frames import FrameReader, open_reader
 from zoosplat_model.losses import frame_losses
 from zoosplat_train import start_weights
-from zoosplat_train.stage import STAGE
 from zoosplat_train.trainer import TRAIN_FIGURES, NetworkTrainer
 
 CPU = torch.device("cpu")
@@ -120,6 +118,8 @@ def test_training_over_the_plate(tiny: Project) -> None:
 
 def test_plates_are_needed(tiny: Project) -> None:
     assert Train().plate_lambda == 0
-    run = configure(tiny, plate_lambda=0.5)
+    config = open_run(tiny).experiment.to_yaml().replace("plate_lambda: 0.0", "plate_lambda: 0.5")
     with pytest.raises(UserError, match=r"train.plate_lambda = 0.5: the cameras' backgrounds are not known"):
-        run_stage(STAGE, run)
+        Experiment.from_yaml(config)
+    given = config.replace("backgrounds: null", "backgrounds: [a.png, b.png, c.png, d.png, e.png]")
+    assert Experiment.from_yaml(given).train.plate_lambda == 0.5

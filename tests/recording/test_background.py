@@ -11,7 +11,7 @@ import pytest
 
 from zoosplat.errors import UserError
 from zoosplat.geometry.cameras import Cameras
-from zoosplat.recording.background import SAME_LIGHT, lit_plate, read_empty_scene, undistort_plate
+from zoosplat.recording.background import SAME_LIGHT, fit_gain, lit_plate, read_empty_scene, undistort_plate
 
 FULL = (40, 20)  # width, height
 RNG = np.random.default_rng(0)
@@ -36,6 +36,21 @@ def test_background_of_windows_by_hand() -> None:
     # A window is a part of the whole.
     whole = lit_plate(plate[0], light[0], (0, 0), FULL)
     np.testing.assert_allclose(lit[0], whole[3:9, 7:16], atol=1e-3)
+
+
+def test_gain_is_found_though_a_mask_lacks_a_part() -> None:
+    plate = RNG.integers(20, 200, (40, 50, 3)).astype(np.uint8)
+    gain = np.array([0.8, 1.1, 0.95])
+    picture = np.rint(np.minimum(plate * gain, 255)).astype(np.uint8)
+    picture[5:20, 5:25] = 0  # an animal of 300 pixels, of which the mask has a half
+    background = np.ones((40, 50), bool)
+    background[5:20, 5:15] = False
+    light = fit_gain(plate, picture, background)
+    np.testing.assert_allclose(light[:, 0], gain, atol=2e-3)
+    assert not light[:, 1:].any()
+    # A window that is all animal tells nothing, nor does an overexposed one.
+    for seen, is_background in ((picture, ~background), (np.full_like(picture, 255), background)):
+        assert fit_gain(plate, seen, is_background).tolist() == [list(SAME_LIGHT)] * 3
 
 
 def test_plate_is_undistorted_and_averaged() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from zoosplat.stages.projects import Project
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, schema
+from zoosplat_flows.report.page import build_report
 from zoosplat_segment import stage as segment
 from zoosplat_segment.reading import SEEK_FRAMES, InstantReader
 
@@ -100,7 +104,17 @@ def test_the_mark_tells_how_views_agree(run: Run) -> None:
     assert figures["absent_share"] == [0.0] * 4
     assert figures["disagreeing_frames"] == 0
     assert mark["shards"] == 2
-    assert Path(run.result("segment").folder, "weights.safetensors").is_file()
+    weights = Path(run.result("segment").folder, "weights.safetensors")
+    assert (run.result("segment").manifest() or {})["weights.safetensors"] == weights.stat().st_size
+
+
+def test_the_report_shows_where_views_agree_least(run: Run) -> None:
+    page = Path(build_report(run)).read_text()
+    part = page[page.index('<section id="masks">') : page.index('<section id="tracking">')]
+    assert part.count("all observed views together") == 3
+    assert part.count("this camera alone") == 1
+    assert "0 of 70" in part
+    assert part.count("data:image/jpeg;base64,") == len(run.read_mark("segment")["figures"]["least_agreeing"])  # type: ignore[index]
 
 
 def test_a_shard_made_again_has_the_same_bytes(run: Run) -> None:
@@ -111,6 +125,27 @@ def test_a_shard_made_again_has_the_same_bytes(run: Run) -> None:
     assert plan.bounds == (0, 64, 70)
     stage.run_shard(ctx, plan.shard(1), plan)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_killed_after_a_shard_and_run_again(recording: Recording, tmp_path: Path) -> None:
+    groups_made = {}
+    for name in ("undisturbed", "killed"):
+        with begin_run(Project.at(str(tmp_path / name)), configured(recording), ["segment"], []) as run:
+            pass
+        if name == "killed":
+            command = [sys.executable, "-m", "zoosplat_segment", "--project", run.project.url]
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+                first = Path(run.result("segment").shard_mark_url(0, 3))
+                deadline = time.monotonic() + 120
+                while not first.exists() and time.monotonic() < deadline:
+                    time.sleep(0.002)
+                process.kill()
+            kept = first.read_bytes()
+        run_stage(segment.STAGE, run)
+        folder = Path(run.result("segment").folder)
+        groups_made[name] = {p.relative_to(folder): p.read_bytes() for p in folder.glob("*s.zarr/**/*") if p.is_file()}
+    assert first.read_bytes() == kept
+    assert groups_made["killed"] == groups_made["undisturbed"] != {}
 
 
 def test_figures_and_warnings() -> None:
@@ -124,15 +159,12 @@ def test_figures_and_warnings() -> None:
     assert figures["disagreeing_frames"] == 2
     assert figures["least_agreeing"][:3] == [[3, 1], [0, 1], [1, 1]]
     assert len(figures["least_agreeing"]) == 8
-    lines = list(segment._warnings(["a", "b", "c"], agreement, seen, 0.3))
+    lines = list(segment._warnings(["a", "b", "c"], agreement, 0.3))
     assert [line.partition(":")[0] for line in lines] == [
         "camera b",
-        "camera b",
-        "camera c",
         "views disagree in 2 of 4 frames, first at kept frame 0",
     ]
     assert "median IoU 0.35" in lines[0]
-    assert "absent from 2 of 4 frames, first at kept frame 0" in lines[1]
 
 
 def test_an_absent_view_is_no_empty_mask(recording: Recording, tmp_path: Path) -> None:
@@ -148,7 +180,9 @@ def test_an_absent_view_is_no_empty_mask(recording: Recording, tmp_path: Path) -
         run_stage(importlib.import_module("zoosplat_ingest.stage").STAGE, run)
     mark = run.read_mark("ingest")
     assert mark is not None
-    assert mark["warnings"] == ["camera 0: the mask is empty in 1 of 4 frames, first at kept frame 2"]
+    first, second = mark["warnings"]
+    assert first == "camera 0: the mask is empty in 1 of 4 frames, first at kept frame 2"
+    assert second.startswith("camera 1: the view is absent from 4 of 4 frames")
     assert not schema.read_seen(run.open_input("ingest"))[:, 1].any()
 
 

@@ -19,6 +19,7 @@ from zoosplat.stages.latest_links import link_latest
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
 from zoosplat.stages.registry import STAGES, reads_of
+from zoosplat.stages.run_state import describe_run_state, find_run_state
 from zoosplat.stages.runner import run_stage
 from zoosplat.stages.runs import Run
 from zoosplat.storage import groups, listing, objects, schema, urls
@@ -316,6 +317,21 @@ def test_reuse_reads_the_same_result_where_it_lies(
     fewer = begin(reuse=str(other), ingest__max_frames=8)
     assert not fewer.result("ingest").reused
     assert make(fewer, "ingest") == ["ingest"]
+
+
+def test_masks_that_were_made_are_reused_too(begin: Callable[..., Run], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    made = begin(stages=["segment", *ALL], project=other, data__masks="auto")
+    make(made, "segment", *ALL)
+    again = begin(reuse=str(other), data__masks="auto", crop__min_voxels=2)
+    assert [stage for stage in again.results if again.result(stage).reused] == ["segment", "ingest", "pack"]
+    assert again.output_url("segment") == made.output_url("segment")
+    assert find_run_state(again.project, again.record()) == "begun"
+    assert describe_run_state("begun", again.record()) == "begun (ingest to embedding)"
+    # Of mask files no stage segment is known, and the whole pipeline is without it.
+    files = begin()
+    assert "segment" not in files.results
+    assert describe_run_state("begun", files.record()) == "begun"
 
 
 def test_a_reused_result_that_is_gone_is_one_line_that_names_it(begin: Callable[..., Run], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from zoosplat_flows.cli.cameras import cameras_app
 from zoosplat_flows.cli.cluster import cluster_app
 from zoosplat_flows.cli.config import config_app
 from zoosplat_flows.cli.errors import CommandGroup
+from zoosplat_flows.cli.masks import masks_app
 
 # Title of a part of the help -> its commands, in the order in which the help lists them.
 COMMANDS: dict[str, list[Callable[..., None]]] = {
@@ -48,6 +49,7 @@ for part, commands in COMMANDS.items():
         app.command(rich_help_panel=part)(command)
 app.add_typer(config_app, name="config", rich_help_panel="Prepare")
 app.add_typer(cameras_app, name="cameras", rich_help_panel="Prepare")
+app.add_typer(masks_app, name="masks", rich_help_panel="Keep")
 app.add_typer(cluster_app, name="cluster", rich_help_panel="Look")
 
 

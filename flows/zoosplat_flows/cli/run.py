@@ -31,6 +31,8 @@ def run(
 ) -> None:
     """Run the pipeline, ingest, center_rotation, crop, pack, train, evaluate, render, features, embedding, and report.
 
+    Where data.masks is auto, stage segment comes first.
+
     What is done with the same configuration is skipped, so the same command resumes a run that was stopped.
 
     [bold]Examples[/]

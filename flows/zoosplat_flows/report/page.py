@@ -18,12 +18,14 @@ from zoosplat_flows.execution.stage_states import StageState, stage_failures, st
 from zoosplat_flows.formatting import format_duration, format_peak_memory
 from zoosplat_flows.report import sections
 from zoosplat_flows.report.behaviour import Section, behaviour_section
+from zoosplat_flows.report.masks import masks_section
 from zoosplat_flows.report.values import check_result_files
 
 TEMPLATES = importlib.resources.files("zoosplat_flows.report") / "templates"
 # Name of each section in the template, the stage whose result it shows, and the function that makes its values.
 SECTIONS: tuple[tuple[str, str, Callable[[Run, Experiment, dict[str, StageState]], Section]], ...] = (
     ("recording", "ingest", sections.recording_section),
+    ("masks", "segment", masks_section),
     ("tracking", "center_rotation", sections.tracking_section),
     ("crop", "crop", sections.crop_section),
     ("training", "train", sections.training_section),
@@ -51,6 +53,8 @@ def build_report(run: Run, state: str = "") -> str:
     parts: dict[str, Section | None] = {}
     missing: dict[str, str] = {}
     for name, stage, make in SECTIONS:
+        if stage not in stages:
+            continue
         parts[name] = None
         if stages[stage].state == "damaged":
             missing[name] = f"What stage {stage} has made cannot be read: {stages[stage].reason}"

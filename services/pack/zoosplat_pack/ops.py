@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from zoosplat.recording.background import fit_gain
 from zoosplat.recording.source import Picture
 
 I32 = npt.NDArray[np.int32]
@@ -58,6 +59,22 @@ def fill_empty_boxes(boxes: I32, full: tuple[int, int]) -> I32:
             places = np.interp(times[empty], known, centers) if len(known) else full[axis] / 2
             filled[empty, c, axis] = filled[empty, c, axis + 2] = np.rint(places)
     return filled
+
+
+def fit_light(
+    plate: npt.NDArray[np.uint8],  # [H, W, 3]
+    rgb: npt.NDArray[np.uint8],  # [n, h, w, 3]
+    mask: Bool,  # [n, h, w]
+    origins: I32,  # [n, 2]
+) -> npt.NDArray[np.float32]:
+    """The light [n, 3, 4] on a camera's plate in its windows, fitted farther than the margin from the masks."""
+    height, width = mask.shape[1:]
+    near = np.ones((2 * MARGIN + 1, 2 * MARGIN + 1), np.uint8)
+    fitted = []
+    for picture, animal, (x, y) in zip(rgb, mask, origins, strict=True):
+        away = cv2.dilate(animal.view(np.uint8), near) == 0
+        fitted.append(fit_gain(plate[y : y + height, x : x + width], picture, away))
+    return np.stack(fitted)
 
 
 def read_windows(

@@ -69,6 +69,8 @@ class Pack(Stage):
         width, height = plan.values["size"]
         readers = open_source(ctx.experiment).read_pictures(infos, cameras, shard.start, shard.stop)
         whole_windows = "plate" in group
+        # Pictures of the empty scene do not tell how the light changes. Stage segment does.
+        plates = schema.read(group, "plate") if whole_windows and not ctx.experiment.data.masks_are_made else None
         boxes = schema.read(masks, "box")
         if whole_windows:
             boxes[~schema.read_seen(masks)] = 0  # the masks of absent views do not tell where the animal is
@@ -96,6 +98,9 @@ class Pack(Stage):
                 schema.write_block(group, "rgb", start, rgb)
                 schema.write_block(group, "mask", start, small)
                 schema.write_block(group, "origin", start, origins)
+                if plates is not None:
+                    of_camera = zip(plates, *(v.swapaxes(0, 1) for v in (rgb, small, origins)), strict=True)
+                    schema.write_block(group, "light", start, np.stack([ops.fit_light(*v) for v in of_camera], 1))
                 ctx.progress(stop - shard.start, shard.stop - shard.start, "")
         return Outcome(shard.stop - shard.start)
 
@@ -109,7 +114,7 @@ def _read_background(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]] | None:
     """Plates [C, h, w, 3] at working resolution and their light [T, C, 3, 4]; None where there are none.
 
-    They are those of stage segment, or pictures of the empty scene, whose light is taken to be that of all frames.
+    They are those of stage segment, or pictures of the empty scene, on which each shard fits the light of its frames.
 
     Raises:
         UserError: a picture of the empty scene cannot be read, or has another size than the videos.

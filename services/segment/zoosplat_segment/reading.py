@@ -26,14 +26,6 @@ class InstantReader:
     def __init__(self, videos: Sequence[VideoInfo], frame_jump: int) -> None:
         self._videos, self._jump = videos, frame_jump
 
-    def read_range(self, start: int, stop: int) -> Iterator[list[Planes]]:
-        """The kept frames from `start` up to but not including `stop`, each as C whole frames at full resolution.
-
-        Raises:
-            UserError: a frame that is missing or cannot be decoded.
-        """
-        return self.read(range(start, stop))
-
     def read(self, instants: Sequence[int]) -> Iterator[list[Planes]]:
         """The kept frames of these numbers, which ascend, each as C whole frames at full resolution.
 

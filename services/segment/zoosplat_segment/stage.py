@@ -27,7 +27,6 @@ from zoosplat_segment.segmenter import Segmenter
 WEIGHTS = "weights.safetensors"  # The network's weights after it has learned from the recording, beside the group.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # Of the agreement of a camera, in the mark.
 LOW_AGREEMENT = 0.6  # Median soft IoU of a camera below which the user is warned.
-MANY_ABSENT = 0.05  # Share of a camera's frames from which it is absent, above which the user is warned.
 MOST_SHOWN = 12  # Views of which the mark says where they disagree most.
 BLOCK_ARRAYS = ("probability", "light", "agreement", "seen")  # What a shard writes, block by block.
 
@@ -91,9 +90,7 @@ class Segment(Stage):
         agreement, seen = (schema.read(group, key) for key in ("agreement", "seen"))
         names: Any = group.attrs["camera_names"]
         least = ctx.experiment.segment.min_agreement
-        return Outcome(
-            warnings=tuple(_warnings(names, agreement, seen, least)), figures=_figures(agreement, seen, least)
-        )
+        return Outcome(warnings=tuple(_warnings(names, agreement, least)), figures=_figures(agreement, seen, least))
 
 
 class _Block:
@@ -166,19 +163,15 @@ def _disagrees(agreement: npt.NDArray[np.float32], least: float) -> npt.NDArray[
         return np.asarray((agreement < least).any(axis=1))
 
 
-def _warnings(
-    names: list[str], agreement: npt.NDArray[np.float32], seen: npt.NDArray[np.bool_], least: float
-) -> Iterator[str]:
-    for name, values, there in zip(names, agreement.T, seen.T, strict=True):
+def _warnings(names: list[str], agreement: npt.NDArray[np.float32], least: float) -> Iterator[str]:
+    """Cameras that agree little with the others, and in how many frames views disagree. Ingest tells who is absent."""
+    for name, values in zip(names, agreement.T, strict=True):
         known = values[np.isfinite(values)]
         if len(known) and np.median(known) < LOW_AGREEMENT:
             yield (
                 f"camera {name}: its masks agree little with what the other views tell (median IoU "
                 f"{np.median(known):.2f}); check its calibration and that its video is in step with the others"
             )
-        absent = np.flatnonzero(~there)
-        if len(absent) > MANY_ABSENT * len(there):
-            yield f"camera {name}: absent from {len(absent)} of {len(there)} frames, first at kept frame {absent[0]}"
     frames = np.flatnonzero(_disagrees(agreement, least))
     if len(frames):
         yield f"views disagree in {len(frames)} of {len(agreement)} frames, first at kept frame {frames[0]}"

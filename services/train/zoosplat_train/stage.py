@@ -30,12 +30,6 @@ class TrainStage(Stage):
                 f"{ctx.run.project.url}: no frame{part} has a visual hull, so there is nothing to train on; "
                 "see the warnings of stage center_rotation, or keep more frames"
             )
-        plate_lambda = ctx.experiment.train.plate_lambda
-        if plate_lambda > 0 and not reader.has_plates:
-            raise UserError(
-                f"train.plate_lambda = {plate_lambda}: the cameras' backgrounds are not known; give pictures of the "
-                "empty scene as data.backgrounds, or set it to 0"
-            )
         warnings: tuple[str, ...] = ()
         if not reader.split("valid"):
             warnings = ("no validation frames: the best checkpoint is that of the lowest training loss",)

@@ -19,6 +19,18 @@ def mask_problems(data: Data, ingest: Ingest) -> Iterator[str]:
         yield f"data.mask_values = {data.mask_values}: says how files are read, but data.masks = {AUTO}; leave it out"
 
 
+def plate_problems(data: Data, ingest: Ingest, train: Train) -> Iterator[str]:
+    """Uses of the cameras' plates in recordings that have none."""
+    if data.backgrounds is not None and ingest.source == "dnerf":
+        yield "data.backgrounds: the cameras of a D-NeRF scene move, so there is no background; leave it out"
+    known = data.masks_are_made or data.backgrounds is not None
+    if train.plate_lambda > 0 and train.method == "pose_splatter" and not known:
+        yield (
+            f"train.plate_lambda = {train.plate_lambda}: the cameras' backgrounds are not known; set data.masks to "
+            f"{AUTO}, or data.backgrounds to pictures of the empty scene, or this to 0"
+        )
+
+
 def list_problems(data: Data) -> Iterator[str]:
     """Lists that do not fit the list of videos, and files that a list has twice."""
     n = len(data.videos)

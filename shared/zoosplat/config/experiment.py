@@ -80,6 +80,7 @@ class Experiment(Section):
     def _check_combinations(self) -> Experiment:
         problems = [
             *checks.mask_problems(self.data, self.ingest),
+            *checks.plate_problems(self.data, self.ingest, self.train),
             *checks.list_problems(self.data),
             *self._problems(len(self.data.videos), None, None),
         ]

@@ -99,7 +99,7 @@ class Train(Section):
     plate_lambda: Annotated[NonNegative, Effect(("train",), only_if=OF_NETWORK, neutral=(0,))] = Field(
         default=0.0,
         description="weight of the colour error over the cameras' plates against the raw pictures, which no mask "
-        "touches; needs data.backgrounds",
+        "touches; needs data.masks: auto, or data.backgrounds",
     )
     opacity_lambda: NonNegative = Field(
         default=0.0,

@@ -31,6 +31,50 @@ def encode_png(picture: Picture) -> bytes:
     return bytes(data)
 
 
+def encode_grey_png(picture: npt.NDArray[np.uint8]) -> bytes:
+    """PNG file of grey levels [h, w] uint8."""
+    import cv2
+
+    ok, data = cv2.imencode(".png", np.ascontiguousarray(picture))
+    if not ok:
+        raise ValueError(f"cannot encode a picture of shape {picture.shape} as PNG")
+    return bytes(data)
+
+
+class GreyVideoWriter:
+    """A Matroska file of grey pictures as FFV1, which keeps every grey level. It is closed at the end of its block.
+
+    Args:
+        path: of the file.
+        width, height: of the pictures, pixels.
+        fps: frames per second.
+    """
+
+    def __init__(self, path: str, width: int, height: int, fps: float) -> None:
+        import av
+
+        self._file = av.open(path, "w", format="matroska")
+        self._stream = self._file.add_stream("ffv1", rate=Fraction(fps).limit_denominator(100_000))
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "gray"
+        # Checksums let damage be found. One thread is enough, because the cameras are written in parallel.
+        self._stream.options = {"slicecrc": "1", "threads": "1"}
+
+    def __enter__(self) -> GreyVideoWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._file:
+            if error[0] is None:
+                self._file.mux(self._stream.encode(None))
+
+    def add(self, picture: npt.NDArray[np.uint8]) -> None:
+        """Append a picture [height, width] uint8."""
+        import av
+
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="gray")
+        self._file.mux(self._stream.encode(frame))
+
+
 class Mp4Writer:
     """An MP4 file of pictures as H.264, yuv420p and BT.709 in limited range, which it is also tagged with.
 

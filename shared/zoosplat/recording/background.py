@@ -21,6 +21,9 @@ F32 = npt.NDArray[np.float32]
 
 # The light under which a channel of the background is its plate: gain, its slopes along x and y, and offset (grey).
 SAME_LIGHT = (1.0, 0.0, 0.0, 0.0)
+MIN_FIT_PIXELS = 200  # Fewest pixels that a gain is fitted to.
+FIT_ROUNDS = 4  # Rounds of the fit, each without the pixels that fit badly in the one before.
+MAX_FIT_ERROR = 3.0  # Largest error of a pixel that fits, over the median error.
 # Most frames of a video of the empty scene that are read: the noise of their median is a quarter of one frame's.
 MAX_EMPTY_FRAMES = 25
 
@@ -47,6 +50,32 @@ def lit_plate(
     y = (place[..., 1, None] + np.arange(height, dtype=np.float32)) / np.float32(full_size[1]) - np.float32(0.5)
     lit = plate * (gain + slope_x * x[..., None, :, None] + slope_y * y[..., :, None, None]) + offset
     return np.asarray(lit.clip(0, 255), np.float32)
+
+
+def fit_gain(plate: U8, picture: U8, is_background: npt.NDArray[np.bool_]) -> F32:
+    """The light [3, 4] on a plate in one picture: a gain of each channel, without slopes and offset.
+
+    The gain is fitted by least squares to the pixels of the background. Pixels whose error is far above the median are
+    left out of the next round, such as those of shadows and of an animal that its mask lacks. Pixels at white tell
+    nothing. With too few pixels the light is `SAME_LIGHT`.
+
+    Args:
+        plate: [h, w, 3].
+        picture: [h, w, 3], the same pixels.
+        is_background: [h, w].
+    """
+    light = np.tile(np.array(SAME_LIGHT, np.float32), (3, 1))
+    usable = is_background & (picture < 255).all(-1)
+    behind, seen = (values[usable].astype(np.float64) for values in (plate, picture))
+    if len(behind) < MIN_FIT_PIXELS:
+        return light
+    kept = np.ones((len(behind), 1), bool)
+    for _ in range(FIT_ROUNDS):
+        gain = (behind * seen * kept).sum(0) / np.maximum((behind**2 * kept).sum(0), 1)
+        error = np.abs(seen - gain * behind).max(-1, keepdims=True)
+        kept = error <= MAX_FIT_ERROR * max(float(np.median(error)), 1.0)
+    light[:, 0] = gain
+    return light
 
 
 def undistort_plate(plate: U8, downsample: int, maps: tuple[F32, F32] | None) -> U8:

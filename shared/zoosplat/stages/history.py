@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from zoosplat.config.experiment import Experiment
 from zoosplat.config.serialization import parse_yaml
 from zoosplat.errors import UserError
 from zoosplat.stages.lookup import open_run
@@ -66,7 +71,11 @@ def _text(value: Any) -> str:
 
 
 def read_settings(project: Project, run_id: str) -> dict[str, Any]:
-    """A run's configuration with dotted keys, of whatever version. Raises UserError where it is damaged."""
+    """A run's configuration with dotted keys, of whatever version; keys that are newer than it have their defaults.
+
+    Raises:
+        UserError: it is damaged.
+    """
     url = project.path(RUNS, run_id, CONFIG)
     try:
         values = parse_yaml(objects.read_bytes(url).decode(errors="replace"))
@@ -74,7 +83,24 @@ def read_settings(project: Project, run_id: str) -> dict[str, Any]:
         raise UserError(f"{url}: is missing") from None
     if not isinstance(values, dict):
         raise UserError(f"{url}: is damaged: holds no settings")
-    return flatten_settings(values)
+    found = flatten_settings(values)
+    return found | {key: value for key, value in _default_settings().items() if key not in found}
+
+
+@cache
+def _default_settings() -> dict[str, Any]:
+    """The default of every key that has one, by its dotted name."""
+
+    def walk(section: type[BaseModel], prefix: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                values |= walk(field.annotation, f"{prefix}{name}.")
+            elif not field.is_required():
+                values[prefix + name] = to_jsonable_python(field.get_default())
+        return values
+
+    return walk(Experiment, "")
 
 
 def find_other_causes(before: Mark, now: Mark) -> list[str]:

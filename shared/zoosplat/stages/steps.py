@@ -250,8 +250,8 @@ def _complete_files(stage: Stage, result: Result) -> dict[str, int]:
     for name in (stage.spec.writes, *stage.spec.also):
         url = urls.join(result.data_folder, name)
         below = listing.manifest(url)
-        if not below and objects.exists(url):
-            files[name] = objects.size(url)
+        if "" in below:  # It is a file and no folder.
+            files[name] = below[""]
             continue
         lost = [""] if not below else []
         if below and name.endswith(".zarr"):

@@ -187,18 +187,19 @@ PICTURED = "pictured"
 # them, the windows of `rgb` are not white away from the animal, but raw pictures.
 BACKGROUND: dict[str, ArraySpec] = {
     "plate": ArraySpec(("C", "H", "W", 3), "uint8", "", "whole frame without the animal, undistorted", "whole"),
-    "light": ArraySpec(("T", "C", 3, 4), "float32", "", "gain, its slopes along x and y, offset on the plate", "whole"),
+    "light": ArraySpec(("T", "C", 3, 4), "float32", "", "gain, slopes along x and y, offset on the plate", "blocks"),
 }
 
 
-def _add_whole(group: zarr.Group, key: str, spec: ArraySpec, values: Any) -> None:
+def _add(group: zarr.Group, key: str, spec: ArraySpec, values: Any) -> None:
     value = np.asarray(values, spec.dtype)
+    block: Any = group.attrs["block"] if spec.layout == "blocks" else len(value)
     meaning: Any = {"unit": spec.unit, "meaning": spec.meaning}
     group.create_array(
         key,
         shape=value.shape,
         dtype=spec.dtype,
-        chunks=value.shape,
+        chunks=(block, *value.shape[1:]),
         compressors=COMPRESSORS,
         attributes=meaning,
     )
@@ -208,13 +209,13 @@ def _add_whole(group: zarr.Group, key: str, spec: ArraySpec, values: Any) -> Non
 def add_moving(group: zarr.Group, values: dict[str, Any]) -> None:
     """Add the arrays of `MOVING` to masks.zarr or images.zarr, for cameras that move."""
     for key, spec in MOVING.items():
-        _add_whole(group, key, spec, values[key])
+        _add(group, key, spec, values[key])
 
 
 def add_background(group: zarr.Group, plate: Any, light: Any) -> None:
     """Add the arrays of `BACKGROUND` to images.zarr: plates [C, H, W, 3] and their light [T, C, 3, 4]."""
     for (key, spec), values in zip(BACKGROUND.items(), (plate, light), strict=True):
-        _add_whole(group, key, spec, values)
+        _add(group, key, spec, values)
 
 
 def add_seen(group: zarr.Group, seen: Any) -> None:
@@ -222,7 +223,7 @@ def add_seen(group: zarr.Group, seen: Any) -> None:
 
     An absent view tells nothing about the animal. The empty mask of a view that is there tells that no animal is there.
     """
-    _add_whole(group, "seen", SEEN, seen)
+    _add(group, "seen", SEEN, seen)
 
 
 def has_seen(group: zarr.Group) -> bool:

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoosplat.errors import UserError
-from zoosplat.synthetic.solids import Floats
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,12 @@ class Difficulty:
         rng = np.random.default_rng((seed, 6, camera))
         exposure, angle = 1 + self.exposure_spread * rng.uniform(-1, 1), rng.uniform(0, 2 * np.pi)
         drift = float(np.sin(2 * np.pi * time_share))
-        x, y = np.linspace(-1, 1, width)[None], np.linspace(-1, 1, height)[:, None]
-        slope = drift * self.lamp_gradient * (np.cos(angle) * x + np.sin(angle) * y)
-        corner = 1 - self.vignetting * (x * x + y * y) / 2
-        even = exposure * (1 + self.lamp_drift * drift)
-        tint: Floats = 1 + drift * self.lamp_tint * np.array([1.0, 0.0, -1.0])
-        return np.asarray((even * (1 + slope) * corner)[..., None] * tint, np.float32)
+        x, y = np.linspace(-1, 1, width, dtype=np.float32)[None], np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+        slope = np.float32(drift * self.lamp_gradient) * (np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y)
+        corner = 1 - np.float32(self.vignetting / 2) * (x * x + y * y)
+        even = np.float32(exposure * (1 + self.lamp_drift * drift))
+        tint = 1 + drift * self.lamp_tint * np.array([1.0, 0.0, -1.0])
+        return (even * (1 + slope) * corner)[..., None] * tint.astype(np.float32)
 
 
 _INFRARED = Difficulty(

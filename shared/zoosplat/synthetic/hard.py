@@ -54,7 +54,7 @@ class _Floor:
         self.empty: Picture = view.backdrop(seed, mirror) * texture[..., None]
         self.picture, self.n_droppings = self.empty, 0
 
-    def shaded(self, picture: Picture, light: FloorLight) -> None:
+    def darken(self, picture: Picture, light: FloorLight) -> None:
         """Darken a picture of this floor in place."""
         shaded = light.covers(self.x, self.y)
         picture[shaded] *= light.at(self.x[shaded], self.y[shaded])[:, None]
@@ -65,7 +65,7 @@ class _Floor:
             self.picture, self.n_droppings = self.empty, 0
         for solids in droppings[self.n_droppings :]:
             self.picture = self.picture.copy()
-            self.shaded(self.picture, floor_light(solids))
+            self.darken(self.picture, floor_light(solids))
             _lay(self.picture, self.view.draw(solids, traits, self.mirror))
         self.n_droppings = len(droppings)
         return self.picture.copy()
@@ -177,12 +177,12 @@ class HardRecording(SyntheticRecording):
         shadow = floor_light(everything)
 
         picture = set_.floor.with_droppings(fallen, traits)
-        set_.floor.shaded(picture, shadow)
+        set_.floor.darken(picture, shadow)
         if hard.floor_reflectance > 0:
             _lay(picture, view.draw(everything, traits, FLOOR), hard.floor_reflectance, hard.animal_brightness)
         for glass, floor in set_.mirrors:
             image = floor.with_droppings(fallen, traits)
-            floor.shaded(image, shadow)
+            floor.darken(image, shadow)
             _lay(image, view.draw(everything, traits, glass.plane), 1.0, hard.animal_brightness)
             weight = hard.wall_reflectance * glass.pane[..., None]
             picture += weight * (image - picture)
@@ -207,7 +207,8 @@ class HardRecording(SyntheticRecording):
         picture *= self.light(frame, camera)
         if self.difficulty.grey:
             picture = np.repeat((picture @ LUMA)[..., None], 3, 2)
-        picture = 128 + self.difficulty.contrast * (picture - 128)
+        if self.difficulty.contrast != 1:
+            picture = 128 + self.difficulty.contrast * (picture - 128)
         dy, dx = np.random.default_rng((self.seed, 3, camera, frame)).integers(0, NOISE_OFFSETS, 2)
         noise = self.noise[dy : dy + self.height, dx : dx + self.width]
         picture += noise[..., :1] if self.difficulty.grey else noise
