@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pipelines import FILES_STAGES
 from servers import without_blas_choice
 
 from zoosplat.config.experiment import Experiment
@@ -122,12 +123,10 @@ def begin(url: str, raw: dict[str, Any]) -> Run:
 
 @pytest.fixture(scope="module")
 def bucket(s3: S3, recording: Recording) -> str:
-    """A bucket with a recording and the configuration of a small experiment on it, which has every stage."""
+    """A bucket with a recording, and configurations of small experiments on it, with mask files and with made masks."""
     name = s3.bucket()
     s3.put_folder(recording.folder, name, "recording")
     small: dict[str, Any] = {
-        "data__masks": "auto",
-        "segment": {"background_frames": 12, "adapt_minutes": 0, "device": "cpu"},
         "holdout_views": [2],
         "ingest__max_frames": 36,
         "center_rotation__grid_size": 32,
@@ -138,17 +137,21 @@ def bucket(s3: S3, recording: Recording) -> str:
         "render": {"orbit_frames": 2, "sequence_frames": 2, "width": 96, "height": 80, "device": "cpu"},
         "features": {"device": "cpu"},
     }
-    config = recording.config(f"s3://{name}/recording", **small)
-    s3.client.put_object(Bucket=name, Key="p.yaml", Body=json.dumps(config).encode())
+    made = {"data__masks": "auto", "segment": {"background_frames": 12, "adapt_minutes": 0, "device": "cpu"}}
+    for project, changes in (("p", small), ("made", small | made)):
+        config = recording.config(f"s3://{name}/recording", **changes)
+        s3.client.put_object(Bucket=name, Key=f"{project}.yaml", Body=json.dumps(config).encode())
     return name
 
 
 @pytest.mark.usefixtures("s3_here")
-@pytest.mark.parametrize("stage", STAGES)
-def test_runs_from_s3_to_s3(stage: str, engine: list[str], s3: S3, bucket: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "project"), [*((stage, "p") for stage in FILES_STAGES), ("segment", "made"), ("ingest", "made")]
+)
+def test_runs_from_s3_to_s3(stage: str, project: str, engine: list[str], s3: S3, bucket: str) -> None:
     """In the order of the pipeline: each reads what the others' containers wrote."""
     inspected(engine, stage)
-    run = begin(f"s3://{bucket}/p", json.loads(s3.read(bucket, "p.yaml")))
+    run = begin(f"s3://{bucket}/{project}", json.loads(s3.read(bucket, f"{project}.yaml")))
     heard: list[tuple[int, int]] = []
     printed: list[str] = []
 

@@ -332,6 +332,11 @@ def test_config_check_finds_what_ingest_refuses(recording: Recording, tmp_path: 
     assert "the configuration fits the recording" in out
     assert sum("96 x 80" in line and "144" in line and "50.00" in line for line in out.splitlines()) == 8
 
+    status, out, err = call("config", "check", str(config), "--set", "data.masks=auto")
+    assert (status, err) == (0, "")
+    assert "stage segment makes the masks from the videos" in out
+    assert sum("96 x 80" in line and "144" in line and "50.00" in line for line in out.splitlines()) == 4
+
     assert "there are 144 kept frames" in call("config", "check", str(config), "--set", "render.frame=144")[2]
     up = (data / "vertical_lines.npz").read_bytes()
     (data / "vertical_lines.npz").write_text("no numbers")

@@ -315,6 +315,10 @@ def test_raw_metrics_are_shown_where_there_are_some(run: Run, mark: Mark) -> Non
         urls.join(run.output_url("evaluate"), "frames_test.csv"),
         b"frame,camera,held_out,iou,psnr,ssim,raw_psnr\n12,right,1,0.8,28,,21.5\n",
     )
+    url = urls.join(run.output_url("evaluate"), "gallery.json")
+    gallery = json.loads(objects.read_bytes(url))
+    gallery["pictures"][0]["raw_file"] = "gallery/b.png"
+    objects.write_json(url, gallery)
     mark("evaluate", figures={"held_out": {"iou": 0.8, "raw_psnr": 21.5}})
     _, page = _build(run)
     assert "21.5 dB raw PSNR, held-out views" in page.text
@@ -322,6 +326,8 @@ def test_raw_metrics_are_shown_where_there_are_some(run: Run, mark: Mark) -> Non
     text = page.text[page.text.index("Raw metrics lay the rendering over the camera's plate") :]
     assert all(label in text for label in labels)
     assert "21.500" in text
+    over = [alt for alt in page.pictures if alt.startswith("the same over the background")]
+    assert over == ["the same over the background, of camera left in frame 6"]
 
 
 def test_a_project_without_results_says_what_is_missing(run: Run) -> None:

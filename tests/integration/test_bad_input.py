@@ -114,8 +114,8 @@ def cut_short(path: Path) -> None:
     cut(path, 0.5)
 
 
-# What no header tells: it is found when the pictures are decoded.
-BY_DECODING = ("corrupt", "grey_mask", "all_black")
+# What neither headers nor the first pictures tell: it is found when the others are decoded.
+BY_DECODING = ("corrupt", "all_black")
 # What is damaged in the recording, and what the line must name.
 RECORDINGS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "mask_missing": (lambda f: (f / "masks/2.mp4").unlink(), ("masks/2.mp4", "no such file")),

@@ -152,7 +152,7 @@ def test_old_go_little_disk_and_missing_images_are_named(machine: Machine) -> No
         "go is version 1.19.8; install Go 1.21 or newer, from its own site or as Debian 13's package golang-go",
         f"building the tools takes 7 GB of disk, and {machine.home} has 3 GB free",
     ]
-    machine.command("podman", "echo localhost/zoosplat-ingest:dev")
+    machine.command("podman", f"echo localhost/zoosplat-{IMAGES[0]}:dev")
     assert machine.check("demo-containers") == [f"there are no images of {', '.join(IMAGES[1:])}; run make images"]
     (machine.bin / "minio").unlink()
     (machine.bin / "go").unlink()

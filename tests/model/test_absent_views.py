@@ -118,7 +118,7 @@ def test_the_loss_is_a_mean_over_the_views_that_are_there(tiny: Project) -> None
     truth, mask = frame.composite_on_white()[views], frame.mask[views]
     expected = frame_losses(*rendering, truth, mask, s.img_lambda, s.ssim_lambda, None, s.square_lambda)
     figures = trainer.step([frame], [views], [False], 1e-3, 0)
-    np.testing.assert_allclose(figures[:5], torch.stack(expected).detach(), rtol=1e-5)
+    np.testing.assert_allclose(figures[: len(expected)], torch.stack(expected).detach(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("deep_lambda", [0.0, 0.2])

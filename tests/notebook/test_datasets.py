@@ -87,6 +87,22 @@ def test_frames_that_were_left_out_and_cameras_that_move(tmp_path: Path) -> None
     np.testing.assert_array_equal(dataset["seen"], SEEN)
 
 
+def test_plates_and_their_light(tmp_path: Path) -> None:
+    from zoosplat.notebook.datasets import Axes, read_dataset
+
+    axes = Axes.of(masks_of_moving_cameras(str(tmp_path / "masks.zarr")))
+    sizes = {"T": 4, "C": 2, "h": 8, "w": 8}
+    images = schema.create(str(tmp_path / "images.zarr"), "images.zarr", sizes, 64, {})
+    plate = np.arange(2 * 20 * 30 * 3).reshape(2, 20, 30, 3).astype(np.uint8)
+    light = np.arange(4 * 2 * 3 * 4).reshape(4, 2, 3, 4).astype(np.float32)
+    schema.add_background(images, plate, light)
+    dataset = read_dataset(images, "images.zarr", "here", axes, lazy=True)
+    assert dataset["plate"].dims == ("camera", "frame_y", "frame_x", "channel")
+    np.testing.assert_array_equal(dataset["plate"].sel(camera="right", channel="G"), plate[1, ..., 1])
+    chosen = dataset["light"].sel(camera="left", channel="B", term="offset")
+    np.testing.assert_array_equal(chosen, light[:, 0, 2, 3])
+
+
 def test_tracking_is_where_the_mouse_was(p: ProjectReader, recording: Recording) -> None:
     """The centre of the coarse hull is within 6 mm of the true centroid (the animal is 80 mm long)."""
     truth = np.load(recording.folder / "truth.npz")

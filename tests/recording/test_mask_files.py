@@ -1,145 +1,55 @@
-"""Masks of every kind are read right to the pixel, or refused with a line that says how to read them."""
+"""Masks of every kind are read right to the pixel, whatever files they are in."""
 
 from __future__ import annotations
 
-import re
-import struct
-import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import cv2
 import numpy as np
 import pytest
-from tests.recording.test_sources import configured, film, ring
+from mask_kinds import (
+    CAMERAS,
+    FRAMES,
+    GREY,
+    GREY_ALPHA,
+    HEIGHT,
+    OPAQUE,
+    PALETTE,
+    PHOTO,
+    RGB,
+    RGBA,
+    TRUTH,
+    WHITE,
+    WIDTH,
+    Write,
+    encoded,
+    iou,
+    jpegs,
+    make_recording,
+    pngs,
+    read,
+    refused,
+    without,
+    write_all,
+    write_png,
+)
+from tests.recording.test_sources import configured, film
 
 from zoosplat.errors import UserError
-from zoosplat.recording.calibration.hdf5 import write_hdf5
-from zoosplat.recording.facts import kept_frames
 from zoosplat.recording.sources import open_source
 
-CAMERAS, FRAMES, WIDTH, HEIGHT = "abc", 12, 64, 48
-GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # color types of PNG
-Write = Callable[[Path], None]
-
-
-def true_masks() -> Any:
-    """[T, H, W] bool: a disc of radius 9 that moves; in the last frame none."""
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    masks = np.stack([(x - 14 - 3 * t) ** 2 + (y - 16 - t) ** 2 <= 81 for t in range(FRAMES)])
-    masks[-1] = False
-    return masks
-
-
-TRUTH = true_masks()
-# Each disc in two halves, labelled 1 and 2.
-HALVES = TRUTH * (1 + (np.mgrid[:HEIGHT, :WIDTH][0] > 16 + np.arange(FRAMES)[:, None, None]))
-PHOTO = np.random.default_rng(0).integers(60, 200, (FRAMES, HEIGHT, WIDTH, 3))
-
-
-def write_png(
-    path: Path, samples: Any, kind: int = GREY, depth: int = 8, extra: tuple[tuple[bytes, Any], ...] = ()
-) -> None:
-    """A PNG file as its specification says, without a library: [H, W] or [H, W, channels] of `depth` bits."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    samples = np.asarray(samples)
-    height, width = samples.shape[:2]
-    bits = (samples.reshape(height, -1)[..., None] >> np.arange(depth - 1, -1, -1)) & 1
-    rows = np.packbits(bits.reshape(height, -1).astype(np.uint8), axis=1)
-    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
-    chunks = [(b"IHDR", header), *((name, np.asarray(data, np.uint8).tobytes()) for name, data in extra)]
-    chunks += [(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))), (b"IEND", b"")]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, data) for name, data in chunks))
-
-
-def pngs(values: Any, kind: int = GREY, depth: int = 8, *extra: tuple[bytes, Any], name: str = "{:05d}.png") -> Write:
-    """Writes frames [T, H, W, ...] as PNG files into a folder."""
-
-    def write(folder: Path) -> None:
-        for t, frame in enumerate(values):
-            write_png(folder / name.format(t), frame, kind, depth, extra)
-
-    return write
-
-
-def jpegs(values: Any) -> Write:
-    def write(folder: Path) -> None:
-        folder.mkdir(parents=True)
-        for t, frame in enumerate(values):
-            cv2.imwrite(str(folder / f"{t}.jpg"), frame.astype(np.uint8))
-
-    return write
-
-
-def encoded(values: Any, codec: str, pixels: str, full: bool = False, **options: str) -> Write:
-    """Writes frames [T, H, W] grey or [T, H, W, 4] RGBA as a video."""
-
-    def write(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(path), "w") as file:
-            stream: Any = file.add_stream(codec, rate=25)
-            stream.height, stream.width = values.shape[1:3]
-            stream.pix_fmt = pixels
-            stream.options = {"threads": "1", **{key.replace("_", "-"): value for key, value in options.items()}}
-            if full:
-                stream.codec_context.color_range = 2
-            for frame in np.asarray(values, np.uint8):
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "gray" if frame.ndim == 2 else "rgba")
-                if picture.format.name != pixels:
-                    picture = picture.reformat(format=pixels, dst_color_range="JPEG" if full else "MPEG")
-                file.mux(stream.encode(picture))
-            file.mux(stream.encode())
-
-    return write
+if TYPE_CHECKING:
+    from tests.conftest import S3
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A recording of three cameras without masks."""
-    for camera in CAMERAS:
-        film(tmp_path / "videos" / f"{camera}.mp4", FRAMES, (WIDTH, HEIGHT))
-    write_hdf5(ring(), tmp_path / "cameras.h5")
-    np.savez(tmp_path / "up.npz", up=[0.0, 0.0, -1.0])
-    return tmp_path
-
-
-def read(folder: Path, entries: list[str], **keys: Any) -> Any:
-    """The masks [T, C, h, w] of a recording with these entries of `data.masks`, in blocks of five frames."""
-    source = open_source(configured(folder, data__masks=entries, **keys))
-    facts = source.check()
-    kept = kept_frames(source.experiment, facts.n_frames)
-    return np.concatenate(list(source.read_masks(facts.masks, facts.cameras, 0, kept, 5)))
-
-
-def write_all(folder: Path, write: Write, suffix: str = "") -> list[str]:
-    """Write the same masks for every camera, and return the entries of `data.masks`."""
-    entries = [f"masks/{camera}{suffix}" for camera in CAMERAS]
-    for entry in entries:
-        write(folder / entry)
-    return entries
-
-
-def refused(folder: Path, entries: list[str], **keys: Any) -> str:
-    with pytest.raises(UserError) as error:
-        read(folder, entries, **keys)
-    return str(error.value)
-
-
-def iou(found: Any, truth: Any) -> Any:
-    """Intersection over union of each frame that has an animal, [T, C]."""
-    both, any_ = ((op(found, truth[:, None])).sum((2, 3)) for op in (np.logical_and, np.logical_or))
-    return (both / np.maximum(any_, 1))[truth.any((1, 2))]
+    return make_recording(tmp_path)
 
 
 # -- what is read without a key -----------------------------------------------------------------------------------
-WHITE = TRUTH * 255
-OPAQUE = np.concatenate([PHOTO, WHITE[..., None]], axis=3)  # a photograph, transparent but for the animal
 LOSSLESS: dict[str, tuple[Write, str]] = {
     "png of 0 and 255": (pngs(WHITE), ""),
     "png of 0 and 1": (pngs(TRUTH * 1), ""),
@@ -202,6 +112,17 @@ def test_noise_of_a_video_in_pictures_is_no_label(folder: Path) -> None:
     assert (found == (frames >= 128)[:, None]).all()
 
 
+@pytest.mark.parametrize("blur", [0, 1, 2])
+@pytest.mark.parametrize("crf", [10, 30, 42])
+def test_compression_and_soft_outlines_are_no_labels(crf: int, blur: int, folder: Path) -> None:
+    large = [cv2.resize(frame.astype(np.uint8), None, fx=4, fy=4, interpolation=cv2.INTER_LINEAR) for frame in WHITE]
+    soft = np.stack([cv2.GaussianBlur(frame, (0, 0), blur) if blur else frame for frame in large])
+    for camera in CAMERAS:
+        film(folder / "videos" / f"{camera}.mp4", FRAMES, (4 * WIDTH, 4 * HEIGHT))
+    found = read(folder, write_all(folder, encoded(soft, "libx264", "yuv420p", crf=str(crf)), ".mp4"))
+    assert iou(found, soft >= 128).min() > (0.95 if crf > 40 else 0.98)
+
+
 def test_cameras_may_differ(folder: Path) -> None:
     entries = ["masks/a.mkv", "masks/b", "masks/c/%05d.png"]
     encoded(WHITE, "ffv1", "gray")(folder / entries[0])
@@ -218,6 +139,27 @@ def test_videos_seek_to_every_frame(folder: Path) -> None:
     for start in range(FRAMES - 1):
         (found,) = source.read_masks(facts.masks, facts.cameras, start, start + 1, 1)
         assert iou(found, TRUTH[start : start + 1]).min() > 0.95
+
+
+def test_pictures_on_s3(folder: Path, s3_here: S3) -> None:
+    entries = write_all(folder, pngs(TRUTH * 1))
+    encoded(OPAQUE, "ffv1", "bgra")(folder / "masks/d.mkv")
+    bucket = s3_here.bucket()
+    s3_here.put_folder(folder, bucket, "lab/mouse")
+    for masks in (entries, [entries[0], "masks/b/%05d.png", "masks/d.mkv"]):
+        source = open_source(configured(f"s3://{bucket}/lab/mouse", data__masks=masks))
+        facts = source.check()
+        (found,) = source.read_masks(facts.masks, facts.cameras, 3, 8, 5)
+        assert (found == TRUTH[3:8, None]).all()
+    s3_here.client.delete_object(Bucket=bucket, Key="lab/mouse/masks/c/00004.png")
+    with pytest.raises(UserError, match=r"masks/c \(mask of camera c\): number 4 is missing"):
+        open_source(configured(f"s3://{bucket}/lab/mouse", data__masks=entries)).check()
+
+
+def test_without_its_decoder_an_opacity_is_not_ignored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = write_all(folder, *LOSSY["vp9 with opacity"])
+    monkeypatch.setattr(av, "codecs_available", {"vp9"})
+    assert "opacity can be decoded by libvpx-vp9 alone" in refused(folder, entries)
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------
@@ -284,186 +226,6 @@ def test_masks_of_another_shape_are_refused(size: tuple[int, int], folder: Path)
     line = refused(folder, entries)
     assert f"masks/b (mask of camera b): {size[0]} x {size[1]} pixels" in line
     assert "64 x 48" in line
-
-
-# -- what the key reads -------------------------------------------------------------------------------------------
-SOFT = np.stack([cv2.GaussianBlur(frame.astype(np.float32), (0, 0), 5) for frame in WHITE]).astype(np.uint8)
-COLORED = np.stack([TRUTH * 128, (HALVES == 2) * 128, TRUTH * 0], -1)
-WITH_KEY: dict[str, tuple[Write, str, Any, Any, str]] = {
-    # name: files, suffix, value of the key, truth, words of the line without the key
-    "labels, all": (pngs(HALVES), "", "nonzero", TRUTH, "frame 0 has the values 0, 1, 2"),
-    "labels, one": (pngs(HALVES), "", [2], HALVES == 2, "such as [1, 2]"),
-    "labels, both": (pngs(HALVES), "", [2, 1], TRUTH, "nonzero"),
-    "labels of 16 bits": (pngs(HALVES * 300, GREY, 16), "", [300], HALVES == 1, "0, 300, 600"),
-    "labels of a palette": (
-        pngs(HALVES, PALETTE, 8, (b"PLTE", [0, 0, 0, 128, 0, 0, 0, 128, 0])),
-        "",
-        [1],
-        HALVES == 1,
-        "0, 1, 2",
-    ),
-    "labels and white": (
-        encoded(HALVES * 85 + 85 * (HALVES == 2), "ffv1", "gray"),
-        ".mkv",
-        "nonzero",
-        TRUTH,
-        "85, 255",
-    ),
-    "one label": (pngs(TRUTH * 7), "", [7], TRUTH, "0, 7"),
-    "coloured labels": (pngs(COLORED, RGB), "", "nonzero", TRUTH, "is coloured"),
-    "labels of a video in full range": (encoded(HALVES, "ffv1", "yuv420p", full=True), ".mkv", "nonzero", TRUTH, ""),
-    "inverted": (pngs(255 - WHITE), "", "inverted", TRUTH, "set data.mask_values to inverted"),
-    "inverted 0 and 1": (pngs(1 - TRUTH), "", "inverted", TRUTH, "set data.mask_values to inverted"),
-    "inverted 16 bits": (pngs(65535 - 257 * WHITE, GREY, 16), "", "inverted", TRUTH, "inverted"),
-    "inverted 1 bit": (pngs(1 - TRUTH, GREY, 1), "", "inverted", TRUTH, "inverted"),
-    "inverted in full range": (
-        encoded(255 - WHITE, "ffv1", "yuv420p", full=True),
-        ".mkv",
-        "inverted",
-        TRUTH,
-        "inverted",
-    ),
-    "inverted in limited range": (encoded(255 - WHITE, "ffv1", "yuv420p"), ".mkv", "inverted", TRUTH, "inverted"),
-    "probabilities": (pngs(SOFT), "", "white", SOFT >= 128, "set data.mask_values to white"),
-    "half transparent": (
-        pngs(np.concatenate([PHOTO, TRUTH[..., None] * 150], 3), RGBA),
-        "",
-        "alpha",
-        TRUTH,
-        "has the values 0, 150 as opacity",
-    ),
-    "white with an opacity that is not meant": (
-        pngs(np.concatenate([np.stack([WHITE] * 3, -1), 255 - WHITE[..., None] // 2], 3), RGBA),
-        "",
-        "white",
-        TRUTH,
-        "has the values 128, 255 as opacity",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", WITH_KEY)
-def test_the_key_reads_what_is_refused_without_it(kind: str, folder: Path) -> None:
-    write, suffix, value, truth, words = WITH_KEY[kind]
-    entries = write_all(folder, write, suffix)
-    line = refused(folder, entries).splitlines()[0]
-    assert line.startswith(f"masks/a{suffix} (mask of camera a): frame ")
-    assert words in line
-    assert "data.mask_values" in line
-    assert (read(folder, entries, data__mask_values=value) == truth[:, None]).all()
-
-
-def test_inverted_videos_are_read_with_the_key(folder: Path) -> None:
-    entries = write_all(folder, encoded(255 - WHITE, "libx264", "yuv420p", crf="18"), ".mp4")
-    assert "inverted" in refused(folder, entries)
-    assert iou(read(folder, entries, data__mask_values="inverted"), TRUTH).min() > 0.95
-    upright = write_all(folder, encoded(WHITE, "libx264", "yuv420p", crf="18"), ".mkv")
-    assert "it is not inverted" in refused(folder, upright, data__mask_values="inverted")
-    assert (read(folder, upright, data__mask_values="white")[-1] == 0).all()
-
-
-# -- what is refused ----------------------------------------------------------------------------------------------
-def replaced(write: Write, name: str, frame: Any) -> Write:
-    """Writes frames, and then one picture in place of another."""
-
-    def both(place: Path) -> None:
-        write(place)
-        write_png(place / name, frame)
-
-    return both
-
-
-def without(write: Write, *names: str) -> Write:
-    def some(place: Path) -> None:
-        write(place)
-        for name in names:
-            (place / name).unlink()
-
-    return some
-
-
-def text(place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text("not a mask")
-
-
-REFUSED: dict[str, tuple[Write, str, dict[str, Any], str]] = {
-    "compressed labels": (encoded(HALVES * 85, "libx264", "yuv420p", crf="18"), ".mp4", {}, "areas of grey"),
-    "label in a later frame": (
-        replaced(pngs(TRUTH * 1), "00003.png", HALVES[3]),
-        "",
-        {},
-        "frame 3 has the values 0, 1, 2, but others have 0 and 1",
-    ),
-    "void border, as VOC has it": (
-        pngs(TRUTH * 1 + 254 * (TRUTH & ~np.roll(TRUTH, 1, 2))),
-        "",
-        {},
-        "frame 0 has the values 0, 1, 255",
-    ),
-    "nonzero of a compressed video": (
-        encoded(WHITE, "libx264", "yuv420p"),
-        ".mp4",
-        {"data__mask_values": "nonzero"},
-        "is compressed.*FFV1",
-    ),
-    "labels of jpeg": (jpegs(WHITE), "", {"data__mask_values": [1]}, r"is compressed.*\[1\]"),
-    "labels of luma": (encoded(WHITE, "ffv1", "yuv420p"), ".mkv", {"data__mask_values": [255]}, "no exact values"),
-    "alpha without one": (pngs(WHITE), "", {"data__mask_values": "alpha"}, "has no opacity"),
-    "a photograph": (pngs(PHOTO, RGB), "", {}, "is coloured.*is it the RGB video"),
-    "transparent from a later frame on": (
-        pngs(
-            np.concatenate(
-                [
-                    np.stack([WHITE] * 3, -1),
-                    np.where(np.arange(FRAMES) == 3, 254, 255)[:, None, None, None] + 0 * WHITE[..., None],
-                ],
-                3,
-            ),
-            RGBA,
-        ),
-        "",
-        {},
-        "frame 3 has transparent pixels",
-    ),
-    "a gap": (
-        without(pngs(WHITE), "00004.png"),
-        "",
-        {},
-        r"number 4 is missing: .* masks/a/00004\.png|number 4 is missing",
-    ),
-    "numbers from 2 on": (without(pngs(WHITE), "00000.png", "00001.png"), "", {}, "the numbers begin with 2"),
-    "two series": (replaced(pngs(WHITE), "x00000.png", WHITE[0]), "", {}, r"several series.*%05d\.png"),
-    "two numbers": (
-        replaced(pngs(WHITE[:1], name="1_{:02d}.png"), "2_01.png", WHITE[0]),
-        "",
-        {},
-        "2 numbers that differ",
-    ),
-    "zeros unlike others": (
-        replaced(pngs(WHITE, name="{:02d}.png"), "012.png", WHITE[0]),
-        "",
-        {},
-        "zeros before its number",
-    ),
-    "no number": (replaced(pngs(WHITE[:0]), "mask.png", WHITE[0]), "", {}, "no number"),
-    "another size": (replaced(pngs(WHITE), "00003.png", WHITE[3, ::2, ::2]), "", {}, "frame 3 has 32 x 24 pixels"),
-    "too few": (pngs(WHITE[:11]), "", {}, "has 11 frames"),
-    "no pictures": (lambda place: place.mkdir(parents=True), "", {}, "a folder without PNG or JPEG pictures"),
-    "tiff": (text, ".tif", {}, "is a .tif file.*PNG"),
-    "arrays": (text, ".npz", {}, "is a .npz file.*PNG"),
-    "run lengths": (text, ".json", {}, r"is a .json file.*COCO.*PNG"),
-    "a picture": (text, "/00000.png", {}, r"is a single picture, not a video; name the folder .*masks/a"),
-    "no picture": (lambda place: text(place / "0.png"), "", {}, "neither PNG nor JPEG"),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_not_clear_is_refused(kind: str, folder: Path) -> None:
-    write, suffix, keys, words = REFUSED[kind]
-    line = refused(folder, write_all(folder, write, suffix), **keys).splitlines()[0]
-    assert line.startswith(f"masks/a{suffix} (mask of camera a)")
-    assert re.search(words, line), line
 
 
 def test_damaged_pictures_are_named(folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.formats.comparison import draw_comparison, square_around
+from zoosplat.formats.comparison import draw_comparison, split_comparison, square_around
 from zoosplat.recording.background import lit_plate
 from zoosplat.stages.drafts import draft_run
 from zoosplat.stages.lookup import open_run
@@ -389,7 +389,7 @@ def test_nothing_seen_shows_the_window() -> None:
 @pytest.mark.usefixtures("with_ball")
 def test_raw_metrics_do_not_know_the_masks(make_project: Callable[[Path, Experiment], Project], tmp_path: Path) -> None:
     """Photographs are the renderings over lit plates, so nothing is wrong with any of them, though a mask is."""
-    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 0}))
+    project = make_project(tmp_path, experiment(tmp_path, evaluate={"gallery_frames": 1}))
     images = groups.open_group(open_run(project).output_url("pack"), write=True)
     rng = np.random.default_rng(0)
     plate = rng.integers(40, 200, (C, HEIGHT, WIDTH, 3)).astype(np.uint8)
@@ -426,6 +426,13 @@ def test_raw_metrics_do_not_know_the_masks(make_project: Callable[[Path, Experim
     assert mark is not None
     assert mark["figures"]["held_out"]["raw_psnr"] == pytest.approx(float(means["mean_held_out"]["raw_psnr"]), abs=1e-3)
     assert mark["figures"]["held_out"]["raw_psnr"] > 50
+    url = open_run(project).output_url("evaluate")
+    for shown in json.loads(objects.read_bytes(urls.join(url, "gallery.json")))["pictures"]:
+        data = np.frombuffer(objects.read_bytes(urls.join(url, shown["raw_file"])), np.uint8)
+        truth, rendered = split_comparison(np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)))
+        assert truth.shape == (320, 320, 3)
+        difference = np.abs(truth.astype(int) - rendered).max()
+        assert difference > 40 if (shown["t"], shown["camera"]) == (8, "left") else difference <= 2
 
 
 @pytest.mark.usefixtures("with_ball")

@@ -159,12 +159,15 @@ def test_figures_and_warnings() -> None:
     assert figures["disagreeing_frames"] == 2
     assert figures["least_agreeing"][:3] == [[3, 1], [0, 1], [1, 1]]
     assert len(figures["least_agreeing"]) == 8
-    lines = list(segment._warnings(["a", "b", "c"], agreement, 0.3))
+    lines = list(segment._warnings(["a", "b", "c"], agreement, seen, 0.3))
     assert [line.partition(":")[0] for line in lines] == [
         "camera b",
+        "camera b",
+        "camera c",
         "views disagree in 2 of 4 frames, first at kept frame 0",
     ]
     assert "median IoU 0.35" in lines[0]
+    assert "left out of 2 of 4 frames, first of kept frame 0" in lines[1]
 
 
 def test_an_absent_view_is_no_empty_mask(recording: Recording, tmp_path: Path) -> None:
@@ -180,9 +183,8 @@ def test_an_absent_view_is_no_empty_mask(recording: Recording, tmp_path: Path) -
         run_stage(importlib.import_module("zoosplat_ingest.stage").STAGE, run)
     mark = run.read_mark("ingest")
     assert mark is not None
-    first, second = mark["warnings"]
-    assert first == "camera 0: the mask is empty in 1 of 4 frames, first at kept frame 2"
-    assert second.startswith("camera 1: the view is absent from 4 of 4 frames")
+    assert mark["warnings"] == ["camera 0: the mask is empty in 1 of 4 frames, first at kept frame 2"]
+    assert mark["figures"]["absent_views"] == [0, 4, 0, 0]
     assert not schema.read_seen(run.open_input("ingest"))[:, 1].any()
 
 

@@ -134,6 +134,9 @@ def test_files_of_the_dynamic_trainer_and_of_features(tmp_path: Path) -> None:
         path.unlink()
     assert ["no such file" in line for line in problems(experiment)] == [True] * 3
     assert len(problems(experiment, "train")) == 2
+    lpips = configured(evaluate={"lpips_weights": str(tmp_path / "lpips.pth")})
+    assert problems(lpips)[0].startswith(f"evaluate.lpips_weights = {tmp_path}/lpips.pth: no such file")
+    check_outside_files(lpips, ["train"])
     named = configured(train={"method": "dynamic"}, dynamic={"start_checkpoint": str(tmp_path / "model.pth")})
     assert "is called chkpnt_coarse_N.pth" in problems(named)[0]
 

@@ -83,9 +83,9 @@ class _PhotoAlbum:
 
     def __init__(self, run: Run) -> None:
         self.images = run.open_input("pack")
-        mask = schema.array(self.images, "mask")
+        mask, self.seen = schema.array(self.images, "mask"), schema.read_seen(self.images)
         some = np.linspace(0, mask.shape[0] - 1, ALBUM_FRAMES).round().astype(int)
-        areas = [np.asarray(mask[int(t)]).sum((1, 2)) for t in some]
+        areas = [np.asarray(mask[int(t)]).sum((1, 2)) * self.seen[t] for t in some]
         self.camera = int(np.median(areas, axis=0).argmax())
 
     def strip(self, frames: list[int]) -> str:
@@ -94,7 +94,7 @@ class _PhotoAlbum:
 
     def _photograph(self, t: int) -> media.Picture:
         """The animal in frame t, cut out and scaled to [132, 132, 3]."""
-        mask = np.asarray(schema.array(self.images, "mask")[t, self.camera])
+        mask = np.asarray(schema.array(self.images, "mask")[t, self.camera]) & self.seen[t, self.camera]
         picture = np.asarray(schema.array(self.images, "rgb")[t, self.camera])
         ys, xs = np.nonzero(mask)
         if not len(xs):

@@ -227,7 +227,12 @@ def _gallery(url: str, files: list[str]) -> list[Section]:
         return []
     pictures = json.loads(objects.read_bytes(urls.join(url, "gallery.json")))["pictures"]
     chosen = sorted(pictures, key=lambda p: (not p["held_out"], p["t"], p["camera"]))[:GALLERY_PICTURES]
-    return [{**p, "data": read_picture(urls.join(url, p["file"]))} for p in chosen]
+    keys = {"data": "file", "raw_data": "raw_file"}
+    # Without plates there is no picture over the background.
+    return [
+        {**p, **{key: read_picture(urls.join(url, p[file])) if file in p else "" for key, file in keys.items()}}
+        for p in chosen
+    ]
 
 
 def renders_section(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Section:

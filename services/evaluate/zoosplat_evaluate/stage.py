@@ -19,6 +19,7 @@ from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage
 from zoosplat.storage import objects, urls
 from zoosplat_evaluate import ops
 from zoosplat_evaluate.measurement import Measurement, metric_columns
+from zoosplat_model.background import lay_over
 from zoosplat_model.frames import Frame, FrameReader, open_reader
 from zoosplat_model.gpu_memory import out_of_memory
 from zoosplat_model.metrics import METRICS, SSIM_RADIUS, ColorFit
@@ -191,14 +192,19 @@ class EvaluateStage(Stage):
         entries: list[dict[str, Any]] = []
         for i, kind in ops.choose_frames(iou, ctx.experiment.evaluate.gallery_frames):
             frame = reader.frame(frames[i])
-            layers = (*_render(predictor, frame), frame.composite_on_white(), frame.mask > 0)
+            rgb, alpha = _render(predictor, frame)
+            shown = {"file": ("", rgb, frame.composite_on_white())}
+            if reader.has_plates:
+                shown["raw_file"] = ("_raw", lay_over(rgb, alpha, reader.background(frame.t)), frame.rgb)
             for c in np.flatnonzero(reader.seen[frame.t]).tolist():
-                file = f"gallery/t{frame.t:06d}_camera{c}.png"
-                picture = draw_comparison(*(layer[c].cpu().numpy() for layer in layers))
-                self._write(ctx, file, media.encode_png(picture))
+                files = {}
+                for key, (suffix, picture, truth) in shown.items():
+                    layers = (layer[c].cpu().numpy() for layer in (picture, alpha, truth, frame.mask > 0))
+                    files[key] = f"gallery/t{frame.t:06d}_camera{c}{suffix}.png"
+                    self._write(ctx, files[key], media.encode_png(draw_comparison(*layers)))
                 entries.append(
                     {
-                        "file": file,
+                        **files,
                         "t": frame.t,
                         "camera": reader.camera_names[c],
                         "held_out": c in reader.held_out,

@@ -103,13 +103,7 @@ class Ingest(Stage):
                 warnings.append(
                     f"{label}: the mask is empty in {count} of {len(box)} frames, first at kept frame {first}"
                 )
-            absent = int((~seen[:, c]).sum())
-            if absent:
-                first = int(np.argmin(seen[:, c]))
-                warnings.append(
-                    f"{label}: the view is absent from {absent} of {len(box)} frames, first from kept frame {first}; "
-                    "nothing is learned from it there"
-                )
+        # Stage segment, which leaves views out, has warned of them.
         figures = {"empty_masks": empty.sum(axis=0).tolist()}
         if not seen.all():
             figures["absent_views"] = (~seen).sum(axis=0).tolist()

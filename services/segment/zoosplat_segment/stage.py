@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -76,13 +77,20 @@ class Segment(Stage):
         cameras = Cameras.from_json(attributes["cameras"])
         segmenter = Segmenter(_read_preparation(ctx, group), ctx.experiment, cameras, size, device)
         instants = reader.read(range(shard.start, shard.stop))
-        for start in range(shard.start, shard.stop, plan.values["block"]):
-            stop = min(start + plan.values["block"], shard.stop)
-            block = _Block(group, stop - start)
-            for i in range(stop - start):
-                block.fill(i, segmenter, next(instants))
-                ctx.progress(start + i + 1 - shard.start, shard.stop - shard.start, "")
-            block.write(start)
+        # A block is compressed and written while the next one is computed.
+        with ThreadPoolExecutor(1) as writer:
+            pending: list[Future[None]] = []
+            for start in range(shard.start, shard.stop, plan.values["block"]):
+                stop = min(start + plan.values["block"], shard.stop)
+                block = _Block(group, stop - start)
+                for i in range(stop - start):
+                    block.fill(i, segmenter, next(instants))
+                    ctx.progress(start + i + 1 - shard.start, shard.stop - shard.start, "")
+                for written in pending:
+                    written.result()
+                pending = [writer.submit(block.write, start)]
+            for written in pending:
+                written.result()
         return Outcome(shard.stop - shard.start, figures=device_figures(device))
 
     def finish(self, ctx: Context, plan: Plan) -> Outcome:
@@ -90,7 +98,9 @@ class Segment(Stage):
         agreement, seen = (schema.read(group, key) for key in ("agreement", "seen"))
         names: Any = group.attrs["camera_names"]
         least = ctx.experiment.segment.min_agreement
-        return Outcome(warnings=tuple(_warnings(names, agreement, least)), figures=_figures(agreement, seen, least))
+        return Outcome(
+            warnings=tuple(_warnings(names, agreement, seen, least)), figures=_figures(agreement, seen, least)
+        )
 
 
 class _Block:
@@ -163,15 +173,20 @@ def _disagrees(agreement: npt.NDArray[np.float32], least: float) -> npt.NDArray[
         return np.asarray((agreement < least).any(axis=1))
 
 
-def _warnings(names: list[str], agreement: npt.NDArray[np.float32], least: float) -> Iterator[str]:
-    """Cameras that agree little with the others, and in how many frames views disagree. Ingest tells who is absent."""
-    for name, values in zip(names, agreement.T, strict=True):
+def _warnings(
+    names: list[str], agreement: npt.NDArray[np.float32], seen: npt.NDArray[np.bool_], least: float
+) -> Iterator[str]:
+    """Cameras that agree little with the others or are absent, and in how many frames views disagree."""
+    for name, values, there in zip(names, agreement.T, seen.T, strict=True):
         known = values[np.isfinite(values)]
         if len(known) and np.median(known) < LOW_AGREEMENT:
             yield (
                 f"camera {name}: its masks agree little with what the other views tell (median IoU "
                 f"{np.median(known):.2f}); check its calibration and that its video is in step with the others"
             )
+        absent = np.flatnonzero(~there)
+        if len(absent):
+            yield f"camera {name}: is left out of {len(absent)} of {len(there)} frames, first of kept frame {absent[0]}"
     frames = np.flatnonzero(_disagrees(agreement, least))
     if len(frames):
         yield f"views disagree in {len(frames)} of {len(agreement)} frames, first at kept frame {frames[0]}"

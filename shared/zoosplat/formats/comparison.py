@@ -38,9 +38,9 @@ def draw_comparison(rgb: Values, alpha: Values, truth: Values, mask: npt.NDArray
     """Truth, rendering and error beside each other, cut out around the animal and enlarged.
 
     Args:
-        rgb: [h, w, 3] rendering on white, 0 to 1.
+        rgb: [h, w, 3] rendering on white or over the camera's plate, 0 to 1.
         alpha: [h, w] opacity of the rendering.
-        truth: [h, w, 3] photograph on white.
+        truth: [h, w, 3] photograph, on white or whole.
         mask: [h, w] of the photograph.
 
     Returns:

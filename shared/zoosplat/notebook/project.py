@@ -175,8 +175,8 @@ class ProjectReader:
     def metrics(self) -> pd.DataFrame:
         """The evaluation of the run: a row for each frame of the evaluated split and each camera.
 
-        Columns: `t`, `frame`, `camera`, `held_out` (bool), then the metrics as `zoosplat_model.metrics` defines them,
-        `iou` and `psnr` (dB) among them; NaN where a metric is not defined.
+        Columns: `t`, `frame`, `camera`, `held_out` (bool), then the metrics as `zoosplat_model.metrics` and
+        `raw_metrics` define them, `iou` and `psnr` (dB) among them; NaN where a metric is not defined.
 
         >>> p.metrics().groupby("held_out")["iou"].mean().between(0, 1).all()
         np.True_

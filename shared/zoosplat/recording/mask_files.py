@@ -78,6 +78,11 @@ def probe_mask(url: str, name: str, label: str, jump: int) -> MaskInfo:
     info = video.probe(url, label)
     codec, lossless, alpha = video.inspect_codec(url)
     decoder = DECODERS_WITH_ALPHA.get(codec) if alpha else None
+    if decoder is not None and decoder not in av.codecs_available:
+        raise UserError(
+            f"{label}: its opacity can be decoded by {decoder} alone, which FFmpeg has not here; write the masks as "
+            "PNG pictures or as a video by FFV1"
+        )
     return MaskInfo(**vars(info), lossless=lossless, decoder=decoder)
 
 
@@ -94,7 +99,8 @@ def _is_folder(url: str) -> bool:
 def _probe_pictures(url: str, label: str, jump: int) -> MaskInfo:
     found = numbered_pictures.find_pictures(url, label)
     if found is None:
-        what = "no such pictures" if numbered_pictures.is_pattern(url) else "a folder without PNG or JPEG pictures"
+        pattern = numbered_pictures.is_pattern(url)
+        what = "no such pictures" if pattern else "no such file, but a folder without PNG or JPEG pictures"
         raise UserError(f"{label}: {what}: {url}; check the names in data.masks, and convert other pictures to PNG")
     numbers = list(found.versions)
     step = jump if len(numbers) > 1 and not any(number % jump for number in numbers) else 1

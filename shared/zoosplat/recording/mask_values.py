@@ -40,6 +40,9 @@ MAX_LABELLED = 0.01
 FEW_PIXELS = 8
 # Largest difference of neighbours in an area of one grey after compression, grey levels of 255.
 EVEN_LOSSY = 12
+# Share of the scale from which areas may be dim labels, and the largest difference of neighbours in them. In masks of
+# two recordings, compressed as badly as H.264 can, 0.5% of what was brighter lay in such areas; with labels, over 10%.
+DIM, EVEN_DIM = 0.06, 4
 # Largest number of labels in a picture. A picture of more values was compressed before, or has soft outlines.
 MAX_LABELS = 16
 # Largest value that compression leaves in the black of a mask, grey levels of 255.
@@ -279,12 +282,17 @@ def _check_black_and_white(levels: Levels, reading: Reading, where: str) -> None
 
 def _has_grey(levels: Levels) -> bool:
     """Whether much is neither black nor white, or areas are of one such grey, but for compression."""
-    low, high = levels.at(NEAR), levels.at(1 - NEAR)
+    low, high, bright = levels.at(NEAR), levels.at(1 - NEAR), levels.at(0.5)
     if cv2.countNonZero(cv2.inRange(levels.y, low, high)) > MAX_MID_GREY * levels.y.size:
         return True
-    y = _part_above(levels.y, low)
-    even = _count_even(y, low, high, EVEN_LOSSY * levels.white // 255, 3)
-    return even > max(FEW_PIXELS, MAX_EVEN_GREY * cv2.countNonZero(cv2.inRange(y, low, WHITEST)))
+    y = _part_above(levels.y, levels.at(DIM))
+    for share, tolerance in ((NEAR, EVEN_LOSSY), (DIM, EVEN_DIM)):
+        even = _count_even(y, levels.at(share), high, tolerance * levels.white // 255, 3)
+        not_black = cv2.countNonZero(cv2.inRange(y, levels.at(share), WHITEST))
+        if even > max(FEW_PIXELS, MAX_EVEN_GREY * not_black):
+            # Compression may leave something dim where an animal was. Beside an animal it leaves no areas.
+            return share == NEAR or cv2.countNonZero(cv2.inRange(y, bright, WHITEST)) > FEW_PIXELS
+    return False
 
 
 def _has_labels(levels: Levels, undecided: bool) -> bool:
@@ -295,10 +303,12 @@ def _has_labels(levels: Levels, undecided: bool) -> bool:
     noise = levels.black + LARGEST_NOISE * levels.white // 255
     labelled = _count_even(y, noise + 1, levels.at(1 - NEAR), 0, 2)
     found = labelled > max(FEW_PIXELS, MAX_LABELLED * cv2.countNonZero(cv2.inRange(y, noise + 1, WHITEST)))
-    # What is almost black may be labels from 1 on, or what compression has left round a mask.
+    # What is almost black may be labels from 1 on, or what compression has left round a mask. That has outlines of all
+    # greys, and is less than the mask.
     bright = cv2.countNonZero(cv2.inRange(y, levels.at(0.5), WHITEST))
     if not found and (bright or undecided):
-        found = _count_even(y, low, noise, 0, 2) > max(FEW_PIXELS, bright)
+        outlines = cv2.countNonZero(cv2.inRange(y, noise + 1, levels.at(1 - NEAR)))
+        found = _count_even(y, low, noise, 0, 2) > max(FEW_PIXELS, bright if outlines else MAX_LABELLED * bright)
     return found and int(np.count_nonzero(np.bincount(y.ravel()))) <= MAX_LABELS
 
 

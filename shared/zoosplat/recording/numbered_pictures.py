@@ -97,10 +97,10 @@ def _from_names(folder: str, there: dict[str, str], label: str) -> NumberedPictu
     texts = first[::2]
     for name, found in parts.items():
         if found[::2] != texts:
-            one, other = _example(first), _example(found)
+            numbered = next((each for each in (first, found) if len(each) > 1), ["", "00000", ".png"])
             raise UserError(
                 f"{label}: the folder holds several series of pictures ({next(iter(parts))} and {name}); name one by "
-                f"its pattern, such as {one} or {other}"
+                f"its pattern, such as {_example(numbered)}"
             )
     varying = [i for i in range(1, len(first), 2) if any(found[i] != first[i] for found in others)]
     if not varying and len(first) > 1:
@@ -123,7 +123,7 @@ def _from_names(folder: str, there: dict[str, str], label: str) -> NumberedPictu
 
 
 def _example(parts: Iterable[str]) -> str:
-    """A pattern for a name of these parts, whose last group of digits counts."""
+    """A pattern for a name of these parts, of which the last but one is its number."""
     *before, number, after = parts
     digits = f"0{len(number)}" if len(number) > 1 else ""
     return f"{''.join(before)}%{digits}d{after}"

@@ -189,7 +189,7 @@ def _check_videos(experiment: Experiment, kinds: Sequence[Kind]) -> Footage:
     for camera, file in zip(names, data.videos, strict=True):
         with problems.collect():
             videos.append(probe(data.url(file), f"{file} (video of camera {camera})"))
-    if len(masks) == len(videos):
+    if masks and len(masks) == len(videos) == len(names):
         with problems.collect():
             kept = kept_frames(experiment, min(info.n_frames for info in videos))
             masks = mask_files.fit_lengths(masks, videos, kept, experiment.ingest.frame_jump)
