@@ -228,16 +228,17 @@ class SceneComposer:
         seen = torch.einsum("bvij,bpj->bvpi", poses[..., :3, :3], floor) + poses[:, :, None, :3, 3]
         pixels = torch.einsum("bvij,bvpj->bvpi", intrinsics, seen)
         xy = pixels[..., :2] / pixels[..., 2:].clamp_min(1e-3)
-        small = SIZE // 4
-        cell = ((xy + 0.5) / 4).floor().long()
+        small = SIZE // 2
+        cell = ((xy + 0.5) / 2).floor().long()
         good = ((cell >= 0) & (cell < small)).all(-1) & (seen[..., 2] > 0.05)
         index = (cell[..., 1].clamp(0, small - 1) * small + cell[..., 0].clamp(0, small - 1)).view(b * v, -1)
         counts = torch.zeros(b * v, small * small, device=self.device)
         counts.scatter_add_(1, index, good.float().view(b * v, -1))
-        full = F.interpolate(counts.view(-1, 1, small, small), size=SIZE, mode="bilinear", align_corners=False)
-        blurred = self._blur_some(self._blur_some(full, 1.0, 5.0), 1.0, 5.0)
-        strength = blurred / (0.35 * blurred.amax((-1, -2), keepdim=True)).clamp_min(1e-3)
-        return strength.clamp(0, 1).view(b, v, SIZE, SIZE)
+        dark = F.max_pool2d((counts > 0).float().view(-1, 1, small, small), 3, 1, 1)
+        full = F.interpolate(dark, size=SIZE, mode="bilinear", align_corners=False)
+        # The lamp is small for one half of the scenes, whose shadows are sharp, and large for the others.
+        soft = self._blur_some(self._blur_some(full, 0.5, 6.0), 1.0, 4.0)
+        return soft.clamp(0, 1).view(b, v, SIZE, SIZE)
 
     def _compress(self, pictures: Tensor) -> Tensor:
         """[n, 3, s, s] as a codec leaves them: coefficients of 8 x 8 blocks are quantised, coarsely in colour."""

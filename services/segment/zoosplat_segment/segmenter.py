@@ -19,7 +19,6 @@ from zoosplat_segment import hull
 from zoosplat_segment.background import apply_light, fit_light
 from zoosplat_segment.localization import locate
 from zoosplat_segment.network import NO_PRIOR, MaskNetwork, load_network
-from zoosplat_segment.preparation import Preparation
 from zoosplat_segment.rig import Rig
 from zoosplat_segment.windows import Window, as_tensor, pixels_of, whole_picture, windows_round
 
@@ -35,6 +34,25 @@ HALF = 0.6  # half the edge of the first cube, in edges of the tracking cube
 ROOM = 1.25  # edge of the second cube over the extent of the hull
 LEAST_PIECE = 0.02  # area of a piece of a mask that is kept, of the largest piece
 NOISE_OF_AVERAGE = 0.6  # noise of averaged pixels over that of single ones; compression leaves little to average
+
+
+@dataclass(frozen=True, eq=False)
+class Preparation:
+    """What is known of a recording of C cameras of W x H pixels. Pictures are as the cameras saw them (distorted).
+
+    Attributes:
+        plates: [C, H, W, 3] uint8, RGB of the background.
+        noise: [C] float32, standard deviation of a pixel against the plate, grey levels.
+        floor_m: height of the floor in the oriented world (+z up, origin at the mean camera), metres; None: not known.
+        weights: tensors of the network by name, as they are after it has learned from the recording; may be empty.
+        warnings: lines for the user about what is odd.
+    """
+
+    plates: npt.NDArray[np.uint8]
+    noise: npt.NDArray[np.float32]
+    floor_m: float | None
+    weights: dict[str, Tensor]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +200,7 @@ class Segmenter:
             points = hull.ray_points(self.rig.centers[c], rays, center, half, SAMPLES)
             small = hull.look(volumes[c : c + 1], points)
             size = target.height, target.width
+            small = small * self.rig.inside(places)
             out.append(F.interpolate(small[None], size=size, mode="bilinear", align_corners=False)[0, 0])
         return out
 
@@ -252,6 +271,13 @@ class Segmenter:
             agreement,
             seen,
         )
+
+    @torch.inference_mode()
+    def small_masks(self, frames: Sequence[Planes]) -> Tensor:
+        """[C, h, w] masks of whole pictures, downsampled as `whole`, in which held-out cameras see for themselves."""
+        masks = self.segment(frames)
+        small = [self.whole.cut_picture(np.repeat(mask[..., None], 3, 2), self.size)[..., 0] for mask in masks.probability]
+        return torch.from_numpy(np.stack(small)).to(self.device).float() / 255
 
     def _alone(self, frames: Sequence[Planes], light: Tensor, coarse: Tensor) -> _Found:
         """Masks of each view by itself, in a window round its largest piece: of held-out views only, or of all."""

@@ -18,7 +18,8 @@ from zoosplat.synthetic.traits import Traits
 VIEWS_USED = 6  # views that are rendered of the rig's, for every animal another choice
 SCALE = 1.5  # enlargement of the pictures of `random_animals`
 SPRITE_WIDTH, SPRITE_HEIGHT = int(WIDTH * SCALE), int(HEIGHT * SCALE)
-POINTS = 768  # points of the body that cast a shadow
+POINTS = 4096  # points of the body that cast a shadow
+THINNEST = 0.004  # metres; thinner parts get as many points as if they were so thick
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Sprites:
 
 
 def _points_inside(solids: Solids, rng: np.random.Generator) -> Floats:
-    """[P, 3] points in the solids, each solid by its volume to the power 2/3."""
+    """[P, 3] points in the solids, each solid by about the area of its shadow."""
     a, b = np.asarray(solids.a), np.asarray(solids.b)
     ra, rb = np.asarray(solids.ra), np.asarray(solids.rb)
-    size = np.maximum(np.linalg.norm(b - a, axis=1), ra) * np.maximum(ra, rb)
+    size = np.maximum(np.linalg.norm(b - a, axis=1), ra) * np.maximum(np.maximum(ra, rb), THINNEST)
     chosen = rng.choice(len(a), POINTS, p=size / size.sum())
     along = rng.random((POINTS, 1))
     radius = ra[chosen, None] * (1 - along) + rb[chosen, None] * along
