@@ -33,8 +33,8 @@ CLOSING = 9  # pixels; gaps that are closed before enclosed pixels are looked fo
 STILL_SHARE = 0.9  # share of the frames in which a static pixel is as it always is
 STILL = 2.0  # spread of a static pixel at most, over that of most pixels of the picture
 LEAST_SPREAD = 0.8  # grey levels; spread of most pixels at least
-FEWEST_FRAMES = 3  # frames that must tell a pixel of the plate
-RIM = 9  # pixels of a small picture that are left out round a mask, edge of the square
+FEWEST_FRAMES = 2  # frames that must tell a pixel of the plate
+RIM = 5  # pixels of a small picture that are left out round a mask, edge of the square
 STRIP = 64  # rows of the plate that are computed at once
 TOLERANCES = (16.0, 8.0)  # grey levels; a frame that differs so much from the mean has 1/e of the weight
 
@@ -180,7 +180,7 @@ def masked_plates(frames: Tensor, plates: Tensor, masks: Tensor, lights: Tensor)
     out, static = [], find_static(frames)
     for c in range(len(plates)):
         lit = torch.stack([_unlit(frame, light) for frame, light in zip(frames[:, c].float(), lights[:, c], strict=True)])
-        hidden = grow(masks[:, c] > 0.3) & ~static[c]
+        hidden = grow(masks[:, c] > 0.5) & ~static[c]
         unknown = (~hidden).sum(0) < FEWEST_FRAMES
         out.append(_inpaint(_median(lit, hidden), unknown))
     return torch.stack(out)
