@@ -36,7 +36,9 @@ def pieces(mask: npt.NDArray[np.float32]) -> list[tuple[float, float, float]]:
     return sorted(found, reverse=True)[:MAX_PIECES]
 
 
-def locate(rig: Rig, masks: Tensor, scale: float, views: list[int], ell_m: float, floor_m: float | None) -> Tensor | None:
+def locate(
+    rig: Rig, masks: Tensor, scale: float, views: list[int], ell_m: float, floor_m: float | None
+) -> Tensor | None:
     """The point [3], metres, round which the animal is; None where no two views agree on one.
 
     Args:
@@ -92,6 +94,8 @@ def _votes(rig: Rig, masks: Tensor, scale: float, views: list[int], points: Tens
         blurred = F.avg_pool2d(rows, (1, edge), 1, (0, radius), count_include_pad=False)
         place = (pixels[c] + 0.5) / scale
         grid = 2 * place / size - 1
-        vote = F.grid_sample(blurred, grid.nan_to_num(-9.0)[None, None], padding_mode="zeros", align_corners=False)[0, 0, 0]
+        vote = F.grid_sample(blurred, grid.nan_to_num(-9.0)[None, None], padding_mode="zeros", align_corners=False)[
+            0, 0, 0
+        ]
         total += (3 * vote).clamp_max(1)
     return total

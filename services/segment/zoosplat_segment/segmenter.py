@@ -164,7 +164,8 @@ class Segmenter:
         """[n, h, w] probabilities; pictures 0 to 255, priors [n, h, w]."""
         with torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda"):
             logits = network(frames / 255, plates / 255, noise, prior[:, None])
-        return logits.float().sigmoid()[:, 0]
+        masks: Tensor = logits.float().sigmoid()[:, 0]
+        return masks
 
     def coarse(self, frames: Sequence[Planes]) -> tuple[Tensor, Tensor]:
         """Masks [C, h, w] of whole pictures, each view alone, and the light [C, 3, 4]."""
@@ -296,9 +297,9 @@ class Segmenter:
                     continue
                 agreement[c] = _soft_iou(mask, prior)
                 seen[c] = c in self.held_out or bool(agreement[c] >= self.min_agreement)
-        probability = np.stack([
-            self._paste(alone if c in self.held_out else found, c, told=c not in self.held_out) for c in range(n)
-        ])
+        probability = np.stack(
+            [self._paste(alone if c in self.held_out else found, c, told=c not in self.held_out) for c in range(n)]
+        )
         helped = [self._paste(found, c, told=True) for c in self.held_out]
         shape = (0, self.size[1], self.size[0])
         return InstantMasks(
@@ -318,7 +319,9 @@ class Segmenter:
             return Study(coarse, None, None, float("nan"))
         found = self._together(frames, light, [self.whole] * len(frames), list(coarse), center)
         alone = self._alone(frames, light, coarse, self.held_out)
-        masks = [self._paste(alone if c in self.held_out else found, c, c not in self.held_out) for c in range(len(frames))]
+        masks = [
+            self._paste(alone if c in self.held_out else found, c, c not in self.held_out) for c in range(len(frames))
+        ]
         small = [self.whole.cut_picture(np.repeat(mask[..., None], 3, 2), self.size)[..., 0] for mask in masks]
         lesson, agreement = self._lesson(found)
         return Study(torch.from_numpy(np.stack(small)).to(self.device).float() / 255, lesson, found.lowest_m, agreement)
@@ -391,9 +394,7 @@ class Segmenter:
         return window.paste(_keep_pieces(values, support), self.size)
 
 
-def _light_windows(
-    plates: Tensor, light: Tensor, windows: Sequence[Window | None], size: tuple[int, int]
-) -> Tensor:
+def _light_windows(plates: Tensor, light: Tensor, windows: Sequence[Window | None], size: tuple[int, int]) -> Tensor:
     """Plates of windows [n, 3, h, w] in their light [n, 3, 4]."""
     out = []
     for plate, values, window in zip(plates, light, windows, strict=True):
@@ -437,14 +438,12 @@ def _box_of_piece(mask: npt.NDArray[np.float32], scale: int) -> Box | None:
     return x * scale, (x + w) * scale, y * scale, (y + h) * scale
 
 
-def _box_of_prior(
-    prior: npt.NDArray[np.float32], mask: npt.NDArray[np.float32], scale: int
-) -> Box | None:
+def _box_of_prior(prior: npt.NDArray[np.float32], mask: npt.NDArray[np.float32], scale: int) -> Box | None:
     """The box of what the other views tell, and of what this view adds to it, in pixels of the whole picture."""
     there = prior > FAINT
     if not there.any():
         return None
-    count, labels = cv2.connectedComponents(((mask >= SURE) | there).astype(np.uint8))
+    _, labels = cv2.connectedComponents(((mask >= SURE) | there).astype(np.uint8))
     pieces = np.unique(labels[there])
     rows, columns = np.nonzero(np.isin(labels, pieces[pieces > 0]))
     # A piece that reaches far beyond the prior is not the animal's alone, such as an arm.

@@ -21,9 +21,9 @@ from zoosplat.recording.video import Planes, VideoInfo
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, objects, schema, urls
 from zoosplat_model.devices import device_figures, pick_device
-from zoosplat_segment.preparation import Preparation, prepare_recording
+from zoosplat_segment.preparation import prepare_recording
 from zoosplat_segment.reading import InstantReader
-from zoosplat_segment.segmenter import Segmenter
+from zoosplat_segment.segmenter import Preparation, Segmenter
 
 WEIGHTS = "weights.safetensors"  # The network's weights after it has learned from the recording, beside the group.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # Of the agreement of a camera, in the mark.
@@ -42,7 +42,8 @@ class Segment(Stage):
         cameras, _ = facts.cameras.oriented(facts.up)
         reader = InstantReader(facts.videos, jump)
         scenes = _read_empty_scenes(experiment, (facts.width, facts.height))
-        prepared = prepare_recording(experiment, facts, cameras, n_kept, reader.read, scenes, ctx.progress)
+        device = pick_device(experiment.segment.device)
+        prepared = prepare_recording(experiment, facts, cameras, n_kept, reader.read, scenes, device, ctx.progress)
         held_out = list(experiment.holdout_views)
         block = schema.block_frames(len(cameras) * facts.height * facts.width)
         attributes = {
