@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,18 +18,19 @@ from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.background import background_label, read_empty_scene
 from zoosplat.recording.facts import kept_frames
 from zoosplat.recording.segmented_source import SegmentedSource
-from zoosplat.recording.video import Planes, VideoInfo
+from zoosplat.recording.video import VideoInfo
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
 from zoosplat.storage import groups, objects, schema, urls
 from zoosplat_model.devices import device_figures, pick_device
-from zoosplat_segment.preparation import Preparation, prepare_recording
+from zoosplat_segment.preparation import prepare_recording
 from zoosplat_segment.reading import InstantReader
-from zoosplat_segment.segmenter import Segmenter
+from zoosplat_segment.segmenter import InstantMasks, Preparation, Segmenter
 
 WEIGHTS = "weights.safetensors"  # The network's weights after it has learned from the recording, beside the group.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # Of the agreement of a camera, in the mark.
 LOW_AGREEMENT = 0.6  # Median soft IoU of a camera below which the user is warned.
 MOST_SHOWN = 12  # Views of which the mark says where they disagree most.
+AT_ONCE = 4  # Instants that are segmented at a time; a block holds more of them in memory anyway.
 BLOCK_ARRAYS = ("probability", "light", "agreement", "seen")  # What a shard writes, block by block.
 
 
@@ -42,7 +44,8 @@ class Segment(Stage):
         cameras, _ = facts.cameras.oriented(facts.up)
         reader = InstantReader(facts.videos, jump)
         scenes = _read_empty_scenes(experiment, (facts.width, facts.height))
-        prepared = prepare_recording(experiment, facts, cameras, n_kept, reader.read, scenes, ctx.progress)
+        device = pick_device(experiment.segment.device)
+        prepared = prepare_recording(experiment, facts, cameras, n_kept, reader.read, scenes, device, ctx.progress)
         held_out = list(experiment.holdout_views)
         block = schema.block_frames(len(cameras) * facts.height * facts.width)
         attributes = {
@@ -77,14 +80,16 @@ class Segment(Stage):
         cameras = Cameras.from_json(attributes["cameras"])
         segmenter = Segmenter(_read_preparation(ctx, group), ctx.experiment, cameras, size, device)
         instants = reader.read(range(shard.start, shard.stop))
-        # A block is compressed and written while the next one is computed.
-        with ThreadPoolExecutor(1) as writer:
+        # A block is compressed and written while the next one is computed. Instants do not depend on each other; a few at
+        # a time keep a GPU busy while the windows of others are cut.
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(AT_ONCE) as pool:
             pending: list[Future[None]] = []
             for start in range(shard.start, shard.stop, plan.values["block"]):
                 stop = min(start + plan.values["block"], shard.stop)
                 block = _Block(group, stop - start)
-                for i in range(stop - start):
-                    block.fill(i, segmenter, next(instants))
+                frames = itertools.islice(instants, stop - start)
+                for i, masks in enumerate(pool.map(segmenter.segment, frames)):
+                    block.fill(i, masks)
                     ctx.progress(start + i + 1 - shard.start, shard.stop - shard.start, "")
                 for written in pending:
                     written.result()
@@ -112,8 +117,7 @@ class _Block:
         found = {key: schema.array(group, key) for key in keys}
         self._arrays = {key: np.empty((n, *array.shape[1:]), array.dtype) for key, array in found.items()}
 
-    def fill(self, i: int, segmenter: Segmenter, frames: list[Planes]) -> None:
-        masks = segmenter.segment(frames)
+    def fill(self, i: int, masks: InstantMasks) -> None:
         for key, array in self._arrays.items():
             array[i] = getattr(masks, key)
 
