@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib import resources
 
 import torch
@@ -33,7 +34,7 @@ class MaskNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = _convolve(INPUTS, CHANNELS[0])
-        levels = list(zip(CHANNELS, CHANNELS[1:], strict=False))
+        levels = list(itertools.pairwise(CHANNELS))
         self.down = nn.ModuleList(
             nn.Sequential(_convolve(above, here, 2), *(_convolve(here, here) for _ in range(1 if i == 0 else 2)))
             for i, (above, here) in enumerate(levels)
