@@ -14,32 +14,32 @@ LEAST_GAIN = 0.2  # gain of a light at least, where frames are brought into the 
 RIDGE = (30.0, 30.0, 30.0, 0.02)  # how strongly gain, slopes and offset are kept at those of the plate, in grey levels
 
 
-def fit_light(frames: Tensor, plates: Tensor, weights: Tensor | None = None) -> Tensor:
+Extent = tuple[float, float]  # width and height of a whole picture, in the pixels of what shows it
+
+
+def fit_light(frames: Tensor, plates: Tensor, extent: Extent) -> Tensor:
     """How the light on the background differs from that of the plate.
 
     For each channel frame = plate * (g0 + g1 x + g2 y) + o by least squares with Geman-McClure weights, with x and y
-    from -0.5 to 0.5 over the picture, near (1, 0, 0, 0) where the picture does not tell.
+    from -0.5 to 0.5 over the whole picture, near (1, 0, 0, 0) where the picture does not tell.
 
     Args:
         frames: [C, 3, h, w] 0 to 255.
         plates: [C, 3, h, w].
-        weights: [C, h, w] 0 where a pixel is not to be used, or None.
+        extent: of the whole picture, which begins at the first pixel; h and w may be larger by a margin.
 
     Returns:
         [C, 3, 4]: g0, g1, g2, o.
     """
     height, width = frames.shape[2:]
     step = max(1, round((height * width / LIGHT_SAMPLES) ** 0.5))
+    x, y = (places[..., ::step] for places in _places(width, height, extent, frames.device))
     frame, plate = (t[..., ::step, ::step].flatten(2).double() for t in (frames, plates))
-    x = (torch.arange(0, width, step, device=frames.device) + 0.5) / width - 0.5
-    y = (torch.arange(0, height, step, device=frames.device) + 0.5) / height - 0.5
     rows, columns = torch.meshgrid(y, x, indexing="ij")
     base = torch.stack([torch.ones_like(rows), columns, rows]).flatten(1).double()
     design = torch.cat([plate[:, :, None] * base, torch.ones_like(plate)[:, :, None]], 2)  # [C, 3, 4, n]
     # Pixels that are burnt out do not tell the light.
     usable = ((frame < 250) & (plate < 250)).double()
-    if weights is not None:
-        usable = usable * weights[:, None, ::step, ::step].flatten(2).double()
     light = torch.zeros(*frames.shape[:2], 4, dtype=torch.float64, device=frames.device)
     light[..., 0] = 1
     neutral = light.clone()
@@ -56,9 +56,10 @@ def fit_light(frames: Tensor, plates: Tensor, weights: Tensor | None = None) -> 
     return light.float()
 
 
-def apply_light(plates: Tensor, light: Tensor) -> Tensor:
-    """The background [C, 3, h, w], 0 to 255, of plates [C, 3, h, w] in a light [C, 3, 4]; whole pictures."""
-    gain, offset = gain_and_offset(light, *picture_places(plates.shape[3], plates.shape[2], plates.device))
+def apply_light(plates: Tensor, light: Tensor, extent: Extent) -> Tensor:
+    """The background [C, 3, h, w], 0 to 255, of plates [C, 3, h, w] in a light [C, 3, 4]; see `fit_light`."""
+    x, y = _places(plates.shape[3], plates.shape[2], extent, plates.device)
+    gain, offset = gain_and_offset(light, x, y[:, None])
     return (plates * gain + offset).clamp(0, 255)
 
 
@@ -70,17 +71,26 @@ def light_window(plate: Tensor, light: Tensor, window: Window, size: tuple[int, 
     return (plate * gain + offset).clamp(0, 255)
 
 
-def remove_light(frames: Tensor, light: Tensor) -> Tensor:
-    """Frames [n, 3, h, w] in the light of the plate, from theirs [n, 3, 4]; whole pictures, 0 to 255."""
-    gain, offset = gain_and_offset(light, *picture_places(frames.shape[3], frames.shape[2], frames.device))
-    return ((frames - offset) / gain.clamp_min(LEAST_GAIN)).clamp(0, 255)
+def remove_light(frames: Tensor, light: Tensor, extent: Extent, top: int = 0) -> Tensor:
+    """Frames [n, 3, h, w] in the light of the plate, from theirs [n, 3, 4]; not clipped.
+
+    Args:
+        frames: rows of pictures, 0 to 255.
+        light: of the pictures.
+        extent: of the whole picture.
+        top: the first of the rows.
+    """
+    x, y = _places(frames.shape[3], top + frames.shape[2], extent, frames.device)
+    gain, offset = gain_and_offset(light, x, y[top:, None])
+    return (frames - offset) / gain.clamp_min(LEAST_GAIN)
 
 
-def picture_places(width: int, height: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x [w] and y [h, 1] of the pixels of a whole picture, as the light is told of them: -0.5 to 0.5."""
-    x = (torch.arange(width, device=device) + 0.5) / width - 0.5
-    y = (torch.arange(height, device=device) + 0.5) / height - 0.5
-    return x, y[:, None]
+def _places(width: int, height: int, extent: Extent, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x [w] of columns and y [h] of rows, -0.5 to 0.5 over the whole picture."""
+    x, y = (
+        (torch.arange(n, device=device) + 0.5) / whole - 0.5 for n, whole in zip((width, height), extent, strict=True)
+    )
+    return x, y
 
 
 def gain_and_offset(light: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

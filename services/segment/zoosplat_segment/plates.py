@@ -18,14 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoosplat.recording.video import Planes, window_rgb
-from zoosplat_segment.background import (
-    LEAST_GAIN,
-    apply_light,
-    fit_light,
-    gain_and_offset,
-    picture_places,
-    remove_light,
-)
+from zoosplat_segment.background import Extent, apply_light, fit_light, remove_light
 from zoosplat_segment.network import MULTIPLE, MaskNetwork, predict_masks
 from zoosplat_segment.windows import Window
 
@@ -47,7 +40,12 @@ TOLERANCES = (16.0, 8.0)  # grey levels; a frame that differs so much from the m
 
 
 def small_plates(
-    network: MaskNetwork, frames: Tensor, noise: Tensor, first: Tensor | None, progress: Callable[[int, int, str], None]
+    network: MaskNetwork,
+    frames: Tensor,
+    noise: Tensor,
+    first: Tensor | None,
+    extent: Extent,
+    progress: Callable[[int, int, str], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plates of small pictures.
 
@@ -56,6 +54,7 @@ def small_plates(
         frames: [K, C, 3, h, w] uint8.
         noise: [C] standard deviation of a pixel, 0 to 1.
         first: [C, 3, h, w] 0 to 255, plates that are known; None: they are looked for.
+        extent: of the whole pictures, in pixels of the small ones, which may have a margin to the right and below.
         progress: told what is done.
 
     Returns:
@@ -70,12 +69,12 @@ def small_plates(
         masks, lights = [], []
         for k in range(n):
             frame = frames[k].float()
-            light = fit_light(frame, plates)
-            masks.append(predict_masks(network, frame, apply_light(plates, light), noise).half())
+            light = fit_light(frame, plates, extent)
+            masks.append(predict_masks(network, frame, apply_light(plates, light, extent), noise).half())
             lights.append(light)
             progress(turn * n + k + 1, rounds * n, "background")
         if first is None and turn < rounds - 1:
-            plates = masked_plates(frames, plates, torch.stack(masks), torch.stack(lights))
+            plates = masked_plates(frames, torch.stack(masks), torch.stack(lights), extent)
     return plates, torch.stack(masks), torch.stack(lights)
 
 
@@ -85,12 +84,13 @@ def _vote(network: MaskNetwork, frames: Tensor, noise: Tensor, progress: Callabl
     height, width = chosen.shape[-2:]
     ratio = min(1.0, PAIR_EDGE / max(height, width))
     size = [max(MULTIPLE, round(n * ratio / MULTIPLE) * MULTIPLE) for n in (height, width)]
+    extent = float(size[1]), float(size[0])
     small = torch.stack([F.interpolate(frame.float(), size=size, mode="area") for frame in chosen])
     votes = torch.zeros(len(chosen), chosen.shape[1], *size, device=frames.device)
     counts = torch.zeros(len(chosen), device=frames.device)
     pairs = [(i, j) for i in range(len(chosen)) for j in range(i + APART, len(chosen))]
     for number, (i, j) in enumerate(pairs):
-        lit = apply_light(small[j], fit_light(small[i], small[j]))
+        lit = apply_light(small[j], fit_light(small[i], small[j], extent), extent)
         here = predict_masks(network, torch.cat([small[i], lit]), torch.cat([lit, small[i]]), noise.repeat(2))
         difference = here[: len(lit)] - here[len(lit) :]
         votes[i] += difference
@@ -139,10 +139,11 @@ def find_static(frames: Tensor) -> Tensor:
     Where an animal covers a pixel in all frames its fur still passes by, so the pixel changes by more than the noise.
     """
     middle = frames.float().median(0).values
+    extent = float(frames.shape[-1]), float(frames.shape[-2])
     deviation = torch.empty(len(frames), *frames.shape[1:2], *frames.shape[3:], device=frames.device)
     for k, frame in enumerate(frames):
-        light = fit_light(frame.float(), middle)
-        deviation[k] = (frame - apply_light(middle, light)).abs().mean(1)
+        light = fit_light(frame.float(), middle, extent)
+        deviation[k] = (frame - apply_light(middle, light, extent)).abs().mean(1)
     spread = deviation.quantile(STILL_SHARE, dim=0)
     usual = spread.flatten(1).median(1).values.clamp_min(LEAST_SPREAD)
     around = F.avg_pool2d(spread[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
@@ -177,11 +178,18 @@ def _median(values: Tensor, hidden: Tensor) -> Tensor:
     return shown.nanmedian(0).values
 
 
-def masked_plates(frames: Tensor, plates: Tensor, masks: Tensor, lights: Tensor) -> Tensor:
-    """The median of what frames show where nothing is in the way; a camera at a time."""
+def masked_plates(frames: Tensor, masks: Tensor, lights: Tensor, extent: Extent) -> Tensor:
+    """Plates [C, 3, h, w]: the median of what frames show where nothing is in the way.
+
+    Args:
+        frames: [K, C, 3, h, w].
+        masks: [K, C, h, w] of the frames.
+        lights: [K, C, 3, 4] of the frames.
+        extent: see `small_plates`.
+    """
     out, static = [], find_static(frames)
-    for c in range(len(plates)):
-        lit = remove_light(frames[:, c].float(), lights[:, c])
+    for c in range(frames.shape[1]):  # a camera at a time, for memory
+        lit = remove_light(frames[:, c].float(), lights[:, c], extent).clamp(0, 255)
         hidden = grow(masks[:, c] > 0.5) & ~static[c]
         unknown = (~hidden).sum(0) < FEWEST_FRAMES
         out.append(_inpaint(_median(lit, hidden), unknown))
@@ -210,14 +218,12 @@ def full_plate(
     s = whole.scale
     plate = np.zeros((height, width, 3), np.uint8)
     squares: list[Tensor] = []
-    x, y = picture_places(width, height, lights.device)
     step = max(1, STRIP // s) * s
     for top in range(0, height, step):
         rows = min(step, height - top)
         cut = torch.from_numpy(np.stack([window_rgb(frame, (0, top), (width, rows), 1) for frame in frames]))
         values = cut.permute(0, 3, 1, 2).float()
-        gain, offset = gain_and_offset(lights, x, y[top : top + rows])
-        values = (values - offset) / gain.clamp_min(LEAST_GAIN)
+        values = remove_light(values, lights, (width, height), top)
         last = min(hidden.shape[1], -(-(top + rows) // s))
         free = (~hidden[:, top // s : last]).float().repeat_interleave(s, 1).repeat_interleave(s, 2)
         free = F.pad(free, (0, max(0, width - free.shape[2]), 0, max(0, rows - free.shape[1])))[:, :rows, :width]

@@ -77,7 +77,7 @@ def prepare_recording(
     start_noise = torch.full((len(cameras),), FIRST_NOISE / 255, device=device)
     stacked = torch.stack(small)
     with torch.inference_mode():
-        coarse, masks, lights = small_plates(network, stacked, start_noise, first, progress)
+        coarse, masks, lights = small_plates(network, stacked, start_noise, first, whole.extent(size), progress)
         chosen = [int(k) for k in np.unique(np.linspace(0, len(kept) - 1, FULL_FRAMES).astype(int))]
         taken = [kept[k] for k in chosen]
         prepared = _full_plates(taken, masks[chosen], lights[chosen], coarse, size, empty_scenes, progress)
@@ -90,7 +90,7 @@ def prepare_recording(
             progress(i + 1, len(taken), "masks by all views")
         chosen, taken = [chosen[i] for i in studied], [taken[i] for i in studied]
         if first is None:
-            coarse = masked_plates(stacked[chosen], coarse, masks[chosen], lights[chosen])
+            coarse = masked_plates(stacked[chosen], masks[chosen], lights[chosen], whole.extent(size))
         prepared = _full_plates(taken, masks[chosen], lights[chosen], coarse, size, empty_scenes, progress)
     floor = _find_floor(studies, segmenter.ell_m)
     prepared = replace(prepared, floor_m=floor, warnings=tuple(_warnings(studies)))

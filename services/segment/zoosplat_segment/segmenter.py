@@ -186,8 +186,8 @@ class Segmenter:
     def _look(self, frames: Sequence[Planes]) -> _Instant:
         """The light of each frame, and a first mask of its small picture."""
         small = as_tensor(list(self.pool.map(lambda frame: self.whole.cut(frame, self.size), frames)), self.device)
-        light = fit_light(small, self.small_plates)
-        lit = apply_light(self.small_plates, light)
+        light = fit_light(small, self.small_plates, self.whole.extent(self.size))
+        lit = apply_light(self.small_plates, light, self.whole.extent(self.size))
         return _Instant(frames, light, self._run(self.single, small, lit, self.noise * NOISE_OF_AVERAGE, None))
 
     def _segment_together(self, instant: _Instant) -> _Together | None:

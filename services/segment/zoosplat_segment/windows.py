@@ -43,6 +43,10 @@ class Window:
         bottom = min(self.height, (size[1] - self.y) // self.scale)
         return left, max(left + 1, right), top, max(top + 1, bottom)
 
+    def extent(self, size: tuple[int, int]) -> tuple[float, float]:
+        """Width and height of a picture of this size, in averaged pixels."""
+        return size[0] / self.scale, size[1] / self.scale
+
     def cut(self, frame: Planes, size: tuple[int, int]) -> U8:
         """The window of a frame, [height, width, 3]; beyond the border the outermost pixels are repeated."""
         left, right, top, bottom = self.inner(size)
