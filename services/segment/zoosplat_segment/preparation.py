@@ -9,41 +9,29 @@ one instant after the other, each without regard to the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.facts import RecordingFacts
-from zoosplat.recording.video import Planes, window_rgb
+from zoosplat.recording.video import Planes
+from zoosplat_segment.network import load_network
+from zoosplat_segment.plates import full_plate, grow, masked_plates, small_plates
+from zoosplat_segment.segmenter import Preparation, Segmenter
+from zoosplat_segment.windows import as_tensor, whole_picture
 
 # From kept frames, ascending, to an instant each: C whole frames as the cameras saw them.
 ReadFrames = Callable[[Sequence[int]], Iterator[list[Planes]]]
 # Takes steps done, their total, and a message.
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Preparation:
-    """What is known of a recording of C cameras of W x H pixels. Pictures are as the cameras saw them (distorted).
-
-    Attributes:
-        plates: [C, H, W, 3] uint8, RGB of the background.
-        noise: [C] float32, standard deviation of a pixel against the plate, grey levels.
-        floor_m: height of the floor in the oriented world (+z up, origin at the mean camera), metres; None: not known.
-        weights: tensors of the network by name, as they are after it has learned from the recording; may be empty.
-        warnings: lines for the user about what is odd.
-    """
-
-    plates: npt.NDArray[np.uint8]
-    noise: npt.NDArray[np.float32]
-    floor_m: float | None
-    weights: dict[str, Tensor]
-    warnings: tuple[str, ...] = ()
+FULL_FRAMES = 24  # frames from which plates of full resolution are made
+KEPT_BYTES = 700 << 20  # largest size of the frames that are kept in memory
+FIRST_NOISE = 3.0  # grey levels; the noise before it is measured
+MIN_NOISE, MAX_NOISE = 1.0, 12.0  # grey levels; range of the noise
 
 
 def prepare_recording(
@@ -53,6 +41,7 @@ def prepare_recording(
     n_kept: int,
     read_frames: ReadFrames,
     empty_scenes: Sequence[npt.NDArray[np.uint8]] | None,
+    device: torch.device,
     progress: Progress,
 ) -> Preparation:
     """Find the background of each camera, and all else that holds for the whole recording.
@@ -64,17 +53,58 @@ def prepare_recording(
         n_kept: number of kept frames.
         read_frames: decodes kept frames by their ascending numbers.
         empty_scenes: pictures [H, W, 3] without the animal, one a camera; None: there are none.
+        device: where to compute.
         progress: told what is done.
     """
     size = facts.width, facts.height
-    n_frames = min(n_kept, experiment.segment.background_frames)
-    instants = np.unique(np.linspace(0, n_kept - 1, n_frames).astype(int)).tolist()
-    stacks: list[list[npt.NDArray[np.uint8]]] = [[] for _ in cameras.names]
-    for i, instant in enumerate(read_frames(instants)):
-        for stack, frame in zip(stacks, instant, strict=True):
-            stack.append(window_rgb(frame, (0, 0), size, 1))
-        progress(i + 1, len(instants), "background")
-    plates: list[Any] = [np.median(stack, axis=0) for stack in stacks] if empty_scenes is None else [*empty_scenes]
-    noise = [1.4826 * np.median(np.abs(np.stack(s) - p)) for s, p in zip(stacks, plates, strict=True)]
-    rounded = np.rint(np.stack(plates)).astype(np.uint8)
-    return Preparation(rounded, np.maximum(noise, 1).astype(np.float32), None, {})
+    whole = whole_picture(size)
+    instants = _choose_instants(experiment, n_kept, len(cameras), size)
+    kept, small = [], []
+    for i, frames in enumerate(read_frames(instants)):
+        kept.append(frames)
+        small.append(as_tensor([whole.cut(frame, size) for frame in frames], device).byte())
+        progress(i + 1, len(instants), "reading frames for the background")
+    first = None
+    if empty_scenes is not None:
+        first = as_tensor([whole.cut_picture(scene, size) for scene in empty_scenes], device)
+    network = load_network(None, device)
+    start_noise = torch.full((len(cameras),), FIRST_NOISE / 255, device=device)
+    stacked = torch.stack(small)
+    with torch.inference_mode():
+        coarse, masks, lights = small_plates(network, stacked, start_noise, first, progress)
+        chosen = [int(k) for k in np.unique(np.linspace(0, len(kept) - 1, FULL_FRAMES).astype(int))]
+        taken = [kept[k] for k in chosen]
+        prepared = _full_plates(taken, masks[chosen], lights[chosen], coarse, size, empty_scenes, progress)
+        segmenter = Segmenter(prepared, experiment, cameras, size, device)
+        for i, frames in enumerate(taken):
+            masks[chosen[i]] = segmenter.small_masks(frames)
+            progress(i + 1, len(taken), "masks by all views")
+        if first is None:
+            coarse = masked_plates(stacked[chosen], coarse, masks[chosen], lights[chosen])
+        return _full_plates(taken, masks[chosen], lights[chosen], coarse, size, empty_scenes, progress)
+
+
+def _full_plates(
+    taken: Sequence[list[Planes]],
+    masks: Tensor,
+    lights: Tensor,
+    coarse: Tensor,
+    size: tuple[int, int],
+    empty_scenes: Sequence[npt.NDArray[np.uint8]] | None,
+    progress: Progress,
+) -> Preparation:
+    plates, noises = [], []
+    for c in range(len(coarse)):
+        frames, hidden = [frames[c] for frames in taken], grow(masks[:, c] > 0.3).cpu()
+        plate, noise = full_plate(frames, hidden, lights[:, c].cpu(), coarse[c].cpu(), whole_picture(size), size)
+        plates.append(plate if empty_scenes is None else empty_scenes[c])
+        noises.append(noise)
+        progress(c + 1, len(coarse), "plates")
+    return Preparation(np.stack(plates), np.clip(noises, MIN_NOISE, MAX_NOISE).astype(np.float32), None, {})
+
+
+def _choose_instants(experiment: Experiment, n_kept: int, n_cameras: int, size: tuple[int, int]) -> list[int]:
+    """Kept frames spread over the recording, as many as memory holds."""
+    most = KEPT_BYTES // (n_cameras * size[0] * size[1] * 3 // 2)
+    count = max(2, min(n_kept, experiment.segment.background_frames, most))
+    return [int(t) for t in np.unique(np.linspace(0, n_kept - 1, count).astype(int))]

@@ -1,0 +1,62 @@
+"""The background of a camera: its plate without the animal, and the light on it in a frame."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LIGHT_STEPS = 4  # rounds of reweighting in which pixels that are not background lose their weight
+LIGHT_SCALE = 6.0  # grey levels; a pixel that differs so much from the lit plate has half of the weight
+LIGHT_SAMPLES = 4096  # pixels of a small picture from which the light is fitted
+RIDGE = (30.0, 30.0, 30.0, 0.02)  # how strongly gain, slopes and offset are kept at those of the plate, in grey levels
+
+
+def fit_light(frames: Tensor, plates: Tensor, weights: Tensor | None = None) -> Tensor:
+    """How the light on the background differs from that of the plate.
+
+    For each channel frame = plate * (g0 + g1 x + g2 y) + o by least squares with Geman-McClure weights, with x and y
+    from -0.5 to 0.5 over the picture, near (1, 0, 0, 0) where the picture does not tell.
+
+    Args:
+        frames: [C, 3, h, w] 0 to 255.
+        plates: [C, 3, h, w].
+        weights: [C, h, w] 0 where a pixel is not to be used, or None.
+
+    Returns:
+        [C, 3, 4]: g0, g1, g2, o.
+    """
+    height, width = frames.shape[2:]
+    step = max(1, round((height * width / LIGHT_SAMPLES) ** 0.5))
+    frame, plate = (t[..., ::step, ::step].flatten(2).double() for t in (frames, plates))
+    x = (torch.arange(0, width, step, device=frames.device) + 0.5) / width - 0.5
+    y = (torch.arange(0, height, step, device=frames.device) + 0.5) / height - 0.5
+    rows, columns = torch.meshgrid(y, x, indexing="ij")
+    base = torch.stack([torch.ones_like(rows), columns, rows]).flatten(1).double()
+    design = torch.cat([plate[:, :, None] * base, torch.ones_like(plate)[:, :, None]], 2)  # [C, 3, 4, n]
+    # Pixels that are burnt out do not tell the light.
+    usable = ((frame < 250) & (plate < 250)).double()
+    if weights is not None:
+        usable = usable * weights[:, None, ::step, ::step].flatten(2).double()
+    light = torch.zeros(*frames.shape[:2], 4, dtype=torch.float64, device=frames.device)
+    light[..., 0] = 1
+    neutral = light.clone()
+    ridge = torch.diag(torch.tensor(RIDGE, dtype=torch.float64, device=frames.device) ** 2)
+    for _ in range(LIGHT_STEPS):
+        residual = frame - torch.einsum("cki,ckin->ckn", light, design)
+        # One weight for the three channels: a pixel is background or it is not.
+        squared = (residual**2).mean(1, keepdim=True) / LIGHT_SCALE**2
+        weight = usable / (1 + squared) ** 2
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
+        normal = torch.einsum("ckin,ckn,ckjn->ckij", design, weight, design) + ridge
+        right = torch.einsum("ckin,ckn->cki", design, weight * frame) + neutral @ ridge
+        light = torch.linalg.solve(normal, right)
+    return light.float()
+
+
+def apply_light(plates: Tensor, light: Tensor) -> Tensor:
+    """The background [C, 3, h, w], 0 to 255, of plates [C, 3, h, w] in a light [C, 3, 4]; whole pictures."""
+    height, width = plates.shape[2:]
+    x = (torch.arange(width, device=plates.device) + 0.5) / width - 0.5
+    y = (torch.arange(height, device=plates.device) + 0.5) / height - 0.5
+    g0, g1, g2, offset = light[..., None, None].unbind(2)
+    return (plates * (g0 + g1 * x + g2 * y[:, None]) + offset).clamp(0, 255)
