@@ -13,8 +13,9 @@ import pytest
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.errors import UserError
-from zoosplat.recording.keypoints import read_keypoints
+from zoosplat.recording.keypoints import read_all_keypoints, read_keypoints
 from zoosplat.recording.sources import open_source
+from zoosplat.recording.video import VideoInfo
 
 FRAMES, PARTS = 6, ("nose", "tail base", "tail tip")
 LEVELS = ["scorer", "bodyparts", "coords"]
@@ -208,3 +209,17 @@ def test_a_recording_is_refused_with_a_line_for_each_file(recording: Any, tmp_pa
     assert len(lines) == 2
     with pytest.raises(ValueError, match=r"data\.keypoints: help to make masks, but data.masks names files"):
         Experiment.model_validate(recording.config(folder, data__keypoints=names))
+
+
+def test_all_cameras_together(tmp_path: Path) -> None:
+    """A camera with fewer keypoints has none in the last places; frames that are not kept are left out."""
+    frame_of(truth(0)).to_csv(tmp_path / "0.csv")
+    few = frame_of(truth(1)).drop(columns="tail tip", level="bodyparts")
+    few.to_csv(tmp_path / "1.csv")
+    info = VideoInfo("", "", 90, 90, FRAMES, FRAMES, 30.0, None)
+    names = [str(tmp_path / f"{c}.csv") for c in range(2)]
+    found = read_all_keypoints(names, names, [info, info], np.array([0, 2, 4]))
+    assert found.shape == (3, 2, 3, 3)
+    np.testing.assert_allclose(found[:, 0], truth(0)[::2], rtol=1e-6)
+    np.testing.assert_allclose(found[:, 1, :2], truth(1)[::2, :2], rtol=1e-6)
+    assert np.isnan(found[:, 1, 2]).all()

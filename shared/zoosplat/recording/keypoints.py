@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zoosplat.errors import UserError
+from zoosplat.errors import Problems, UserError
+from zoosplat.recording.video import VideoInfo
 from zoosplat.storage import objects
 
 F32 = npt.NDArray[np.float32]
@@ -98,6 +99,34 @@ def read_keypoints(url: str, label: str, n_frames: int, n_declared: int) -> F32:
     out = np.full((n_declared, *table.values.shape[2:]), np.nan, np.float32)
     out[table.frames] = _surest(table.values)
     return out[:n_frames]
+
+
+def read_all_keypoints(
+    urls: Sequence[str], labels: Sequence[str], videos: Sequence[VideoInfo], frames: npt.NDArray[np.int64]
+) -> F32:
+    """The keypoints of all cameras in some frames.
+
+    Args:
+        urls: the files, one a camera.
+        labels: their names in messages.
+        videos: the cameras' videos.
+        frames: [T] index in the video.
+
+    Returns:
+        [T, C, K, 3], see `read_keypoints`; K is the largest number of a camera.
+
+    Raises:
+        UserError: as `read_keypoints`, a line for each file.
+    """
+    found, problems = [], Problems()
+    for url, label, info in zip(urls, labels, videos, strict=True):
+        with problems.collect():
+            found.append(read_keypoints(url, label, info.n_frames, info.n_declared)[frames])
+    problems.report()
+    out = np.full((len(frames), len(found), max(values.shape[1] for values in found), 3), np.nan, np.float32)
+    for c, values in enumerate(found):
+        out[:, c, : values.shape[1]] = values
+    return out
 
 
 def _read(data: bytes, url: str) -> _Table:
