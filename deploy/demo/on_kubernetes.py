@@ -16,7 +16,7 @@ from typing import Any
 
 from servers import BIN, Servers, prefect, show_results
 
-from zoosplat.stages.registry import PIPELINE, PREPROCESSING
+from zoosplat.stages.registry import PIPELINE, PREPROCESSING, SEGMENT
 from zoosplat_flows.runners.containers import find_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,6 +137,18 @@ def placements(api: str) -> list[dict[str, Any]]:
     return [row for artifact in found for row in json.loads(str(artifact.data))]
 
 
+def copy_masks(bucket: str, one: str, other: str) -> None:
+    """Make a project that has the runs of another one and, of their results, the masks alone: to be reused."""
+    import boto3
+
+    client = boto3.Session().client("s3")
+    for folder in ("runs", f"results/{SEGMENT}"):
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{one}/{folder}/"):
+            for found in page.get("Contents", []):
+                key = str(found["Key"])
+                client.copy_object(Bucket=bucket, Key=other + key.removeprefix(one), CopySource=f"{bucket}/{key}")
+
+
 def same_objects(bucket: str, one: str, other: str) -> int:
     """How many objects of the stages before the model are byte for byte the same in two projects.
 
@@ -172,10 +184,14 @@ def main() -> None:
             # One stage runs by its own deployment on the other kind of node.
             servers.pipeline("render", f"project={project}", "profile=12gb", 'force=["render"]', quiet=True)
             rows = placements(servers.env["PREFECT_API_URL"])
+        # The masks of two machines may differ in a pixel, because their arithmetic does. What is made of the same masks
+        # has the same bytes.
+        copy_masks(servers.bucket, "cluster", "masks")
         local = [config, "--project", f"s3://{servers.bucket}/local", "--until", "pack"]
+        local += ["--set", f"reuse=s3://{servers.bucket}/masks"]
         servers.run(str(Path(prefect()).parent / "zoosplat"), "run", *local)
         n = same_objects(servers.bucket, "cluster", "local")
-        print(f"demo: {n} objects of the stages before the model are, byte for byte, those of a local run")
+        print(f"demo: {n} objects between masks and model are, byte for byte, those of a local run with these masks")
         show_results(project, ROOT / "demo-kubernetes")
         print(f"{'stage':<16}{'step':<9}{'shard':<6}{'node':<10}started")
         for row in sorted(rows, key=lambda row: row["started"]):

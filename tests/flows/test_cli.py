@@ -269,13 +269,18 @@ def test_demo_films_once_and_runs_its_own_configuration(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("zoosplat.synthetic.recording.make_recording", film)
     monkeypatch.setattr("zoosplat_flows.commands.demo.run_stages", lambda *arguments: ran.append(arguments))
+    ious = np.array([[0.9, 0.8], [1.0, np.nan]])
+    monkeypatch.setattr("zoosplat_flows.commands.demo.mask_ious", lambda run, folder: ious)
     project = str(tmp_path / "demo")
     for frames in ("24", "24", "30"):
-        assert call("demo", "--project", project, "--frames", frames, "--set", "train.epochs=2")[0] == 0
+        status, out, _ = call("demo", "--project", project, "--frames", frames, "--set", "train.epochs=2")
+        assert status == 0
+        assert "IoU 0.900 in the mean, 0.800 in the worst camera (1); 1 of 4 views left out" in " ".join(out.split())
     assert filmed == [24, 30]
     url, experiment, *_ = ran[0]
     assert url == project
     assert experiment.name == "demo"
+    assert experiment.data.masks == "auto"
     assert experiment.train.epochs == 2
     assert experiment.data.directory == f"{project}/recording"
 

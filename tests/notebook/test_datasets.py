@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import zarr
+from made_masks import HELD_OUT, made_segments
 
 import zoosplat
 from zoosplat.errors import UserError
@@ -101,6 +102,24 @@ def test_plates_and_their_light(tmp_path: Path) -> None:
     np.testing.assert_array_equal(dataset["plate"].sel(camera="right", channel="G"), plate[1, ..., 1])
     chosen = dataset["light"].sel(camera="left", channel="B", term="offset")
     np.testing.assert_array_equal(chosen, light[:, 0, 2, 3])
+
+
+def test_masks_of_stage_segment(project_of_made_masks: Path, p: ProjectReader) -> None:
+    opened, arrays = zoosplat.open(str(project_of_made_masks)), made_segments()
+    segments = opened.segments
+    assert set(segments.data_vars) == set(arrays) - AS_COORDINATES
+    for key, variable in segments.data_vars.items():
+        np.testing.assert_array_equal(variable.values, arrays[str(key)], err_msg=str(key))
+    assert segments["frame"].values.tolist() == arrays["frame"].tolist()
+    chosen = segments.swap_dims(time="frame")
+    mask = chosen["probability"].sel(frame=9, camera="2") >= 128
+    np.testing.assert_array_equal(mask, arrays["probability"][3, 2] >= 128)
+    assert segments["held_out_camera"].values.tolist() == [str(c) for c in HELD_OUT]
+    helped = chosen["all_views"].sel(frame=9, held_out_camera="3")
+    np.testing.assert_array_equal(helped, arrays["all_views"][3, 1])
+    assert segments["seen"].values.sum() == segments["seen"].size - 1
+    with pytest.raises(UserError, match=r"has no stage segment, because data\.masks names files"):
+        _ = p.segments
 
 
 def test_tracking_is_where_the_mouse_was(p: ProjectReader, recording: Recording) -> None:

@@ -16,8 +16,9 @@ DOCUMENTED = {"open": zoosplat.open, **{name: value for name, value in PUBLIC.it
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
-def test_example(name: str, whole_project: Path) -> None:
-    names = {"p": zoosplat.open(str(whole_project)), "PROJECT": str(whole_project)}
+def test_example(name: str, whole_project: Path, project_of_made_masks: Path) -> None:
+    project = str(project_of_made_masks if name == "segments" else whole_project)
+    names = {"p": zoosplat.open(project), "PROJECT": project}
     example = doctest.DocTestParser().get_doctest(DOCUMENTED[name].__doc__ or "", names, name, None, None)
     assert example.examples
     report: list[str] = []

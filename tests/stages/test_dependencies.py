@@ -27,6 +27,7 @@ WITHOUT_EFFECT = {
     *("train.device", "train.gpus", "train.keep_last", "train.plot_every", "train.save_every"),
     *("segment.device", "evaluate.device", "render.device", "features.device"),
 }
+FILES = "data.masks=[masks/0.mp4, masks/1.mp4, masks/2.mp4, masks/3.mp4, masks/4.mp4, masks/5.mp4]"
 DYNAMIC, IMAGES, MADE = "train.method=dynamic", "features.encoder=images", "data.masks=auto"
 EMPTY_SCENE = "data.backgrounds=[u, v, w, x, y, z]"
 KEYPOINTS = "data.keypoints=[u, v, w, x, y, z]"
@@ -37,7 +38,7 @@ GIVEN = [EMPTY_SCENE, "evaluate.lpips_weights=a.pth", "train.plate_lambda=0.5"]
 
 
 def experiment(*overrides: str) -> Experiment:
-    return load_config(DEMO, overrides).experiment
+    return load_config(DEMO, [FILES, *overrides]).experiment
 
 
 def identity(stage: StageName, e: Experiment) -> str:

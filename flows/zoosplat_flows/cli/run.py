@@ -62,7 +62,9 @@ def demo(
     overrides: Overrides = None,
     workers: Workers = None,
 ) -> None:
-    """Make a synthetic recording of a walking animal with six cameras and run the whole pipeline on it.
+    """Make a synthetic recording of a walking animal with six cameras and run the whole pipeline on its raw videos.
+
+    The recording's true masks tell at the end how good the masks are that the pipeline has made.
 
     [bold]Examples[/]
 

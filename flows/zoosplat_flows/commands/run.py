@@ -138,7 +138,7 @@ def run_stages(
     until_stage: str | None,
     force: list[str],
     workers: int | None,
-) -> None:
+) -> Run:
     """Check everything, begin a run of the configuration in a project, and run its stages.
 
     Args:
@@ -148,6 +148,9 @@ def run_stages(
         until_stage: last stage to run; None: the last of the pipeline.
         force: stages whose results are made again.
         workers: processes for the shards of a stage; None: one for each core.
+
+    Returns:
+        The run, whose stages are done.
 
     Raises:
         UserError: bad input or configuration.
@@ -181,3 +184,4 @@ def run_stages(
     for line in summarize_metrics(begun_run):
         typer.echo(line)
     typer.echo(f"report: {report}")
+    return begun_run

@@ -11,8 +11,12 @@ from zoosplat.errors import UserError
 from zoosplat.stages.runs import Run
 from zoosplat.storage import schema
 from zoosplat_flows.execution.stage_states import StageState
+from zoosplat_flows.least_agreeing import least_agreeing_views
 from zoosplat_flows.report.behaviour import Section
 from zoosplat_flows.report.pictures import draw_outline, jpeg_data_uri
+
+VIEWS_OF_A_CAMERA = 3  # pictures of each camera
+APART = 1 / 20  # of the recording: the least time between two pictures of a camera
 
 
 def masks_section(run: Run, experiment: Experiment, stages: dict[str, StageState]) -> Section:
@@ -39,24 +43,29 @@ def masks_section(run: Run, experiment: Experiment, stages: dict[str, StageState
         )
     agreement = schema.read(group, "agreement")
     facts = {"frames in which views disagree": f"{figures['disagreeing_frames']} of {len(agreement)}"}
-    return {"facts": facts, "rows": rows, "gallery": _least_agreeing(run, names, figures["least_agreeing"], agreement)}
+    return {"facts": facts, "rows": rows, "gallery": _least_agreeing(run, names, agreement)}
 
 
-def _least_agreeing(run: Run, names: list[str], views: list[list[int]], agreement: Any) -> list[dict[str, Any]]:
-    """Raw pictures of views (kept frame and camera) with the outlines of their masks; none before stage pack."""
+def _least_agreeing(run: Run, names: list[str], agreement: Any) -> list[dict[str, Any]]:
+    """Raw pictures with the outlines of their masks, camera by camera, the least agreeing view of each first.
+
+    There are none before stage pack, which cuts the pictures out of the videos.
+    """
     try:
         images = run.open_input("pack")
-        seen = schema.read_seen(images)
+        seen, frames = schema.read_seen(images), schema.read(run.open_input("segment"), "frame")
     except UserError:
         return []
     rgb, mask = (schema.FrameArray(images, key) for key in ("rgb", "mask"))
+    apart = max(1, round(APART * len(agreement)))
     return [
         {
             "camera": names[c],
-            "t": t,
+            "frame": int(frames[t]),
             "absent": not seen[t, c],
             "agreement": f"{agreement[t, c]:.3f}",
             "picture": jpeg_data_uri(draw_outline(np.asarray(rgb[t][c]), np.asarray(mask[t][c]))),
         }
-        for t, c in views
+        for c in range(len(names))
+        for t, _ in least_agreeing_views(agreement[:, [c]], VIEWS_OF_A_CAMERA, apart)
     ]

@@ -20,6 +20,7 @@ from viser import transforms
 from zoosplat.errors import UserError
 from zoosplat_flows.viewer import embedding_map
 from zoosplat_flows.viewer.camera_frustum import CameraFrustum
+from zoosplat_flows.viewer.mask_panel import MaskPanel
 from zoosplat_flows.viewer.newest_task_thread import NewestTaskThread
 from zoosplat_flows.viewer.project_data import ProjectData, project_state
 from zoosplat_flows.viewer.scene_drawer import LAYERS, SceneDrawer, blank_picture
@@ -109,6 +110,7 @@ class Viewer:
         self._panels[1].float(x=12, y=12, width=240)
         for panel in self._panels:
             panel.visible = False
+        self._masks = MaskPanel(self._server, self._redraw, self._go_to)
         self._drawer = SceneDrawer(self._server, {name: box.value for name, box in shown.items()})
 
         @self._frame.on_update
@@ -209,6 +211,7 @@ class Viewer:
                 self._view.options = names
             self._panels[0].visible = self._snap.visible = data.predictor is not None
             self._panels[1].visible = data.embedding is not None
+            self._masks.fill(data.mask_overlays)
             if data.embedding is not None:
                 self._map_places = embedding_map.unit_places(data.embedding)
                 self._map.content = embedding_map.map_html(self._map_places, TIMELINE)
@@ -260,6 +263,8 @@ class Viewer:
             view = [_title(camera) for camera in data.cameras].index(self._view.value)
             shown = data.is_seen(t, view)
             self._comparison.image = data.comparison(t, view) if shown else blank_picture(*COMPARISON_SIZE)
+        yield
+        self._masks.draw(data, t)  # last, because a frame of a video has to be decoded
         self._server.flush()
         self._shown = data, t
 

@@ -18,9 +18,11 @@ from zoosplat.geometry import visual_hull
 from zoosplat.geometry.rotations import matrix_from_quaternion
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import Project
+from zoosplat.stages.registry import SEGMENT
 from zoosplat.stages.runs import Run
 from zoosplat.storage import listing, objects, schema, urls
 from zoosplat_flows.viewer.camera_frustum import CameraFrustum
+from zoosplat_flows.viewer.mask_overlays import MaskOverlays
 from zoosplat_flows.viewer.result_cache import ResultCache
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 # Stages whose results the page shows.
-STAGES_SHOWN = ("ingest", "center_rotation", "crop", "pack", "train", "embedding")
+STAGES_SHOWN = (SEGMENT, "ingest", "center_rotation", "crop", "pack", "train", "embedding")
 PICTURE_SIDE = 320  # pixels of the longer side of a camera's picture in the scene
 FLOOR_DEVIATIONS = 2.0  # standard deviations of the hull from its centre down to where the ground is drawn
 LEAST_OPACITY = 1 / 255  # of a Gaussian that is drawn: a smaller one changes no colour of 8 bits
@@ -119,6 +121,7 @@ class ProjectData:
         has_model: whether there is a checkpoint to load, also one of a training that has not ended.
         training: whether the training has not ended.
         embedding: the map of the embedding; None where there is none.
+        mask_overlays: masks that stage segment has made; None where there are none.
     """
 
     def __init__(self, url: str, run_id: str | None = None) -> None:
@@ -145,6 +148,8 @@ class ProjectData:
         self._cache = ResultCache()
         self._masks, self._tracking = self._open("ingest"), self._open("center_rotation")
         self._crop, self._images = self._open("crop"), self._open("pack")
+        segments = self._open(SEGMENT)
+        self.mask_overlays = None if segments is None else MaskOverlays(self.experiment, segments)
         if self._masks is not None:
             self._read_recording(self._masks)
             if self._tracking is not None:
@@ -249,6 +254,13 @@ class ProjectData:
             size = (max(1, round(camera.width * scale)), max(1, round(camera.height * scale)))
             made.append(np.asarray(cv2.resize(whole, size, interpolation=cv2.INTER_AREA), dtype=np.uint8))
         return made
+
+    def mask_overlay(self, t: int, camera: int, kind: str, whole: bool) -> media.Picture:
+        """A raw picture with a mask of `mask_overlays`, which there must be; arguments and errors as of its `draw`."""
+        overlays = self.mask_overlays
+        assert overlays is not None
+        key = ("mask", t, camera, kind, whole)
+        return self._cache.get(key, lambda: overlays.draw(t, camera, kind, whole), lambda made: made.nbytes)
 
     def is_seen(self, t: int, camera: int) -> bool:
         """Whether the view of a camera is there in frame t; the mask of an absent view means nothing."""

@@ -18,6 +18,7 @@ from zoosplat.storage import schema
 DIMENSIONS = {
     "T": "time",
     "C": "camera",
+    "Ch": "held_out_camera",
     "h": "y",
     "w": "x",
     "H": "frame_y",
@@ -108,11 +109,14 @@ def read_dataset(group: zarr.Group, name: str, where: str, axes: Axes, *, lazy: 
         UserError: the group lacks an array, or has one of another type; lazy values raise it when they are read.
     """
     schema.validate(group, name, where)
-    optional = {**schema.MOVING, **schema.BACKGROUND}
-    specs = {**schema.GROUPS[name], **{key: spec for key, spec in optional.items() if key in group}}
+    optional = {**schema.MOVING, **schema.BACKGROUND, "all_views": schema.ALL_VIEWS}
+    specs = {**{key: spec for key, spec in optional.items() if key in group}, **schema.GROUPS[name]}
     if schema.has_seen(group):
-        specs["seen"] = schema.SEEN
+        specs.setdefault("seen", schema.SEEN)
     coordinates = axes.coordinates()
+    if "all_views" in specs:
+        held_out: Any = group.attrs["holdout_views"]
+        coordinates["held_out_camera"] = ("held_out_camera", [axes.camera_names[c] for c in held_out])
     variables: dict[str, Any] = {}
     for key, spec in specs.items():
         if key in LEFT_OUT:

@@ -15,7 +15,7 @@ from zoosplat.notebook.extras import needs_extra
 from zoosplat.notebook.reconstruction import GaussianArrays, PinholeCamera, Reconstructor, RenderedImage
 from zoosplat.stages.lookup import open_run
 from zoosplat.stages.projects import LEGACY_CONFIG, LEGACY_RUN, Project
-from zoosplat.stages.registry import STAGES
+from zoosplat.stages.registry import SEGMENT, STAGES, require_stage
 from zoosplat.stages.runs import CONFIG
 from zoosplat.storage import objects, schema, urls
 
@@ -101,6 +101,24 @@ class ProjectReader:
             translation_m=poses[:, :3, 3],
             distortion=np.zeros((len(poses), 5)),
         )
+
+    @cached_property
+    def segments(self) -> xr.Dataset:
+        """What stage segment has made of the raw videos, where `data.masks` is auto; lazy, as `images`.
+
+        Pictures are as the cameras saw them, distorted and at full resolution, of all T kept frames and C cameras.
+
+        `probability` [T, C, H, W] uint8, 0 to 255, that a pixel is animal: the mask is where it is 128 or more;
+        `all_views` [T, Ch, H, W] uint8, the same of the held-out cameras with the help of the others, if there are any;
+        `agreement` [T, C] float32, soft IoU of a mask with what the other views tell, NaN where the view took no part;
+        `seen` [T, C] bool, False where a view is left out; `plate` [C, H, W, 3] uint8, `noise` [C] grey levels and
+        `light` [T, C, 3, 4]: the background.
+
+        >>> (p.segments["probability"].isel(time=3).sel(camera="1") >= 128).dims
+        ('frame_y', 'frame_x')
+        """
+        require_stage(SEGMENT, self.config)
+        return self._dataset(SEGMENT, lazy=True)
 
     @cached_property
     def masks(self) -> xr.Dataset:
