@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
@@ -29,6 +30,7 @@ WEIGHTS_FILES = (".safetensors", ".pth", ".pt")  # The endings by which features
 MASK_VALUES = ("auto", "white", "inverted", "alpha", "nonzero")  # data.mask_values, if it is no list of labels.
 MAX_LABEL = 65535  # The largest value of a pixel in a PNG picture of 16 bits.
 MAX_UP_COMPONENT = 1e9  # Larger components of data.up would overflow when they are squared.
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # Of a model at the Hugging Face hub.
 OF_VIDEOS = Condition("ingest.source", "videos")
 OF_DNERF_SCENE = Condition("ingest.source", "dnerf")
 OF_IMAGES = Condition("features.encoder", "images")
@@ -239,6 +241,13 @@ class Segment(Section):
         "frame; 0: none does",
     )
     device: Annotated[Device, NO_EFFECT] = Field(default="auto", description=DEVICE_DESCRIPTION)
+
+    @field_validator("sam_weights")
+    @classmethod
+    def _check_weights(cls, value: str) -> str:
+        if not is_weights_folder(value) and not HUB_NAME.fullmatch(value):
+            raise ValueError("must be a name at the hub, OWNER/MODEL, or a folder: a whole path, or ./FOLDER")
+        return value
 
 
 class Ingest(Section):

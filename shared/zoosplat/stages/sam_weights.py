@@ -17,8 +17,11 @@ READ_ENDINGS = (".json", ".safetensors", ".txt")
 
 
 def list_weights(folder: str) -> list[str]:
-    """The files of a folder that are read, by their names; none where there is no such folder."""
-    if urls.is_s3(folder) or not os.path.isdir(folder):
+    """The files of a folder that are read, by their names; none where there is no such folder of this machine."""
+    if urls.is_s3(folder):
+        return []
+    urls.check_local(folder)
+    if not os.path.isdir(folder):
         return []
     return sorted(name for name in os.listdir(folder) if name.endswith(READ_ENDINGS))
 
