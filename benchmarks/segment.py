@@ -10,12 +10,17 @@ videos alone to the end of stage ingest, as `zoosplat run --set data.masks=auto`
     absent  share of the views that the stage leaves out; they do not count in the other columns
     hull    IoU of a view's mask with what the masks of all other views leave of it: median, median of the worst camera
     true    the same with the true masks
+    instants/s, prepare   of the stage's shards, in processes beside one another; what it does before them, seconds
+    peak memory           the most that one of the stage's processes has held, imports included
+
+`--repeat 20` plays synthetic recordings 20 times over: speed and memory of a long recording, without filming it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -35,12 +40,14 @@ from zoosplat.stages.results import Result
 from zoosplat.stages.runs import Run
 from zoosplat.storage import objects, schema
 from zoosplat.synthetic.difficulty import DIFFICULTIES
+from zoosplat.synthetic.stand_in import loop_video
 
 Bool = npt.NDArray[np.bool_]
 
 KINDS = ("mouse", *DIFFICULTIES)
+PARTS = ("videos", "masks")  # Folders of a synthetic recording, a video a camera in each.
 SYNTHETIC = """
-name: {kind}
+name: {name}
 data:
   directory: {folder}
   videos: [{videos}]
@@ -58,20 +65,38 @@ HEADER = """
 |---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def make_synthetic(kind: str, folder: Path, frames: int, width: int, height: int) -> str:
+def make_synthetic(kind: str, folder: Path, frames: int, size: tuple[int, int], repeat: int) -> str:
     """Write a synthetic recording, unless it is there, and return the path of its configuration."""
     from zoosplat.synthetic.hard import make_hard_recording
     from zoosplat.synthetic.recording import make_recording
 
-    data, config = folder / f"{kind}_{frames}_{width}x{height}", folder / f"{kind}_{frames}_{width}x{height}.yaml"
+    width, height = size
+    name = f"{kind}_{frames}_{width}x{height}"
+    data, config = folder / name, folder / f"{name}.yaml"
     if not config.exists():  # It is written last.
         if kind == "mouse":
             make_recording(data, n_frames=frames, width=width, height=height)
         else:
             make_hard_recording(data, kind, frames, width, height)
-        names = {part: ", ".join(f"{part}/{c}.mp4" for c in range(6)) for part in ("videos", "masks")}
-        config.write_text(SYNTHETIC.format(kind=kind, folder=data.resolve(), **names))
+        write_config(config, kind, data)
+    if repeat == 1:
+        return str(config)
+    looped, config = folder / f"{name}_x{repeat}", folder / f"{name}_x{repeat}.yaml"
+    if not config.exists():
+        for part in PARTS:
+            (looped / part).mkdir(parents=True, exist_ok=True)
+            for video in (data / part).glob("*.mp4"):
+                loop_video(video, looped / part / video.name, repeat)
+        for file in ("camera_params.h5", "vertical_lines.npz"):
+            shutil.copy(data / file, looped)
+        write_config(config, f"{kind} x {repeat}", looped)
     return str(config)
+
+
+def write_config(path: Path, name: str, data: Path) -> None:
+    """The configuration of a synthetic recording in the folder `data`."""
+    files = {part: ", ".join(f"{part}/{c}.mp4" for c in range(6)) for part in PARTS}
+    path.write_text(SYNTHETIC.format(name=name, folder=data.resolve(), **files))
 
 
 def run_ingest(config: str, url: str, overrides: list[str]) -> Run:
@@ -243,6 +268,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("segment"), help="of recordings and projects")
     parser.add_argument("--frames", type=int, default=200, help="of synthetic recordings")
     parser.add_argument("--size", default="1152x1024", metavar="WxH", help="of synthetic recordings, pixels")
+    parser.add_argument("--repeat", type=int, default=1, help="times that synthetic recordings are played")
     parser.add_argument("--hull-instants", type=int, default=12, help="frames in which views are compared")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, help="a JSON file of the rows")
@@ -253,7 +279,8 @@ def main() -> None:
     print(HEADER, flush=True)
     for recording in args.recordings or KINDS:
         synthetic = recording in KINDS
-        config = make_synthetic(recording, args.folder, args.frames, width, height) if synthetic else recording
+        size = (width, height)
+        config = make_synthetic(recording, args.folder, args.frames, size, args.repeat) if synthetic else recording
         url = str((args.folder / "projects" / Path(config).stem).resolve())
         rows.append(measure(config, url, args.overrides, args.hull_instants))
         print(line(rows[-1]), flush=True)

@@ -87,8 +87,9 @@ def view(
 ) -> None:
     """Look at a project in the browser, while it runs or when it is done. Ctrl-C ends it.
 
-    Cameras with their pictures, hull, path and Gaussians of each frame, held-out views beside their renderings, and
-    the map of the embedding: a click in it goes to that frame.
+    Cameras with their pictures, hull, path and Gaussians of each frame, held-out views beside their renderings, masks
+    that were made from the videos over the raw pictures, and the map of the embedding: a click in it goes to that
+    frame.
     """
     with storage_errors(project), ended_by_ctrl_c():
         try:

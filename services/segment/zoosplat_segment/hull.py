@@ -31,7 +31,8 @@ def sample_views(masks: Tensor, pixels: Tensor, seen: Tensor, footprint: int) ->
     height, width = masks.shape[1:]
     if footprint > 1:
         odd = footprint | 1
-        masks = F.max_pool2d(masks[:, None], odd, 1, odd // 2)[:, 0]
+        rows = F.max_pool2d(masks[:, None], (odd, 1), 1, (odd // 2, 0))
+        masks = F.max_pool2d(rows, (1, odd), 1, (0, odd // 2))[:, 0]
     size = torch.tensor([width, height], dtype=pixels.dtype, device=pixels.device)
     grid = ((2 * pixels + 1) / size - 1).nan_to_num(-9.0)
     values = F.grid_sample(masks[:, None], grid[:, :, None], padding_mode="zeros", align_corners=False)[:, 0, :, 0]
@@ -50,21 +51,21 @@ def leave_one_out(values: Tensor, trusted: Tensor) -> Tensor:
     """
     trusted = trusted if trusted.ndim == 2 else trusted[:, None]
     known = torch.where(trusted & ~values.isnan(), values, torch.inf)
-    lowest, order = known.sort(0)
     n_known = known.isfinite().sum(0)
+    # The two lowest values of the others are found among the three lowest of all.
+    first, second, third = (torch.full_like(values[0], torch.inf) for _ in range(3))
+    for row in known:
+        middle = torch.maximum(first, row)
+        first = torch.minimum(first, row)
+        high = torch.maximum(second, middle)
+        second = torch.minimum(second, middle)
+        third = torch.minimum(third, high)
     out = []
-    for c in range(len(values)):
-        others = n_known - known[c].isfinite().to(n_known.dtype)
-        if len(values) == 1:
-            out.append(torch.zeros_like(values[0]))
-            continue
-        # The lowest values of the others are found among the three lowest of all.
-        chosen = lowest[: LOWEST + 1].clone()
-        own = order[: LOWEST + 1] == c
-        chosen = torch.where(own, torch.inf, chosen).sort(0)[0][:LOWEST]
-        first, second = chosen[0], chosen[min(1, len(chosen) - 1)]
-        both = (first + second) / 2
-        sure = torch.where(others > LOWEST, both, first)
+    for row in known:
+        lowest = torch.where(row <= first, second, first)
+        next_lowest = torch.where(row <= second, third, second)
+        others = n_known - row.isfinite().to(n_known.dtype)
+        sure = torch.where(others > LOWEST, (lowest + next_lowest) / 2, lowest)
         out.append(torch.where(others >= FEWEST_VIEWS, sure, torch.zeros_like(sure)))
     return torch.stack(out)
 

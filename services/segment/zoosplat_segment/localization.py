@@ -36,7 +36,9 @@ def pieces(mask: npt.NDArray[np.float32]) -> list[tuple[float, float, float]]:
     return sorted(found, reverse=True)[:MAX_PIECES]
 
 
-def locate(rig: Rig, masks: Tensor, scale: float, views: list[int], ell_m: float, floor_m: float | None) -> Tensor | None:
+def locate(
+    rig: Rig, masks: Tensor, scale: float, views: list[int], ell_m: float, floor_m: float | None
+) -> Tensor | None:
     """The point [3], metres, round which the animal is; None where no two views agree on one.
 
     Args:
@@ -52,9 +54,7 @@ def locate(rig: Rig, masks: Tensor, scale: float, views: list[int], ell_m: float
     for c in views:
         if found[c]:
             small = torch.tensor([[x, y] for _, x, y in found[c]], dtype=torch.float32, device=rig.device)
-            places = torch.zeros(len(rig), len(small), 2, device=rig.device)
-            places[c] = (small + 0.5) * scale - 0.5
-            directions.append(rig.rays_at(places)[c])
+            directions.append(rig.rays_at(c, ((small + 0.5) * scale - 0.5)[None])[0])
             origins.append(rig.centers[c].expand(len(small), 3))
             owners += [c] * len(small)
     if len(set(owners)) < 2:
@@ -89,9 +89,13 @@ def _votes(rig: Rig, masks: Tensor, scale: float, views: list[int], points: Tens
     size = torch.tensor([width, height], dtype=torch.float32, device=rig.device)
     for c in views:
         radius = max(1, int(NEARBY * ell_m * float(per_metre[c])))
-        blurred = F.avg_pool2d(masks[c][None, None], 2 * radius + 1, 1, radius, count_include_pad=False)
+        edge = 2 * radius + 1
+        rows = F.avg_pool2d(masks[c][None, None], (edge, 1), 1, (radius, 0), count_include_pad=False)
+        blurred = F.avg_pool2d(rows, (1, edge), 1, (0, radius), count_include_pad=False)
         place = (pixels[c] + 0.5) / scale
         grid = 2 * place / size - 1
-        vote = F.grid_sample(blurred, grid.nan_to_num(-9.0)[None, None], padding_mode="zeros", align_corners=False)[0, 0, 0]
+        vote = F.grid_sample(blurred, grid.nan_to_num(-9.0)[None, None], padding_mode="zeros", align_corners=False)[
+            0, 0, 0
+        ]
         total += (3 * vote).clamp_max(1)
     return total

@@ -80,8 +80,11 @@ def build_network(weights: dict[str, Tensor] | None, device: torch.device) -> Ma
     """A network with weights; None: those of the package."""
     network = MaskNetwork()
     values = package_weights() if weights is None else weights
-    network.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in values.items()})
-    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    network.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
+    )
+    moved: MaskNetwork = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
 
 
 def load_network(weights: dict[str, Tensor] | None, device: torch.device) -> MaskNetwork:

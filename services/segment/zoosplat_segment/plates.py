@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from zoosplat.recording.video import Planes, window_rgb
 from zoosplat_segment.background import apply_light, fit_light
 from zoosplat_segment.network import MULTIPLE, NO_PRIOR, MaskNetwork
-from zoosplat_segment.windows import Window, as_tensor
+from zoosplat_segment.windows import Window
 
 U8 = npt.NDArray[np.uint8]
 ROUNDS = 2  # rounds of masks and plates
@@ -33,8 +33,8 @@ CLOSING = 9  # pixels; gaps that are closed before enclosed pixels are looked fo
 STILL_SHARE = 0.9  # share of the frames in which a static pixel is as it always is
 STILL = 2.0  # spread of a static pixel at most, over that of most pixels of the picture
 LEAST_SPREAD = 0.8  # grey levels; spread of most pixels at least
-FEWEST_FRAMES = 3  # frames that must tell a pixel of the plate
-RIM = 9  # pixels of a small picture that are left out round a mask, edge of the square
+FEWEST_FRAMES = 2  # frames that must tell a pixel of the plate
+RIM = 5  # pixels of a small picture that are left out round a mask, edge of the square
 STRIP = 64  # rows of the plate that are computed at once
 TOLERANCES = (16.0, 8.0)  # grey levels; a frame that differs so much from the mean has 1/e of the weight
 
@@ -56,7 +56,8 @@ def small_plates(
     """
     n = len(frames)
     plates = first if first is not None else _vote(network, frames, noise, progress)
-    masks, lights = [], []
+    masks: list[Tensor] = []
+    lights: list[Tensor] = []
     rounds = ROUNDS if first is None else 1
     for turn in range(rounds):
         masks, lights = [], []
@@ -73,7 +74,7 @@ def small_plates(
 
 def _vote(network: MaskNetwork, frames: Tensor, noise: Tensor, progress: Callable[[int, int, str], None]) -> Tensor:
     """First plates [C, 3, h, w] of frames [K, C, 3, h, w]: medians of frames in which no animal covers the pixel."""
-    chosen = frames[torch.linspace(0, len(frames) - 1, min(PAIRED, len(frames))).round().long().unique()]
+    chosen = frames[sorted({round(i * (len(frames) - 1) / (PAIRED - 1)) for i in range(PAIRED)})]
     height, width = chosen.shape[-2:]
     ratio = min(1.0, PAIR_EDGE / max(height, width))
     size = [max(MULTIPLE, round(n * ratio / MULTIPLE) * MULTIPLE) for n in (height, width)]
@@ -111,7 +112,8 @@ def _vote(network: MaskNetwork, frames: Tensor, noise: Tensor, progress: Callabl
 def _run(network: MaskNetwork, frames: Tensor, plates: Tensor, noise: Tensor) -> Tensor:
     """Masks [n, h, w] of pictures and plates [n, 3, h, w], 0 to 255, each alone."""
     none = torch.full_like(frames[:, :1], NO_PRIOR)
-    return network(frames / 255, plates / 255, noise, none).float().sigmoid()[:, 0]
+    masks: Tensor = network(frames / 255, plates / 255, noise, none).float().sigmoid()[:, 0]
+    return masks
 
 
 def grow(mask: Tensor) -> Tensor:
@@ -179,8 +181,10 @@ def masked_plates(frames: Tensor, plates: Tensor, masks: Tensor, lights: Tensor)
     """The median of what frames show where nothing is in the way; a camera at a time."""
     out, static = [], find_static(frames)
     for c in range(len(plates)):
-        lit = torch.stack([_unlit(frame, light) for frame, light in zip(frames[:, c].float(), lights[:, c], strict=True)])
-        hidden = grow(masks[:, c] > 0.3) & ~static[c]
+        lit = torch.stack(
+            [_unlit(frame, light) for frame, light in zip(frames[:, c].float(), lights[:, c], strict=True)]
+        )
+        hidden = grow(masks[:, c] > 0.5) & ~static[c]
         unknown = (~hidden).sum(0) < FEWEST_FRAMES
         out.append(_inpaint(_median(lit, hidden), unknown))
     return torch.stack(out)
@@ -230,7 +234,9 @@ def full_plate(
         last = min(hidden.shape[1], -(-(top + rows) // s))
         free = (~hidden[:, top // s : last]).float().repeat_interleave(s, 1).repeat_interleave(s, 2)
         free = F.pad(free, (0, max(0, width - free.shape[2]), 0, max(0, rows - free.shape[1])))[:, :rows, :width]
-        guess = F.interpolate(coarse[None, :, top // s : last], scale_factor=float(s), mode="bilinear", align_corners=False)[0]
+        guess = F.interpolate(
+            coarse[None, :, top // s : last], scale_factor=float(s), mode="bilinear", align_corners=False
+        )[0]
         guess = F.pad(guess, (0, max(0, width - guess.shape[2]), 0, max(0, rows - guess.shape[1])), mode="replicate")
         guess = guess[:, :rows, :width]
         total = free.sum(0)

@@ -9,6 +9,7 @@ one instant after the other, each without regard to the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,10 @@ from zoosplat.config.experiment import Experiment
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording.facts import RecordingFacts
 from zoosplat.recording.video import Planes
-from zoosplat_segment.network import load_network
+from zoosplat_segment import adaptation
+from zoosplat_segment.network import load_network, package_weights
 from zoosplat_segment.plates import full_plate, grow, masked_plates, small_plates
-from zoosplat_segment.segmenter import Preparation, Segmenter
+from zoosplat_segment.segmenter import Preparation, Segmenter, Study
 from zoosplat_segment.windows import as_tensor, whole_picture
 
 # From kept frames, ascending, to an instant each: C whole frames as the cameras saw them.
@@ -29,6 +31,8 @@ ReadFrames = Callable[[Sequence[int]], Iterator[list[Planes]]]
 # Takes steps done, their total, and a message.
 Progress = Callable[[int, int, str], None]
 FULL_FRAMES = 24  # frames from which plates of full resolution are made
+FLOOR_ROOM = 0.04  # room below the lowest points of the hulls, in edges of the tracking cube
+FEWEST_INSTANTS = 5  # instants with a hull from which the floor is told
 KEPT_BYTES = 700 << 20  # largest size of the frames that are kept in memory
 FIRST_NOISE = 3.0  # grey levels; the noise before it is measured
 MIN_NOISE, MAX_NOISE = 1.0, 12.0  # grey levels; range of the noise
@@ -76,12 +80,61 @@ def prepare_recording(
         taken = [kept[k] for k in chosen]
         prepared = _full_plates(taken, masks[chosen], lights[chosen], coarse, size, empty_scenes, progress)
         segmenter = Segmenter(prepared, experiment, cameras, size, device)
+        studies = []
         for i, frames in enumerate(taken):
-            masks[chosen[i]] = segmenter.small_masks(frames)
+            studies.append(segmenter.study(frames))
+            masks[chosen[i]] = studies[-1].masks.half()
             progress(i + 1, len(taken), "masks by all views")
         if first is None:
             coarse = masked_plates(stacked[chosen], coarse, masks[chosen], lights[chosen])
-        return _full_plates(taken, masks[chosen], lights[chosen], coarse, size, empty_scenes, progress)
+        prepared = _full_plates(taken, masks[chosen], lights[chosen], coarse, size, empty_scenes, progress)
+    floor = _find_floor(studies, segmenter.ell_m)
+    prepared = replace(prepared, floor_m=floor, warnings=tuple(_warnings(studies)))
+    return replace(prepared, weights=_learn(prepared, experiment, cameras, size, taken, device, progress))
+
+
+def _find_floor(studies: Sequence[Study], ell_m: float) -> float | None:
+    """A height below which nothing of the animal was in nearly all instants; None where there are few."""
+    lowest = [study.lowest_m for study in studies if study.lowest_m is not None]
+    return float(np.quantile(lowest, 0.1)) - FLOOR_ROOM * ell_m if len(lowest) >= FEWEST_INSTANTS else None
+
+
+def _warnings(studies: Sequence[Study]) -> Iterator[str]:
+    lost = sum(study.lowest_m is None for study in studies)
+    if lost > len(studies) / 2:
+        yield (
+            f"in {lost} of {len(studies)} frames that were looked at the views do not agree on where the animal is; check "
+            "calibration, that the videos are in step, and that center_rotation.ell has room for the animal"
+        )
+
+
+def _learn(
+    prepared: Preparation,
+    experiment: Experiment,
+    cameras: Cameras,
+    size: tuple[int, int],
+    taken: Sequence[list[Planes]],
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Weights that have learned from the recording, or else those of the package."""
+    minutes = experiment.segment.adapt_minutes
+    # SAM does not learn, and what the network learns is for windows, in which SAM looks.
+    if minutes > 0 and experiment.segment.method == "network":
+        segmenter = Segmenter(prepared, experiment, cameras, size, device)
+        tests = taken[:: adaptation.TESTED]
+        lessons = [segmenter.study(f).lesson for i, f in enumerate(taken) if i % adaptation.TESTED]
+
+        def agreement(weights: dict[str, Tensor] | None) -> float:
+            other = Segmenter(replace(prepared, weights=weights or {}), experiment, cameras, size, device)
+            found = [other.study(frames).agreement for frames in tests]
+            return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
+
+        known = [lesson for lesson in lessons if lesson is not None]
+        weights = adaptation.adapt(known, minutes, device, agreement, progress)
+        if weights:
+            return weights
+    return package_weights()
 
 
 def _full_plates(
@@ -95,7 +148,7 @@ def _full_plates(
 ) -> Preparation:
     plates, noises = [], []
     for c in range(len(coarse)):
-        frames, hidden = [frames[c] for frames in taken], grow(masks[:, c] > 0.3).cpu()
+        frames, hidden = [frames[c] for frames in taken], grow(masks[:, c] > 0.5).cpu()
         plate, noise = full_plate(frames, hidden, lights[:, c].cpu(), coarse[c].cpu(), whole_picture(size), size)
         plates.append(plate if empty_scenes is None else empty_scenes[c])
         noises.append(noise)

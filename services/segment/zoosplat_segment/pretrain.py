@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoosplat_segment import hull
-from zoosplat_segment.network import NO_PRIOR, MaskNetwork
+from zoosplat_segment.network import NO_PRIOR, MaskNetwork, build_network
 from zoosplat_segment.scenes import SIZE, SceneBatch, SceneComposer
 from zoosplat_segment.sprites import render_many
 
@@ -38,7 +38,9 @@ def views_alone(model: MaskNetwork, batch: SceneBatch) -> Tensor:
 
 def predict(model: MaskNetwork, batch: SceneBatch, prior: Tensor) -> Tensor:
     """[B, V, s, s] logits."""
-    flat = model(batch.frame.flatten(0, 1), batch.plate.flatten(0, 1), batch.noise.flatten(), prior.flatten(0, 1)[:, None])
+    flat = model(
+        batch.frame.flatten(0, 1), batch.plate.flatten(0, 1), batch.noise.flatten(), prior.flatten(0, 1)[:, None]
+    )
     return flat.view(batch.target.shape)
 
 
@@ -133,13 +135,13 @@ def evaluate(model: MaskNetwork, tests: list[SceneBatch]) -> tuple[float, float,
     return first, second, third
 
 
-def pretrain(composer: SceneComposer, tests: list[SceneBatch], seconds: float, start_from: str | None, out: str) -> MaskNetwork:
+def pretrain(
+    composer: SceneComposer, tests: list[SceneBatch], seconds: float, start_from: str | None, out: str
+) -> MaskNetwork:
     """Train for some seconds; returns the network with averaged weights."""
     device = composer.device
-    model, averaged = (MaskNetwork().to(device, memory_format=torch.channels_last) for _ in range(2))
-    if start_from is not None:
-        model.load_state_dict({key: value.float() for key, value in load_file(start_from).items()})
-    averaged.load_state_dict(model.state_dict())
+    first = MaskNetwork().state_dict() if start_from is None else load_file(start_from)
+    model, averaged = build_network(first, device), build_network(first, device)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-3)
     step, losses, spent, began = 0, torch.zeros((), device=device), 0.0, time.monotonic()
     with Progress() as progress:
@@ -184,7 +186,9 @@ def pretrain(composer: SceneComposer, tests: list[SceneBatch], seconds: float, s
 def save(model: MaskNetwork, path: str) -> None:
     """Write the weights, in half precision."""
     values = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
-    save_file({key: value.cpu().contiguous(memory_format=torch.contiguous_format) for key, value in values.items()}, path)
+    save_file(
+        {key: value.cpu().contiguous(memory_format=torch.contiguous_format) for key, value in values.items()}, path
+    )
 
 
 def main() -> None:

@@ -79,15 +79,13 @@ class Rig:
         x, y = pixels[..., 0], pixels[..., 1]
         return (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)
 
-    def rays_at(self, pixels: Tensor) -> Tensor:
-        """Unit vectors [C, h, w, 3] in the world of pixels [C, h, w, 2], or [C, N, 3] of [C, N, 2]."""
-        flat = pixels if pixels.ndim == 4 else pixels[:, None]
+    def rays_at(self, camera: int, pixels: Tensor) -> Tensor:
+        """Unit vectors [h, w, 3] in the world of pixels [h, w, 2] of a camera."""
         height, width = self.rays.shape[2:]
         size = torch.tensor([width - 1, height - 1], dtype=torch.float32, device=self.device)
-        grid = 2 * flat / RAY_STEP / size - 1
-        found = F.grid_sample(self.rays, grid, padding_mode="border", align_corners=True)
-        rays = F.normalize(found, dim=1).permute(0, 2, 3, 1)
-        return rays if pixels.ndim == 4 else rays[:, 0]
+        grid = 2 * pixels / RAY_STEP / size - 1
+        found = F.grid_sample(self.rays[camera : camera + 1], grid[None], padding_mode="border", align_corners=True)
+        return F.normalize(found, dim=1)[0].permute(1, 2, 0)
 
     def pixels_per_metre(self, center: Tensor) -> Tensor:
         """[C] pixels that a metre at a point [3] covers."""

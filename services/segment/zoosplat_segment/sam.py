@@ -25,6 +25,7 @@ from zoosplat.stages.sam_weights import SAM2_TYPES, check_kind
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
+LONGEST = 1024  # pixels; longest edge of a window, near to that of the models' input
 POINTS = 3  # points inside the animal that are prompts
 SURE = 0.5  # value of a hint from which the animal is there, or less where the whole hint is lower
 SHARE = 0.75  # of the largest value of a low hint
@@ -61,6 +62,19 @@ class Sam(ABC):
     @abstractmethod
     def embed(self, picture: U8) -> Embedding:
         """Look at an RGB picture [h, w, 3]."""
+
+    def masks(self, pictures: Tensor, hints: Tensor, seen: dict[int, Embedding]) -> Tensor:
+        """Masks [n, h, w], 0 to 1, in pictures.
+
+        Args:
+            pictures: [n, 3, h, w] RGB, 0 to 255.
+            hints: [n, h, w] 0 to 1, where the animal is in each.
+            seen: what was seen in these pictures before; what is seen now is added.
+        """
+        for i in range(len(pictures)):
+            if i not in seen:
+                seen[i] = self.embed(pictures[i].byte().permute(1, 2, 0).cpu().numpy())
+        return torch.stack([self.mask(seen[i], hint) for i, hint in enumerate(hints)])
 
     def mask(self, embedding: Embedding, hint: Tensor) -> Tensor:
         """The mask [h, w], 0 to 1, of the animal that a hint [h, w], 0 to 1, shows; 0 where it shows none."""

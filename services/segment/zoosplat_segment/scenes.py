@@ -157,7 +157,9 @@ class SceneComposer:
         kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
         kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(canvas.shape[1], 0)
         flat = canvas.reshape(1, -1, *canvas.shape[2:])
-        flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), mode="replicate"), kernel[:, None, None], groups=len(kernel))
+        flat = F.conv2d(
+            F.pad(flat, (radius, radius, 0, 0), mode="replicate"), kernel[:, None, None], groups=len(kernel)
+        )
         flat = F.conv2d(
             F.pad(flat, (0, 0, radius, radius), mode="replicate"), kernel[:, None, :, None], groups=len(kernel)
         )
@@ -246,7 +248,9 @@ class SceneComposer:
         k = torch.arange(8, device=self.device, dtype=torch.float32)
         basis = torch.cos((2 * k[None] + 1) * k[:, None] * torch.pi / 16) * 0.5
         basis[0] *= 0.5**0.5
-        luma = (pictures * torch.tensor([0.299, 0.587, 0.114], device=self.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        luma = (pictures * torch.tensor([0.299, 0.587, 0.114], device=self.device).view(1, 3, 1, 1)).sum(
+            1, keepdim=True
+        )
         chroma = pictures - luma
         soft = F.interpolate(F.avg_pool2d(chroma, 2), scale_factor=2.0, mode="bilinear", align_corners=False)
         blocks = luma.view(n, SIZE // 8, 8, SIZE // 8, 8).permute(0, 1, 3, 2, 4)
@@ -271,9 +275,13 @@ class SceneComposer:
 
         # The frame is the background in other light, with a shadow and reflections.
         frame, plate = background, background
-        patches = 1 + self._chance(0.4, n, 1, 1, 1) * 0.06 * self._field(n, 1, 2, 2, torch.full((n,), 0.6, device=self.device))
+        patches = 1 + self._chance(0.4, n, 1, 1, 1) * 0.06 * self._field(
+            n, 1, 2, 2, torch.full((n,), 0.6, device=self.device)
+        )
         shade = self._shadow(animals, intrinsics, poses).flatten(0, 1)[:, None]
-        depth = (self._chance(0.8, scenes, 1) * self._uniform(0.05, 0.65, scenes, 1)).expand(-1, views).reshape(n, 1, 1, 1)
+        depth = (
+            (self._chance(0.8, scenes, 1) * self._uniform(0.05, 0.65, scenes, 1)).expand(-1, views).reshape(n, 1, 1, 1)
+        )
         frame = frame * patches * (1 - depth * shade)
         contact = F.avg_pool2d(F.max_pool2d(alpha[:, None], 5, 1, 2), 13, 1, 6).roll(3, 2)
         frame = frame * (1 - self._chance(0.5, n, 1, 1, 1) * self._uniform(0, 0.4, n, 1, 1, 1) * contact)
@@ -312,7 +320,9 @@ class SceneComposer:
         grain = torch.where(self._chance(0.5, n, 1, 1, 1) > 0, grain, grain[:, :1])
         grain = self._blur_some(grain, 0.5, 1.0)
         frame = self._compress((frame + sigma.view(-1, 1, 1, 1) * grain).clamp(0, 1)).clamp(0, 1)
-        plate = (plate + 0.15 * sigma.view(-1, 1, 1, 1) * torch.randn(plate.shape, generator=self.random, device=self.device)).clamp(0, 1)
+        plate = (
+            plate + 0.15 * sigma.view(-1, 1, 1, 1) * torch.randn(plate.shape, generator=self.random, device=self.device)
+        ).clamp(0, 1)
         noise = sigma * self._log_uniform(0.7, 1.5, n)
 
         center = self.points[animals].mean(1)
@@ -361,7 +371,9 @@ class SceneComposer:
             turns = torch.randint(4, (1,), generator=self.random, device=self.device).item()
             coverage = torch.rot90(coverage, int(turns), (1, 2)) * on[:, None, None]
             visible = coverage * (1 - target * (1 - before))
-            texture = colour[..., None, None] * (1 + 0.1 * self._field(n, 1, 8, 3, torch.full((n,), 0.7, device=self.device)))
+            texture = colour[..., None, None] * (
+                1 + 0.1 * self._field(n, 1, 8, 3, torch.full((n,), 0.7, device=self.device))
+            )
             frame = frame * (1 - visible[:, None]) + visible[:, None] * texture.clamp(0, 1)
             target = target * (1 - coverage * before)
         return frame, target
