@@ -30,7 +30,7 @@ from zoosplat_segment.segmenter import InstantMasks, Segmenter
 if TYPE_CHECKING:
     from tests.conftest import Recording
 
-HELD_OUT, FRAMES, CPU = 3, 3, torch.device("cpu")
+HELD_OUT, FRAMES, K, CPU = 3, 3, 20, torch.device("cpu")
 
 
 def configured(
@@ -49,14 +49,19 @@ def run_segment(project: Path, experiment: Experiment) -> Run:
 
 
 def write_keypoints(folder: Path) -> list[str]:
-    """The middle of the animal in each frame, of each camera's own masks, in DeepLabCut's layout."""
+    """Points all over the animal in each frame, by each camera's own masks, in DeepLabCut's layout."""
     names = []
     for c in range(4):
         info = video.probe(str(folder / f"masks/{c}.mp4"), f"{c}")
-        rows = ["scorer,s,s,s", "bodyparts,middle,middle,middle", "coords,x,y,likelihood"]
+        header = [
+            ("scorer", "bodyparts", "coords"),
+            *(("s", str(k), n) for k in range(K) for n in ("x", "y", "likelihood")),
+        ]
+        rows = [",".join(level) for level in zip(*header, strict=True)]
         for t, frame in enumerate(video.read_frames(info, 0, info.n_frames)):
-            y, x = np.nonzero(video.luma_mask(video.planes(frame), 1))
-            rows.append(f"{t},{x.mean()},{y.mean()},0.9")
+            places = np.argwhere(video.luma_mask(video.planes(frame), 1))
+            chosen = places[np.linspace(0, len(places) - 1, K).astype(int)]
+            rows.append(",".join([str(t), *(f"{x},{y},0.9" for y, x in chosen)]))
         (folder / f"{c}.csv").write_text("\n".join(rows))
         names.append(f"{c}.csv")
     return names
@@ -93,10 +98,10 @@ def alike(one: InstantMasks, other: InstantMasks, cameras: Sequence[int]) -> boo
 # -- keypoints ----------------------------------------------------------------------------------------------------
 def test_the_group_holds_the_keypoints_of_the_kept_frames(run: Run, folder: Path) -> None:
     found = schema.read(run.open_input("segment"), "keypoints")
-    assert found.shape == (FRAMES, 4, 1, 3)
+    assert found.shape == (FRAMES, 4, K, 3)
     for c in range(4):
         given = np.loadtxt(folder / f"{c}.csv", delimiter=",", skiprows=3)
-        np.testing.assert_allclose(found[:, c, 0], given[[0, 2, 4], 1:], rtol=1e-6)
+        np.testing.assert_allclose(found[:, c].reshape(FRAMES, -1), given[[0, 2, 4], 1:], rtol=1e-6)
     assert {key for key in run.sources["segment"] if "keypoints" in key} == {f"data.keypoints[{c}]" for c in range(4)}
 
 
@@ -151,7 +156,7 @@ class Echo(Sam):
 def test_sam_is_asked_where_the_animal_is_and_looks_once_at_each_window(
     run: Run, folder: Path, recording: Recording
 ) -> None:
-    """With answers that are the hints, the masks are what the others tell, and lie where the true masks do."""
+    """With answers that are the hints, the masks are hulls of hulls, wide, but where the true masks are."""
     echo = Echo()
     masks = segmenter_of(run, echo).segment(read_instant(folder))
     assert echo.looked == 4 + 1  # windows of all views together, and of the held-out one alone
@@ -160,7 +165,7 @@ def test_sam_is_asked_where_the_animal_is_and_looks_once_at_each_window(
         info = video.probe(str(folder / f"masks/{c}.mp4"), f"{c}")
         truth = video.luma_mask(video.planes(next(iter(video.read_frames(info, 0, 1)))), 1)
         found = masks.probability[c] >= 128
-        assert (found & truth).sum() > 0.5 * (found | truth).sum(), c
+        assert (found & truth).sum() > 0.4 * (found | truth).sum(), c
 
 
 def test_with_sam_a_held_out_camera_lends_nothing_and_borrows_nothing(run: Run, folder: Path) -> None:

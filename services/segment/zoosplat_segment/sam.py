@@ -200,16 +200,17 @@ def load_sam(settings: Segment, device: torch.device) -> Sam:
     check_installed()
     import transformers
 
+    models: Any = transformers
     weights, text = settings.sam_weights, settings.sam_prompt
     try:
-        kind = transformers.AutoConfig.from_pretrained(weights, trust_remote_code=False).model_type
+        kind = models.AutoConfig.from_pretrained(weights, trust_remote_code=False).model_type
         check_kind(weights, kind, text)
         if text is not None:
-            model_class, processor_class = transformers.Sam3Model, transformers.Sam3Processor
+            model_class, processor_class = models.Sam3Model, models.Sam3Processor
         elif kind in SAM2_TYPES:
-            model_class, processor_class = transformers.Sam2Model, transformers.Sam2Processor
+            model_class, processor_class = models.Sam2Model, models.Sam2Processor
         else:
-            model_class, processor_class = transformers.Sam3TrackerModel, transformers.Sam3TrackerProcessor
+            model_class, processor_class = models.Sam3TrackerModel, models.Sam3TrackerProcessor
         model, told = model_class.from_pretrained(weights, use_safetensors=True, output_loading_info=True)
         # The package would make up tensors that the file does not hold.
         if told["missing_keys"]:
