@@ -40,7 +40,7 @@ def no_progress(done: int, total: int, message: str) -> None:
 
 
 def configured(recording: Recording, **changes: Any) -> Experiment:
-    settings = {"background_frames": 24, "adapt_minutes": 0, "device": "cpu"}
+    settings = {"background_frames": 8, "adapt_minutes": 0, "device": "cpu"}
     raw = recording.config(data__masks="auto", segment=settings, holdout_views=[HELD_OUT], **changes)
     return Experiment.model_validate(raw)
 

@@ -32,6 +32,7 @@ ReadFrames = Callable[[Sequence[int]], Iterator[list[Planes]]]
 Progress = Callable[[int, int, str], None]
 FULL_FRAMES = 24  # frames from which plates of full resolution are made
 FLOOR_ROOM = 0.04  # room below the lowest points of the hulls, in edges of the tracking cube
+STUDIED = 2  # every so many of them are segmented by all views, for the final plates
 FEWEST_INSTANTS = 5  # instants with a hull from which the floor is told
 KEPT_BYTES = 700 << 20  # largest size of the frames that are kept in memory
 FIRST_NOISE = 3.0  # grey levels; the noise before it is measured
@@ -81,10 +82,12 @@ def prepare_recording(
         prepared = _full_plates(taken, masks[chosen], lights[chosen], coarse, size, empty_scenes, progress)
         segmenter = Segmenter(prepared, experiment, cameras, size, device)
         studies = []
-        for i, frames in enumerate(taken):
-            studies.append(segmenter.study(frames))
+        studied = range(0, len(taken), STUDIED)
+        for i in studied:
+            studies.append(segmenter.study(taken[i]))
             masks[chosen[i]] = studies[-1].masks.half()
             progress(i + 1, len(taken), "masks by all views")
+        chosen, taken = [chosen[i] for i in studied], [taken[i] for i in studied]
         if first is None:
             coarse = masked_plates(stacked[chosen], coarse, masks[chosen], lights[chosen])
         prepared = _full_plates(taken, masks[chosen], lights[chosen], coarse, size, empty_scenes, progress)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import cv2
@@ -57,7 +58,9 @@ class Embedding:
 
 
 class Sam(ABC):
-    """A model that answers prompts."""
+    """A model that answers prompts, for several threads."""
+
+    _lock = Lock()
 
     @abstractmethod
     def embed(self, picture: U8) -> Embedding:
@@ -71,10 +74,12 @@ class Sam(ABC):
             hints: [n, h, w] 0 to 1, where the animal is in each.
             seen: what was seen in these pictures before; what is seen now is added.
         """
-        for i in range(len(pictures)):
-            if i not in seen:
-                seen[i] = self.embed(pictures[i].byte().permute(1, 2, 0).cpu().numpy())
-        return torch.stack([self.mask(seen[i], hint) for i, hint in enumerate(hints)])
+        # One at a time, whoever asks: memory is that of one window.
+        with self._lock:
+            for i in range(len(pictures)):
+                if i not in seen:
+                    seen[i] = self.embed(pictures[i].byte().permute(1, 2, 0).cpu().numpy())
+            return torch.stack([self.mask(seen[i], hint) for i, hint in enumerate(hints)])
 
     def mask(self, embedding: Embedding, hint: Tensor) -> Tensor:
         """The mask [h, w], 0 to 1, of the animal that a hint [h, w], 0 to 1, shows; 0 where it shows none."""

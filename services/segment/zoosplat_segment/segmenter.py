@@ -31,8 +31,9 @@ U8 = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # first and last column, first and last row, pixels
 FINE = 320  # pixels; longest edge of a window round the animal
 MARGIN = 0.15  # rim of a window, of the longer edge of the animal's box
-GRID = 64  # voxels along an edge of the hull
-CUBE_GRID = 32  # voxels along an edge where the cube round the animal is looked for
+GRID = 32, 64  # voxels along an edge of the hull, for small pictures and for large ones
+PIXELS_PER_VOXEL = 6  # pixels of the picture's longer edge for each voxel between the two
+CUBE_GRID = 28  # voxels along an edge where the cube round the animal is looked for
 PRIOR_STEP = 4.0  # pixels of a window between the rays along which the hull is looked at
 SAMPLES = 80  # places on a ray
 SURE = 0.5  # value from which hull and mask count as the animal
@@ -177,7 +178,8 @@ class Segmenter:
         self.network = load_network(preparation.weights or None, device)
         self.single = load_network(None, device)
         self.small_plates = self._small([self.whole.cut_picture(plate, size) for plate in self.plates])
-        self.voxels, self.few_voxels = hull.cube_voxels(GRID, device), hull.cube_voxels(CUBE_GRID, device)
+        self.grid = int(np.clip(max(size) // PIXELS_PER_VOXEL, *GRID))
+        self.voxels, self.few_voxels = hull.cube_voxels(self.grid, device), hull.cube_voxels(CUBE_GRID, device)
 
     def _small(self, pictures: Sequence[U8]) -> Tensor:
         return as_tensor(pictures, self.device)
@@ -248,9 +250,9 @@ class Segmenter:
         """What the trusted views but the view itself tell of each target window, [h, w] each."""
         center, half = cube
         world = center + half * self.voxels
-        values = self._values(windows, masks, world, 2 * half / GRID)
+        values = self._values(windows, masks, world, 2 * half / self.grid)
         volumes = hull.leave_one_out(values, self._flags(trusted)) * self._above_floor(world)
-        volumes = volumes.view(-1, GRID, GRID, GRID)
+        volumes = volumes.view(-1, *(self.grid,) * 3)
         out: list[Tensor | None] = []
         for c, target in enumerate(targets):
             if target is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -32,6 +33,7 @@ WEIGHTS = "weights.safetensors"  # The network's weights after it has learned fr
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # Of the agreement of a camera, in the mark.
 LOW_AGREEMENT = 0.6  # Median soft IoU of a camera below which the user is warned.
 MOST_SHOWN = 12  # Views of which the mark says where they disagree most.
+AT_ONCE = 4  # Instants that are segmented at a time; a block holds more of them in memory anyway.
 BLOCK_ARRAYS = ("probability", "light", "agreement", "seen")  # What a shard writes, block by block.
 
 
@@ -88,15 +90,17 @@ class Segment(Stage):
         segmenter = Segmenter(_read_preparation(ctx, group), ctx.experiment, cameras, size, device, sam)
         keypoints = schema.read(group, "keypoints", shard.start, shard.stop) if "keypoints" in group else None
         instants = reader.read(range(shard.start, shard.stop))
-        # A block is compressed and written while the next one is computed.
-        with ThreadPoolExecutor(1) as writer:
+        # A block is compressed and written while the next one is computed. Instants do not depend on each other; a few at
+        # a time keep a GPU busy while the windows of others are cut.
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(AT_ONCE) as pool:
             pending: list[Future[None]] = []
             for start in range(shard.start, shard.stop, plan.values["block"]):
                 stop = min(start + plan.values["block"], shard.stop)
                 block = _Block(group, stop - start)
-                for i in range(stop - start):
-                    told = None if keypoints is None else keypoints[start + i - shard.start]
-                    block.fill(i, segmenter.segment(next(instants), told))
+                frames = itertools.islice(instants, stop - start)
+                told = [None] * (stop - start) if keypoints is None else keypoints[start - shard.start :]
+                for i, masks in enumerate(pool.map(segmenter.segment, frames, told)):
+                    block.fill(i, masks)
                     ctx.progress(start + i + 1 - shard.start, shard.stop - shard.start, "")
                 for written in pending:
                     written.result()
