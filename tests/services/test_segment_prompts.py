@@ -24,8 +24,9 @@ from zoosplat.stages.runs import Run
 from zoosplat.storage import schema
 from zoosplat_segment import stage as segment
 from zoosplat_segment.reading import InstantReader
+from zoosplat_segment.results import InstantMasks
 from zoosplat_segment.sam import Embedding, Prompt, Sam
-from zoosplat_segment.segmenter import InstantMasks, Segmenter
+from zoosplat_segment.segmenter import Segmenter
 
 if TYPE_CHECKING:
     from tests.conftest import Recording
@@ -159,8 +160,9 @@ def test_sam_is_asked_where_the_animal_is_and_looks_once_at_each_window(
     """With answers that are the hints, the masks are hulls of hulls, wide, but where the true masks are."""
     echo = Echo()
     masks = segmenter_of(run, echo).segment(read_instant(folder))
-    assert echo.looked == 4 + 1  # windows of all views together, and of the held-out one alone
-    assert echo.asked == 4 * run.experiment.segment.rounds + 1
+    # The observed cameras in all rounds, and the held-out one with their help and alone.
+    assert echo.looked == 3 + 2
+    assert echo.asked == 3 * run.experiment.segment.rounds + 2
     for c in range(4):
         info = video.probe(str(folder / f"masks/{c}.mp4"), f"{c}")
         truth = video.luma_mask(video.planes(next(iter(video.read_frames(info, 0, 1)))), 1)

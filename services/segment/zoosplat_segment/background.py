@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoosplat_segment.windows import Window, pixels_of
+
 LIGHT_STEPS = 4  # rounds of reweighting in which pixels that are not background lose their weight
 LIGHT_SCALE = 6.0  # grey levels; a pixel that differs so much from the lit plate has half of the weight
 LIGHT_SAMPLES = 4096  # pixels of a small picture from which the light is fitted
+LEAST_GAIN = 0.2  # gain of a light at least, where frames are brought into the light of the plate
 RIDGE = (30.0, 30.0, 30.0, 0.02)  # how strongly gain, slopes and offset are kept at those of the plate, in grey levels
 
 
@@ -55,8 +58,32 @@ def fit_light(frames: Tensor, plates: Tensor, weights: Tensor | None = None) -> 
 
 def apply_light(plates: Tensor, light: Tensor) -> Tensor:
     """The background [C, 3, h, w], 0 to 255, of plates [C, 3, h, w] in a light [C, 3, 4]; whole pictures."""
-    height, width = plates.shape[2:]
-    x = (torch.arange(width, device=plates.device) + 0.5) / width - 0.5
-    y = (torch.arange(height, device=plates.device) + 0.5) / height - 0.5
-    g0, g1, g2, offset = light[..., None, None].unbind(2)
-    return (plates * (g0 + g1 * x + g2 * y[:, None]) + offset).clamp(0, 255)
+    gain, offset = gain_and_offset(light, *picture_places(plates.shape[3], plates.shape[2], plates.device))
+    return (plates * gain + offset).clamp(0, 255)
+
+
+def light_window(plate: Tensor, light: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
+    """The background [3, h, w], 0 to 255, of a window of a plate in a light [3, 4]; `size`: of the whole picture."""
+    places = pixels_of(window, 1.0, plate.device)
+    x, y = (places[..., 0] + 0.5) / size[0] - 0.5, (places[..., 1] + 0.5) / size[1] - 0.5
+    gain, offset = gain_and_offset(light, x, y)
+    return (plate * gain + offset).clamp(0, 255)
+
+
+def remove_light(frames: Tensor, light: Tensor) -> Tensor:
+    """Frames [n, 3, h, w] in the light of the plate, from theirs [n, 3, 4]; whole pictures, 0 to 255."""
+    gain, offset = gain_and_offset(light, *picture_places(frames.shape[3], frames.shape[2], frames.device))
+    return ((frames - offset) / gain.clamp_min(LEAST_GAIN)).clamp(0, 255)
+
+
+def picture_places(width: int, height: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x [w] and y [h, 1] of the pixels of a whole picture, as the light is told of them: -0.5 to 0.5."""
+    x = (torch.arange(width, device=device) + 0.5) / width - 0.5
+    y = (torch.arange(height, device=device) + 0.5) / height - 0.5
+    return x, y[:, None]
+
+
+def gain_and_offset(light: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """What a light [..., 3, 4] multiplies pixels of the plate at x, y with, and what it adds, as [..., 3, h, w]."""
+    g0, g1, g2, offset = light[..., None, None].unbind(-3)
+    return g0 + g1 * x + g2 * y, offset

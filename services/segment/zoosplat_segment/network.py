@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib import resources
 
 import torch
@@ -16,8 +17,6 @@ NO_PRIOR = 0.5  # value of the prior where other views say nothing
 CHANGE_SIGMAS = 8.0  # a change of so many standard deviations of the noise is as sure as a larger one
 MIN_NOISE = 1 / 255  # smallest standard deviation of the noise, of the full range of grey levels
 INPUTS = 8  # frame and plate in red, green and blue, the change in units of the noise, and the prior
-
-
 WEIGHTS = "masks.safetensors"  # beside this module; see `pretrain`
 
 
@@ -33,7 +32,7 @@ class MaskNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = _convolve(INPUTS, CHANNELS[0])
-        levels = list(zip(CHANNELS, CHANNELS[1:], strict=False))
+        levels = list(itertools.pairwise(CHANNELS))
         self.down = nn.ModuleList(
             nn.Sequential(_convolve(above, here, 2), *(_convolve(here, here) for _ in range(1 if i == 0 else 2)))
             for i, (above, here) in enumerate(levels)
@@ -83,7 +82,7 @@ def build_network(weights: dict[str, Tensor] | None, device: torch.device) -> Ma
     network.load_state_dict(
         {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
     )
-    moved: MaskNetwork = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    moved: MaskNetwork = network.to(device).to(memory_format=torch.channels_last)
     return moved
 
 
@@ -97,3 +96,20 @@ def load_network(weights: dict[str, Tensor] | None, device: torch.device) -> Mas
                 assert isinstance(convolution, nn.Conv2d)
                 setattr(block, name, nn.Sequential(fuse_conv_bn_eval(convolution, layer[1]), layer[2]))
     return network
+
+
+def predict_masks(
+    network: MaskNetwork, frames: Tensor, plates: Tensor, noise: Tensor, priors: Tensor | None = None
+) -> Tensor:
+    """Probabilities [n, h, w] that pixels are animal.
+
+    Args:
+        network: for inference.
+        frames: [n, 3, h, w] 0 to 255.
+        plates: [n, 3, h, w] 0 to 255, in the frames' light.
+        noise: [n] 0 to 1.
+        priors: [n, h, w] what the other views tell; None: nothing.
+    """
+    told = torch.full_like(frames[:, :1], NO_PRIOR) if priors is None else priors[:, None]
+    logits: Tensor = network(frames / 255, plates / 255, noise, told)
+    return logits.float().sigmoid()[:, 0]

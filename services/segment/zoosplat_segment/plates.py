@@ -18,8 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoosplat.recording.video import Planes, window_rgb
-from zoosplat_segment.background import apply_light, fit_light
-from zoosplat_segment.network import MULTIPLE, NO_PRIOR, MaskNetwork
+from zoosplat_segment.background import (
+    LEAST_GAIN,
+    apply_light,
+    fit_light,
+    gain_and_offset,
+    picture_places,
+    remove_light,
+)
+from zoosplat_segment.network import MULTIPLE, MaskNetwork, predict_masks
 from zoosplat_segment.windows import Window
 
 U8 = npt.NDArray[np.uint8]
@@ -64,7 +71,7 @@ def small_plates(
         for k in range(n):
             frame = frames[k].float()
             light = fit_light(frame, plates)
-            masks.append(_run(network, frame, apply_light(plates, light), noise).half())
+            masks.append(predict_masks(network, frame, apply_light(plates, light), noise).half())
             lights.append(light)
             progress(turn * n + k + 1, rounds * n, "background")
         if first is None and turn < rounds - 1:
@@ -84,7 +91,7 @@ def _vote(network: MaskNetwork, frames: Tensor, noise: Tensor, progress: Callabl
     pairs = [(i, j) for i in range(len(chosen)) for j in range(i + APART, len(chosen))]
     for number, (i, j) in enumerate(pairs):
         lit = apply_light(small[j], fit_light(small[i], small[j]))
-        here = _run(network, torch.cat([small[i], lit]), torch.cat([lit, small[i]]), noise.repeat(2))
+        here = predict_masks(network, torch.cat([small[i], lit]), torch.cat([lit, small[i]]), noise.repeat(2))
         difference = here[: len(lit)] - here[len(lit) :]
         votes[i] += difference
         votes[j] -= difference
@@ -107,13 +114,6 @@ def _vote(network: MaskNetwork, frames: Tensor, noise: Tensor, progress: Callabl
         unknown = (hidden[:, c].all(0) | enclosed[c]) & ~static[c]
         plates.append(_inpaint(plate, unknown))
     return torch.stack(plates)
-
-
-def _run(network: MaskNetwork, frames: Tensor, plates: Tensor, noise: Tensor) -> Tensor:
-    """Masks [n, h, w] of pictures and plates [n, 3, h, w], 0 to 255, each alone."""
-    none = torch.full_like(frames[:, :1], NO_PRIOR)
-    masks: Tensor = network(frames / 255, plates / 255, noise, none).float().sigmoid()[:, 0]
-    return masks
 
 
 def grow(mask: Tensor) -> Tensor:
@@ -181,22 +181,11 @@ def masked_plates(frames: Tensor, plates: Tensor, masks: Tensor, lights: Tensor)
     """The median of what frames show where nothing is in the way; a camera at a time."""
     out, static = [], find_static(frames)
     for c in range(len(plates)):
-        lit = torch.stack(
-            [_unlit(frame, light) for frame, light in zip(frames[:, c].float(), lights[:, c], strict=True)]
-        )
+        lit = remove_light(frames[:, c].float(), lights[:, c])
         hidden = grow(masks[:, c] > 0.5) & ~static[c]
         unknown = (~hidden).sum(0) < FEWEST_FRAMES
         out.append(_inpaint(_median(lit, hidden), unknown))
     return torch.stack(out)
-
-
-def _unlit(frame: Tensor, light: Tensor) -> Tensor:
-    """A frame [3, h, w] in the light of the plate."""
-    height, width = frame.shape[1:]
-    x = (torch.arange(width, device=frame.device) + 0.5) / width - 0.5
-    y = (torch.arange(height, device=frame.device) + 0.5) / height - 0.5
-    g0, g1, g2, offset = light[..., None, None].unbind(1)
-    return ((frame - offset) / (g0 + g1 * x + g2 * y[:, None]).clamp_min(0.2)).clamp(0, 255)
 
 
 def full_plate(
@@ -221,16 +210,14 @@ def full_plate(
     s = whole.scale
     plate = np.zeros((height, width, 3), np.uint8)
     squares: list[Tensor] = []
-    gains = lights[..., None, None]
-    x = (torch.arange(width) + 0.5) / width - 0.5
+    x, y = picture_places(width, height, lights.device)
     step = max(1, STRIP // s) * s
     for top in range(0, height, step):
         rows = min(step, height - top)
-        y = ((torch.arange(rows) + top + 0.5) / height - 0.5)[:, None]
         cut = torch.from_numpy(np.stack([window_rgb(frame, (0, top), (width, rows), 1) for frame in frames]))
         values = cut.permute(0, 3, 1, 2).float()
-        g0, g1, g2, offset = gains.unbind(2)
-        values = (values - offset) / (g0 + g1 * x + g2 * y).clamp_min(0.2)
+        gain, offset = gain_and_offset(lights, x, y[top : top + rows])
+        values = (values - offset) / gain.clamp_min(LEAST_GAIN)
         last = min(hidden.shape[1], -(-(top + rows) // s))
         free = (~hidden[:, top // s : last]).float().repeat_interleave(s, 1).repeat_interleave(s, 2)
         free = F.pad(free, (0, max(0, width - free.shape[2]), 0, max(0, rows - free.shape[1])))[:, :rows, :width]

@@ -23,7 +23,8 @@ from zoosplat.recording.video import Planes
 from zoosplat_segment import adaptation
 from zoosplat_segment.network import load_network, package_weights
 from zoosplat_segment.plates import full_plate, grow, masked_plates, small_plates
-from zoosplat_segment.segmenter import Preparation, Segmenter, Study
+from zoosplat_segment.results import Preparation, Study
+from zoosplat_segment.segmenter import Segmenter
 from zoosplat_segment.windows import as_tensor, whole_picture
 
 # From kept frames, ascending, to an instant each: C whole frames as the cameras saw them.
@@ -106,8 +107,8 @@ def _warnings(studies: Sequence[Study]) -> Iterator[str]:
     lost = sum(study.lowest_m is None for study in studies)
     if lost > len(studies) / 2:
         yield (
-            f"in {lost} of {len(studies)} frames that were looked at the views do not agree on where the animal is; check "
-            "calibration, that the videos are in step, and that center_rotation.ell has room for the animal"
+            f"in {lost} of {len(studies)} frames that were looked at the views do not agree on where the animal is; "
+            "check calibration, that the videos are in step, and that center_rotation.ell has room for the animal"
         )
 
 

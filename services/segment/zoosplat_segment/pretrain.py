@@ -38,7 +38,7 @@ def views_alone(model: MaskNetwork, batch: SceneBatch) -> Tensor:
 
 def predict(model: MaskNetwork, batch: SceneBatch, prior: Tensor) -> Tensor:
     """[B, V, s, s] logits."""
-    flat = model(
+    flat: Tensor = model(
         batch.frame.flatten(0, 1), batch.plate.flatten(0, 1), batch.noise.flatten(), prior.flatten(0, 1)[:, None]
     )
     return flat.view(batch.target.shape)

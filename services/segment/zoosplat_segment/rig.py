@@ -90,4 +90,5 @@ class Rig:
     def pixels_per_metre(self, center: Tensor) -> Tensor:
         """[C] pixels that a metre at a point [3] covers."""
         distance = (self.centers - center).norm(dim=-1)
-        return self.intrinsics[:, 0, 0] / distance
+        pixels: Tensor = self.intrinsics[:, 0, 0] / distance
+        return pixels

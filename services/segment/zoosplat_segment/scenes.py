@@ -340,7 +340,7 @@ class SceneComposer:
         )
 
     def _mirror_image(self, rgba: Tensor, dimension: int) -> Tensor:
-        """RGBA [n, 4, s, s] flipped down (1) or sideways (2), so that it touches what it mirrors or stands beside it."""
+        """RGBA [n, 4, s, s] flipped down (1) or sideways (2), which touches what it mirrors or stands beside it."""
         n = len(rgba)
         spans = (rgba[:, 3] > 0.5).any(3 - dimension)
         end = SIZE - 1 - spans.flip(1).float().argmax(1)

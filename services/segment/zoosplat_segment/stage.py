@@ -26,8 +26,9 @@ from zoosplat.storage import groups, objects, schema, urls
 from zoosplat_model.devices import device_figures, pick_device
 from zoosplat_segment.preparation import prepare_recording
 from zoosplat_segment.reading import InstantReader
+from zoosplat_segment.results import InstantMasks, Preparation
 from zoosplat_segment.sam import Sam, load_sam
-from zoosplat_segment.segmenter import InstantMasks, Preparation, Segmenter
+from zoosplat_segment.segmenter import Segmenter
 
 WEIGHTS = "weights.safetensors"  # The network's weights after it has learned from the recording, beside the group.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # Of the agreement of a camera, in the mark.
@@ -90,8 +91,8 @@ class Segment(Stage):
         segmenter = Segmenter(_read_preparation(ctx, group), ctx.experiment, cameras, size, device, sam)
         keypoints = schema.read(group, "keypoints", shard.start, shard.stop) if "keypoints" in group else None
         instants = reader.read(range(shard.start, shard.stop))
-        # A block is compressed and written while the next one is computed. Instants do not depend on each other; a few at
-        # a time keep a GPU busy while the windows of others are cut.
+        # A block is compressed and written while the next one is computed. Instants do not depend on each other; a few
+        # at a time keep a GPU busy while the windows of others are cut.
         with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(AT_ONCE) as pool:
             pending: list[Future[None]] = []
             for start in range(shard.start, shard.stop, plan.values["block"]):

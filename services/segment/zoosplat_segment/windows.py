@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -16,6 +16,8 @@ from zoosplat.recording.video import Planes, window_rgb
 from zoosplat_segment.network import MULTIPLE
 
 U8 = npt.NDArray[np.uint8]
+Box = tuple[float, float, float, float]  # first and last column, first and last row, pixels
+LEAST_RIM = 8  # pixels; rim of a window beside its share of the box
 COARSE = 288  # pixels; longest edge of a whole picture that is segmented at first
 
 
@@ -90,37 +92,29 @@ def whole_picture(size: tuple[int, int]) -> Window:
     return Window(0, 0, scale, width, height)
 
 
-def windows_round(
-    boxes: Sequence[tuple[float, float, float, float] | None], margin: float, longest: int
-) -> list[Window | None]:
+def windows_round(boxes: Mapping[int, Box], margin: float, longest: int) -> dict[int, Window]:
     """Windows of one common size round boxes, with a margin, averaged where a box is larger than `longest` pixels.
 
     Args:
-        boxes: first and last column, first and last row, pixels; None: no window.
+        boxes: first and last column, first and last row, pixels, by camera.
         margin: share of the box's longer edge that is added on each side.
         longest: longest edge of a window, averaged pixels, a multiple of the network's `MULTIPLE`.
     """
-    sizes, scales = [], []
-    for box in boxes:
-        if box is None:
-            scales.append(1)
-            continue
-        left, right, top, bottom = box
-        rim = margin * max(right - left, bottom - top) + 8
+    if not boxes:
+        return {}
+    sizes, scales = [], {}
+    for c, (left, right, top, bottom) in boxes.items():
+        rim = margin * max(right - left, bottom - top) + LEAST_RIM
         width, height = right - left + 2 * rim, bottom - top + 2 * rim
-        scales.append(max(1, int(np.ceil(max(width, height) / longest))))
-        sizes.append((width / scales[-1], height / scales[-1]))
-    if not sizes:
-        return [None] * len(boxes)
+        scales[c] = max(1, int(np.ceil(max(width, height) / longest)))
+        sizes.append((width / scales[c], height / scales[c]))
     width, height = (min(longest, int(np.ceil(max(s) / MULTIPLE)) * MULTIPLE) for s in zip(*sizes, strict=True))
-    out: list[Window | None] = []
-    for box, scale in zip(boxes, scales, strict=True):
-        if box is None:
-            out.append(None)
-            continue
+    out = {}
+    for c, box in boxes.items():
+        scale = scales[c]
         corners = [((a + b) / 2 - n * scale / 2) for (a, b), n in ((box[:2], width), (box[2:], height))]
         x, y = (int(np.floor(corner / scale)) * scale for corner in corners)
-        out.append(Window(x, y, scale, width, height))
+        out[c] = Window(x, y, scale, width, height)
     return out
 
 
