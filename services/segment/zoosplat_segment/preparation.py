@@ -35,7 +35,7 @@ FULL_FRAMES = 24  # frames from which plates of full resolution are made
 FLOOR_ROOM = 0.04  # room below the lowest points of the hulls, in edges of the tracking cube
 STUDIED = 2  # every so many of them are segmented by all views, for the final plates
 FEWEST_INSTANTS = 5  # instants with a hull from which the floor is told
-KEPT_BYTES = 700 << 20  # largest size of the frames that are kept in memory
+KEPT_BYTES = 400 << 20  # largest size of the frames that are kept in memory
 FIRST_NOISE = 3.0  # grey levels; the noise before it is measured
 MIN_NOISE, MAX_NOISE = 1.0, 12.0  # grey levels; range of the noise
 

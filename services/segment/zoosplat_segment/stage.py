@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.geometry.cameras import Cameras
+from zoosplat.machine import usable_cores
 from zoosplat.recording.background import background_label, read_empty_scene
 from zoosplat.recording.facts import RecordingFacts, kept_frames
 from zoosplat.recording.keypoints import keypoints_label, read_all_keypoints
@@ -93,7 +94,7 @@ class Segment(Stage):
         instants = reader.read(range(shard.start, shard.stop))
         # A block is compressed and written while the next one is computed. Instants do not depend on each other; a few
         # at a time keep a GPU busy while the windows of others are cut.
-        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(min(AT_ONCE, usable_cores())) as pool:
             pending: list[Future[None]] = []
             for start in range(shard.start, shard.stop, plan.values["block"]):
                 stop = min(start + plan.values["block"], shard.stop)

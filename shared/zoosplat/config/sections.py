@@ -227,7 +227,7 @@ class Segment(Section):
         default=None, description="what SAM 3 looks for, such as: mouse; null: boxes and points are the only prompt"
     )
     background_frames: Count = Field(
-        default=120, description="frames, spread over the recording, in which the background is looked for"
+        default=60, description="frames, spread over the recording, in which the background is looked for"
     )
     adapt_minutes: NonNegative = Field(
         default=1.5, description="time for which the network learns from what all views agree on; 0: it does not"
