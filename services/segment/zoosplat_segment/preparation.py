@@ -123,7 +123,8 @@ def _learn(
 ) -> dict[str, Tensor]:
     """Weights that have learned from the recording, or else those of the package."""
     minutes = experiment.segment.adapt_minutes
-    if minutes > 0:
+    # SAM does not learn, and what the network learns is for windows, in which SAM looks.
+    if minutes > 0 and experiment.segment.method == "network":
         segmenter = Segmenter(prepared, experiment, cameras, size, device)
         tests = taken[:: adaptation.TESTED]
         lessons = [segmenter.study(f).lesson for i, f in enumerate(taken) if i % adaptation.TESTED]
