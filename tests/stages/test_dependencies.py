@@ -30,6 +30,8 @@ WITHOUT_EFFECT = {
 FILES = "data.masks=[masks/0.mp4, masks/1.mp4, masks/2.mp4, masks/3.mp4, masks/4.mp4, masks/5.mp4]"
 DYNAMIC, IMAGES, MADE = "train.method=dynamic", "features.encoder=images", "data.masks=auto"
 EMPTY_SCENE = "data.backgrounds=[u, v, w, x, y, z]"
+KEYPOINTS = "data.keypoints=[u, v, w, x, y, z]"
+SAM = "segment.method=sam"
 # Keys that no identity has at their default, with another value.
 VALUES = ["data.mask_values=nonzero"]
 GIVEN = [EMPTY_SCENE, "evaluate.lpips_weights=a.pth", "train.plate_lambda=0.5"]
@@ -70,7 +72,7 @@ def test_every_key_declares_what_it_determines() -> None:
 
 def test_keys_at_their_neutral_value_leave_identities_as_they_were_before_these_keys() -> None:
     e = experiment()
-    for key in ("data.backgrounds", "evaluate.lpips_weights", "train.plate_lambda"):
+    for key in ("data.backgrounds", "data.keypoints", "evaluate.lpips_weights", "train.plate_lambda"):
         assert declared_effects()[key].neutral
         for stage in STAGES:
             assert key not in settings_of(stage, e)
@@ -81,7 +83,7 @@ def test_keys_at_their_neutral_value_leave_identities_as_they_were_before_these_
 def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
     """In the experiments in which it is looked at; all shown here but those of a D-NeRF scene."""
     seen: set[str] = set()
-    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES], [MADE], GIVEN, VALUES):
+    for overrides in ([], [DYNAMIC, "dynamic.initial_ply=a.ply"], [IMAGES], [MADE, SAM, KEYPOINTS], GIVEN, VALUES):
         for stage in STAGES:
             e = experiment(*overrides)
             keys = {*settings_of(stage, e), *(key.split("[")[0] for key in outside_files(stage, e))}
@@ -119,6 +121,11 @@ def test_every_key_with_an_effect_is_part_of_an_identity() -> None:
         ([], "data.directory=elsewhere", {"ingest", "pack"}),
         ([], EMPTY_SCENE, {"pack"}),
         ([], "data.backgrounds=null", set()),
+        ([MADE], KEYPOINTS, {"segment"}),
+        ([MADE], "segment.method=sam", {"segment"}),
+        ([MADE, SAM], "segment.sam_weights=facebook/sam3", {"segment"}),
+        ([MADE, SAM], "segment.sam_prompt=mouse", {"segment"}),
+        ([MADE], "segment.sam_weights=facebook/sam3", set()),
         ([], "evaluate.lpips_weights=a.pth", {"evaluate"}),
         ([EMPTY_SCENE], "train.plate_lambda=0.5", {"train"}),
         ([], "train.plate_lambda=0", set()),

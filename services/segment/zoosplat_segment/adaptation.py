@@ -23,6 +23,7 @@ ANIMAL, EMPTY = 0.85, 0.15  # probability from which, and below which, a view's 
 TOLD, UNTOLD = 0.6, 0.05  # the same of what the other views tell
 TETHER = 1e-3  # weight of the squared distance from the weights of the package
 NO_PRIOR_SHARE = 0.2  # share of the steps without a prior
+VIEWS_AT_ONCE = 2  # views of an instant in a step
 TESTED = 4  # every so many instants one is not trained on
 
 
@@ -93,6 +94,9 @@ def adapt(
 
 
 def _loss(network: MaskNetwork, lesson: Lesson, random: torch.Generator) -> Tensor:
+    # A few views at a time need less memory, and more steps fit into the time.
+    rows = torch.randperm(len(lesson.masks), generator=random)[:VIEWS_AT_ONCE].to(lesson.masks.device)
+    lesson = Lesson(*(value[rows] for value in vars(lesson).values()))
     targets, sure = agreed_targets(lesson.masks, lesson.priors)
     priors = lesson.priors[:, None]
     if float(torch.rand((), generator=random)) < NO_PRIOR_SHARE:

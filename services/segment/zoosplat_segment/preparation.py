@@ -35,7 +35,7 @@ FULL_FRAMES = 24  # frames from which plates of full resolution are made
 FLOOR_ROOM = 0.04  # room below the lowest points of the hulls, in edges of the tracking cube
 STUDIED = 2  # every so many of them are segmented by all views, for the final plates
 FEWEST_INSTANTS = 5  # instants with a hull from which the floor is told
-KEPT_BYTES = 700 << 20  # largest size of the frames that are kept in memory
+KEPT_BYTES = 400 << 20  # largest size of the frames that are kept in memory
 FIRST_NOISE = 3.0  # grey levels; the noise before it is measured
 MIN_NOISE, MAX_NOISE = 1.0, 12.0  # grey levels; range of the noise
 
@@ -123,7 +123,8 @@ def _learn(
 ) -> dict[str, Tensor]:
     """Weights that have learned from the recording, or else those of the package."""
     minutes = experiment.segment.adapt_minutes
-    if minutes > 0:
+    # SAM does not learn, and what the network learns is for windows, in which SAM looks.
+    if minutes > 0 and experiment.segment.method == "network":
         segmenter = Segmenter(prepared, experiment, cameras, size, device)
         tests = taken[:: adaptation.TESTED]
         lessons = [segmenter.study(f).lesson for i, f in enumerate(taken) if i % adaptation.TESTED]

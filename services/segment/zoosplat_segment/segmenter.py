@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,15 @@ from zoosplat_segment.background import apply_light, fit_light, light_window
 from zoosplat_segment.carving import ROOM, Carver, Evidence
 from zoosplat_segment.localization import locate
 from zoosplat_segment.mask_pieces import FAINT, box_of_piece, box_of_prior, keep_pieces, soft_iou
-from zoosplat_segment.network import MaskNetwork, load_network, predict_masks
+from zoosplat_segment.network import NO_PRIOR, MaskNetwork, load_network, predict_masks
 from zoosplat_segment.results import InstantMasks, Preparation, Study
 from zoosplat_segment.rig import Rig
-from zoosplat_segment.windows import Window, as_tensor, whole_picture, windows_round
+from zoosplat_segment.sam import LONGEST, Embedding, Sam
+from zoosplat_segment.seeds import seed
+from zoosplat_segment.windows import Window, as_tensor, whole_picture, windows_round, zoom
 
 U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
 FINE = 320  # pixels; longest edge of a window round the animal
 MARGIN = 0.15  # rim of a window, of the longer edge of the animal's box
 MIN_TRUSTED = 3  # views that must agree before others are left out of the hull
@@ -34,30 +37,45 @@ NOISE_OF_AVERAGE = 0.6  # noise of averaged pixels over that of single ones; com
 
 @dataclass(frozen=True, eq=False)
 class _Instant:
-    """C frames, their light [C, 3, 4], and the masks [C, h, w] of their small pictures, each view alone."""
+    """C frames, their light [C, 3, 4], and the masks [C, h, w] of their small pictures, each view alone.
+
+    The keypoints [C, K, 3] of each view, where there are some, are in its mask.
+    """
 
     frames: Sequence[Planes]
     light: Tensor
     coarse: Tensor
+    keypoints: F32 | None
 
 
 @dataclass(frozen=True, eq=False)
 class _Pictures:
-    """Windows of some cameras, of one size: frames and lit plates [n, 3, h, w], 0 to 255, and the noise [n], 0 to 1."""
+    """Windows of some cameras, of one size: frames and lit plates [n, 3, h, w], 0 to 255, and the noise [n], 0 to 1.
+
+    `seeds` [n, h, w] is 1 round keypoints and 0 elsewhere; None: there are none. For SAM there are also `coarse`
+    [n, h, w], the first masks of the views alone, and what it has seen, so that it looks once for all rounds.
+    """
 
     windows: dict[int, Window]
     frames: Tensor
     plates: Tensor
     noise: Tensor
+    seeds: Tensor | None = None
+    coarse: Tensor | None = None
+    embeddings: dict[int, Embedding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """The mask in a window, and what the other views tell there, [height, width]; None: they tell nothing."""
+    """The mask in a window, and what the other views tell there, [height, width]; None: they tell nothing.
+
+    `seeds` are those of the view's own keypoints; None: there are none.
+    """
 
     window: Window
     mask: Tensor
     prior: Tensor | None
+    seeds: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +107,7 @@ class Segmenter:
         cameras: at full resolution, with distortion, in the oriented world, metres.
         size: width and height of the pictures, pixels.
         device: where to compute.
+        sam: what makes the masks in windows; None: the network.
     """
 
     def __init__(
@@ -98,6 +117,7 @@ class Segmenter:
         cameras: Cameras,
         size: tuple[int, int],
         device: torch.device,
+        sam: Sam | None = None,
     ) -> None:
         self.size, self.device = size, device
         self.rig = Rig(cameras, size, device)
@@ -112,19 +132,22 @@ class Segmenter:
         self.observed = [c for c in range(len(cameras)) if c not in self.held_out]
         self.carver = Carver(self.rig, self.ell_m, self.floor_m, self.observed)
         self.whole = whole_picture(size)
+        self.sam, self.longest = sam, FINE if sam is None else LONGEST
         self.small_plates = as_tensor([self.whole.cut_picture(plate, size) for plate in self.plates], device)
         self.network = load_network(preparation.weights or None, device)
         self.single = load_network(None, device)
 
     # -- an instant ---------------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def segment(self, frames: Sequence[Planes]) -> InstantMasks:
+    def segment(self, frames: Sequence[Planes], keypoints: F32 | None = None) -> InstantMasks:
         """The masks of an instant.
 
         Args:
             frames: C whole frames as the cameras saw them.
+            keypoints: [C, K, 3] x, y in pixels as the cameras saw them, and confidence, NaN where they are not told;
+                None: there are none. Those of a view are seeds of that view's masks.
         """
-        instant = self._look(frames)
+        instant = self._look(frames, keypoints)
         together = self._segment_together(instant)
         alone = self._segment_each_alone(instant, self.held_out)
         if together is None:
@@ -183,12 +206,17 @@ class Segmenter:
         return Lesson(*shown, torch.stack(priors), torch.stack(masks)), float(np.mean(agreements))
 
     # -- its steps ----------------------------------------------------------------------------------------------------
-    def _look(self, frames: Sequence[Planes]) -> _Instant:
+    def _look(self, frames: Sequence[Planes], keypoints: F32 | None = None) -> _Instant:
         """The light of each frame, and a first mask of its small picture."""
         small = as_tensor(list(self.pool.map(lambda frame: self.whole.cut(frame, self.size), frames)), self.device)
-        light = fit_light(small, self.small_plates, self.whole.extent(self.size))
-        lit = apply_light(self.small_plates, light, self.whole.extent(self.size))
-        return _Instant(frames, light, self._run(self.single, small, lit, self.noise * NOISE_OF_AVERAGE, None))
+        extent = self.whole.extent(self.size)
+        light = fit_light(small, self.small_plates, extent)
+        lit = apply_light(self.small_plates, light, extent)
+        coarse = self._run(self.single, small, lit, self.noise * NOISE_OF_AVERAGE, None)
+        if keypoints is not None:
+            seeded = [seed(m, k, self.whole, self.size) for m, k in zip(coarse, keypoints, strict=True)]
+            coarse = torch.stack(seeded)
+        return _Instant(frames, light, coarse, keypoints)
 
     def _segment_together(self, instant: _Instant) -> _Together | None:
         """Masks of the observed cameras with what the others of them tell, in a few rounds; None without a hull."""
@@ -228,7 +256,7 @@ class Segmenter:
     def _segment_alone(self, instant: _Instant, cameras: Iterable[int]) -> dict[int, _View]:
         """Masks of some cameras, each by itself, in windows of one size round their largest pieces."""
         boxes = {c: box_of_piece(instant.coarse[c].cpu().numpy(), self.whole.scale) for c in cameras}
-        windows = windows_round({c: box for c, box in boxes.items() if box is not None}, MARGIN, FINE)
+        windows = windows_round({c: box for c, box in boxes.items() if box is not None}, MARGIN, self.longest)
         return self._segment_windows(self.single, self._cut(instant, windows), None)
 
     def _segment_each_alone(self, instant: _Instant, cameras: Iterable[int]) -> dict[int, _View]:
@@ -245,10 +273,18 @@ class Segmenter:
         if not pictures.windows:
             return {}
         told = None if priors is None else torch.stack([priors[c] for c in pictures.windows])
-        masks = self._run(network, pictures.frames, pictures.plates, pictures.noise, told)
+        seeds = pictures.seeds
+        if seeds is not None:
+            told = torch.maximum(torch.full_like(seeds, NO_PRIOR) if told is None else told, seeds)
+        if self.sam is None:
+            masks = self._run(network, pictures.frames, pictures.plates, pictures.noise, told)
+        else:
+            hints = pictures.coarse if priors is None else told
+            assert hints is not None
+            masks = self.sam.masks(pictures.frames, hints, pictures.embeddings)
         return {
-            c: _View(window, mask, None if priors is None else priors[c])
-            for (c, window), mask in zip(pictures.windows.items(), masks, strict=True)
+            c: _View(window, masks[i], None if priors is None else priors[c], None if seeds is None else seeds[i])
+            for i, (c, window) in enumerate(pictures.windows.items())
         }
 
     # -- windows ------------------------------------------------------------------------------------------------------
@@ -259,7 +295,7 @@ class Segmenter:
         boxes = {
             c: box_of_prior(priors[c].cpu().numpy(), instant.coarse[c].cpu().numpy(), self.whole.scale) for c in cameras
         }
-        return windows_round({c: box for c, box in boxes.items() if box is not None}, MARGIN, FINE)
+        return windows_round({c: box for c, box in boxes.items() if box is not None}, MARGIN, self.longest)
 
     def _cut(self, instant: _Instant, windows: dict[int, Window]) -> _Pictures:
         """What the network is given of windows, but for the priors."""
@@ -278,7 +314,13 @@ class Segmenter:
         ]
         averaged = torch.tensor([window.scale > 1 for window in windows.values()], device=self.device)
         noise = self.noise[list(windows)] * torch.where(averaged, NOISE_OF_AVERAGE, 1.0)
-        return _Pictures(windows, frames, torch.stack(lit), noise)
+        seeds, coarse = None, None
+        if instant.keypoints is not None:
+            none = torch.zeros_like(frames[0, 0])
+            seeds = torch.stack([seed(none, instant.keypoints[c], window, self.size) for c, window in windows.items()])
+        if self.sam is not None:
+            coarse = torch.stack([zoom(instant.coarse[c], self.whole, window) for c, window in windows.items()])
+        return _Pictures(windows, frames, torch.stack(lit), noise, seeds, coarse)
 
     def _run(
         self, network: MaskNetwork, frames: Tensor, plates: Tensor, noise: Tensor, priors: Tensor | None
@@ -305,9 +347,11 @@ class Segmenter:
             return np.zeros((self.size[1], self.size[0]), np.uint8)
         mask, support = view.mask, None
         if told and view.prior is not None:
-            # Where two others see nothing there is nothing, however much this view has changed there.
-            mask = mask * (view.prior / FAINT).clamp_max(1)
-            support = view.prior.cpu().numpy() > FAINT
+            # Where two others see nothing there is nothing, however much this view has changed there; but its own
+            # keypoints count.
+            prior = view.prior if view.seeds is None else torch.maximum(view.prior, view.seeds)
+            mask = mask * (prior / FAINT).clamp_max(1)
+            support = prior.cpu().numpy() > FAINT
         return view.window.paste(keep_pieces(mask.cpu().numpy(), support), self.size)
 
 

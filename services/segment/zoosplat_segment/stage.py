@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import zarr
 from safetensors.torch import load, save
 
 from zoosplat.config.experiment import Experiment
 from zoosplat.geometry.cameras import Cameras
+from zoosplat.machine import usable_cores
 from zoosplat.recording.background import background_label, read_empty_scene
-from zoosplat.recording.facts import kept_frames
+from zoosplat.recording.facts import RecordingFacts, kept_frames
+from zoosplat.recording.keypoints import keypoints_label, read_all_keypoints
 from zoosplat.recording.segmented_source import SegmentedSource
 from zoosplat.recording.video import VideoInfo
 from zoosplat.stages.contract import Context, Outcome, Plan, Shard, Stage, shard_bounds
@@ -25,6 +28,7 @@ from zoosplat_model.devices import device_figures, pick_device
 from zoosplat_segment.preparation import prepare_recording
 from zoosplat_segment.reading import InstantReader
 from zoosplat_segment.results import InstantMasks, Preparation
+from zoosplat_segment.sam import Sam, load_sam
 from zoosplat_segment.segmenter import Segmenter
 
 WEIGHTS = "weights.safetensors"  # The network's weights after it has learned from the recording, beside the group.
@@ -40,8 +44,11 @@ class Segment(Stage):
 
     def prepare(self, ctx: Context) -> Plan:
         experiment = ctx.experiment
+        # What cannot be loaded is told before anything else is done; weights of a name at the hub are downloaded once.
+        _load_sam(experiment, torch.device("cpu"))
         facts = SegmentedSource(experiment, None).check()
         jump, n_kept = experiment.ingest.frame_jump, kept_frames(experiment, facts.n_frames)
+        keypoints = _read_keypoints(experiment, facts, np.arange(n_kept) * jump)
         cameras, _ = facts.cameras.oriented(facts.up)
         reader = InstantReader(facts.videos, jump)
         scenes = _read_empty_scenes(experiment, (facts.width, facts.height))
@@ -63,6 +70,8 @@ class Segment(Stage):
         group = schema.create(ctx.run.output_url(self.name), "segments.zarr", sizes, block, attributes)
         if held_out:
             schema.add_all_views(group, sizes, block)
+        if keypoints is not None:
+            schema.add_keypoints(group, keypoints)
         schema.array(group, "frame")[...] = np.arange(n_kept) * jump
         schema.array(group, "plate")[...] = prepared.plates
         schema.array(group, "noise")[...] = prepared.noise
@@ -79,17 +88,20 @@ class Segment(Stage):
         size = attributes["width"], attributes["height"]
         device = pick_device(ctx.experiment.segment.device)
         cameras = Cameras.from_json(attributes["cameras"])
-        segmenter = Segmenter(_read_preparation(ctx, group), ctx.experiment, cameras, size, device)
+        sam = _load_sam(ctx.experiment, device)
+        segmenter = Segmenter(_read_preparation(ctx, group), ctx.experiment, cameras, size, device, sam)
+        keypoints = schema.read(group, "keypoints", shard.start, shard.stop) if "keypoints" in group else None
         instants = reader.read(range(shard.start, shard.stop))
         # A block is compressed and written while the next one is computed. Instants do not depend on each other; a few
         # at a time keep a GPU busy while the windows of others are cut.
-        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(min(AT_ONCE, usable_cores())) as pool:
             pending: list[Future[None]] = []
             for start in range(shard.start, shard.stop, plan.values["block"]):
                 stop = min(start + plan.values["block"], shard.stop)
                 block = _Block(group, stop - start)
                 frames = itertools.islice(instants, stop - start)
-                for i, masks in enumerate(pool.map(segmenter.segment, frames)):
+                told = [None] * (stop - start) if keypoints is None else keypoints[start - shard.start :]
+                for i, masks in enumerate(pool.map(segmenter.segment, frames, told)):
                     block.fill(i, masks)
                     ctx.progress(start + i + 1 - shard.start, shard.stop - shard.start, "")
                 for written in pending:
@@ -136,6 +148,22 @@ def _read_preparation(ctx: Context, group: zarr.Group) -> Preparation:
     floor: Any = group.attrs["floor_m"]
     weights = load(objects.read_bytes(_weights_url(ctx)))
     return Preparation(schema.read(group, "plate"), schema.read(group, "noise"), floor, weights)
+
+
+def _load_sam(experiment: Experiment, device: torch.device) -> Sam | None:
+    """The model of `segment.method: sam`; None where the network makes the masks."""
+    return load_sam(experiment.segment, device) if experiment.segment.method == "sam" else None
+
+
+def _read_keypoints(
+    experiment: Experiment, facts: RecordingFacts, frames: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32] | None:
+    """The keypoints [T, C, K, 3] of `data.keypoints` in some frames of the videos [T]; None where there are none."""
+    data = experiment.data
+    if data.keypoints is None:
+        return None
+    labels = [keypoints_label(c, file) for c, file in enumerate(data.keypoints)]
+    return read_all_keypoints([data.url(file) for file in data.keypoints], labels, facts.videos, frames)
 
 
 def _read_empty_scenes(experiment: Experiment, size: tuple[int, int]) -> list[npt.NDArray[np.uint8]] | None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoosplat.recording.video import Planes, window_rgb
 from zoosplat_segment.network import MULTIPLE
@@ -77,6 +78,15 @@ class Window:
         x, y = self.x + left * self.scale, self.y + top * self.scale
         out[y : y + part.shape[0], x : x + part.shape[1]] = np.rint(255 * part.clip(0, 1))[: size[1] - y, : size[0] - x]
         return out
+
+
+def zoom(mask: Tensor, whole: Window, window: Window) -> Tensor:
+    """The part of a mask [h, w] of the window `whole` that another window shows, [height, width]; 0 beyond."""
+    places = pixels_of(window, 1.0, mask.device)
+    corner = torch.tensor([whole.x, whole.y], dtype=torch.float32, device=mask.device)
+    size = torch.tensor([whole.width, whole.height], dtype=torch.float32, device=mask.device)
+    grid = 2 * (places - corner + 0.5) / whole.scale / size - 1
+    return F.grid_sample(mask[None, None], grid[None], padding_mode="zeros", align_corners=False)[0, 0]
 
 
 def whole_picture(size: tuple[int, int]) -> Window:

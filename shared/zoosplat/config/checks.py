@@ -17,6 +17,8 @@ def mask_problems(data: Data, ingest: Ingest) -> Iterator[str]:
         yield f"data.masks = {AUTO}: the pictures of a D-NeRF scene hold their masks; leave data.masks out"
     if data.masks_are_made and data.mask_values != "auto":
         yield f"data.mask_values = {data.mask_values}: says how files are read, but data.masks = {AUTO}; leave it out"
+    if data.keypoints is not None and not data.masks_are_made:
+        yield f"data.keypoints: help to make masks, but data.masks names files; leave it out, or set data.masks: {AUTO}"
 
 
 def plate_problems(data: Data, ingest: Ingest, train: Train) -> Iterator[str]:
@@ -34,7 +36,7 @@ def plate_problems(data: Data, ingest: Ingest, train: Train) -> Iterator[str]:
 def list_problems(data: Data) -> Iterator[str]:
     """Lists that do not fit the list of videos, and files that a list has twice."""
     n = len(data.videos)
-    lists = {"backgrounds": data.backgrounds, "camera_names": data.camera_names}
+    lists = {"backgrounds": data.backgrounds, "keypoints": data.keypoints, "camera_names": data.camera_names}
     if not isinstance(data.masks, str):
         lists = {"masks": data.masks, **lists}
     if not isinstance(data.calibration, str) and len(data.calibration) > 1:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from zoosplat.config.classic import classic_project_directory, is_classic, native_from_classic, parse_classic
 from zoosplat.config.experiment import Experiment
 from zoosplat.config.paths import resolve_path
-from zoosplat.config.sections import is_weights_file
+from zoosplat.config.sections import is_weights_file, is_weights_folder
 from zoosplat.config.serialization import nest_dotted_keys, parse_json, parse_yaml
 from zoosplat.config.training import is_own_weights
 from zoosplat.errors import UserError
@@ -32,6 +32,7 @@ PATH_KEYS: tuple[tuple[str | None, str, Callable[[str], bool]], ...] = (
     ("train", "start_from", is_own_weights),
     ("dynamic", "initial_ply", _always),
     ("dynamic", "start_checkpoint", _always),
+    ("segment", "sam_weights", is_weights_folder),
     ("features", "weights", is_weights_file),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
@@ -29,9 +30,11 @@ WEIGHTS_FILES = (".safetensors", ".pth", ".pt")  # The endings by which features
 MASK_VALUES = ("auto", "white", "inverted", "alpha", "nonzero")  # data.mask_values, if it is no list of labels.
 MAX_LABEL = 65535  # The largest value of a pixel in a PNG picture of 16 bits.
 MAX_UP_COMPONENT = 1e9  # Larger components of data.up would overflow when they are squared.
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # Of a model at the Hugging Face hub.
 OF_VIDEOS = Condition("ingest.source", "videos")
 OF_DNERF_SCENE = Condition("ingest.source", "dnerf")
 OF_IMAGES = Condition("features.encoder", "images")
+OF_SAM = Condition("segment.method", "sam")
 INGEST = Effect(("ingest",))
 READING = Effect(("segment", "ingest"))  # Of keys by which both the raw videos and the masks are read.
 AUTO = "auto"  # The value of data.masks for masks that stage segment makes.
@@ -40,6 +43,11 @@ AUTO = "auto"  # The value of data.masks for masks that stage segment makes.
 def is_weights_file(weights: str) -> bool:
     """Whether `features.weights` is a file rather than a name that torchvision knows."""
     return weights.endswith(WEIGHTS_FILES)
+
+
+def is_weights_folder(weights: str) -> bool:
+    """Whether `segment.sam_weights` is a folder rather than a name at the hub, such as facebook/sam2.1-hiera-large."""
+    return weights.startswith(("/", "./", "../", "~")) or "://" in weights
 
 
 def _always(value: Any) -> bool:
@@ -98,6 +106,14 @@ class Data(Section):
     ] = Field(
         default=None,
         description="pictures or videos of the empty scene, one a camera, in the same order; null: there are none",
+    )
+    keypoints: Annotated[
+        tuple[RecordingFile, ...] | None,
+        Effect(("segment",), only_if=OF_VIDEOS, names_files=is_given, neutral=(None,)),
+    ] = Field(
+        default=None,
+        description="keypoints in the raw videos, one file a camera, in the same order, of SLEAP (.slp, analysis .h5), "
+        "DeepLabCut (.h5, .csv) or Lightning Pose (.csv): they help masks: auto; null: there are none",
     )
     camera_names: Annotated[tuple[Text, ...] | None, READING] = Field(
         default=None, description="names in tables and plots; null: 0, 1, 2, ..."
@@ -197,11 +213,21 @@ class Segment(Section):
 
     effect = Effect(("segment",))
 
-    method: Literal["network"] = Field(
-        default="network", description="what tells the animal from its background: the network that comes along"
+    method: Literal["network", "sam"] = Field(
+        default="network",
+        description="what tells the animal from its background: the network that comes along; or sam: SAM 2 or SAM 3, "
+        "which zoosplat[sam] installs, at the places that the network and all views together find",
+    )
+    sam_weights: Annotated[Text, Effect(("segment",), only_if=OF_SAM, names_files=is_weights_folder)] = Field(
+        default="facebook/sam2.1-hiera-large",
+        description="weights of SAM 2 or SAM 3: a name at the Hugging Face hub, or a folder (a whole path, or ./folder "
+        "relative to this file's) with config.json, .safetensors and the processor's files",
+    )
+    sam_prompt: Annotated[Text | None, Effect(("segment",), only_if=OF_SAM)] = Field(
+        default=None, description="what SAM 3 looks for, such as: mouse; null: boxes and points are the only prompt"
     )
     background_frames: Count = Field(
-        default=120, description="frames, spread over the recording, in which the background is looked for"
+        default=60, description="frames, spread over the recording, in which the background is looked for"
     )
     adapt_minutes: NonNegative = Field(
         default=1.5, description="time for which the network learns from what all views agree on; 0: it does not"
@@ -215,6 +241,13 @@ class Segment(Section):
         "frame; 0: none does",
     )
     device: Annotated[Device, NO_EFFECT] = Field(default="auto", description=DEVICE_DESCRIPTION)
+
+    @field_validator("sam_weights")
+    @classmethod
+    def _check_weights(cls, value: str) -> str:
+        if not is_weights_folder(value) and not HUB_NAME.fullmatch(value):
+            raise ValueError("must be a name at the hub, OWNER/MODEL, or a folder: a whole path, or ./FOLDER")
+        return value
 
 
 class Ingest(Section):

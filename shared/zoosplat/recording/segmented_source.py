@@ -12,9 +12,11 @@ import numpy.typing as npt
 import zarr
 
 from zoosplat.config.experiment import Experiment
+from zoosplat.errors import Problems
 from zoosplat.geometry.cameras import Cameras
 from zoosplat.recording import video
 from zoosplat.recording.facts import MaskGeometry, RecordingFacts
+from zoosplat.recording.keypoints import can_read_keypoints, keypoints_label, read_keypoints
 from zoosplat.recording.source import Bool
 from zoosplat.recording.video import VideoInfo
 from zoosplat.recording.video_source import VideoSource, undistort_maps
@@ -36,6 +38,17 @@ class SegmentedSource(VideoSource):
     def __init__(self, experiment: Experiment, segments: zarr.Group | None) -> None:
         super().__init__(experiment)
         self._segments = segments
+
+    def check(self) -> RecordingFacts:
+        facts, data, problems = super().check(), self.experiment.data, Problems()
+        # What this machine cannot read is read where stage segment runs, before it does anything else.
+        for c, file in enumerate(data.keypoints or ()):
+            if can_read_keypoints(file):
+                with problems.collect():
+                    info = facts.videos[c]
+                    read_keypoints(data.url(file), keypoints_label(c, file), info.n_frames, info.n_declared)
+        problems.report()
+        return facts
 
     def mask_geometry(self, facts: RecordingFacts, frames: npt.NDArray[np.int64]) -> MaskGeometry:
         return replace(super().mask_geometry(facts, frames), seen=schema.read(self._group(), "seen"))

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from zoosplat.config.effect import Condition, Effect
 from zoosplat.config.experiment import Experiment
 from zoosplat.stages.registry import has_stage
+from zoosplat.stages.sam_weights import list_weights
 from zoosplat.storage import urls
 
 
@@ -58,7 +59,8 @@ def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
     """The files outside the project whose contents determine a stage's result: key of the configuration -> whole URL.
 
     In a list, the key has an index: `data.masks[2]`. The URL of `train.start_from` may be another project. The files of
-    a D-NeRF scene are found by reading its transforms; their keys are `data.directory/` and the path in it.
+    a D-NeRF scene are found by reading its transforms; their keys are `data.directory/` and the path in it. So are
+    those of a folder of weights, by their names.
 
     Raises:
         UserError: a D-NeRF scene is not there or cannot be read, or a URL is of an unknown kind.
@@ -75,6 +77,11 @@ def outside_files(stage: str, experiment: Experiment) -> dict[str, str]:
 
             folder = urls.normalize(value)
             found |= {f"{key}/{url.removeprefix(folder + '/')}": url for url in open_source(experiment).list_files()}
+        elif key == "segment.sam_weights":
+            # A folder that is not there stands for itself, and is reported as missing.
+            folder = urls.normalize(value)
+            names = list_weights(folder)
+            found |= {f"{key}/{name}": urls.join(folder, name) for name in names} or {key: folder}
         else:
             url_of = experiment.data.url if key.startswith("data.") else urls.normalize
             found |= {place: url_of(name) for place, name in _named_files(key, value)}

@@ -14,11 +14,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from zoosplat.config.experiment import Experiment
-from zoosplat.config.sections import is_weights_file
+from zoosplat.config.sections import is_weights_file, is_weights_folder
 from zoosplat.config.training import ANIMALS, RANDOM
 from zoosplat.errors import Problems, UserError
 from zoosplat.formats import ply
 from zoosplat.stages.memory import PUBLISHED_BOTTLENECK
+from zoosplat.stages.registry import SEGMENT, has_stage
+from zoosplat.stages.sam_weights import check_weights_folder
 from zoosplat.stages.start_from import no_training, trained_result
 from zoosplat.storage import objects, urls
 
@@ -41,7 +43,11 @@ def check_outside_files(experiment: Experiment, stages: Iterable[str]) -> None:
     """
     chosen, problems = set(stages), Problems()
     train, dynamic, features = experiment.train, experiment.dynamic, experiment.features
-    lpips = experiment.evaluate.lpips_weights
+    lpips, segment = experiment.evaluate.lpips_weights, experiment.segment
+    makes_masks = SEGMENT in chosen and has_stage(SEGMENT, experiment)
+    if makes_masks and segment.method == "sam" and is_weights_folder(segment.sam_weights):
+        with problems.collect():
+            check_weights_folder(segment.sam_weights, segment.sam_prompt)
     if "train" in chosen and train.method == "pose_splatter" and train.start_from not in (RANDOM, ANIMALS):
         with problems.collect():
             _check_start(experiment)

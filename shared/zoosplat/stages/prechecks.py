@@ -171,7 +171,7 @@ def _inputs(experiment: Experiment) -> list[tuple[str, str]]:
     """Key and URL of each file of a recording."""
     data = experiment.data
     calibration = [data.calibration] if isinstance(data.calibration, str) else list(data.calibration)
-    lists = {"videos": data.videos, "masks": data.masks, "backgrounds": data.backgrounds}
+    lists = {"videos": data.videos, "masks": data.masks, "backgrounds": data.backgrounds, "keypoints": data.keypoints}
     named = [(f"data.{key}", name) for key, names in lists.items() if isinstance(names, tuple) for name in names]
     named += [("data.calibration", name) for name in calibration]
     if isinstance(data.up, str) and data.up != "auto":

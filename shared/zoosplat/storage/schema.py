@@ -172,6 +172,15 @@ def add_all_views(group: zarr.Group, sizes: dict[str, int], block: int) -> None:
     _create_array(group, "all_views", ALL_VIEWS, sizes, block)
 
 
+# A further array of segments.zarr where `data.keypoints` are given; K is the largest number of a camera.
+KEYPOINTS = ArraySpec(("T", "C", "K", 3), "float32", "px", "x, y and confidence 0 to 1, as given; NaN: none", "whole")
+
+
+def add_keypoints(group: zarr.Group, values: Any) -> None:
+    """Add the array `keypoints` [T, C, K, 3] to segments.zarr: x and y as the camera saw them, and confidence."""
+    _add(group, "keypoints", KEYPOINTS, values)
+
+
 # Further arrays of masks.zarr and images.zarr for cameras that move.
 MOVING: dict[str, ArraySpec] = {
     "time": ArraySpec(("T",), "float64", "", "0 to 1", "whole"),
