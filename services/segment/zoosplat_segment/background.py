@@ -11,7 +11,7 @@ LIGHT_STEPS = 4  # rounds of reweighting in which pixels that are not background
 LIGHT_SCALE = 6.0  # grey levels; a pixel that differs so much from the lit plate has half of the weight
 LIGHT_SAMPLES = 4096  # pixels of a small picture from which the light is fitted
 LEAST_GAIN = 0.2  # gain of a light at least, where frames are brought into the light of the plate
-RIDGE = (30.0, 30.0, 30.0, 0.02)  # how strongly gain, slopes and offset are kept at those of the plate, in grey levels
+RIDGE = (5.0, 5.0, 5.0, 0.02)  # how strongly gain, slopes and offset are kept at those of the plate, in grey levels
 
 
 Extent = tuple[float, float]  # width and height of a whole picture, in the pixels of what shows it
