@@ -16,6 +16,7 @@ SERVICES = Path(__file__).parents[2] / "services"
     ("stage", "version", "file", "begins"),
     [
         ("train", 5, "train/zoosplat_train/animals.safetensors", "64f27384ca541481"),
+        ("segment", 1, "segment/zoosplat_segment/masks.safetensors", "d5b48ec2cf3dd41b"),
         ("embedding", 1, "embedding/zoosplat_embedding/animals.npz", "2a0fc900e5ca142d"),
     ],
 )

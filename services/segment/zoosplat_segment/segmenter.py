@@ -18,6 +18,7 @@ from zoosplat.recording.video import Planes
 from zoosplat_segment.adaptation import Lesson
 from zoosplat_segment.background import apply_light, fit_light, light_window
 from zoosplat_segment.carving import ROOM, Carver, Evidence
+from zoosplat_segment.hull import FEWEST_VIEWS
 from zoosplat_segment.localization import locate
 from zoosplat_segment.mask_pieces import FAINT, box_of_piece, box_of_prior, keep_pieces, soft_iou
 from zoosplat_segment.network import NO_PRIOR, MaskNetwork, load_network, predict_masks
@@ -220,6 +221,8 @@ class Segmenter:
 
     def _segment_together(self, instant: _Instant) -> _Together | None:
         """Masks of the observed cameras with what the others of them tell, in a few rounds; None without a hull."""
+        if len(self.observed) <= FEWEST_VIEWS:
+            return None  # A view is told what at least two others see.
         center = locate(self.rig, instant.coarse, self.whole.scale, self.observed, self.ell_m, self.floor_m)
         if center is None:
             return None

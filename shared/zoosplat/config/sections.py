@@ -230,7 +230,9 @@ class Segment(Section):
         default=60, description="frames, spread over the recording, in which the background is looked for"
     )
     adapt_minutes: NonNegative = Field(
-        default=1.5, description="time for which the network learns from what all views agree on; 0: it does not"
+        default=0.0,
+        description="time for which the network learns from what all views agree on; 0: it does not, because masks of "
+        "synthetic recordings did not become better",
     )
     rounds: Count = Field(
         default=2, description="how often what all views tell of a frame together is told to each of them"
