@@ -47,7 +47,7 @@ def test_cuts_are_means_of_squares(window: Window) -> None:
 def test_a_mask_comes_back_where_it_was_cut(window: Window) -> None:
     mask = np.zeros((SIZE[1], SIZE[0]), np.uint8)
     mask[30:75, 40:90] = 255
-    cut = np.float32(window.cut_picture(np.repeat(mask[..., None], 3, 2), SIZE)[..., 0]) / np.float32(255)
+    cut = np.divide(window.cut_picture(np.repeat(mask[..., None], 3, 2), SIZE)[..., 0], 255, dtype=np.float32)
     pasted = window.paste(cut, SIZE)
     assert pasted.shape == mask.shape
     left, right, top, bottom = window.inner(SIZE)
