@@ -27,6 +27,8 @@ from zoosplat_flows.execution.stage_states import stage_states
 
 MADE = Path(__file__).parents[1] / "data" / "project-0.1.0"
 NAMES = [spec.name for spec in FILES_PIPELINE]
+# Today's evaluation has columns that the one of then has not.
+CURRENT = [name for name in NAMES if name != "evaluate"]
 FROM_TRAIN = NAMES[len(PREPROCESSING) :]
 
 
@@ -108,7 +110,8 @@ def test_upgraded_it_is_done_and_gone_on_with(project: Project) -> None:
     before = files(project)
     status, out, _ = call("upgrade", project.url)
     assert status == 0
-    assert [line for line in out.splitlines() if line.endswith(": done")] == [f"{name}: done" for name in NAMES]
+    assert [line for line in out.splitlines() if line.endswith(": done")] == [f"{name}: done" for name in CURRENT]
+    assert "evaluate: can be looked at, and is made again by the next run: it is of version 2 of the stage" in out
     assert before.items() <= files(project).items()
     adopted = open_run(project)
     assert call("runs", project.url)[1].count("adopted") == 1
@@ -120,10 +123,9 @@ def test_upgraded_it_is_done_and_gone_on_with(project: Project) -> None:
     status, out, err = call("run", config, "--project", project.url)
     assert status == 0, err
     skipped = {line.partition(" (")[0] for line in out.splitlines() if "skipped" in line}
-    assert skipped == {f"{name}: skipped, was done" for name in NAMES}
-    assert {name: result.id for name, result in open_run(project).results.items()} == {
-        name: result.id for name, result in adopted.results.items()
-    }
+    assert skipped == {f"{name}: skipped, was done" for name in CURRENT}
+    results = open_run(project).results
+    assert {name for name in NAMES if results[name].id == adopted.results[name].id} == set(CURRENT)
     train = adopted.experiment.train.model_copy(update={"epochs": 2})
     draft = draft_run(project, adopted.experiment.model_copy(update={"train": train}))
     assert draft.todo(NAMES) == FROM_TRAIN

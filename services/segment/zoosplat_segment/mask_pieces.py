@@ -18,8 +18,12 @@ LEAST_PIECE = 0.02  # area of a piece of a mask that is kept, of the largest pie
 
 
 def soft_iou(mask: Tensor, prior: Tensor) -> float:
-    """How much a soft mask and a prior [h, w] have in common, 0 to 1; 0 where both are empty."""
-    both, either = torch.minimum(mask, prior).sum(), torch.maximum(mask, prior).sum()
+    """How much a soft mask and a prior [h, w] have in common, 0 to 1; 0 where both are empty.
+
+    The prior counts where all other views agree: where one of them says no it is 0.5, a halo that no mask fills.
+    """
+    agreed = (2 * prior - 1).clamp_min(0)
+    both, either = torch.minimum(mask, agreed).sum(), torch.maximum(mask, agreed).sum()
     return float(both / either.clamp_min(1e-6))
 
 

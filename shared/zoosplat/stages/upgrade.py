@@ -98,6 +98,11 @@ def _why_not_current(spec: StageSpec, mark: Mark, old: Run, draft: Draft, kept: 
 
 def _settings(stage: str, experiment: Experiment) -> dict[str, Any]:
     whole = experiment.model_dump(mode="json")
+    # Keys that have come since were in no digest. They change nothing where they are as they are by default.
+    for key, effect in dependencies.declared_effects().items():
+        section, _, leaf = key.partition(".")
+        if leaf and effect.neutral and whole[section].get(leaf) in effect.neutral:
+            del whole[section][leaf]
     chosen: dict[str, Any] = {}
     for key in SETTINGS[stage]:
         if key.startswith("-"):

@@ -52,6 +52,7 @@ def test_box_of_what_the_others_tell_with_what_the_view_adds() -> None:
 
 
 def test_soft_iou_by_hand() -> None:
-    a, b = torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor([[0.5, 0.5, 0.25]])
-    assert soft_iou(a, b) == pytest.approx(1 / 1.75)
+    # Half of a prior is a view that says no: the prior counts as 0.5, 0.5, 0.
+    mask, prior = torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor([[0.75, 0.75, 0.5]])
+    assert soft_iou(mask, prior) == pytest.approx(1 / 1.5)
     assert soft_iou(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
