@@ -62,10 +62,8 @@ def with_epochs(experiment: Experiment, epochs: int) -> Experiment:
 
 
 @pytest.fixture
-def three(tmp_path: Path, experiment: Experiment, by_hand: ByHand, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+def three(tmp_path: Path, experiment: Experiment, by_hand: ByHand) -> list[Run]:
     """Three runs that share what comes before the model; the last is the latest."""
-    numbers = iter(range(100))
-    monkeypatch.setattr("zoosplat.stages.run_records.secrets.token_hex", lambda n: f"{next(numbers):0{2 * n}x}")
     begun = []
     for epochs in (1, 2, 3):
         run = by_hand.begin(tmp_path / "project", with_epochs(experiment, epochs), state="done")

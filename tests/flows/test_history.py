@@ -6,7 +6,6 @@ import base64
 import functools
 import json
 import re
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +84,6 @@ def evaluated(
     by_hand.mark(run, "evaluate", figures=means)
 
 
-def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that are begun within a second keep their order: ids have a number where they have a random part."""
-    numbers, real = iter(range(1000)), secrets.token_hex
-    monkeypatch.setattr(
-        "zoosplat.stages.run_records.secrets.token_hex", lambda n: f"{next(numbers):04x}" if n == 2 else real(n)
-    )
-
-
 # -- runs -----------------------------------------------------------------------------------------------------------
 def test_differences_name_what_changed() -> None:
     before = flatten_settings({"a": {"b": 1, "c": [1, 2]}, "d": "x", "gone": {"e": None}})
@@ -118,11 +109,8 @@ def test_keys_that_are_newer_than_a_run_are_no_changes(tmp_path: Path, experimen
     assert sorted(read_history(Project.at(str(folder)))[1].changes or ()) == sorted(changes)
 
 
-def test_the_runs_of_a_project_in_order(
-    tmp_path: Path, experiment: Experiment, by_hand: ByHand, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_runs_of_a_project_in_order(tmp_path: Path, experiment: Experiment, by_hand: ByHand) -> None:
     folder = tmp_path / "project"
-    in_order(monkeypatch)
     other = changed(experiment, train__epochs=7, name="three")
     first = by_hand.begin(folder, experiment)
     evaluated(first, by_hand, RED, (4,), 0.5)
