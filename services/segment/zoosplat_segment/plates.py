@@ -61,7 +61,11 @@ def small_plates(
         plates [C, 3, h, w] float32, masks [K, C, h, w] float16 and light [K, C, 3, 4].
     """
     n = len(frames)
-    plates = first if first is not None else _vote(network, frames, noise, progress)
+    if first is None:
+        static = find_static(frames)
+        plates = _vote(network, frames, noise, static, progress)
+    else:
+        plates = first
     masks: list[Tensor] = []
     lights: list[Tensor] = []
     rounds = ROUNDS if first is None else 1
@@ -74,11 +78,13 @@ def small_plates(
             lights.append(light)
             progress(turn * n + k + 1, rounds * n, "background")
         if first is None and turn < rounds - 1:
-            plates = masked_plates(frames, torch.stack(masks), torch.stack(lights), extent)
+            plates = masked_plates(frames, torch.stack(masks), torch.stack(lights), static, extent)
     return plates, torch.stack(masks), torch.stack(lights)
 
 
-def _vote(network: MaskNetwork, frames: Tensor, noise: Tensor, progress: Callable[[int, int, str], None]) -> Tensor:
+def _vote(
+    network: MaskNetwork, frames: Tensor, noise: Tensor, static: Tensor, progress: Callable[[int, int, str], None]
+) -> Tensor:
     """First plates [C, 3, h, w] of frames [K, C, 3, h, w]: medians of frames in which no animal covers the pixel."""
     chosen = frames[sorted({round(i * (len(frames) - 1) / (PAIRED - 1)) for i in range(PAIRED)})]
     height, width = chosen.shape[-2:]
@@ -107,7 +113,6 @@ def _vote(network: MaskNetwork, frames: Tensor, noise: Tensor, progress: Callabl
 
     hidden = torch.stack([enlarge(frame[None])[0] for frame in covered])
     enclosed = enlarge(_enclosed(changes)[None])[0]
-    static = find_static(frames)
     plates = []
     for c in range(chosen.shape[1]):
         plate = _median(chosen[:, c].float(), hidden[:, c])
@@ -178,16 +183,17 @@ def _median(values: Tensor, hidden: Tensor) -> Tensor:
     return shown.nanmedian(0).values
 
 
-def masked_plates(frames: Tensor, masks: Tensor, lights: Tensor, extent: Extent) -> Tensor:
+def masked_plates(frames: Tensor, masks: Tensor, lights: Tensor, static: Tensor, extent: Extent) -> Tensor:
     """Plates [C, 3, h, w]: the median of what frames show where nothing is in the way.
 
     Args:
         frames: [K, C, 3, h, w].
         masks: [K, C, h, w] of the frames.
         lights: [K, C, 3, 4] of the frames.
+        static: [C, h, w] of `find_static`.
         extent: see `small_plates`.
     """
-    out, static = [], find_static(frames)
+    out = []
     for c in range(frames.shape[1]):  # a camera at a time, for memory
         lit = remove_light(frames[:, c].float(), lights[:, c], extent).clamp(0, 255)
         hidden = grow(masks[:, c] > 0.5) & ~static[c]

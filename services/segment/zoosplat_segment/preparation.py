@@ -22,7 +22,7 @@ from zoosplat.recording.facts import RecordingFacts
 from zoosplat.recording.video import Planes
 from zoosplat_segment import adaptation
 from zoosplat_segment.network import load_network, package_weights
-from zoosplat_segment.plates import full_plate, grow, masked_plates, small_plates
+from zoosplat_segment.plates import find_static, full_plate, grow, masked_plates, small_plates
 from zoosplat_segment.results import Preparation, Study
 from zoosplat_segment.segmenter import Segmenter
 from zoosplat_segment.windows import as_tensor, whole_picture
@@ -90,7 +90,8 @@ def prepare_recording(
             progress(i + 1, len(taken), "masks by all views")
         chosen, taken = [chosen[i] for i in studied], [taken[i] for i in studied]
         if first is None:
-            coarse = masked_plates(stacked[chosen], masks[chosen], lights[chosen], whole.extent(size))
+            again = stacked[chosen]
+            coarse = masked_plates(again, masks[chosen], lights[chosen], find_static(again), whole.extent(size))
         prepared = _full_plates(taken, masks[chosen], lights[chosen], coarse, size, empty_scenes, progress)
     floor = _find_floor(studies, segmenter.ell_m)
     prepared = replace(prepared, floor_m=floor, warnings=tuple(_warnings(studies)))

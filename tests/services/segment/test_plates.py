@@ -75,7 +75,7 @@ def test_plate_under_an_animal_that_rests(sprites: Sprites) -> None:
 def test_what_no_frame_shows_is_told_from_what_is_around_it(sprites: Sprites) -> None:
     background, frames, covered = make_scene(sprites, STAYS)
     lights = torch.tensor([1.0, 0, 0, 0]).expand(FRAMES, 1, 3, 4)
-    plate = masked_plates(frames, covered[:, None].float(), lights, EXTENT)[0]
+    plate = masked_plates(frames, covered[:, None].float(), lights, find_static(frames), EXTENT)[0]
     never = covered.all(0)
     assert never.sum() > 50
     animal = frames[:, 0].float().median(0).values
@@ -87,7 +87,7 @@ def test_what_no_frame_shows_is_told_from_what_is_around_it(sprites: Sprites) ->
 def test_plate_of_known_masks_is_the_background(sprites: Sprites) -> None:
     background, frames, covered = make_scene(sprites, RESTS)
     lights = torch.tensor([1.0, 0, 0, 0]).expand(FRAMES, 1, 3, 4)
-    plates = masked_plates(frames, covered[:, None].float(), lights, EXTENT)
+    plates = masked_plates(frames, covered[:, None].float(), lights, find_static(frames), EXTENT)
     seen = torch.nn.functional.max_pool2d(covered.float()[:, None], 5, 1, 2)[:, 0] < 0.5
     often = seen.sum(0) >= 2
     error = (plates[0] - background).abs().amax(0)
@@ -111,7 +111,7 @@ def test_static_pixels_stay_though_a_mask_covers_them(sprites: Sprites) -> None:
     wrong = covered.clone()
     wrong[:, 110:120, 10:40] = True
     lights = torch.tensor([1.0, 0, 0, 0]).expand(FRAMES, 1, 3, 4)
-    plates = masked_plates(frames, wrong[:, None].float(), lights, EXTENT)
+    plates = masked_plates(frames, wrong[:, None].float(), lights, find_static(frames), EXTENT)
     assert float((plates[0] - background)[:, 110:120, 10:40].abs().max()) < 4
 
 
